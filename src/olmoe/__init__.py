@@ -1,0 +1,50 @@
+"""OLMoE, the open sparse mixture-of-experts language model, as practical software.
+
+Public names load on first use: `import olmoe` imports neither torch nor transformers and changes nothing
+in either.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from olmoe.config import ModelConfig, RopeParameters
+    from olmoe.engine.llm import LLM
+    from olmoe.engine.request import SamplingParams
+    from olmoe.errors import UserError
+    from olmoe.model import CausalLM
+    from olmoe.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CausalLM": "olmoe.model",
+    "LLM": "olmoe.engine.llm",
+    "ModelConfig": "olmoe.config",
+    "RopeParameters": "olmoe.config",
+    "SamplingParams": "olmoe.engine.request",
+    "Tokenizer": "olmoe.tokenizer",
+    "UserError": "olmoe.errors",
+}
+__all__ = [
+    "LLM",
+    "CausalLM",
+    "ModelConfig",
+    "RopeParameters",
+    "SamplingParams",
+    "Tokenizer",
+    "UserError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'olmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,315 @@
+"""Checkpoints: tensor names on disk to and from the parameters of `model.CausalLM`.
+
+Two layouts are read, in one file or in shards with an index:
+
+- Hugging Face per-expert (what the hub holds, and what `save` writes):
+  `model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight`;
+- Hugging Face fused (transformers 5 in memory): `model.layers.N.mlp.experts.{gate_up_proj,down_proj}`.
+
+Loading checks every name and shape against the configuration before it allocates anything, then streams
+tensor by tensor: the peak is the target model plus one memory-mapped shard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from olmoe import hub
+from olmoe.atomic import atomic_folder
+from olmoe.config import ModelConfig
+from olmoe.errors import CheckpointError
+from olmoe.model import CausalLM
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+MAX_SHARD_BYTES = 4 * 10**9
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Buffers that old transformers versions stored; they follow from the configuration.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_EXPERT_NAME = re.compile(r"(?P<prefix>model\.layers\.\d+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: F32, F16, BF16
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stored tensor goes: a parameter, and the part of it (None: all)."""
+
+    parameter: str
+    index: tuple[Any, ...] | None
+    shape: tuple[int, ...]
+
+
+def load(
+    model_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """Load a model from a folder or a hub id, in evaluation mode without gradients.
+
+    `dtype` is that of the parameters in memory; None keeps what is stored. `progress(done, total)` is
+    called after each tensor. Raises `CheckpointError` or `ConfigError` with one sentence for everything
+    that can be wrong with the files; nothing is returned half-loaded.
+    """
+    folder = hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only)
+    config = ModelConfig.from_file(folder / "config.json")
+    stored = read_headers(folder)
+    targets = plan(config, stored)
+    if dtype is None:
+        dtype = dominant_dtype(stored)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty separates them
+    parameters = dict(model.named_parameters())
+    done = 0
+    for file in sorted({tensor.file for name, tensor in stored.items() if name in targets}):
+        names = [name for name, tensor in stored.items() if tensor.file == file and name in targets]
+        for name, value in _read_tensors(file, names):
+            target = targets[name]
+            parameter = parameters[target.parameter].data
+            (parameter if target.index is None else parameter[target.index]).copy_(value)
+            done += 1
+            if progress is not None:
+                progress(done, len(targets))
+    return model
+
+
+def save(
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: dict[str, str] | None = None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and safetensors in the per-expert layout, atomically.
+
+    `dtype` converts while writing; None keeps each parameter's. Shards hold at most `max_shard_bytes`,
+    and only one exists in memory. `extra_files` (name -> text) are written into the same folder. An
+    existing folder is replaced whole.
+    """
+    with atomic_folder(folder) as temporary:
+        write_model(model, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def write_model(
+    model: CausalLM, folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """`save` into an existing folder that the caller makes atomic."""
+    config = model.config
+    shards: list[list[str]] = [[]]
+    used = total = 0
+    tensors = dict(exported_tensors(model))
+    for name, value in tensors.items():
+        size = value.numel() * (dtype or value.dtype).itemsize
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+        total += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        # clone: safetensors refuses tensors that share storage, as the experts of one parameter do.
+        values = {name: tensors[name].to("cpu", dtype or tensors[name].dtype, copy=True) for name in names}
+        save_file(values, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    stored = dtype or next(model.parameters()).dtype
+    (folder / "config.json").write_text(config.to_json(str(stored).removeprefix("torch.")), encoding="utf-8")
+    generation = {"_from_model_config": True, "pad_token_id": config.pad_token_id,
+                  "eos_token_id": config.to_dict()["eos_token_id"]}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def exported_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the per-expert layout by name, as views of the parameters."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if name.endswith("experts.gate_up_proj"):
+            prefix, width = name.removesuffix(".gate_up_proj"), value.shape[1] // 2
+            for e in range(value.shape[0]):
+                yield f"{prefix}.{e}.gate_proj.weight", value[e, :width]
+                yield f"{prefix}.{e}.up_proj.weight", value[e, width:]
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix(".down_proj")
+            for e in range(value.shape[0]):
+                yield f"{prefix}.{e}.down_proj.weight", value[e]
+        else:
+            yield name, value
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes of all tensors of a checkpoint folder, without reading their values.
+
+    Raises `CheckpointError` if there are no safetensors files, a shard of the index is missing, or a file
+    is truncated or not safetensors.
+    """
+    if (folder / INDEX_NAME).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({folder / str(file) for file in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX_NAME} is not a safetensors index ({error!r}).") from None
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, files = None, [folder / SINGLE_NAME]
+    else:
+        hint = " It holds .bin files: convert them to safetensors first." if list(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint}")
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.resolve().parent != folder.resolve() and not file.is_symlink():
+            raise CheckpointError(f"The index names the shard {file.name!r} outside of {folder}; refused.")
+        if not file.is_file():
+            raise CheckpointError(f"The shard {file.name} that the index names is missing from {folder}.")
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
+                if name in stored:
+                    raise CheckpointError(f"Tensor {name!r} is in both {stored[name].file.name} and {file.name}.")
+                part = handle.get_slice(name)
+                stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+    if weight_map is not None and set(weight_map) - set(stored):
+        missing = sorted(set(weight_map) - set(stored))
+        raise CheckpointError(f"The index promises {_some(missing)}, which the shards do not hold.")
+    return stored
+
+
+def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Target]:
+    """Match stored tensors to parameters by name and shape. Raises `CheckpointError` on any mismatch."""
+    layers = {int(m[1]) for name in stored if (m := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if len(layers) != config.num_hidden_layers:
+        # Checked before names are listed, so that a hostile layer count cannot fill the memory.
+        raise CheckpointError(
+            f"config.json says {config.num_hidden_layers} layers, but the checkpoint holds tensors of {len(layers)}."
+        )
+    targets: dict[str, Target] = {}
+    expected = parameter_shapes(config)
+    for name, tensor in stored.items():
+        if IGNORED.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            continue
+        target = _target(config, name, expected)
+        if target is None:
+            raise CheckpointError(
+                f"The checkpoint holds the tensor {name!r}, which OLMoE with this config.json does not have."
+            )
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"Tensor {name!r} has shape {list(tensor.shape)}, but config.json makes it {list(target.shape)}."
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"Tensor {name!r} is stored as {tensor.dtype}; only {', '.join(FLOAT_DTYPES)} can be loaded."
+            )
+        targets[name] = target
+    _check_complete(config, targets, expected)
+    return targets
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters of `CausalLM(config)`, without building it."""
+    d, kv, e, f = config.hidden_size, config.kv_heads * config.head_dim, config.num_experts, config.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (d, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, d),
+        "self_attn.q_norm.weight": (d,),
+        "self_attn.k_norm.weight": (kv,),
+        "mlp.gate.weight": (e, d),
+        "mlp.experts.gate_up_proj": (e, 2 * f, d),
+        "mlp.experts.down_proj": (e, d, f),
+    }
+    if config.attention_bias:
+        layer |= {f"self_attn.{p}_proj.bias": (d if p in "qo" else kv,) for p in "qkvo"}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def dominant_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype that most of a checkpoint's values are stored in."""
+    sizes: dict[str, int] = {}
+    for tensor in stored.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+    return FLOAT_DTYPES[max(sizes, key=sizes.__getitem__)]
+
+
+def _target(config: ModelConfig, name: str, expected: dict[str, tuple[int, ...]]) -> Target | None:
+    """Where the tensor `name` belongs, or None if nowhere."""
+    if name in expected:
+        return Target(name, None, expected[name])
+    match = _EXPERT_NAME.fullmatch(name)
+    if match is None or int(match["expert"]) >= config.num_experts:
+        return None
+    e, f, d, part = int(match["expert"]), config.intermediate_size, config.hidden_size, match["part"]
+    parameter = f"{match['prefix']}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+    if parameter not in expected:
+        return None
+    if part == "down":
+        return Target(parameter, (e,), (d, f))
+    return Target(parameter, (e, slice(0, f) if part == "gate" else slice(f, 2 * f)), (f, d))
+
+
+def _check_complete(config: ModelConfig, targets: dict[str, Target], expected: dict[str, tuple[int, ...]]) -> None:
+    """Every element of every parameter must come from exactly one stored tensor."""
+    filled = dict.fromkeys(expected, 0)
+    for target in targets.values():
+        filled[target.parameter] += torch.Size(target.shape).numel()
+    missing = [name for name, shape in expected.items() if filled[name] < torch.Size(shape).numel()]
+    if missing:
+        raise CheckpointError(f"The checkpoint lacks {_some(missing)}, which config.json calls for.")
+    double = [name for name, shape in expected.items() if filled[name] > torch.Size(shape).numel()]
+    if double:
+        raise CheckpointError(f"The checkpoint holds {_some(double)} in two layouts at once; keep one.")
+
+
+def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    with _open(file) as handle:
+        for name in names:
+            yield name, handle.get_tensor(name)
+
+
+def _open(file: Path) -> Any:
+    """`safe_open`, with what can be wrong with the file in one sentence."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again.") from None
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,33 @@
+"""Train a model from a TOML configuration, or continue an interrupted run with --resume."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `olmoe train`."""
+    parser.add_argument("config", metavar="CONFIG.toml", help="see configs/ for examples")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.output from its last checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; Ctrl-C finishes the step, saves, and says how to go on."""
+    from olmoe.train.config import load_config
+
+    config = load_config(arguments.config)  # before torch is imported: mistakes answer at once
+    from olmoe.cli.main import EXIT_INTERRUPTED
+    from olmoe.train.loop import Interrupted, train
+
+    try:
+        best = train(config, resume=arguments.resume, show_progress=not arguments.quiet)
+    except Interrupted as interrupt:
+        print(
+            f"olmoe: interrupted; saved {interrupt.path}. Continue with: olmoe train {arguments.config} --resume",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    print(best)
+    return 0

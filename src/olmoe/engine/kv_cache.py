@@ -1,0 +1,84 @@
+"""A contiguous key-value cache for a batch of sequences of different lengths.
+
+Shapes legend: B sequences, N tokens of all sequences end to end, H heads, G KV heads, Dh head dim,
+S cached positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from olmoe import ops
+from olmoe.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of B sequences, each with its own length, in one (B, G, capacity, Dh) pair a layer.
+
+    `attend_prefill` and `attend_decode` are the network's `attend`; call `advance` once a forward pass.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.lengths = [0] * batch
+        self._mask: Tensor | None = None  # (B, 1, 1, S) of the current decode step
+
+    def attend_prefill(self, prompt_lengths: list[int]) -> PrefillAttend:
+        """`attend` for whole prompts laid end to end, (N, H, Dh): causal within each, blind to the others."""
+        return PrefillAttend(self._keys, self._values, prompt_lengths)
+
+    def start_decode(self) -> None:
+        """Prepare one decode step: which cached positions each sequence may see, its new token included."""
+        shortest, longest = min(self.lengths), max(self.lengths)
+        self._mask = None
+        if shortest != longest:
+            device = self._keys[0].device
+            places = torch.arange(longest + 1, device=device)
+            self._mask = places <= torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1)
+
+    def attend_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """`attend` for one new token of each sequence: q (B, H, Dh), k and v (B, G, Dh) -> (B, H, Dh)."""
+        keys, values, longest = self._keys[layer], self._values[layer], max(self.lengths)
+        for row, length in enumerate(self.lengths):
+            keys[row, :, length] = k[row]
+            values[row, :, length] = v[row]
+        seen_keys, seen_values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
+        if self._mask is not None:
+            # Positions beyond a shorter sequence were never written; masked NaNs would still poison sums.
+            seen_keys = seen_keys.masked_fill(~self._mask.transpose(-1, -2), 0.0)
+            seen_values = seen_values.masked_fill(~self._mask.transpose(-1, -2), 0.0)
+        return ops.attention(q.unsqueeze(2), seen_keys, seen_values, self._mask).squeeze(2)
+
+    def advance(self, counts: list[int]) -> None:
+        """Each sequence has grown by its count."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but `rows`, in that order."""
+        index = torch.tensor(rows, device=self._keys[0].device)
+        self._keys = [k.index_select(0, index) for k in self._keys]
+        self._values = [v.index_select(0, index) for v in self._values]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+class PrefillAttend:
+    """See `KVCache.attend_prefill`."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], prompt_lengths: list[int]) -> None:
+        self._keys, self._values, self._lengths = keys, values, prompt_lengths
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
+        outputs = []
+        pieces = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
+        for row, (q_T, k_T, v_T) in enumerate(pieces):  # (T, H or G, Dh) of one prompt
+            heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q_T, k_T, v_T)]  # (1, H or G, T, Dh)
+            self._keys[layer][row, :, : k_T.shape[0]] = heads_first[1][0]
+            self._values[layer][row, :, : v_T.shape[0]] = heads_first[2][0]
+            outputs.append(ops.attention(*heads_first, causal=True)[0].transpose(0, 1))
+        return torch.cat(outputs)

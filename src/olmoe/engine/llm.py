@@ -1,0 +1,233 @@
+"""`LLM`: a model, its tokenizer and a cache, from prompts to texts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olmoe import checkpoint, hub
+from olmoe.engine.kv_cache import KVCache
+from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
+from olmoe.engine.sampler import Sampler
+from olmoe.engine.text_stream import TextStream
+from olmoe.errors import CheckpointError, UserError
+from olmoe.model import CausalLM
+from olmoe.runtime import log, resolve_device, resolve_dtype
+from olmoe.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Generate text with an OLMoE model.
+
+    >>> llm = LLM()                                    # the shipped olmoe-tiny; or a folder, or a hub id
+    >>> llm.generate("Once upon a time")[0].text       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_id: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str = "auto",
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors."""
+        folder = hub.resolve(
+            hub.SHIPPED if model_id is None else model_id,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        self.device = resolve_device(device)
+        model = checkpoint.load(folder, dtype=resolve_dtype(dtype), device=self.device, progress=progress)
+        config = model.config
+        tokenizer = Tokenizer.from_folder(
+            folder, eos_ids=_generation_eos(folder) or config.eos_token_ids, pad_id=config.pad_token_id
+        )
+        self._assemble(model, tokenizer)
+
+    @classmethod
+    def from_parts(cls, model: CausalLM, tokenizer: Tokenizer) -> LLM:
+        """An `LLM` of a model and a tokenizer that are already in memory."""
+        llm = cls.__new__(cls)
+        llm.device = next(model.parameters()).device
+        llm._assemble(model, tokenizer)
+        return llm
+
+    def _assemble(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer has {tokenizer.vocab_size} ids, but the model only {config.vocab_size}; "
+                "they do not belong together."
+            )
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        # Scaled RoPE stretches the context that the model was trained on.
+        self.context_length = int(config.max_position_embeddings * config.rope.factor)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete one prompt or several (texts, or lists of ids), together in one batch.
+
+        A batch gives each prompt the text that it would get alone. Raises `UserError` for an empty prompt,
+        ids outside the vocabulary, or a prompt that leaves no room in the context.
+        """
+        batch = self._as_batch(prompts)
+        all_params = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        if len(all_params) != len(batch):
+            raise UserError(f"{len(all_params)} sampling parameters were given for {len(batch)} prompts.")
+        requests = [self._request(prompt, p) for prompt, p in zip(batch, all_params, strict=True)]
+        streams = [TextStream(self.tokenizer, request.params.stop) for request in requests]
+        for _ in self._run(requests, streams, Statistics()):
+            pass
+        return [_completion(request, stream) for request, stream in zip(requests, streams, strict=True)]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once."""
+        request = self._request(prompt, params or SamplingParams())
+        return Stream(self, request)
+
+    # ---- the inner loop ----
+
+    @torch.inference_mode()
+    def _run(
+        self, requests: list[Request], streams: list[TextStream], statistics: Statistics
+    ) -> Iterator[tuple[int, str]]:
+        """Generate until every request has finished, yielding (request number, new text)."""
+        if not requests:
+            return
+        samplers = [Sampler(request.params, self.tokenizer.vocab_size) for request in requests]
+        active = list(range(len(requests)))
+        started = time.perf_counter()
+        capacity = max(len(request.prompt_ids) + request.limit for request in requests)
+        cache = KVCache(
+            self.config, len(requests), capacity, dtype=next(self.model.parameters()).dtype, device=self.device
+        )
+        logits = self._prefill(requests, cache)
+        statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
+        statistics.prefill_seconds += time.perf_counter() - started
+        first = True
+        while active:
+            started = time.perf_counter()
+            for row, number in enumerate(active):
+                request, stream = requests[number], streams[number]
+                token_id = samplers[number].choose(logits[row], request.prompt_ids + request.token_ids)
+                request.token_ids.append(token_id)
+                statistics.new_tokens += 1
+                statistics.decode_tokens += not first
+                text = self._accept(request, stream, token_id)
+                if text:
+                    yield number, text
+            first = False
+            unfinished = [row for row, number in enumerate(active) if requests[number].finish_reason is None]
+            if len(unfinished) < len(active):
+                active = [active[row] for row in unfinished]
+                if active:
+                    cache.keep(unfinished)
+            if active:
+                logits = self._decode([requests[number].token_ids[-1] for number in active], cache)
+            statistics.decode_seconds += time.perf_counter() - started
+
+    def _accept(self, request: Request, stream: TextStream, token_id: int) -> str:
+        """Add a chosen id to its text and decide whether the request has finished."""
+        if token_id in self.tokenizer.eos_ids and not request.params.ignore_eos:
+            request.finish_reason = "eos"
+            return stream.finish()
+        text = stream.add(token_id)
+        if stream.stopped:
+            request.finish_reason = "stop"
+        elif len(request.token_ids) >= request.limit:
+            request.finish_reason = "length"
+            text += stream.finish()
+        return text
+
+    def _prefill(self, requests: list[Request], cache: KVCache) -> Tensor:
+        """All prompts end to end through the network -> logits (B, V) of each prompt's last token."""
+        lengths = [len(request.prompt_ids) for request in requests]
+        ids_N = torch.tensor([i for request in requests for i in request.prompt_ids], device=self.device)
+        positions_N = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        length_N = torch.repeat_interleave(torch.tensor(lengths, device=self.device), torch.tensor(lengths, device=self.device))
+        hidden_ND = self.model(ids_N, positions_N, cache.attend_prefill(lengths), length_N).hidden
+        cache.advance(lengths)
+        last_B = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self.model.logits(hidden_ND[last_B])
+
+    def _decode(self, token_ids: list[int], cache: KVCache) -> Tensor:
+        """One new id of each sequence through the network -> logits (B, V)."""
+        positions_B = torch.tensor(cache.lengths, device=self.device)
+        cache.start_decode()
+        ids_B = torch.tensor(token_ids, device=self.device)
+        hidden_BD = self.model(ids_B, positions_B, cache.attend_decode, positions_B + 1).hidden
+        cache.advance([1] * len(token_ids))
+        return self.model.logits(hidden_BD)
+
+    # ---- checking what the caller gave ----
+
+    def _as_batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        if isinstance(prompts, str):
+            return [prompts]
+        if prompts and all(isinstance(item, int) for item in prompts):
+            return [prompts]  # type: ignore[list-item]
+        return list(prompts)  # type: ignore[arg-type]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise UserError("The prompt is empty; give at least one character.")
+        foreign = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if foreign:
+            raise UserError(f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}.")
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise UserError(
+                f"The prompt has {len(ids)} tokens, but the model's context ends at {self.context_length}; shorten it."
+            )
+        if params.max_new_tokens > room:
+            log.warning("only %d of %d new tokens fit the context of %d", room, params.max_new_tokens, self.context_length)
+        return Request(ids, params, min(params.max_new_tokens, room))
+
+
+class Stream:
+    """An iterator over the pieces of one text; `statistics` fills as it goes, `completion` is there at its end."""
+
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self.statistics = Statistics()
+        self.completion: Completion | None = None
+        self._request = request
+        self._text = TextStream(llm.tokenizer, request.params.stop)
+        self._pieces = llm._run([request], [self._text], self.statistics)
+
+    def __iter__(self) -> Iterator[str]:
+        for _, piece in self._pieces:
+            yield piece
+        self.completion = _completion(self._request, self._text)
+
+
+def _completion(request: Request, stream: TextStream) -> Completion:
+    assert request.finish_reason is not None
+    return Completion(stream.text, request.token_ids, request.finish_reason, len(request.prompt_ids))
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, which may be more than the model's own."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}).") from None
+    if isinstance(value, int):
+        return (value,)
+    return tuple(value) if isinstance(value, list) and all(isinstance(i, int) for i in value) else ()

@@ -1,0 +1,63 @@
+"""Choosing the next token from logits, one request at a time, so that a batch samples as its members would alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from olmoe.engine.request import SamplingParams
+
+
+class Sampler:
+    """The sampling state of one request: its random generator.
+
+    `allowed` is the tokenizer's number of ids: rows of the output head beyond it are padding, which was
+    never trained, and can never be chosen.
+    """
+
+    def __init__(self, params: SamplingParams, allowed: int) -> None:
+        self._params, self._allowed = params, allowed
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def choose(self, logits: Tensor, history: list[int]) -> int:
+        """The next id. logits (V,) of one sequence; `history` is its prompt and text so far, for the penalty."""
+        scores = logits.float().cpu()[: self._allowed].clone()
+        if self._params.repetition_penalty != 1.0:
+            penalize(scores, history, self._params.repetition_penalty)
+        if self._params.temperature == 0.0:
+            return int(scores.argmax())
+        probabilities = filtered(scores, self._params).softmax(dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def penalize(scores: Tensor, history: list[int], penalty: float) -> None:
+    """Lower, in place, the scores (V,) of ids in `history`: positive ones divided, negative ones multiplied."""
+    seen = torch.tensor(sorted({i for i in history if 0 <= i < len(scores)}), dtype=torch.long)
+    old = scores[seen]
+    scores[seen] = torch.where(old > 0, old / penalty, old * penalty)
+
+
+def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Temperature, then top-k, top-p, min-p; what they exclude becomes -inf. scores (V,) -> (V,).
+
+    The order is transformers'. At least one token always remains.
+    """
+    scores = scores / params.temperature
+    if 0 < params.top_k < len(scores):
+        kth = scores.topk(params.top_k).values[-1]
+        scores = scores.masked_fill(scores < kth, float("-inf"))
+    if params.top_p < 1.0:
+        ordered, order = scores.sort(descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        # A token stays if those before it have not yet reached p.
+        excluded = probabilities.cumsum(dim=-1) - probabilities >= params.top_p
+        excluded[0] = False
+        scores = scores.index_fill(0, order[excluded], float("-inf"))
+    if params.min_p > 0.0:
+        probabilities = scores.softmax(dim=-1)
+        scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
+    return scores

@@ -1,0 +1,49 @@
+"""Generated ids to text that may be shown: whole characters, and nothing that a stop string may yet swallow. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from olmoe.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class TextStream:
+    """Feed ids with `add`; `text` grows by what each call returns; `stopped` turns true at a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+        self.text = ""
+
+    def add(self, token_id: int) -> str:
+        """The text that this id makes certain; empty after `stopped`."""
+        return self._release(self._detokenizer.add(token_id), final=False)
+
+    def finish(self) -> str:
+        """The rest of the text once generation has ended."""
+        return self._release(self._detokenizer.finish(), final=True)
+
+    def _release(self, new: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += new
+        places = [place for s in self._stop if (place := self._held.find(s)) >= 0]
+        if places:
+            self.stopped = True
+            ready, self._held = self._held[: min(places)], ""
+        else:
+            keep = 0 if final else self._possible_stop()
+            cut = len(self._held) - keep
+            ready, self._held = self._held[:cut], self._held[cut:]
+        self.text += ready
+        return ready
+
+    def _possible_stop(self) -> int:
+        """How many characters at the end of the held text could be the beginning of a stop string."""
+        longest = max((len(s) for s in self._stop), default=0)
+        for size in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-size:]) for s in self._stop):
+                return size
+        return 0

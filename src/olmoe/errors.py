@@ -1,0 +1,27 @@
+"""Errors that a user can cause, each carrying one sentence with the offending value and the remedy.
+
+The command line prints the sentence and exits with code 2; anything else that escapes is a bug of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done; the message says what and how to mend it."""
+
+
+class ConfigError(UserError):
+    """A model or training configuration is invalid, unknown or contradictory."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, truncated, foreign, or does not fit its configuration."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer file is missing or unreadable, or its ids do not fit the model."""
+
+
+class BackendUnavailableError(UserError):
+    """A backend that was asked for by name cannot run here; the message says why."""

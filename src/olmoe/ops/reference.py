@@ -1,0 +1,126 @@
+"""Ground truth: every operation in plain torch, written to be audited, differentiable, without speed tricks.
+
+Shapes legend: B batch, T sequence, N = B*T tokens, D hidden, H heads, G KV heads, Dh head dim,
+E experts, K experts per token, M = N*K routed rows, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from olmoe.ops.dispatch import register
+from olmoe.ops.types import SortedRows
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@register("linear", "reference")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + b, accumulated in fp32. x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@register("rms_norm", "reference")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = w * (x / sqrt(mean(x^2) + eps)): statistics in fp32, cast back before the weight. x (..., D)."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+@register("apply_rope", "reference")
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half RoPE in fp32. x (..., H, Dh); cos, sin (..., Dh/2), one row a token -> (..., H, Dh)."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., 1, Dh/2): the same for every head
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+@register("attention", "reference")
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v. q (B, H, T, Dh), k and v (B, G, S, Dh), mask broadcastable to (B, H, T, S).
+
+    `mask` is True where attention is allowed. `causal` aligns the last query with the last key.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, Dh)
+    scores = (q.float() @ k.float().transpose(-1, -2)) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    if causal:
+        t, s = scores.shape[-2:]
+        allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+        mask = allowed if mask is None else mask & allowed
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    # A row that may attend to nothing (padding) yields zeros, not NaN.
+    probabilities = scores.softmax(dim=-1).nan_to_num(0.0)
+    return (probabilities @ v.float()).to(q.dtype)
+
+
+@register("route", "reference")
+def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """Top-k of softmax over all experts (paper Eq. 1). logits (N, E) -> weights (N, K) fp32, expert ids (N, K).
+
+    The weights are used as they are (their sum is below 1) unless `norm_topk_prob` renormalises them.
+    """
+    weights_NK, expert_ids_NK = torch.topk(logits.float().softmax(dim=-1), k, dim=-1)
+    if norm_topk_prob:
+        weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+    return weights_NK, expert_ids_NK
+
+
+@register("sort_by_expert", "reference")
+def sort_by_expert(expert_ids_NK: Tensor, num_experts: int) -> SortedRows:
+    """Order the N*K routed rows by expert, ties by token; see `SortedRows`."""
+    n, k = expert_ids_NK.shape
+    flat = expert_ids_NK.reshape(-1).tolist()
+    order = sorted(range(n * k), key=lambda row: flat[row])  # Python's sort is stable
+    position = [0] * (n * k)
+    for place, row in enumerate(order):
+        position[row] = place
+    offsets = [sum(expert < e for expert in flat) for e in range(num_experts + 1)]
+    device = expert_ids_NK.device
+    order_M = torch.tensor(order, dtype=torch.long, device=device)
+    return SortedRows(
+        order_M=order_M,
+        token_ids_M=order_M // k,
+        position_NK=torch.tensor(position, dtype=torch.long, device=device).view(n, k),
+        offsets_E=torch.tensor(offsets, dtype=torch.long, device=device),
+    )
+
+
+@register("gather_rows", "reference")
+def gather_rows(x: Tensor, rows: SortedRows) -> Tensor:
+    """The input of every routed row, in sorted order. x (N, D) -> (M, D)."""
+    return x[rows.token_ids_M]
+
+
+@register("experts", "reference")
+def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """SwiGLU of each expert on its own rows: down(act(gate x) * up x), accumulated in fp32.
+
+    rows (M, D) sorted by expert, offsets (E+1,), gate_up (E, 2F, D: gate rows first), down (E, D, F) -> (M, D).
+    """
+    offsets, outputs = offsets_E.tolist(), []
+    for e in range(gate_up.shape[0]):
+        x = rows_MD[offsets[e] : offsets[e + 1]].float()
+        gate, up = (x @ gate_up[e].float().T).chunk(2, dim=-1)
+        outputs.append((activation(gate) * up) @ down[e].float().T)
+    return torch.cat(outputs).to(rows_MD.dtype)
+
+
+@register("combine", "reference")
+def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
+    """y_n = sum_k w_nk * row(n, k), summed in fp32 in the fixed order of k. (M, D), (N, K) -> (N, D)."""
+    y_NKD = rows_MD[rows.position_NK].float()
+    return (weights_NK.float().unsqueeze(-1) * y_NKD).sum(dim=1).to(rows_MD.dtype)
+
+
+@register("linear_cross_entropy", "reference")
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Sum over tokens of -log softmax(x W^T)[label]. x (N, D), weight (V, D), labels (N,) -> scalar fp32."""
+    logits_NV = x.float() @ weight.float().T
+    return torch.nn.functional.cross_entropy(logits_NV, labels, ignore_index=ignore_index, reduction="sum")

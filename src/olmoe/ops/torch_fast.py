@@ -1,0 +1,296 @@
+"""Vectorised torch: the backend that runs everywhere torch runs, forward and backward.
+
+The MoE path sorts routed rows by expert, multiplies them in groups and gathers them back; its
+backward passes gather too, so nothing scatters with atomics and results do not depend on threads.
+
+On a CPU without bf16 matrix instructions torch multiplies bf16 at a tenth of its fp32 speed; here
+weights are then converted to fp32 in pieces that stay in cache, and multiplied in fp32.
+
+Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token,
+M = N*K routed rows, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from olmoe.ops.dispatch import register
+from olmoe.ops.reference import Activation
+from olmoe.ops.types import SortedRows
+from olmoe.runtime import cpu_multiplies_bf16
+
+# Rows of a weight converted to fp32 at a time: 512 x 2048 fp32 are 4 MB, which stay in the L2/L3 cache.
+CONVERT_ROWS = 512
+# Tokens whose logits exist at a time in linear_cross_entropy: 512 x 4096 fp32 are 8 MB.
+CROSS_ENTROPY_TOKENS = 512
+# Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
+# converting the weight.
+CONVERT_MIN_ROWS = 5
+
+
+def _widen(x: Tensor, rows: int) -> bool:
+    """Whether to multiply `rows` rows of `x`'s dtype in fp32, because the CPU's own product would be slow."""
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return False
+    if x.dtype == torch.bfloat16 and cpu_multiplies_bf16():
+        return False
+    return rows >= CONVERT_MIN_ROWS
+
+
+def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in fp32 for a half-precision weight, converting `CONVERT_ROWS` rows of it at a time."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    buffer = torch.empty(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1], dtype=torch.float32)
+    for start in range(0, weight.shape[0], CONVERT_ROWS):
+        piece = weight[start : start + CONVERT_ROWS]
+        wide = buffer[: piece.shape[0]].copy_(piece)
+        torch.mm(x, wide.T, out=out[:, start : start + CONVERT_ROWS])
+    return out
+
+
+@register("linear", "torch")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not _widen(x, rows):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    y = _matmul_widened(x.reshape(rows, x.shape[-1]).float(), weight)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+@register("rms_norm", "torch")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`. torch's fused kernel is used where its rounding is the same (fp32)."""
+    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+@register("apply_rope", "torch")
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.apply_rope`."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    # fp32 cos and sin promote the products to fp32 whatever the dtype of x.
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
+
+
+@register("attention", "torch")
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """See `reference.attention`."""
+    grouped = q.shape[1] != k.shape[1]
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        # torch's is_causal aligns the first query with the first key; ours are aligned at the end.
+        t, s = q.shape[2], k.shape[2]
+        allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+        mask, causal = allowed if mask is None else mask & allowed, False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if mask is not None:
+        # Rows that may attend to nothing are zeros here as in the reference, on every torch kernel.
+        out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return out
+
+
+@register("route", "torch")
+def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """See `reference.route`."""
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights_NK, expert_ids_NK = torch.topk(probabilities, k, dim=-1)
+    if norm_topk_prob:
+        weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+    return weights_NK, expert_ids_NK
+
+
+@register("sort_by_expert", "torch")
+def sort_by_expert(expert_ids_NK: Tensor, num_experts: int) -> SortedRows:
+    """See `reference.sort_by_expert`."""
+    n, k = expert_ids_NK.shape
+    flat = expert_ids_NK.reshape(-1)
+    # A 16-bit key sorts twice as fast, and no OLMoE has 32768 experts.
+    order_M = torch.sort(flat.to(torch.int16) if num_experts < 2**15 else flat, stable=True)[1]
+    position_M = torch.empty_like(order_M)
+    position_M[order_M] = torch.arange(n * k, device=flat.device)
+    counts_E = torch.bincount(flat, minlength=num_experts)
+    return SortedRows(order_M, order_M // k, position_M.view(n, k), F.pad(counts_E.cumsum(0), (1, 0)))
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows by token id; the gradient of a token is the sum over its K rows, gathered in the order of k."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_ids_M: Tensor, position_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(position_NK)
+        return x.index_select(0, token_ids_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (position_NK,) = ctx.saved_tensors
+        summed = F.embedding_bag(position_NK, grad.float().contiguous(), mode="sum")
+        return summed.to(grad.dtype), None, None
+
+
+@register("gather_rows", "torch")
+def gather_rows(x: Tensor, rows: SortedRows) -> Tensor:
+    """See `reference.gather_rows`."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.index_select(0, rows.token_ids_M)
+    return _GatherRows.apply(x, rows.token_ids_M, rows.position_NK)
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted gather-sum of rows back to tokens; both gradients are gathers of the token's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, weights_NK: Tensor, position_NK: Tensor, order_M: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_MD, weights_NK, position_NK, order_M)
+        wide = F.embedding_bag(position_NK, rows_MD.float(), per_sample_weights=weights_NK.float(), mode="sum")
+        return wide.to(rows_MD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_MD, weights_NK, position_NK, order_M = ctx.saved_tensors
+        grad_MD = grad_ND.float().index_select(0, order_M // weights_NK.shape[1])
+        grad_weights_M = torch.linalg.vecdot(grad_MD, rows_MD.float())
+        grad_weights_NK = grad_weights_M[position_NK].to(weights_NK.dtype)
+        weights_M = weights_NK.float().flatten()[order_M]
+        return (grad_MD.mul_(weights_M.unsqueeze(1))).to(rows_MD.dtype), grad_weights_NK, None, None
+
+
+@register("combine", "torch")
+def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
+    """See `reference.combine`."""
+    return _Combine.apply(rows_MD, weights_NK, rows.position_NK, rows.order_M)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """torch's grouped product needs rows of a multiple of 16 bytes."""
+    return all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
+    """Each expert's rows times its own weight^T. rows (M, I) sorted, weight (E, O, I), offsets (E+1,) -> (M, O)."""
+    if _aligned(rows_MI, weight) and weight.shape[1] * weight.element_size() % 16 == 0 and rows_MI.shape[0]:
+        return F.grouped_mm(rows_MI, weight.transpose(1, 2), offs=offsets_E[1:].to(torch.int32))
+    counts = offsets_E.diff().tolist()
+    pieces = rows_MI.split(counts)
+    return torch.cat([piece @ weight[e].T for e, piece in enumerate(pieces)])
+
+
+@register("experts", "torch")
+def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """See `reference.experts`."""
+    dtype = rows_MD.dtype
+    if _widen(rows_MD, CONVERT_MIN_ROWS):
+        if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
+            return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
+        return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
+    hidden_MF = _GatedUnit.apply(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
+    return _grouped_linear(hidden_MF, down, offsets_E)
+
+
+class _GatedUnit(torch.autograd.Function):
+    """act(gate) * up of (M, 2F) -> (M, F); backward writes both halves of the gradient into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_M2F: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate_up_M2F)
+        ctx.activation = activation
+        gate, up = gate_up_M2F.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, None]:
+        (gate_up_M2F,) = ctx.saved_tensors
+        gate, up = gate_up_M2F.chunk(2, dim=-1)
+        gate = gate.detach().requires_grad_()
+        with torch.enable_grad():
+            activated = ctx.activation(gate)
+        grad = torch.empty_like(gate_up_M2F)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grad_MF, activated.detach(), out=grad_up)
+        grad_gate.copy_(torch.autograd.grad(activated, gate, grad_MF * up)[0])
+        return grad, None
+
+
+def _experts_one_by_one(
+    rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """Inference in half precision on a CPU that only multiplies fp32 well: chosen experts, one at a time."""
+    offsets, out = offsets_E.tolist(), torch.empty_like(rows_MD)
+    for e in range(gate_up.shape[0]):
+        start, end = offsets[e], offsets[e + 1]
+        if start == end:
+            continue
+        x = rows_MD[start:end]
+        if end - start >= CONVERT_MIN_ROWS:
+            gate, up = _matmul_widened(x.float(), gate_up[e]).chunk(2, dim=-1)
+            out[start:end] = _matmul_widened(activation(gate) * up, down[e])
+        else:
+            gate, up = F.linear(x, gate_up[e]).float().chunk(2, dim=-1)
+            out[start:end] = F.linear((activation(gate) * up).to(x.dtype), down[e])
+    return out
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one pass over pieces of tokens, so that (N, V) logits never exist.
+
+    The gradient of a sum needs only the pieces' own softmax, so it is computed with the loss and scaled
+    by the incoming gradient in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide_weight = weight.float()
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = torch.zeros_like(wide_weight) if need_weight else None
+        for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):
+            piece = slice(start, start + CROSS_ENTROPY_TOKENS)
+            x_piece, label = x[piece].float(), labels[piece]
+            used = label != ignore_index
+            target = label.where(used, 0).unsqueeze(1)
+            logits = x_piece @ wide_weight.T
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
+            if need_x or need_weight:
+                delta = logits.sub_(lse).exp_()  # softmax, in the place of the logits
+                delta.scatter_add_(1, target, torch.full_like(target, -1, dtype=delta.dtype))
+                delta *= used.unsqueeze(1)
+                if grad_x is not None:
+                    grad_x[piece] = delta @ wide_weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(delta.T, x_piece)
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_x is None else (grad_x * grad).to(grad_x.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+@register("linear_cross_entropy", "torch")
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """See `reference.linear_cross_entropy`."""
+    return _LinearCrossEntropy.apply(x, weight, labels, ignore_index)

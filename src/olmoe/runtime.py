@@ -1,0 +1,119 @@
+"""What a process runs on: device, dtype, threads, seeds, and one-time log messages."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from olmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("olmoe")
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Log `message` at INFO level, once a process however often it is asked."""
+    log.info(message)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one and the CPU elsewhere; a name is taken at its word.
+
+    Raises `UserError` for an unknown name or for a device that this machine lacks.
+    """
+    import torch
+
+    if name == "auto":
+        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        log_once(f"device: {chosen} (chosen automatically)")
+        return chosen
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but this torch sees no CUDA GPU; use cpu.")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise UserError(f"Device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name; None or `auto` means "as stored". Raises `UserError` for others."""
+    import torch
+
+    if name is None or name == "auto":
+        return None
+    table = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+    }
+    if isinstance(name, torch.dtype):
+        if name in table.values():
+            return name
+    elif name in table:
+        return table[name]
+    raise UserError(f"Unknown dtype {str(name)!r}; use auto, float32, bfloat16 or float16.")
+
+
+def set_threads(count: int | None) -> int:
+    """Use `count` CPU threads in torch (None: leave as it is) and return the number in use."""
+    import torch
+
+    if count is not None:
+        if count < 1:
+            raise UserError(f"The number of threads must be at least 1, not {count}.")
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions that torch's matmul uses (AVX512-BF16 or AMX).
+
+    Without them torch's bf16 matmul runs at about a tenth of its fp32 speed, so `ops` converts weights
+    to fp32 piece by piece instead. Setting `ONEDNN_MAX_CPU_ISA` to an ISA without bf16 (for example
+    `AVX2`) turns the instructions off inside oneDNN, and this answer follows it.
+    """
+    import torch
+
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit and "BF16" not in limit and "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
+        return False
+    cpu = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it to the kernel after every tensor.
+
+    A training step allocates and frees the same large tensors over and over; page faults for them cost
+    a quarter of a small model's step. Without glibc this does nothing.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,64 @@
+"""Held-out evaluation: bits per byte of text, and how the experts share the load."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from olmoe import ops
+from olmoe.model import CausalLM, causal_attend
+from olmoe.train.data import TokenFile, Tokens
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file's result.
+
+    `bits_per_byte` divides the bits of all predicted tokens, EOS included, by the UTF-8 bytes of the
+    documents (nan for token files whose text is unknown); `loss` is nats per token. `counts_LE` counts the
+    tokens that each expert of each layer received.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    counts_LE: Tensor
+
+
+@torch.inference_mode()
+def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, windows: int = 0) -> Evaluation:
+    """Predict a token file in consecutive windows of `length` inputs, the first `windows` of them (0: all).
+
+    Every token but the file's first is predicted once, from the tokens before it in its window. A partial
+    last window is included when all windows are asked for.
+    """
+    config, device = model.config, next(model.parameters()).device
+    total = len(tokens) - 1
+    end = total if windows == 0 else min(total, windows * length)
+    nats, counts_LE = 0.0, torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.long, device=device)
+    for starts in _batches(end, length):
+        rows = [torch.from_numpy(tokens[s : min(s + length, end) + 1].astype("int64")) for s in starts]
+        ids = torch.stack(rows).to(device)
+        inputs, labels = ids[:, :-1], ids[:, 1:]
+        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+        output = model(inputs, positions, causal_attend)
+        nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
+        for layer, router in enumerate(output.routers):
+            counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
+    # A share of the file is charged with the same share of its bytes.
+    text_bytes = math.nan if file.text_bytes is None else file.text_bytes * end / total
+    return Evaluation(nats / end, nats / math.log(2) / text_bytes, end, counts_LE.cpu())
+
+
+def _batches(end: int, length: int) -> list[list[int]]:
+    """Starts of windows that fit one batch; a shorter last window goes alone."""
+    full = list(range(0, end - length + 1, length))
+    size = max(1, BATCH_TOKENS // length)
+    batches = [full[i : i + size] for i in range(0, len(full), size)]
+    rest = len(full) * length
+    return [*batches, [rest]] if rest < end else batches

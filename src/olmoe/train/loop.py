@@ -1,0 +1,243 @@
+"""The training loop, readable top to bottom: data, model, steps, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from olmoe import checkpoint
+from olmoe.errors import ConfigError
+from olmoe.model import CausalLM, initialize
+from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
+from olmoe.tokenizer import Tokenizer
+from olmoe.train import state
+from olmoe.train.config import TrainConfig
+from olmoe.train.data import Mixture, TokenFile, Tokens, load_sources, open_tokens, prepare, read_documents
+from olmoe.train.evaluation import Evaluation, evaluate
+from olmoe.train.losses import objective
+from olmoe.train.optim import build_optimizer, clip_gradients, learning_rate
+from olmoe.train.vocabulary import train_vocabulary
+
+
+class Interrupted(Exception):
+    """Ctrl-C (or SIGTERM) ended the run after a finished step; the checkpoint was saved at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = True) -> Path:
+    """Run (or continue) a training run and return the folder of its best checkpoint.
+
+    Writes under `run.output`: `metrics.jsonl`, `checkpoints/step-N` (resumable), `best` (lowest mean held-out
+    bits per byte; the last state if nothing is held out) and `evaluation.json` (all of every held-out file,
+    by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
+    """
+    output = config.resolve(config.run.output)
+    newest = state.latest(output)
+    if newest is not None and not resume:
+        raise ConfigError(f"{output} already holds a run; continue it with --resume, or choose another run.output.")
+    set_threads(config.run.threads)
+    keep_freed_memory()
+    device = resolve_device(config.run.device)
+
+    # ---- data: text -> token files -> one deterministic sequence of windows ----
+    tokenizer_path = config.resolve(config.tokenizer.path)
+    _ensure_tokenizer(config, tokenizer_path)
+    eos_id = _eos_id(config, tokenizer_path)
+    tokens_folder, vocab_size = config.resolve(config.data.tokens_folder), config.model.vocab_size
+    train_files, valid_files, measured_files = (
+        [prepare(config.resolve(s.path), tokenizer_path, tokens_folder, eos_id) for s in sources]
+        for sources in (config.data.train, config.data.valid, config.data.measure)
+    )
+    length = config.data.sequence_length
+    mixture = Mixture(load_sources(config.data.train, train_files, vocab_size), length, config.run.seed)
+    held_out = [(file, open_tokens(file, vocab_size)) for file in valid_files]
+    measured = [(file, open_tokens(file, vocab_size)) for file in measured_files]
+
+    # ---- model, optimizer, state ----
+    model = CausalLM(config.model)
+    initialize(model, config.run.seed)
+    model = model.to(device)
+    optimizer = build_optimizer(model, config.optimizer)
+    progress = state.Progress()
+    metrics_path = output / "metrics.jsonl"
+    if resume and newest is not None:
+        progress = state.restore(newest, model, optimizer, config.fingerprint())
+        state.truncate_metrics(metrics_path, progress.step)
+        log.info("resumed from %s", newest)
+    tokenizer_files = {"tokenizer.json": tokenizer_path.read_text(encoding="utf-8")}
+    output.mkdir(parents=True, exist_ok=True)
+    epoch_tokens = mixture.windows_per_epoch * length
+    log.info("%.1fM tokens an epoch, %d steps", epoch_tokens / 1e6, config.total_steps)
+
+    microbatches, sequences = config.batch.accumulation, config.batch.sequences
+    bar = tqdm(
+        total=config.total_steps * config.tokens_per_step,
+        initial=progress.tokens,
+        unit="tok",
+        unit_scale=True,
+        disable=not show_progress,
+    )
+    with _catch_interrupts() as interrupted, bar, metrics_path.open("a", encoding="utf-8") as metrics:
+
+        def record(**values: Any) -> None:
+            metrics.write(json.dumps({"step": progress.step, "tokens": progress.tokens} | values) + "\n")
+            metrics.flush()
+
+        while progress.step < config.total_steps:
+            started = time.perf_counter()
+            rate = learning_rate(config.schedule, config.optimizer.learning_rate, progress.tokens)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # ---- one step ----
+            sums = dict.fromkeys(("cross_entropy", "load_balancing", "router_z"), 0.0)
+            counts_LE = torch.zeros(0)
+            for microbatch in range(microbatches):
+                first = (progress.step * microbatches + microbatch) * sequences
+                windows = np.stack([mixture.window(i) for i in range(first, first + sequences)])
+                losses = objective(
+                    model,
+                    torch.from_numpy(windows).to(device),
+                    config.loss,
+                    positions_in_step=config.tokens_per_step,
+                    microbatches=microbatches,
+                )
+                losses.objective.backward()
+                sums["cross_entropy"] += float(losses.cross_entropy)
+                sums["load_balancing"] += float(losses.load_balancing) / microbatches
+                sums["router_z"] += float(losses.router_z) / microbatches
+                counts_LE = losses.counts_LE if microbatch == 0 else counts_LE + losses.counts_LE
+            norm = float(clip_gradients(model.parameters(), config.optimizer.max_grad_norm))
+            if not np.isfinite(norm):
+                raise ConfigError(
+                    f"The gradient norm is {norm} at step {progress.step + 1}; lower optimizer.learning_rate "
+                    f"(now {config.optimizer.learning_rate})."
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step += 1
+            progress.tokens += config.tokens_per_step
+
+            seconds = time.perf_counter() - started
+            imbalance = float((counts_LE.amax(dim=1) / counts_LE.float().mean(dim=1)).mean())
+            record(
+                **sums,
+                learning_rate=rate,
+                grad_norm=norm,
+                max_load_over_mean=imbalance,
+                tokens_per_second=config.tokens_per_step / seconds,
+            )
+            bar.update(config.tokens_per_step)
+            bar.set_postfix(loss=f"{sums['cross_entropy']:.3f}", tok_s=f"{config.tokens_per_step / seconds:.0f}")
+
+            # ---- held-out evaluation, checkpoints, interrupts ----
+            last = progress.step == config.total_steps
+            if last or progress.step % config.evaluation.every_steps == 0:
+                results = evaluate_all(model, held_out, length, config.evaluation.windows)
+                record(**summary(results))
+                score = _score(results)
+                if score < progress.best or not results:
+                    progress.best, progress.best_step = score, progress.step
+                    checkpoint.save(model, output / "best", extra_files=tokenizer_files)
+            if last or interrupted or progress.step % config.checkpoint.every_steps == 0:
+                path = state.save_state(
+                    output, model, optimizer, progress, config.fingerprint(), tokenizer_files
+                )
+                state.prune(output, config.checkpoint.keep)
+            if interrupted and not last:
+                raise Interrupted(path)
+
+    # ---- the best checkpoint on all of every held-out and measured file ----
+    best = checkpoint.load(output / "best", device=device)
+    final = evaluate_all(best, held_out + measured, length, 0)
+    report = {"step": progress.best_step} | summary(final)
+    report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
+    (output / "evaluation.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return output / "best"
+
+
+def evaluate_all(
+    model: CausalLM, held_out: list[tuple[TokenFile, Tokens]], length: int, windows: int
+) -> dict[str, Evaluation]:
+    """`evaluate` each held-out file; results by the token file's name."""
+    return {Path(file.path).stem: evaluate(model, file, tokens, length, windows) for file, tokens in held_out}
+
+
+def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float]]:
+    """Loss and bits per byte by file, as metrics records hold them."""
+    return {
+        "held_out_loss": {name: round(r.loss, 5) for name, r in results.items()},
+        "bits_per_byte": {name: round(r.bits_per_byte, 5) for name, r in results.items()},
+    }
+
+
+def _score(results: dict[str, Evaluation]) -> float:
+    """What `best` minimises: the mean over files of bits per byte, or of the loss where bytes are unknown."""
+    if not results:
+        return float("inf")
+    bits = statistics.fmean(r.bits_per_byte for r in results.values())
+    return bits if np.isfinite(bits) else statistics.fmean(r.loss for r in results.values())
+
+
+def _ensure_tokenizer(config: TrainConfig, path: Path) -> None:
+    """Train the tokenizer on the training texts if its file does not exist and a size is given."""
+    if path.is_file():
+        return
+    if config.tokenizer.vocab_size is None:
+        raise ConfigError(f"There is no tokenizer {path}; set tokenizer.vocab_size to train one.")
+    texts = [config.resolve(s.path) for s in config.data.train if not s.path.endswith(".npy")]
+    log.info("training a tokenizer of %d entries on %d files", config.tokenizer.vocab_size, len(texts))
+    train_vocabulary(
+        (document for text in texts for document in read_documents(text)), config.tokenizer.vocab_size, path
+    )
+
+
+def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:
+    """The id that ends documents. Raises `ConfigError` if tokenizer and model do not fit each other."""
+    if not config.model.eos_token_ids:
+        raise ConfigError("model.eos_token_id is needed for training: it ends each document.")
+    size = Tokenizer.from_file(tokenizer_path).vocab_size
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {size} ids, but model.vocab_size is only {config.model.vocab_size}; raise it."
+        )
+    if config.model.eos_token_ids[0] >= size:
+        raise ConfigError(f"model.eos_token_id {config.model.eos_token_ids[0]} is no id of {tokenizer_path} ({size} ids).")
+    return config.model.eos_token_ids[0]
+
+
+@contextmanager
+def _catch_interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM for the loop to act on between steps; a second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def handler(number: int, frame: Any) -> None:
+        received.append(number)
+        for known, old in previous.items():
+            signal.signal(known, old)
+        log.warning("finishing this step, then saving; interrupt again to stop at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, handler)
+        except ValueError:  # not the main thread: whoever runs us handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

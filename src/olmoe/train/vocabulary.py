@@ -1,0 +1,57 @@
+"""Train a byte-level BPE tokenizer with OLMoE's conventions for ids, at any size.
+
+OLMoE's vocabulary (GPT-NeoX's for Dolma) begins with `|||IP_ADDRESS|||` (0) and `<|padding|>` (1), ends
+with runs of 24 down to 2 spaces, `|||EMAIL_ADDRESS|||`, `|||PHONE_NUMBER|||` and `<|endoftext|>`, and has
+the merges between. A vocabulary of another size keeps that order, so that code written for one works for
+the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from olmoe.atomic import write_text
+from olmoe.errors import ConfigError
+
+FIRST = ("|||IP_ADDRESS|||", "<|padding|>")
+SPACES = tuple(" " * n for n in range(24, 1, -1))
+LAST = ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "<|endoftext|>")
+_RESERVED = len(FIRST) + len(SPACES) + len(LAST)
+
+
+def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path) -> None:
+    """Train on `documents` and write a `tokenizer.json` of exactly `vocab_size` ids to `path`, atomically.
+
+    Raises `ConfigError` if the size leaves no room for the 256 bytes, or the text yields too few merges.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if vocab_size < _RESERVED + 256:
+        raise ConfigError(f"A byte-level vocabulary needs at least {_RESERVED + 256} entries, not {vocab_size}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPACES) - len(LAST),
+        special_tokens=list(FIRST),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.add_tokens([AddedToken(run, normalized=True, special=False) for run in SPACES])
+    tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in LAST[:2]])
+    tokenizer.add_special_tokens([AddedToken(LAST[2], normalized=False, special=True)])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ConfigError(
+            f"The text yields only {tokenizer.get_vocab_size()} vocabulary entries, not {vocab_size}; "
+            "give more text or a smaller vocab_size."
+        )
+    contents = json.loads(tokenizer.to_str())
+    for token in contents["added_tokens"]:
+        # The trainer makes its first tokens special; OLMoE's masks of personal data are ordinary tokens.
+        token["special"] = token["content"] in (FIRST[1], LAST[2])
+    write_text(path, json.dumps(contents, ensure_ascii=False, indent=1))
