@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from configurations import VOCAB_SIZE, small_config
-
 from olmoe.model import CausalLM, initialize
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.vocabulary import train_vocabulary

@@ -35,7 +35,9 @@ MAX_SHARD_BYTES = 4 * 10**9
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old transformers versions stored; they follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-_EXPERT_NAME = re.compile(r"(?P<prefix>model\.layers\.\d+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+_EXPERT_NAME = re.compile(
+    r"(?P<prefix>model\.layers\.\d+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,11 @@ def write_model(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     stored = dtype or next(model.parameters()).dtype
     (folder / "config.json").write_text(config.to_json(str(stored).removeprefix("torch.")), encoding="utf-8")
-    generation = {"_from_model_config": True, "pad_token_id": config.pad_token_id,
-                  "eos_token_id": config.to_dict()["eos_token_id"]}
+    generation = {
+        "_from_model_config": True,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.to_dict()["eos_token_id"],
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
@@ -251,7 +256,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.attention_bias:
         layer |= {f"self_attn.{p}_proj.bias": (d if p in "qo" else kv,) for p in "qkvo"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, d),
+        "model.norm.weight": (d,),
+    }
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     if not config.tie_word_embeddings:

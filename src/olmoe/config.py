@@ -45,9 +45,7 @@ class RopeParameters:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(
-                f"rope_type {self.rope_type!r} is not supported; choose one of {', '.join(ROPE_TYPES)}."
-            )
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; choose one of {', '.join(ROPE_TYPES)}.")
         if not _is_number(self.rope_theta) or self.rope_theta <= 0:
             raise ConfigError(f"rope_theta must be a positive number, not {self.rope_theta!r}.")
         if not _is_number(self.factor) or self.factor < 1:
@@ -108,9 +106,7 @@ class ModelConfig:
                 f"num_key_value_heads {self.kv_heads}."
             )
         if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}."
-            )
+            raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}.")
         for name in ("rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
@@ -231,7 +227,9 @@ class ModelConfig:
         rope = self.rope
         scaled = rope.rope_type != "default"
         values["rope_theta"] = rope.rope_theta
-        values["rope_scaling"] = {"type": rope.rope_type, "rope_type": rope.rope_type, "factor": rope.factor} if scaled else None
+        values["rope_scaling"] = (
+            {"type": rope.rope_type, "rope_type": rope.rope_type, "factor": rope.factor} if scaled else None
+        )
         values["rope_parameters"] = {"rope_theta": rope.rope_theta, "rope_type": rope.rope_type}
         if scaled:
             values["rope_parameters"]["factor"] = rope.factor
@@ -258,8 +256,10 @@ def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
             raise ConfigError(f"{name} has unknown keys: {', '.join(sorted(unknown))}.")
         original = value.get("original_max_position_embeddings")
         if original not in (None, raw.get("max_position_embeddings", ModelConfig.max_position_embeddings)):
-            raise ConfigError(f"{name} has original_max_position_embeddings {original!r}, which must equal "
-                              "max_position_embeddings for OLMoE's linear and dynamic scaling.")
+            raise ConfigError(
+                f"{name} has original_max_position_embeddings {original!r}, which must equal "
+                "max_position_embeddings for OLMoE's linear and dynamic scaling."
+            )
     candidates = {
         "rope_theta": [new.get("rope_theta"), raw.get("rope_theta")],
         "rope_type": [s.get("rope_type", s.get("type")) for s in (new, old) if s],

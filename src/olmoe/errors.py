@@ -6,6 +6,16 @@ ours and keeps its traceback.
 
 from __future__ import annotations
 
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+
+
+def shown(value: object) -> str:
+    """`repr(value)` cut to a length that fits into a sentence, for values that come out of files."""
+    return _REPR.repr(value)
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what and how to mend it."""

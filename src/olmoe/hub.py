@@ -53,7 +53,9 @@ def resolve(
     except RevisionNotFoundError:
         raise CheckpointError(f"{name} on the hub has no revision {revision!r}.") from None
     except RepositoryNotFoundError:
-        raise CheckpointError(f"There is no folder {name!r} and no such repository on the hub (or it is private).") from None
+        raise CheckpointError(
+            f"There is no folder {name!r} and no such repository on the hub (or it is private)."
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise CheckpointError(
             f"There is no folder {name!r}, and the hub model is neither in the local cache nor reachable "

@@ -271,13 +271,11 @@ class CausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Output:
         """See `Decoder.forward`."""
-        output: Output = self.model(input_ids, positions, attend, length)
-        return output
+        return self.model(input_ids, positions, attend, length)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> (..., V)."""
-        scores: Tensor = self.lm_head(hidden)
-        return scores
+        return self.lm_head(hidden)
 
 
 def initialize(model: CausalLM, seed: int) -> None:
@@ -302,7 +300,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """Make every operation of `model` use `backend` ("auto", or a name of `olmoe.ops.dispatch.PRIORITY`)."""
     for module in model.modules():
         if hasattr(module, "backend"):
-            module.backend = backend
+            setattr(module, "backend", backend)  # noqa: B010  (mypy: every module has attributes of any type)
 
 
 def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

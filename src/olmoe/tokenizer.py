@@ -87,18 +87,21 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added before or after it."""
+        """Ids of `text`, nothing added before or after it. Raises `TokenizerError` for lone surrogates."""
+        _check_unicode(text)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
+        for text in texts:
+            _check_unicode(text)
         return [list(e.ids) for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary are dropped."""
-        return b"".join(
-            self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self._special)
-        ).decode("utf-8", errors="replace")
+        return b"".join(self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self._special)).decode(
+            "utf-8", errors="replace"
+        )
 
     def is_special(self, token_id: int) -> bool:
         """Whether the id is a control token (EOS, padding), which has no text of its own."""
@@ -114,8 +117,13 @@ class Tokenizer:
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
-        token = self._backend.id_to_token(token_id)
-        return b"" if token is None else bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # not written in the byte alphabet: the token is its own text, as in the library
+            return token.encode()
 
     def render_chat(
         self,
@@ -154,13 +162,14 @@ class Tokenizer:
                 bos_token=eos_text if bos_token is None else bos_token,
                 eos_token=eos_text if eos_token is None else eos_token,
             )
-        except TemplateError as error:
-            raise TokenizerError(f"The chat template refuses these messages: {error}.") from None
+        except Exception as error:  # a template is a program: it can fail in any way
+            reason = str(error).rstrip(".")
+            raise TokenizerError(f"The chat template refuses these messages: {reason}.") from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a chat, with BOS and EOS written as the EOS id whatever its name is in this tokenizer."""
-        if any(_MARK in str(message.get("content", "")) for message in messages):
-            raise TokenizerError("A chat message contains the private-use characters U+E0F0 U+E0F1.")
+        if any(isinstance(message, Mapping) and _MARK in str(message.get("content", "")) for message in messages):
+            raise TokenizerError("A chat message contains the private-use characters U+E0F0 U+E0F1; remove them.")
         marks = {"bos_token": _MARK, "eos_token": _MARK} if self.eos_ids else {"bos_token": "", "eos_token": ""}
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **marks)
         pieces = text.split(_MARK)
@@ -193,8 +202,12 @@ class IncrementalDetokenizer:
 
 def _read_chat_template(folder: Path) -> str | None:
     """The template of `chat_template.jinja` or `tokenizer_config.json`, if there is one."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not UTF-8 text ({error}).") from None
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
@@ -203,8 +216,20 @@ def _read_chat_template(folder: Path) -> str | None:
     except (ValueError, AttributeError) as error:
         raise TokenizerError(f"{path} is not a JSON object ({error}).") from None
     if isinstance(template, list):  # named templates: take the default one
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse half characters, which JSON escapes and undecodable command-line bytes can bring into a `str`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text is not valid Unicode: character {error.start} is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}; remove it or encode the text as UTF-8."
+        ) from None
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -25,6 +27,33 @@ EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    try:
+        code = _run(argv)
+        if sys.stdout is not None:  # None: the caller closed it
+            sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"olmoe: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("olmoe: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (as `head` does). Nothing more can be said on stdout.
+        _discard_stdout()
+        return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_stdout()
+        print("olmoe: The disk is full, so the output is incomplete; free some space and try again.", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows ? in its place; the text goes on.
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(
         prog="olmoe",
         description="OLMoE, the open sparse mixture-of-experts language model.",
@@ -36,26 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"olmoe.cli.{name}")
         module.configure(subparsers.add_parser(name, help=summary, description=module.__doc__))
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit:  # after --help, --version or a mistake; the help must reach its reader while we can still react
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
     if arguments.command is None:
         parser.print_help()
         return EXIT_USER_ERROR
     logging.basicConfig(format="olmoe: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("olmoe").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
-    try:
-        code: int = importlib.import_module(f"olmoe.cli.{arguments.command}").run(arguments)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"olmoe: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("olmoe: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output left (as `head` does). Nothing more can be said on stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    code: int = importlib.import_module(f"olmoe.cli.{arguments.command}").run(arguments)
+    return code
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, so that Python's own flush at exit cannot fail as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from olmoe import checkpoint, hub
+from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
 from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
 from olmoe.engine.sampler import Sampler
@@ -48,13 +49,16 @@ class LLM:
             token=token,
             local_files_only=local_files_only,
         )
-        self.device = resolve_device(device)
-        model = checkpoint.load(folder, dtype=resolve_dtype(dtype), device=self.device, progress=progress)
-        config = model.config
+        self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
+        if self.device.type == "meta":
+            raise UserError("Device 'meta' holds no values to generate from; use auto, cpu, cuda or cuda:N.")
+        # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
+        config = ModelConfig.from_file(folder / "config.json")
         tokenizer = Tokenizer.from_folder(
             folder, eos_ids=_generation_eos(folder) or config.eos_token_ids, pad_id=config.pad_token_id
         )
-        self._assemble(model, tokenizer)
+        _check_fit(tokenizer, config)
+        self._assemble(checkpoint.load(folder, dtype=memory_dtype, device=self.device, progress=progress), tokenizer)
 
     @classmethod
     def from_parts(cls, model: CausalLM, tokenizer: Tokenizer) -> LLM:
@@ -66,14 +70,11 @@ class LLM:
 
     def _assemble(self, model: CausalLM, tokenizer: Tokenizer) -> None:
         config = model.config
-        if tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer has {tokenizer.vocab_size} ids, but the model only {config.vocab_size}; "
-                "they do not belong together."
-            )
+        _check_fit(tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        # Scaled RoPE stretches the context that the model was trained on.
-        self.context_length = int(config.max_position_embeddings * config.rope.factor)
+        # Scaled RoPE stretches the context that the model was trained on; the default kind has no use for a factor.
+        factor = 1.0 if config.rope.rope_type == "default" else config.rope.factor
+        self.context_length = int(config.max_position_embeddings * factor)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -120,6 +121,7 @@ class LLM:
         first = True
         while active:
             started = time.perf_counter()
+            pieces: list[tuple[int, str]] = []
             for row, number in enumerate(active):
                 request, stream = requests[number], streams[number]
                 token_id = samplers[number].choose(logits[row], request.prompt_ids + request.token_ids)
@@ -128,8 +130,11 @@ class LLM:
                 statistics.decode_tokens += not first
                 text = self._accept(request, stream, token_id)
                 if text:
-                    yield number, text
+                    pieces.append((number, text))
             first = False
+            statistics.decode_seconds += time.perf_counter() - started
+            yield from pieces  # what the reader does with them is not our time
+            started = time.perf_counter()
             unfinished = [row for row, number in enumerate(active) if requests[number].finish_reason is None]
             if len(unfinished) < len(active):
                 active = [active[row] for row in unfinished]
@@ -157,7 +162,9 @@ class LLM:
         lengths = [len(request.prompt_ids) for request in requests]
         ids_N = torch.tensor([i for request in requests for i in request.prompt_ids], device=self.device)
         positions_N = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        length_N = torch.repeat_interleave(torch.tensor(lengths, device=self.device), torch.tensor(lengths, device=self.device))
+        length_N = torch.repeat_interleave(
+            torch.tensor(lengths, device=self.device), torch.tensor(lengths, device=self.device)
+        )
         hidden_ND = self.model(ids_N, positions_N, cache.attend_prefill(lengths), length_N).hidden
         cache.advance(lengths)
         last_B = torch.tensor(lengths, device=self.device).cumsum(0) - 1
@@ -187,14 +194,18 @@ class LLM:
             raise UserError("The prompt is empty; give at least one character.")
         foreign = [i for i in ids if not 0 <= i < self.config.vocab_size]
         if foreign:
-            raise UserError(f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}.")
+            raise UserError(
+                f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}."
+            )
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
                 f"The prompt has {len(ids)} tokens, but the model's context ends at {self.context_length}; shorten it."
             )
         if params.max_new_tokens > room:
-            log.warning("only %d of %d new tokens fit the context of %d", room, params.max_new_tokens, self.context_length)
+            log.warning(
+                "only %d of %d new tokens fit the context of %d", room, params.max_new_tokens, self.context_length
+            )
         return Request(ids, params, min(params.max_new_tokens, room))
 
 
@@ -217,6 +228,15 @@ class Stream:
 def _completion(request: Request, stream: TextStream) -> Completion:
     assert request.finish_reason is not None
     return Completion(stream.text, request.token_ids, request.finish_reason, len(request.prompt_ids))
+
+
+def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """A tokenizer may have fewer ids than the model has rows, which are then padding, but never more."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, but the model only {config.vocab_size}; "
+            "they do not belong together."
+        )
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:

@@ -57,7 +57,10 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """One finished text. `token_ids` are all generated ids, a final EOS included; `text` ends before any stop string."""
+    """One finished text.
+
+    `token_ids` are all generated ids, a final EOS included; `text` ends before any stop string.
+    """
 
     text: str
     token_ids: list[int]

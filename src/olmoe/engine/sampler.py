@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from olmoe.engine.request import SamplingParams
+from olmoe.errors import UserError
 
 
 class Sampler:
@@ -24,8 +25,15 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def choose(self, logits: Tensor, history: list[int]) -> int:
-        """The next id. logits (V,) of one sequence; `history` is its prompt and text so far, for the penalty."""
+        """The next id. logits (V,) of one sequence; `history` is its prompt and text so far, for the penalty.
+
+        Raises `UserError` if the logits are not finite: no choice among them would mean anything.
+        """
         scores = logits.float().cpu()[: self._allowed].clone()
+        if not scores.isfinite().all():
+            raise UserError(
+                "The model's logits are not finite: its weights are broken, or overflow in float16; try dtype float32."
+            )
         if self._params.repetition_penalty != 1.0:
             penalize(scores, history, self._params.repetition_penalty)
         if self._params.temperature == 0.0:
@@ -38,15 +46,17 @@ def penalize(scores: Tensor, history: list[int], penalty: float) -> None:
     """Lower, in place, the scores (V,) of ids in `history`: positive ones divided, negative ones multiplied."""
     seen = torch.tensor(sorted({i for i in history if 0 <= i < len(scores)}), dtype=torch.long)
     old = scores[seen]
-    scores[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    limit = torch.finfo(scores.dtype).max  # an extreme penalty must not make an infinite score
+    scores[seen] = torch.where(old > 0, old / penalty, old * penalty).clamp(-limit, limit)
 
 
 def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     """Temperature, then top-k, top-p, min-p; what they exclude becomes -inf. scores (V,) -> (V,).
 
-    The order is transformers'. At least one token always remains.
+    The order is transformers'. At least one token always remains. Scores are taken relative to the
+    largest, which changes no probability and keeps it finite at any temperature.
     """
-    scores = scores / params.temperature
+    scores = (scores - scores.max()) / max(params.temperature, torch.finfo(scores.dtype).tiny)
     if 0 < params.top_k < len(scores):
         kth = scores.topk(params.top_k).values[-1]
         scores = scores.masked_fill(scores < kth, float("-inf"))

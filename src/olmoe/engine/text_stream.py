@@ -1,4 +1,4 @@
-"""Generated ids to text that may be shown: whole characters, and nothing that a stop string may yet swallow. No torch."""
+"""Generated ids to text that may be shown: whole characters, nothing that a stop string may yet swallow. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from olmoe.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class TextStream:
-    """Feed ids with `add`; `text` grows by what each call returns; `stopped` turns true at a stop string."""
+    """Feed ids with `add`; `text` grows by what each call returns; `stopped` turns true at a stop string.
+
+    The text ends before the stop string that is complete first (of two complete at once, the longer), so
+    that it does not depend on how the characters were split into tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
@@ -29,10 +33,10 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        places = [place for s in self._stop if (place := self._held.find(s)) >= 0]
-        if places:
+        found = [(place + len(s), place) for s in self._stop if (place := self._held.find(s)) >= 0]
+        if found:
             self.stopped = True
-            ready, self._held = self._held[: min(places)], ""
+            ready, self._held = self._held[: min(found)[1]], ""
         else:
             keep = 0 if final else self._possible_stop()
             cut = len(self._held) - keep

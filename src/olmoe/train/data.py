@@ -158,9 +158,7 @@ class Mixture:
         return order[generator.permutation(len(order))]
 
 
-def load_sources(
-    sources: tuple[Source, ...], files: list[TokenFile], vocab_size: int
-) -> list[tuple[Tokens, float]]:
+def load_sources(sources: tuple[Source, ...], files: list[TokenFile], vocab_size: int) -> list[tuple[Tokens, float]]:
     """Open the token files of `sources`, each with its repeat factor."""
     return [(open_tokens(file, vocab_size), source.repeat) for source, file in zip(sources, files, strict=True)]
 

@@ -153,9 +153,7 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
                     progress.best, progress.best_step = score, progress.step
                     checkpoint.save(model, output / "best", extra_files=tokenizer_files)
             if last or interrupted or progress.step % config.checkpoint.every_steps == 0:
-                path = state.save_state(
-                    output, model, optimizer, progress, config.fingerprint(), tokenizer_files
-                )
+                path = state.save_state(output, model, optimizer, progress, config.fingerprint(), tokenizer_files)
                 state.prune(output, config.checkpoint.keep)
             if interrupted and not last:
                 raise Interrupted(path)
@@ -163,7 +161,7 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     # ---- the best checkpoint on all of every held-out and measured file ----
     best = checkpoint.load(output / "best", device=device)
     final = evaluate_all(best, held_out + measured, length, 0)
-    report = {"step": progress.best_step} | summary(final)
+    report: dict[str, Any] = {"step": progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     (output / "evaluation.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     return output / "best"
@@ -215,7 +213,9 @@ def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:
             f"The tokenizer has {size} ids, but model.vocab_size is only {config.model.vocab_size}; raise it."
         )
     if config.model.eos_token_ids[0] >= size:
-        raise ConfigError(f"model.eos_token_id {config.model.eos_token_ids[0]} is no id of {tokenizer_path} ({size} ids).")
+        raise ConfigError(
+            f"model.eos_token_id {config.model.eos_token_ids[0]} is no id of {tokenizer_path} ({size} ids)."
+        )
     return config.model.eos_token_ids[0]
 
 
@@ -231,7 +231,7 @@ def _catch_interrupts() -> Iterator[list[int]]:
             signal.signal(known, old)
         log.warning("finishing this step, then saving; interrupt again to stop at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         try:
             previous[number] = signal.signal(number, handler)
         except ValueError:  # not the main thread: whoever runs us handles signals

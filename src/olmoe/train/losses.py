@@ -57,7 +57,9 @@ def router_z(routers: list[RouterOutput]) -> Tensor:
     return total / len(routers)
 
 
-def objective(model: CausalLM, windows: Tensor, config: LossConfig, positions_in_step: int, microbatches: int) -> Losses:
+def objective(
+    model: CausalLM, windows: Tensor, config: LossConfig, positions_in_step: int, microbatches: int
+) -> Losses:
     """The share of one microbatch in a step's loss. windows (B, T) of ids; each predicts its own next ids.
 
     The cross-entropy is summed and divided by all positions of the step, the last of each window included,

@@ -35,7 +35,11 @@ class Progress:
 
 
 def save_state(
-    folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress, fingerprint: dict[str, Any],
+    folder: Path,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    fingerprint: dict[str, Any],
     extra_files: dict[str, str],
 ) -> Path:
     """Write `checkpoints/step-N` under `folder` and return its path."""
@@ -45,7 +49,11 @@ def save_state(
         for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         # The fingerprint travels as JSON text, which compares equal after a round trip.
-        state = {"optimizer": optimizer.state_dict(), "progress": vars(progress), "fingerprint": json.dumps(fingerprint)}
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "progress": vars(progress),
+            "fingerprint": json.dumps(fingerprint),
+        }
         torch.save(state, temporary / STATE_NAME)
     return target
 
@@ -62,9 +70,7 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def restore(
-    path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
-) -> Progress:
+def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
     """Load a checkpoint of `save_state` into `model` and `optimizer`.
 
     Raises `ConfigError` if the configuration changed in a way that would not continue the same run, and
@@ -74,7 +80,9 @@ def restore(
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
         progress = Progress(**state["progress"])
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise CheckpointError(f"{path / STATE_NAME} cannot be read ({error}); resume from another checkpoint.") from None
+        raise CheckpointError(
+            f"{path / STATE_NAME} cannot be read ({error}); resume from another checkpoint."
+        ) from None
     was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
     for section in now:
         if was.get(section) != now[section]:

@@ -31,10 +31,10 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
     if vocab_size < _RESERVED + 256:
         raise ConfigError(f"A byte-level vocabulary needs at least {_RESERVED + 256} entries, not {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPACES) - len(LAST),
         special_tokens=list(FIRST),

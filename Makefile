@@ -1,0 +1,55 @@
+# `make generate` and `make test` set up all that they need on a machine with Python 3.11, git and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Exactly this version: an open range can pull gigabytes of GPU libraries.
+TORCH ?= torch==2.13.0
+# Where your package index serves GPU builds of torch and you have no GPU, give the CPU wheel index that
+# PyTorch's installation page names: make TORCH_INDEX=URL generate
+TORCH_INDEX ?=
+PROMPT ?= Once upon a time
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup generate test check format clean
+
+help:
+	@echo "make generate   set up and stream a story (PROMPT=...)"
+	@echo "make test       set up, then lint, types, import contracts and all tests"
+	@echo "make check      lint, types and import contracts only"
+	@echo "make format     format the code"
+
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+$(VENV)/run: $(VENV)/torch pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/run pyproject.toml
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+setup: $(VENV)/run
+
+generate: $(VENV)/run
+	@$(BIN)/olmoe generate "$(PROMPT)"
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

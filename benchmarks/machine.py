@@ -1,0 +1,85 @@
+"""What every benchmark reports about the machine, and the ceilings that it measures first."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall time of `function` after one warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Wall times of several functions run in turn, after one warm-up each."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ceilings() -> dict[str, float]:
+    """Matrix products in GFLOP/s and plain memory reads in GB/s, as torch gets them here."""
+    a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
+    operations = 2 * 512 * 2048 * 2048 / 1e9
+    a_half, b_half = a.bfloat16(), b.bfloat16()
+    big = torch.randn(2**28 // 4 * 4)  # 1 GiB, far beyond every cache
+    return {
+        "fp32_gflops": round(operations / seconds(lambda: a @ b.T), 1),
+        "bf16_gflops": round(operations / seconds(lambda: a_half @ b_half.T), 1),
+        "read_gb_per_s": round(big.numel() * 4 / 1e9 / seconds(big.sum), 1),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, versions and commit."""
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", "none"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def limit_isa(isa: str | None) -> None:
+    """Restart this program with torch's libraries limited to `isa` (AVX2), as on a CPU that has no more."""
+    import sys
+
+    if isa and os.environ.get("ONEDNN_MAX_CPU_ISA") != isa:
+        limits = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower(), "MKL_ENABLE_INSTRUCTIONS": isa}
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
