@@ -35,6 +35,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
@@ -97,7 +98,7 @@ def main() -> None:
         cache = state["theirs"]
         for _ in range(arguments.decode):
             theirs(ids[None, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(arguments.tokens)  # type: ignore[attr-defined]
+        cache.crop(-arguments.decode)  # type: ignore[attr-defined]
 
     result: dict[str, object] = {
         "benchmark": "prefill_transformers",
@@ -112,9 +113,8 @@ def main() -> None:
             times = alternate({"ours": ours_run, "transformers": theirs_run}, arguments.repeats)
             speed = {name: count / statistics.median(values) for name, values in times.items()}
             ratio = statistics.median(b / a for a, b in zip(times["ours"], times["transformers"], strict=True))
-            print(
-                f"{what}: ours {speed['ours']:.2f}, transformers {speed['transformers']:.2f} tokens/s, ratio {ratio:.2f}"
-            )
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in speed.items())
+            print(f"{what}: {shown} tokens/s, ratio {ratio:.2f}", flush=True)
             result[what] = {name: round(value, 2) for name, value in speed.items()} | {"ratio": round(ratio, 2)}
     print(json.dumps(result | {"ceilings": limits} | machine()))
 

@@ -21,6 +21,7 @@ from olmoe.train.optim import build_optimizer, clip_gradients
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)

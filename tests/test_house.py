@@ -1,0 +1,56 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("src", "tests", "benchmarks", "scripts")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines < (400 if path.name == "model.py" else 501), f"{path} has {lines} lines: split it along a seam"
+
+
+def test_no_file_is_called_utils():
+    assert not [p for p in SOURCES if re.search(r"utils?|helpers?|misc", p.stem)]
+
+
+def test_every_module_says_what_it_is():
+    texts = {p: p.read_text(encoding="utf-8") for p in SOURCES if "tests" not in p.relative_to(ROOT).parts}
+    assert [p for p, text in texts.items() if not text.startswith('"""')] == []
+
+
+def test_tests_mirror_the_source():
+    """A test file is `test_<module>.py` or `test_<module>_<aspect>.py`; those about several modules are listed."""
+    besides = {"test_house", "test_readme", "test_init", "test_model", "test_primitives", "test_parity"}
+    modules = {p.stem for p in ROOT.glob("src/olmoe/**/*.py")}
+    tests = [p for p in ROOT.glob("tests/**/test_*.py") if p.stem not in besides]
+    named = [p.stem.removeprefix("test_") for p in tests]
+    assert [name for name in named if not any(name == m or name.startswith(f"{m}_") for m in modules)] == []
+
+
+def test_no_path_of_one_machine_is_tracked():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    roots = "|".join(("work", "home", "root", "farm"))
+    found = subprocess.run(
+        ["git", "grep", "-nE", rf"(^|[^A-Za-z0-9_.$])/({roots})/[a-z]", "--", ".", ":!*.gz"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.stdout == ""
+
+
+def test_changelog_and_version_agree():
+    import olmoe
+
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{olmoe.__version__}"' in pyproject
+    assert f"## {olmoe.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
