@@ -5,12 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from olmoe.errors import UserError
+
+# What a file system answers to a place that cannot be written, as opposed to a mistake of ours.
+_REFUSALS = (
+    errno.EACCES,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 @contextlib.contextmanager
@@ -18,23 +33,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new temporary folder that becomes `target` when the block ends; an old `target` is replaced.
 
     If the block raises (an interrupt included), the temporary folder is removed and `target` is untouched.
-    Raises `UserError` if the disk is full or the place cannot be written.
+    Should the process be killed between the two renames of a replacement, the old folder is found beside
+    `target` with the suffix `.old`. Raises `UserError` if the disk is full or the place cannot be written.
     """
-    target = Path(target)
+    target = _through_links(target)
     with _clear_os_errors(target):
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is a file, but a folder is to be written there; choose another place.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        temporary = _beside(target)
         try:
+            temporary.mkdir()
             yield temporary
-            # mkdtemp makes folders private to the user; a finished checkpoint follows the umask like any other.
-            temporary.chmod(0o777 & ~_umask())
-            if target.exists():
-                old = temporary.with_suffix(".old")
-                target.rename(old)
-                temporary.rename(target)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(target)
+            _replace_folder(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -43,10 +54,10 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` that becomes `target` when the block ends; see `atomic_folder`."""
-    target = Path(target)
+    target = _through_links(target)
     with _clear_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        temporary = _beside(target)
         try:
             yield temporary
             os.replace(temporary, target)
@@ -69,12 +80,32 @@ def _clear_os_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"The disk is full: {target} was not written; free some space and try again.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT):
+        if error.errno in _REFUSALS:
             raise UserError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
         raise
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put `new` where `target` is; whatever fails, `target` is either the old folder or the new one."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = new.with_suffix(".old")
+    try:
+        target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _through_links(target: str | Path) -> Path:
+    """The place that is really written: a symbolic link stays and what it points to is replaced."""
+    return Path(os.path.realpath(target))
+
+
+def _beside(target: Path) -> Path:
+    """A name in the same folder that nobody else uses, so that the final rename stays on one file system."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")

@@ -13,6 +13,8 @@ tensor by tensor: the peak is the target model plus one memory-mapped shard.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from torch import Tensor
 from olmoe import hub
 from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
-from olmoe.errors import CheckpointError
+from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -35,8 +37,11 @@ MAX_SHARD_BYTES = 4 * 10**9
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old transformers versions stored; they follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# One spelling a number, so that no two names mean the same tensor.
+_NUMBER = r"(?:0|[1-9][0-9]{0,8})"
+_LAYER_NAME = re.compile(rf"model\.layers\.({_NUMBER})\.")
 _EXPERT_NAME = re.compile(
-    r"(?P<prefix>model\.layers\.\d+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
+    rf"(?P<prefix>model\.layers\.{_NUMBER}\.mlp\.experts)\.(?P<expert>{_NUMBER})\.(?P<part>gate|up|down)_proj\.weight"
 )
 
 
@@ -82,7 +87,14 @@ def load(
         dtype = dominant_dtype(stored)
     with torch.device("meta"):
         model = CausalLM(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    try:
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    except RuntimeError as error:  # torch's OutOfMemoryError is one
+        size = f"{config.num_parameters * dtype.itemsize / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}"
+        raise CheckpointError(
+            f"The model does not fit: {size} could not be allocated on {device}; "
+            "choose a smaller dtype or another device."
+        ) from error
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # to_empty separates them
     parameters = dict(model.named_parameters())
@@ -92,10 +104,20 @@ def load(
         for name, value in _read_tensors(file, names):
             target = targets[name]
             parameter = parameters[target.parameter].data
-            (parameter if target.index is None else parameter[target.index]).copy_(value)
+            part = parameter if target.index is None else parameter[target.index]
+            part.copy_(value)
+            _check_range(name, value, part)
             done += 1
             if progress is not None:
                 progress(done, len(targets))
+            del value  # it keeps its whole shard mapped
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        for _, value in _read_tensors(stored["lm_head.weight"].file, ["lm_head.weight"]):
+            if not torch.equal(value.to(device, dtype), model.lm_head.weight):
+                raise CheckpointError(
+                    "config.json ties the embeddings, but the checkpoint holds a different lm_head.weight; "
+                    "set tie_word_embeddings to false if that is the one to use."
+                )
     return model
 
 
@@ -110,9 +132,16 @@ def save(
     """Write `config.json`, `generation_config.json` and safetensors in the per-expert layout, atomically.
 
     `dtype` converts while writing; None keeps each parameter's. Shards hold at most `max_shard_bytes`,
-    and only one exists in memory. `extra_files` (name -> text) are written into the same folder. An
-    existing folder is replaced whole.
+    and only one exists in memory. `extra_files` (name -> text) are written into the same folder.
+
+    An existing checkpoint folder is replaced whole. A folder with other contents is refused with
+    `CheckpointError`, because replacing it would delete them.
     """
+    folder = Path(os.path.expanduser(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds other files and no config.json, and saving would replace it whole; choose a new folder."
+        )
     with atomic_folder(folder) as temporary:
         write_model(model, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes)
         for name, text in (extra_files or {}).items():
@@ -128,6 +157,10 @@ def write_model(
     used = total = 0
     tensors = dict(exported_tensors(model))
     for name, value in tensors.items():
+        if (dtype or value.dtype) not in FLOAT_DTYPES.values():
+            raise CheckpointError(
+                f"Weights cannot be saved as {dtype or value.dtype}; use float32, bfloat16 or float16."
+            )
         size = value.numel() * (dtype or value.dtype).itemsize
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
@@ -139,9 +172,7 @@ def write_model(
     for number, names in enumerate(shards, start=1):
         file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update(dict.fromkeys(names, file))
-        # clone: safetensors refuses tensors that share storage, as the experts of one parameter do.
-        values = {name: tensors[name].to("cpu", dtype or tensors[name].dtype, copy=True) for name in names}
-        save_file(values, folder / file, metadata={"format": "pt"})
+        _write_shard(folder / file, {name: tensors[name] for name in names}, dtype)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -178,30 +209,26 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     Raises `CheckpointError` if there are no safetensors files, a shard of the index is missing, or a file
     is truncated or not safetensors.
     """
-    if (folder / INDEX_NAME).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({folder / str(file) for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX_NAME} is not a safetensors index ({error!r}).") from None
-    elif (folder / SINGLE_NAME).is_file():
-        weight_map, files = None, [folder / SINGLE_NAME]
+    weight_map: dict[str, Any] = {}
+    if (folder / SINGLE_NAME).is_file():  # wins over an index, as in transformers
+        files = [SINGLE_NAME]
+    elif (folder / INDEX_NAME).is_file():
+        weight_map = _read_index(folder / INDEX_NAME)
+        files = sorted(set(weight_map.values()))
     else:
-        hint = " It holds .bin files: convert them to safetensors first." if list(folder.glob("*.bin")) else ""
-        raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint}")
+        hint = " but .bin files; convert them to safetensors first" if list(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}.")
     stored: dict[str, StoredTensor] = {}
-    for file in files:
-        if file.resolve().parent != folder.resolve() and not file.is_symlink():
-            raise CheckpointError(f"The index names the shard {file.name!r} outside of {folder}; refused.")
-        if not file.is_file():
-            raise CheckpointError(f"The shard {file.name} that the index names is missing from {folder}.")
+    for file in map(folder.joinpath, files):
+        if not os.path.isfile(file):
+            raise CheckpointError(f"The shard {shown(file.name)} that the index names is missing from {folder}.")
         with _open(file) as handle:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
                 if name in stored:
-                    raise CheckpointError(f"Tensor {name!r} is in both {stored[name].file.name} and {file.name}.")
+                    raise CheckpointError(f"Tensor {shown(name)} is in both {stored[name].file.name} and {file.name}.")
                 part = handle.get_slice(name)
                 stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
-    if weight_map is not None and set(weight_map) - set(stored):
+    if set(weight_map) - set(stored):
         missing = sorted(set(weight_map) - set(stored))
         raise CheckpointError(f"The index promises {_some(missing)}, which the shards do not hold.")
     return stored
@@ -209,7 +236,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Target]:
     """Match stored tensors to parameters by name and shape. Raises `CheckpointError` on any mismatch."""
-    layers = {int(m[1]) for name in stored if (m := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    layers = {m[1] for name in stored if (m := _LAYER_NAME.match(name))}
     if len(layers) != config.num_hidden_layers:
         # Checked before names are listed, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
@@ -223,15 +250,15 @@ def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Targ
         target = _target(config, name, expected)
         if target is None:
             raise CheckpointError(
-                f"The checkpoint holds the tensor {name!r}, which OLMoE with this config.json does not have."
+                f"The checkpoint holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
             )
         if tensor.shape != target.shape:
             raise CheckpointError(
-                f"Tensor {name!r} has shape {list(tensor.shape)}, but config.json makes it {list(target.shape)}."
+                f"Tensor {shown(name)} has shape {list(tensor.shape)}, but config.json makes it {list(target.shape)}."
             )
         if tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"Tensor {name!r} is stored as {tensor.dtype}; only {', '.join(FLOAT_DTYPES)} can be loaded."
+                f"Tensor {shown(name)} is stored as {tensor.dtype}; only {', '.join(FLOAT_DTYPES)} can be loaded."
             )
         targets[name] = target
     _check_complete(config, targets, expected)
@@ -271,7 +298,8 @@ def dominant_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     """The dtype that most of a checkpoint's values are stored in."""
     sizes: dict[str, int] = {}
     for tensor in stored.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+        if tensor.dtype in FLOAT_DTYPES:  # ignored tensors may have others
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return FLOAT_DTYPES[max(sizes, key=sizes.__getitem__)]
 
 
@@ -295,13 +323,53 @@ def _check_complete(config: ModelConfig, targets: dict[str, Target], expected: d
     """Every element of every parameter must come from exactly one stored tensor."""
     filled = dict.fromkeys(expected, 0)
     for target in targets.values():
-        filled[target.parameter] += torch.Size(target.shape).numel()
-    missing = [name for name, shape in expected.items() if filled[name] < torch.Size(shape).numel()]
+        filled[target.parameter] += math.prod(target.shape)
+    missing = [name for name, shape in expected.items() if filled[name] < math.prod(shape)]
     if missing:
         raise CheckpointError(f"The checkpoint lacks {_some(missing)}, which config.json calls for.")
-    double = [name for name, shape in expected.items() if filled[name] > torch.Size(shape).numel()]
+    double = [name for name, shape in expected.items() if filled[name] > math.prod(shape)]
     if double:
         raise CheckpointError(f"The checkpoint holds {_some(double)} in two layouts at once; keep one.")
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    # Copies: safetensors refuses tensors that share storage, as the experts of one parameter do.
+    copies = {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in tensors.items()}
+    for name, copy in copies.items():
+        _check_range(name, tensors[name], copy)
+    try:
+        save_file(copies, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # What the file system refused arrives as text: "I/O error: No space left on device (os error 28)".
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+
+
+def _check_range(name: str, value: Tensor, converted: Tensor) -> None:
+    """float16 ends at 65504; a larger weight becomes infinite, and every text after it nonsense."""
+    if converted.dtype == torch.float16 and value.dtype != torch.float16:
+        low, high = torch.aminmax(converted)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(f"Tensor {shown(name)} has values that float16 cannot hold; use bfloat16 or float32.")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name. Only files of the same folder can be named."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor to file; fetch it again.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise CheckpointError(
+                f"{path} names the shard {shown(file)}, which is not a file of its own folder; refused."
+            )
+    return weight_map
 
 
 def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -319,5 +387,5 @@ def _open(file: Path) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    first = ", ".join(map(shown, names[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from olmoe.errors import ConfigError
+from olmoe.errors import ConfigError, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic")
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys of transformers' PreTrainedConfig that describe a file, a session or a task, never the network.
 HARMLESS_KEYS = frozenset(
@@ -45,11 +44,18 @@ class RopeParameters:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; choose one of {', '.join(ROPE_TYPES)}.")
+            raise ConfigError(
+                f"rope_type {shown(self.rope_type)} is not supported; choose one of {', '.join(ROPE_TYPES)}."
+            )
         if not _is_number(self.rope_theta) or self.rope_theta <= 0:
-            raise ConfigError(f"rope_theta must be a positive number, not {self.rope_theta!r}.")
+            raise ConfigError(f"rope_theta must be a positive number, not {shown(self.rope_theta)}.")
         if not _is_number(self.factor) or self.factor < 1:
-            raise ConfigError(f"The RoPE scaling factor must be a number of at least 1, not {self.factor!r}.")
+            raise ConfigError(f"The RoPE scaling factor must be a number of at least 1, not {shown(self.factor)}.")
+        if self.rope_type == "default" and self.factor != 1:
+            raise ConfigError(
+                f"A RoPE scaling factor of {self.factor} has no effect with rope_type 'default'; "
+                "choose linear or dynamic."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +99,15 @@ class ModelConfig:
         ).split():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}.")
+                raise ConfigError(f"{name} must be a positive integer, not {shown(value)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}."
             )
         if self.head_dim % 2:
             raise ConfigError(f"The head dimension must be even for RoPE, but is {self.head_dim}.")
+        if self.head_dim == 2 and self.rope.rope_type == "dynamic":
+            raise ConfigError("Dynamic RoPE scaling needs a head dimension above 2; use fewer attention heads.")
         if self.num_attention_heads % self.kv_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -110,14 +118,22 @@ class ModelConfig:
         for name in ("rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
-                raise ConfigError(f"{name} must be a number of at least 0, not {value!r}.")
+                raise ConfigError(f"{name} must be a number of at least 0, not {shown(value)}.")
         if self.clip_qkv is not None and (not _is_number(self.clip_qkv) or self.clip_qkv <= 0):
-            raise ConfigError(f"clip_qkv must be null or a positive number, not {self.clip_qkv!r}.")
+            raise ConfigError(f"clip_qkv must be null or a positive number, not {shown(self.clip_qkv)}.")
         for name in ("tie_word_embeddings", "attention_bias", "norm_topk_prob"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}.")
         if not isinstance(self.hidden_act, str):
-            raise ConfigError(f"hidden_act must be the name of an activation, not {self.hidden_act!r}.")
+            raise ConfigError(f"hidden_act must be the name of an activation, not {shown(self.hidden_act)}.")
+        if self.pad_token_id is not None and not _is_token_id(self.pad_token_id):
+            raise ConfigError(f"pad_token_id must be null or a token id, not {shown(self.pad_token_id)}.")
+        eos: Any = self.eos_token_id
+        if isinstance(eos, list):
+            eos = tuple(eos)
+            object.__setattr__(self, "eos_token_id", eos)
+        if eos is not None and not all(map(_is_token_id, eos if isinstance(eos, tuple) else (eos,))):
+            raise ConfigError(f"eos_token_id must be null, a token id or a list of them, not {shown(eos)}.")
 
     # ---- derived sizes ----
 
@@ -173,7 +189,7 @@ class ModelConfig:
         """
         model_type = raw.get("model_type", "olmoe")
         if model_type != "olmoe":
-            raise ConfigError(f"This is a configuration of model type {model_type!r}; only 'olmoe' can be loaded.")
+            raise ConfigError(f"This is a configuration of model type {shown(model_type)}; only 'olmoe' can be loaded.")
         if "intermediate_size" not in raw:
             # transformers would assume 2048 here, which no released checkpoint has.
             raise ConfigError("The configuration lacks intermediate_size (the width of one expert); add it.")
@@ -182,21 +198,23 @@ class ModelConfig:
         for key, value in raw.items():
             if key not in known and key not in HARMLESS_KEYS and value not in (None, False, 0, "", [], {}):
                 raise ConfigError(
-                    f"The configuration has {key!r} = {value!r}, which is unknown here and may change the network; "
-                    "remove it if it does not matter."
+                    f"The configuration has {shown(key)} = {shown(value)}, which is unknown here and may change "
+                    "the network; remove it if it does not matter."
                 )
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
+        if "num_local_experts" in raw:  # transformers' other name for the same number
+            values.setdefault("num_experts", raw["num_local_experts"])
         values["rope"] = _rope_from_dict(raw)
         config = cls(**values)
         head_dim = raw.get("head_dim")
         if head_dim not in (None, config.head_dim):
             raise ConfigError(
-                f"head_dim {head_dim!r} contradicts hidden_size / num_attention_heads = {config.head_dim}."
+                f"head_dim {shown(head_dim)} contradicts hidden_size / num_attention_heads = {config.head_dim}."
             )
         local_experts = raw.get("num_local_experts")
         if local_experts not in (None, config.num_experts):
-            raise ConfigError(f"num_local_experts {local_experts!r} contradicts num_experts {config.num_experts}.")
+            raise ConfigError(
+                f"num_local_experts {shown(local_experts)} contradicts num_experts {config.num_experts}; keep one."
+            )
         return config
 
     @classmethod
@@ -207,7 +225,11 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}); check the path and its permissions."
+            ) from None
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or nesting
             raise ConfigError(f"{path} is not valid JSON ({error}).") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
@@ -246,10 +268,12 @@ class ModelConfig:
 
 def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
     """Merge `rope_parameters` (v5) with `rope_theta` and `rope_scaling` (v4); contradictions are refused."""
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+    sections: list[Mapping[str, Any]] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        value = {} if raw.get(name) is None else raw[name]
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be an object or null, not {value!r}.")
+            raise ConfigError(f"{name} must be an object or null, not {shown(value)}.")
+        sections.append(value)
         unknown = set(value) - {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
         unknown = {key for key in unknown if value[key] is not None}
         if unknown:
@@ -257,25 +281,37 @@ def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
         original = value.get("original_max_position_embeddings")
         if original not in (None, raw.get("max_position_embeddings", ModelConfig.max_position_embeddings)):
             raise ConfigError(
-                f"{name} has original_max_position_embeddings {original!r}, which must equal "
+                f"{name} has original_max_position_embeddings {shown(original)}, which must equal "
                 "max_position_embeddings for OLMoE's linear and dynamic scaling."
             )
     candidates = {
-        "rope_theta": [new.get("rope_theta"), raw.get("rope_theta")],
-        "rope_type": [s.get("rope_type", s.get("type")) for s in (new, old) if s],
-        "factor": [new.get("factor"), old.get("factor")],
+        "rope_theta": [section.get("rope_theta") for section in (*sections, raw)],
+        "rope_type": [section.get(key) for section in sections for key in ("rope_type", "type")],
+        "factor": [section.get("factor") for section in sections],
     }
     chosen: dict[str, Any] = {}
     for key, values in candidates.items():
         present = [value for value in values if value is not None]
         if any(value != present[0] for value in present):
-            raise ConfigError(f"rope_parameters and the older spelling contradict each other about {key}: {present}.")
+            raise ConfigError(
+                f"rope_parameters, rope_scaling and rope_theta contradict each other about {key} ({shown(present)}); "
+                "keep one."
+            )
         if present:
             chosen[key] = present[0]
-    if chosen.get("rope_type", "default") != "default" and "factor" not in chosen:
+    if chosen.get("rope_type") in ("linear", "dynamic") and "factor" not in chosen:
         raise ConfigError(f"RoPE scaling of type {chosen['rope_type']!r} needs a factor.")
     return RopeParameters(**chosen)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

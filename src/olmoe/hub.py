@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from olmoe.errors import CheckpointError
+from olmoe.errors import CheckpointError, shown
 
 SHIPPED = Path(__file__).parent / "assets" / "olmoe-tiny"
 # What a load may read; other frameworks' weights on the hub are left there.
@@ -21,21 +22,26 @@ def resolve(
     `HF_HUB_OFFLINE`, `HF_TOKEN` and the hub's cache settings are honoured by the hub library. Raises
     `CheckpointError` if there is no such folder, repository or revision, or no access to it.
     """
-    path = Path(model_id).expanduser()
-    if path.is_dir():
+    name = str(model_id)
+    if not name:  # Path("") would be the current folder
+        raise CheckpointError("The name of the model is empty; give a folder or a hub id of the form owner/name.")
+    path = Path(os.path.expanduser(name))
+    # os.path answers "no" where Path would raise: names too long, folders that cannot be entered.
+    if os.path.isdir(path):
         if revision is not None:
             raise CheckpointError(f"A revision ({revision!r}) was given, but {path} is a local folder, which has none.")
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the safetensors files.")
-    name = str(model_id)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(f"There is no folder {name!r}, and it is not a hub id of the form owner/name.")
+        raise CheckpointError(f"There is no folder {shown(name)}, and it is not a hub id of the form owner/name.")
+    if revision == "":
+        raise CheckpointError("The revision is empty; give a branch, tag or commit, or leave it out.")
     # Imported here: most runs read a local folder and need not pay for the hub library.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -57,9 +63,15 @@ def resolve(
             f"There is no folder {name!r} and no such repository on the hub (or it is private)."
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        wanted = name if revision is None else f"{name} at revision {revision!r}"
         raise CheckpointError(
-            f"There is no folder {name!r}, and the hub model is neither in the local cache nor reachable "
-            "(offline mode, or no network)."
+            f"There is no folder {name!r}, and the hub model {wanted} is neither complete in the local cache nor "
+            "reachable (offline mode, or no network)."
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{name} could not be fetched from the hub: {error}.") from None
+    except HFValidationError:
+        raise CheckpointError(f"There is no folder {shown(name)}, and it is not a valid hub id.") from None
+    except Exception as error:
+        # Whatever the hub's HTTP client (which changed from release to release), its transfer library or the
+        # disk came up with: the files are not here. The cause stays attached for who wants to look.
+        reason = next(iter(str(error).splitlines()), "").rstrip(". ") or type(error).__name__
+        raise CheckpointError(f"{name} could not be fetched from the hub: {reason}.") from error

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("olmoe")
 
+MAX_THREADS = 1024
+
 
 @functools.cache
 def log_once(message: str) -> None:
@@ -35,11 +37,19 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but this torch sees no CUDA GPU; use cpu.")
-    if device.type not in ("cpu", "cuda", "meta"):
+        device = None
+    if device is None or str(device) != name:  # torch reads cuda:256 as cuda:0
+        raise UserError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.")
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"Device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cpu":
+        return torch.device("cpu")  # torch takes cpu:3 and ignores the number
+    if not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but this torch sees no CUDA GPU; use cpu.")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA GPUs, from cuda:0."
+        )
     return device
 
 
@@ -70,8 +80,9 @@ def set_threads(count: int | None) -> int:
     import torch
 
     if count is not None:
-        if count < 1:
-            raise UserError(f"The number of threads must be at least 1, not {count}.")
+        # OpenMP ends the process when the system grants it no more threads, so the number is bounded here.
+        if not 1 <= count <= MAX_THREADS:
+            raise UserError(f"The number of threads must be from 1 to {MAX_THREADS}, not {count}.")
         torch.set_num_threads(count)
     return torch.get_num_threads()
 
@@ -115,5 +126,13 @@ def peak_memory_bytes() -> int:
     import resource
     import sys
 
+    try:
+        # Preferred on Linux, where ru_maxrss is inherited: a small process started by a big one shows the big one's.
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,228 @@
+"""Devices, dtypes, threads and memory by name, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from olmoe import runtime
+from olmoe.runtime import (
+    MAX_THREADS,
+    cpu_multiplies_bf16,
+    keep_freed_memory,
+    log_once,
+    resolve_device,
+    resolve_dtype,
+    set_threads,
+)
+from sentences import refused
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that torch sees that many GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+# ---- devices ----
+
+
+def test_auto_takes_a_gpu_if_there_is_one(gpus, caplog):
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="olmoe"):
+        gpus(0)
+        assert resolve_device() == resolve_device("auto") == torch.device("cpu")
+        gpus(1)
+        assert resolve_device("auto") == torch.device("cuda")
+    assert [record.getMessage() for record in caplog.records] == [
+        "device: cpu (chosen automatically)",
+        "device: cuda (chosen automatically)",
+    ]
+
+
+def test_named_devices(gpus):
+    gpus(2)
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("cpu:3") == torch.device("cpu")  # torch has one CPU device, whatever the number
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "gpu",
+        "CUDA",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:2",
+        "cuda:256",
+        "cuda:1000",
+        "0",
+        "mps",
+        "xpu",
+        "meta",
+        "a\nb",
+    ],
+)
+def test_devices_that_are_not_there(name, gpus):
+    gpus(2)
+    assert repr(name) in refused(lambda: resolve_device(name))
+
+
+def test_cuda_without_a_gpu(gpus):
+    gpus(0)
+    assert "no CUDA GPU" in refused(lambda: resolve_device("cuda"))
+    assert "no CUDA GPU" in refused(lambda: resolve_device("cuda:0"))
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (["float32", "fp32", torch.float32], torch.float32),
+        (["bfloat16", "bf16", torch.bfloat16], torch.bfloat16),
+        (["float16", "fp16", torch.float16], torch.float16),
+        (["auto", None], None),
+    ],
+)
+def test_dtypes_by_name(names, dtype):
+    for name in names:
+        assert resolve_dtype(name) is dtype
+
+
+@pytest.mark.parametrize("name", ["", "float64", "half", "BF16", "int8", "torch.float32", torch.float64, torch.int8])
+def test_other_dtypes_are_refused(name):
+    assert str(name) in refused(lambda: resolve_dtype(name))
+
+
+# ---- threads ----
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_threads_are_set_or_left_alone(threads):
+    assert set_threads(None) == threads
+    assert set_threads(threads + 1) == torch.get_num_threads() == threads + 1
+    assert set_threads(1) == 1
+
+
+@pytest.mark.parametrize("count", [0, -1, MAX_THREADS + 1, 10**10])
+def test_numbers_of_threads_that_no_machine_has(count, threads):
+    assert str(count) in refused(lambda: set_threads(count))
+    assert torch.get_num_threads() == threads
+
+
+# ---- logging ----
+
+
+def test_a_message_is_logged_once(caplog):
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="olmoe"):
+        for message in ("one", "two", "one", "one"):
+            log_once(message)
+    assert [record.getMessage() for record in caplog.records] == ["one", "two"]
+
+
+# ---- bf16 ----
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, True),
+        ("", True),
+        ("ALL", True),
+        ("default", True),
+        ("AVX512_CORE_BF16", True),
+        ("avx512_core_amx", True),
+        ("AVX2", False),
+        ("avx512_core_vnni", False),
+        ("SSE41", False),
+    ],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_bf16_follows_the_limit_set_on_onednn(variable, limit, expected, monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if limit is not None:
+        monkeypatch.setenv(variable, limit)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    # __wrapped__: the answer is kept for the process, and this test must not change it
+    assert cpu_multiplies_bf16.__wrapped__() is expected
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert cpu_multiplies_bf16.__wrapped__() is False
+
+
+def test_the_probes_of_the_cpu_exist_in_this_torch():
+    assert cpu_multiplies_bf16() in (True, False)
+
+
+# ---- memory ----
+
+
+def test_peak_memory_sees_what_was_touched_and_does_not_fall():
+    code = """
+from olmoe.runtime import peak_memory_bytes
+peaks = [peak_memory_bytes()]
+block = bytearray(100_000_000)
+peaks.append(peak_memory_bytes())
+del block
+print(*peaks, peak_memory_bytes())
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, during, after = map(int, output.split())
+    slack = 1_000_000  # the kernel counts pages in batches
+    assert abs(during - before - 100_000_000) < 10 * slack
+    assert after > during - slack
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux hands ru_maxrss down to children")
+def test_peak_memory_is_not_inherited():
+    # The middle process grows to 300 MB and starts a small one, which must not report its parent's size.
+    small = "from olmoe.runtime import peak_memory_bytes; print(peak_memory_bytes())"
+    middle = f"import subprocess, sys; b = bytearray(300_000_000); subprocess.run([sys.executable, '-c', {small!r}])"
+    output = subprocess.run([sys.executable, "-c", middle], capture_output=True, text=True, check=True).stdout
+    assert 1_000_000 < int(output) < 200_000_000
+
+
+def test_keeping_freed_memory_speaks_to_glibc_or_does_nothing(monkeypatch):
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, parameter: int, value: int) -> int:
+            calls.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    keep_freed_memory()
+    assert calls == [(-3, 32 * 2**20), (-1, 2**31 - 1)]
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())  # a C library without mallopt
+    keep_freed_memory()
+    assert len(calls) == 2
+
+
+def test_the_module_imports_no_torch():
+    code = "import sys, olmoe.runtime; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert runtime.log.name == "olmoe"
