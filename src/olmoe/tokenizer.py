@@ -7,6 +7,7 @@ The ends of texts are known by id, never by name: id 50279 is `<|endoftext|>` in
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class Tokenizer:
             folder / "tokenizer.json", eos_ids=eos_ids, pad_id=pad_id, chat_template=_read_chat_template(folder)
         )
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id; a model's embedding may have more rows, which are padding."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())

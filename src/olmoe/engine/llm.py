@@ -50,8 +50,6 @@ class LLM:
             local_files_only=local_files_only,
         )
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
-        if self.device.type == "meta":
-            raise UserError("Device 'meta' holds no values to generate from; use auto, cpu, cuda or cuda:N.")
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
         config = ModelConfig.from_file(folder / "config.json")
         tokenizer = Tokenizer.from_folder(
@@ -72,9 +70,8 @@ class LLM:
         config = model.config
         _check_fit(tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        # Scaled RoPE stretches the context that the model was trained on; the default kind has no use for a factor.
-        factor = 1.0 if config.rope.rope_type == "default" else config.rope.factor
-        self.context_length = int(config.max_position_embeddings * factor)
+        # Scaled RoPE stretches the context that the model was trained on.
+        self.context_length = int(config.max_position_embeddings * config.rope.factor)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -56,7 +56,8 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     The order is transformers'. At least one token always remains. Scores are taken relative to the
     largest, which changes no probability and keeps it finite at any temperature.
     """
-    scores = (scores - scores.max()) / max(params.temperature, torch.finfo(scores.dtype).tiny)
+    number = torch.finfo(scores.dtype)
+    scores = (scores - scores.max()) / min(max(params.temperature, number.tiny), number.max)
     if 0 < params.top_k < len(scores):
         kth = scores.topk(params.top_k).values[-1]
         scores = scores.masked_fill(scores < kth, float("-inf"))

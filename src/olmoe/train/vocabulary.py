@@ -33,8 +33,8 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPACES) - len(LAST),
         special_tokens=list(FIRST),
@@ -54,4 +54,5 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
     for token in contents["added_tokens"]:
         # The trainer makes its first tokens special; OLMoE's masks of personal data are ordinary tokens.
         token["special"] = token["content"] in (FIRST[1], LAST[2])
+        token["normalized"] = not token["special"]
     write_text(path, json.dumps(contents, ensure_ascii=False, indent=1))
