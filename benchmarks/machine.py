@@ -77,9 +77,16 @@ def machine() -> dict[str, Any]:
 
 
 def limit_isa(isa: str | None) -> None:
-    """Restart this program with torch's libraries limited to `isa` (AVX2), as on a CPU that has no more."""
+    """Restart this program with torch's libraries limited to `isa` (AVX2), as on a CPU that has no more.
+
+    torch itself hands bf16 products to oneDNN only on CPUs with AVX-512 and uses its own loops elsewhere;
+    turning oneDNN off in torch gives what such a CPU gets.
+    """
     import sys
 
-    if isa and os.environ.get("ONEDNN_MAX_CPU_ISA") != isa:
+    if not isa:
+        return
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") != isa:
         limits = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower(), "MKL_ENABLE_INSTRUCTIONS": isa}
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
+    torch.backends.mkldnn.set_flags(False)

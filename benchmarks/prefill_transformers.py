@@ -18,6 +18,7 @@ from machine import alternate, ceilings, limit_isa, machine
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
 from olmoe.model import CausalLM
+from olmoe.runtime import keep_freed_memory
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -47,6 +48,7 @@ def main() -> None:
 
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
+    keep_freed_memory()  # for both: it is a property of the process
     limits = ceilings()
     config = ModelConfig(num_hidden_layers=arguments.layers)
     active = config.num_active_parameters - config.vocab_size * config.hidden_size * 2  # the head scores one token only

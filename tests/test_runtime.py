@@ -13,6 +13,7 @@ import torch
 from olmoe import runtime
 from olmoe.runtime import (
     MAX_THREADS,
+    _bf16_instructions,
     cpu_multiplies_bf16,
     keep_freed_memory,
     log_once,
@@ -168,10 +169,10 @@ def test_bf16_follows_the_limit_set_on_onednn(variable, limit, expected, monkeyp
         monkeypatch.setenv(variable, limit)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     # __wrapped__: the answer is kept for the process, and this test must not change it
-    assert cpu_multiplies_bf16.__wrapped__() is expected
+    assert _bf16_instructions.__wrapped__() is expected
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert cpu_multiplies_bf16.__wrapped__() is False
+    assert _bf16_instructions.__wrapped__() is False
 
 
 def test_the_probes_of_the_cpu_exist_in_this_torch():
@@ -226,3 +227,8 @@ def test_the_module_imports_no_torch():
     code = "import sys, olmoe.runtime; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert runtime.log.name == "olmoe"
+
+
+def test_bf16_is_slow_when_torch_does_not_use_onednn(monkeypatch):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert cpu_multiplies_bf16() is False

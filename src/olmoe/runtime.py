@@ -87,21 +87,26 @@ def set_threads(count: int | None) -> int:
     return torch.get_num_threads()
 
 
-@functools.cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 matrix instructions that torch's matmul uses (AVX512-BF16 or AMX).
+    """Whether torch multiplies bf16 matrices fast on this CPU: it has AVX512-BF16 or AMX, and oneDNN may use them.
 
-    Without them torch's bf16 matmul runs at about a tenth of its fp32 speed, so `ops` converts weights
-    to fp32 piece by piece instead. Setting `ONEDNN_MAX_CPU_ISA` to an ISA without bf16 (for example
-    `AVX2`) turns the instructions off inside oneDNN, and this answer follows it.
+    Elsewhere torch's bf16 product runs at a fraction of its fp32 speed, so `ops` converts weights to fp32
+    piece by piece instead. The answer follows `torch.backends.mkldnn` and `ONEDNN_MAX_CPU_ISA`.
     """
+    import torch
+
+    return bool(torch.backends.mkldnn.enabled) and _bf16_instructions()
+
+
+@functools.cache
+def _bf16_instructions() -> bool:
+    """Whether the CPU has bf16 matrix instructions that oneDNN is allowed to use."""
     import torch
 
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit and "BF16" not in limit and "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
         return False
-    cpu = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def keep_freed_memory() -> None:

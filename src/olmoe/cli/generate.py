@@ -89,9 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     from olmoe.engine.llm import LLM
-    from olmoe.runtime import peak_memory_bytes, set_threads
+    from olmoe.runtime import keep_freed_memory, peak_memory_bytes, set_threads
 
     set_threads(arguments.threads)
+    keep_freed_memory()
     imported = time.perf_counter()
     llm = LLM(
         arguments.model,

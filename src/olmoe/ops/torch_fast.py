@@ -12,6 +12,7 @@ M = N*K routed rows, F expert width, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from olmoe.ops.reference import Activation
 from olmoe.ops.types import SortedRows
 from olmoe.runtime import cpu_multiplies_bf16
 
-# Rows of a weight converted to fp32 at a time: 512 x 2048 fp32 are 4 MB, which stay in the L2/L3 cache.
-CONVERT_ROWS = 512
+# Rows of a weight converted to fp32 at a time: 256 x 2048 fp32 are 2 MB, which stay in the L2/L3 cache.
+CONVERT_ROWS = 256
 # Tokens whose logits exist at a time in linear_cross_entropy: 512 x 4096 fp32 are 8 MB.
 CROSS_ENTROPY_TOKENS = 512
+# Tokens whose rows are combined at a time in half precision: 64 x 8 x 2048 fp32 are 4 MB.
+COMBINE_TOKENS = 64
 # Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
 # converting the weight.
 CONVERT_MIN_ROWS = 5
@@ -42,10 +45,27 @@ def _widen(x: Tensor, rows: int) -> bool:
     return rows >= CONVERT_MIN_ROWS
 
 
+class _Scratch(threading.local):
+    """A thread's buffer for converted pieces. A new one for each product would fault its pages in each time."""
+
+    buffer: Tensor | None = None
+
+    def rows(self, count: int, width: int) -> Tensor:
+        """An fp32 (count, width) view of the buffer, whose values are arbitrary."""
+        if self.buffer is None or self.buffer.numel() < count * width:
+            # Outside inference mode, so that the buffer can be written in any mode afterwards.
+            with torch.inference_mode(False):
+                self.buffer = torch.empty(count * width, dtype=torch.float32)
+        return self.buffer[: count * width].view(count, width)
+
+
+_SCRATCH = _Scratch()
+
+
 def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in fp32 for a half-precision weight, converting `CONVERT_ROWS` rows of it at a time."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    buffer = torch.empty(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1], dtype=torch.float32)
+    buffer = _SCRATCH.rows(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1])
     for start in range(0, weight.shape[0], CONVERT_ROWS):
         piece = weight[start : start + CONVERT_ROWS]
         wide = buffer[: piece.shape[0]].copy_(piece)
@@ -172,6 +192,14 @@ class _Combine(torch.autograd.Function):
 @register("combine", "torch")
 def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
     """See `reference.combine`."""
+    if rows_MD.dtype != torch.float32 and not (torch.is_grad_enabled() and rows_MD.requires_grad):
+        # In pieces: an fp32 copy of all rows would leave the cache.
+        out = torch.empty(rows.position_NK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype, device=rows_MD.device)
+        for start in range(0, out.shape[0], COMBINE_TOKENS):
+            piece = slice(start, start + COMBINE_TOKENS)
+            wide_NKD = rows_MD[rows.position_NK[piece]].float()
+            out[piece] = torch.bmm(weights_NK[piece].float().unsqueeze(1), wide_NKD).squeeze(1)
+        return out
     return _Combine.apply(rows_MD, weights_NK, rows.position_NK, rows.order_M)
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from olmoe.config import ModelConfig, RopeParameters
-from olmoe.errors import ConfigError
+from olmoe.config import ModelConfig
+from olmoe.errors import ConfigError, shown
+
+_LIMIT = 2**63  # of every number: what a seed or a file size can be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    base: Path = Path()
+    base: Path = field(default=Path(), metadata={"in_file": False})
 
     @property
     def tokens_per_step(self) -> int:
@@ -159,67 +161,92 @@ def load_config(path: str | Path) -> TrainConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no training configuration {path}.") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not a text file; give the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
-    model = dict(raw.get("model", {}))
-    if isinstance(model.get("rope"), dict):
-        model["rope"] = _build(RopeParameters, model["rope"], "model.rope")
-    raw = raw | {"model": _build(ModelConfig, model, "model")}
-    config: TrainConfig = _build(TrainConfig, raw | {"base": path.parent}, "")
+    config: TrainConfig = dataclasses.replace(_build(TrainConfig, raw, ""), base=path.parent)
     _check(config)
     return config
 
 
 def _check(config: TrainConfig) -> None:
-    positive = {
-        "data.sequence_length": config.data.sequence_length,
+    """Refuse values of the right type that make no training run."""
+    data, optimizer, schedule = config.data, config.optimizer, config.schedule
+    sources = [*data.train, *data.valid, *data.measure]
+    positive: dict[str, float] = {
+        "data.sequence_length": data.sequence_length,
         "batch.sequences": config.batch.sequences,
         "batch.accumulation": config.batch.accumulation,
-        "schedule.total_tokens": config.schedule.total_tokens,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-        "optimizer.max_grad_norm": config.optimizer.max_grad_norm,
+        "schedule.total_tokens": schedule.total_tokens,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.eps": optimizer.eps,
+        "optimizer.max_grad_norm": optimizer.max_grad_norm,
         "evaluation.every_steps": config.evaluation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+    } | {f"repeat of {source.path!r}": source.repeat for source in sources}
+    not_negative: dict[str, float] = {
+        "run.seed": config.run.seed,
+        "schedule.warmup_tokens": schedule.warmup_tokens,
+        "schedule.final_fraction": schedule.final_fraction,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "loss.load_balancing": config.loss.load_balancing,
+        "loss.router_z": config.loss.router_z,
+        "evaluation.windows": config.evaluation.windows,
     }
     for place, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{place} must be above 0, not {value!r}.")
-    for source in (*config.data.train, *config.data.valid):
-        if not source.repeat > 0:
-            raise ConfigError(f"repeat of {source.path!r} must be above 0, not {source.repeat!r}.")
-    if not config.data.train:
+        if not 0 < value < _LIMIT:  # false for nan and inf as well
+            raise ConfigError(f"{place} must be above 0 and below 2^63, not {shown(value)}.")
+    for place, value in not_negative.items():
+        if not 0 <= value < _LIMIT:
+            raise ConfigError(f"{place} must be at least 0 and below 2^63, not {shown(value)}.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
+    if not config.run.output:
+        raise ConfigError("run.output is empty; name the folder that the run writes into.")
+    if not data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
-    if config.data.sequence_length > config.model.max_position_embeddings:
+    if not config.model.eos_token_ids:
+        raise ConfigError("model.eos_token_id is needed for training: it ends each document.")
+    if (config.tokenizer.vocab_size or 0) > config.model.vocab_size:
         raise ConfigError(
-            f"data.sequence_length {config.data.sequence_length} exceeds model.max_position_embeddings "
-            f"{config.model.max_position_embeddings}."
+            f"tokenizer.vocab_size {config.tokenizer.vocab_size} exceeds model.vocab_size {config.model.vocab_size}."
         )
-    if config.schedule.kind not in ("cosine", "linear"):
-        raise ConfigError(f"schedule.kind must be cosine or linear, not {config.schedule.kind!r}.")
-    if config.schedule.warmup_tokens >= config.schedule.total_tokens:
+    if data.sequence_length < 2:
+        raise ConfigError("data.sequence_length must be at least 2: a window of T ids trains T - 1 predictions.")
+    if data.sequence_length > config.model.max_position_embeddings:
         raise ConfigError(
-            f"schedule.warmup_tokens {config.schedule.warmup_tokens} must be below total_tokens "
-            f"{config.schedule.total_tokens}."
+            f"data.sequence_length {data.sequence_length} exceeds model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; lower the one or raise the other."
+        )
+    if config.model.attention_dropout:
+        raise ConfigError(
+            f"model.attention_dropout is {config.model.attention_dropout}, but OLMoE trains without dropout; remove it."
+        )
+    if schedule.kind not in ("cosine", "linear"):
+        raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")
+    if schedule.warmup_tokens >= schedule.total_tokens:
+        raise ConfigError(
+            f"schedule.warmup_tokens {schedule.warmup_tokens} must be below schedule.total_tokens "
+            f"{schedule.total_tokens}."
         )
 
 
 def _build(cls: Any, table: Any, place: str) -> Any:
     """A dataclass from a TOML table, nested ones included."""
-    where = f"[{place}]" if place else "the configuration"
+    where = f"[{place}]" if place else "The configuration"
     if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table, not {table!r}.")
+        raise ConfigError(f"{where} must be a table, not {shown(table)}.")
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
     unknown = sorted(set(table) - set(known))
     if unknown:
-        raise ConfigError(f"Unknown key {unknown[0]!r} in {where}; known are {', '.join(sorted(known))}.")
+        raise ConfigError(f"{where} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(known))}.")
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in table:
-            raise ConfigError(f"{where} lacks {name!r}.")
+            raise ConfigError(f"{where} lacks {name!r}; add it.")
     values = {key: _convert(hints[key], value, f"{place}.{key}".lstrip(".")) for key, value in table.items()}
     return cls(**values)
 
@@ -235,7 +262,7 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
                 return _convert(option, value, place)
             except ConfigError:
                 continue
-        raise ConfigError(f"{place} has the value {value!r} of the wrong type.")
+        raise ConfigError(f"{place} has the value {shown(value)} of the wrong type.")
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
             return tuple(_convert(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
@@ -245,4 +272,4 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{place} must be of type {getattr(hint, '__name__', hint)}, not {value!r}.")
+    raise ConfigError(f"{place} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}.")

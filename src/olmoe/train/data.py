@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +27,43 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import Source
 
 SEPARATOR = "<|endoftext|>"
+NUMPY_MAGIC = b"\x93NUMPY"
 Tokens = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file, and what is known of the text behind it. `text_bytes` is None for foreign token files."""
+    """A token file, the name it is reported under, and what is known of the text behind it.
 
+    All but the first three are None for foreign token files.
+    """
+
+    name: str
     path: str
     tokens: int
     documents: int | None = None
     text_bytes: int | None = None
+    eos_id: int | None = None
     source_sha256: str | None = None
     tokenizer_sha256: str | None = None
+
+
+def name_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """A name for each data file: its folder and stem, and more of its path where another file shares these.
+
+    Raises `ConfigError` for a file that does not exist.
+    """
+    whole = {path: Path(os.path.abspath(path)) for path in paths}
+    candidates: dict[Path, list[str]] = {}
+    for path, absolute in whole.items():
+        if not path.is_file():
+            raise ConfigError(f"The data file {path} does not exist.")
+        parts = absolute.with_suffix("").parts[1:]
+        shorter = ["-".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
+        # The whole path in the end, because two files may differ in their suffix alone.
+        candidates[absolute] = [*shorter, quote(str(absolute), safe="")]
+    uses = Counter(name for names in candidates.values() for name in names)
+    return {path: next(n for n in candidates[absolute] if uses[n] == 1) for path, absolute in whole.items()}
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -44,11 +72,11 @@ def read_documents(path: Path) -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"The data file {path} does not exist.") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"The data file {path} is not UTF-8 text ({error}).") from None
     document: list[str] = []
-    for line in text.splitlines(keepends=True):
-        if line.rstrip("\r\n") == SEPARATOR:
+    for line in text.split("\n"):  # not splitlines, to which a form feed inside a line is an end as well
+        if line == SEPARATOR:
             yield from _whole(document)
             document = []
         else:
@@ -57,31 +85,36 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _whole(lines: list[str]) -> Iterator[str]:
-    text = "".join(lines).strip("\n")
+    text = "\n".join(lines).strip("\n")
     if text:
         yield text
 
 
-def prepare(path: Path, tokenizer_path: Path, folder: Path, eos_id: int) -> TokenFile:
-    """The token file of `path`, made anew unless one of the same text and tokenizer is in `folder`.
+def prepare(path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: str | None = None) -> TokenFile:
+    """The token file of `path`, made anew unless `folder` holds one of the same text, tokenizer and EOS.
 
-    A `.npy` path is taken as a token file as it is. Raises `ConfigError` for missing or unreadable files
-    and for a vocabulary that does not fit uint16.
+    It is kept as `name`, by default what `name_files` calls `path` alone. A `.npy` path is taken as a token
+    file as it is. Raises `ConfigError` for missing or unreadable files and for a vocabulary that does not
+    fit uint16.
     """
+    name = name or name_files([path])[path]
     if path.suffix == ".npy":
-        if not path.is_file() or path.stat().st_size % 2:
-            raise ConfigError(f"The token file {path} is missing or not made of 2-byte ids.")
-        return TokenFile(str(path), path.stat().st_size // 2)
-    if not path.is_file():
-        raise ConfigError(f"The data file {path} does not exist.")
-    wanted = {"source_sha256": _sha256(path), "tokenizer_sha256": _sha256(tokenizer_path)}
-    target = folder / f"{path.parent.name}-{path.stem}.npy"
-    description = target.with_suffix(".json")
-    if target.is_file() and description.is_file():
-        known = TokenFile(**json.loads(description.read_text(encoding="utf-8")))
-        current = {"source_sha256": known.source_sha256, "tokenizer_sha256": known.tokenizer_sha256}
-        if current == wanted and target.stat().st_size == 2 * known.tokens:
-            return known
+        return _foreign(name, path)
+    wanted: dict[str, Any] = {
+        "source_sha256": sha256(path),
+        "tokenizer_sha256": sha256(tokenizer_path),
+        "eos_id": eos_id,
+    }
+    # Not with_suffix: a name may hold dots.
+    target, description = folder / f"{name}.npy", folder / f"{name}.json"
+    known = _described(description)
+    if (
+        target.is_file()
+        and all(known.get(key) == value for key, value in wanted.items())
+        and target.stat().st_size == 2 * known.get("tokens", 0)
+    ):
+        # The folder may be reached by another path than when the description was written.
+        return TokenFile(**known | {"name": name, "path": str(target)})
     tokenizer = Tokenizer.from_file(tokenizer_path)
     if tokenizer.vocab_size > 2**16:
         raise ConfigError(f"A vocabulary of {tokenizer.vocab_size} ids does not fit the uint16 token format.")
@@ -92,17 +125,41 @@ def prepare(path: Path, tokenizer_path: Path, folder: Path, eos_id: int) -> Toke
     for ids in tokenizer.encode_batch(documents):
         stream += [*ids, eos_id]
     with atomic_file(target) as temporary:
-        np.asarray(stream, dtype="<u2").tofile(temporary)
+        temporary.write_bytes(np.asarray(stream, dtype="<u2").tobytes())  # tofile hides why a write failed
+        description.unlink(missing_ok=True)  # before the rename, so that it never describes another file's tokens
     text_bytes = sum(len(document.encode()) for document in documents)
-    made = TokenFile(str(target), len(stream), len(documents), text_bytes, **wanted)
+    made = TokenFile(name, str(target), len(stream), len(documents), text_bytes, **wanted)
     write_text(description, json.dumps(asdict(made), indent=2) + "\n")
     return made
+
+
+def _foreign(name: str, path: Path) -> TokenFile:
+    """A token file that something else wrote. Raises `ConfigError` if it cannot be one."""
+    size = path.stat().st_size
+    if size % 2 or size < 4:
+        raise ConfigError(f"The token file {path} has {size} bytes, which is not two or more ids of 2 bytes each.")
+    with path.open("rb") as handle:
+        if handle.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+            raise ConfigError(
+                f"{path} was written by numpy.save, but a token file is raw uint16 without a header: "
+                "write it with array.astype('<u2').tofile(path)."
+            )
+    return TokenFile(name, str(path), size // 2)
+
+
+def _described(description: Path) -> dict[str, Any]:
+    """What a description file says; nothing if it is missing, damaged or of another version."""
+    try:
+        known = json.loads(description.read_text(encoding="utf-8"))
+        return asdict(TokenFile(**known))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def open_tokens(file: TokenFile, vocab_size: int) -> Tokens:
     """Map a token file into memory, read-only. Raises `ConfigError` for ids beyond the model's vocabulary."""
     tokens: Tokens = np.memmap(file.path, dtype="<u2", mode="r")
-    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24)) if len(tokens) else 0
+    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= vocab_size:
         raise ConfigError(f"{file.path} holds the id {largest}, beyond the model's vocabulary of {vocab_size}.")
     return tokens
@@ -118,21 +175,21 @@ class Mixture:
 
     def __init__(self, sources: list[tuple[Tokens, float]], length: int, seed: int) -> None:
         self._sources, self._length, self._seed = sources, length, seed
-        for tokens, _ in sources:
-            if len(tokens) < 2 * length:
-                raise ConfigError(
-                    f"A data file holds {len(tokens)} tokens, too few for windows of {length}; "
-                    "use a longer file or a shorter sequence_length."
-                )
         # The largest start leaves every pass the same number of windows, so that epochs are equally long.
         self._windows = [(len(tokens) - length) // length for tokens, _ in sources]
         self._parts = [
             [windows] * math.floor(repeat) + [round(windows * (repeat % 1))]
             for windows, (_, repeat) in zip(self._windows, sources, strict=True)
         ]
+        for (tokens, repeat), windows, parts in zip(sources, self._windows, self._parts, strict=True):
+            if windows < 1:
+                raise ConfigError(
+                    f"{_origin(tokens)} holds {len(tokens)} tokens, too few for windows of {length}; "
+                    "use a longer file or a shorter data.sequence_length."
+                )
+            if sum(parts) == 0:
+                raise ConfigError(f"repeat {repeat} of {_origin(tokens)} leaves none of its windows; raise it.")
         self.windows_per_epoch = sum(sum(parts) for parts in self._parts)
-        if self.windows_per_epoch == 0:
-            raise ConfigError("The repeat factors leave no training window; raise them.")
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty((0, 2), np.int64)
 
@@ -163,6 +220,12 @@ def load_sources(sources: tuple[Source, ...], files: list[TokenFile], vocab_size
     return [(open_tokens(file, vocab_size), source.repeat) for source, file in zip(sources, files, strict=True)]
 
 
-def _sha256(path: Path) -> str:
+def _origin(tokens: Tokens) -> str:
+    """The file that tokens were mapped from, for messages."""
+    return str(getattr(tokens, "filename", "A data source"))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -16,13 +16,24 @@ import torch
 from tqdm import tqdm
 
 from olmoe import checkpoint
+from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM, initialize
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.train import state
 from olmoe.train.config import TrainConfig
-from olmoe.train.data import Mixture, TokenFile, Tokens, load_sources, open_tokens, prepare, read_documents
+from olmoe.train.data import (
+    Mixture,
+    TokenFile,
+    Tokens,
+    load_sources,
+    name_files,
+    open_tokens,
+    prepare,
+    read_documents,
+    sha256,
+)
 from olmoe.train.evaluation import Evaluation, evaluate
 from olmoe.train.losses import objective
 from olmoe.train.optim import build_optimizer, clip_gradients, learning_rate
@@ -45,21 +56,20 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
     """
     output = config.resolve(config.run.output)
-    newest = state.latest(output)
-    if newest is not None and not resume:
-        raise ConfigError(f"{output} already holds a run; continue it with --resume, or choose another run.output.")
+    newest = state.begin(output, resume)
     set_threads(config.run.threads)
     keep_freed_memory()
     device = resolve_device(config.run.device)
 
     # ---- data: text -> token files -> one deterministic sequence of windows ----
+    paths = [[config.resolve(s.path) for s in x] for x in (config.data.train, config.data.valid, config.data.measure)]
+    names = name_files(path for group in paths for path in group)
     tokenizer_path = config.resolve(config.tokenizer.path)
     _ensure_tokenizer(config, tokenizer_path)
     eos_id = _eos_id(config, tokenizer_path)
     tokens_folder, vocab_size = config.resolve(config.data.tokens_folder), config.model.vocab_size
     train_files, valid_files, measured_files = (
-        [prepare(config.resolve(s.path), tokenizer_path, tokens_folder, eos_id) for s in sources]
-        for sources in (config.data.train, config.data.valid, config.data.measure)
+        [prepare(path, tokenizer_path, tokens_folder, eos_id, names[path]) for path in group] for group in paths
     )
     length = config.data.sequence_length
     mixture = Mixture(load_sources(config.data.train, train_files, vocab_size), length, config.run.seed)
@@ -72,13 +82,16 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     model = model.to(device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = state.Progress()
-    metrics_path = output / "metrics.jsonl"
-    if resume and newest is not None:
-        progress = state.restore(newest, model, optimizer, config.fingerprint())
-        state.truncate_metrics(metrics_path, progress.step)
+    fingerprint = config.fingerprint() | {
+        "texts": {file.name: file.source_sha256 or file.tokens for file in train_files + valid_files},
+        "tokenizer": sha256(tokenizer_path),
+    }
+    if newest is not None:
+        progress = state.restore(newest, model, optimizer, fingerprint)
         log.info("resumed from %s", newest)
+    metrics_path = output / "metrics.jsonl"
+    state.truncate_metrics(metrics_path, progress.step)
     tokenizer_files = {"tokenizer.json": tokenizer_path.read_text(encoding="utf-8")}
-    output.mkdir(parents=True, exist_ok=True)
     epoch_tokens = mixture.windows_per_epoch * length
     log.info("%.1fM tokens an epoch, %d steps", epoch_tokens / 1e6, config.total_steps)
 
@@ -121,11 +134,7 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
                 sums["router_z"] += float(losses.router_z) / microbatches
                 counts_LE = losses.counts_LE if microbatch == 0 else counts_LE + losses.counts_LE
             norm = float(clip_gradients(model.parameters(), config.optimizer.max_grad_norm))
-            if not np.isfinite(norm):
-                raise ConfigError(
-                    f"The gradient norm is {norm} at step {progress.step + 1}; lower optimizer.learning_rate "
-                    f"(now {config.optimizer.learning_rate})."
-                )
+            _check_finite("gradient norm", norm, progress.step + 1, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
@@ -147,38 +156,42 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
             last = progress.step == config.total_steps
             if last or progress.step % config.evaluation.every_steps == 0:
                 results = evaluate_all(model, held_out, length, config.evaluation.windows)
-                record(**summary(results))
                 score = _score(results)
+                if results:
+                    _check_finite("held-out loss", score, progress.step, config)
+                record(**summary(results))
                 if score < progress.best or not results:
                     progress.best, progress.best_step = score, progress.step
                     checkpoint.save(model, output / "best", extra_files=tokenizer_files)
-            if last or interrupted or progress.step % config.checkpoint.every_steps == 0:
-                path = state.save_state(output, model, optimizer, progress, config.fingerprint(), tokenizer_files)
+            stop = bool(interrupted)  # asked once: what comes later waits for the next step
+            if last or stop or progress.step % config.checkpoint.every_steps == 0:
+                path = state.save_state(output, model, optimizer, progress, fingerprint, tokenizer_files)
                 state.prune(output, config.checkpoint.keep)
-            if interrupted and not last:
-                raise Interrupted(path)
+                if stop:
+                    raise Interrupted(path)
 
     # ---- the best checkpoint on all of every held-out and measured file ----
     best = checkpoint.load(output / "best", device=device)
     final = evaluate_all(best, held_out + measured, length, 0)
     report: dict[str, Any] = {"step": progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
-    (output / "evaluation.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    write_text(output / "evaluation.json", json.dumps(report) + "\n")
     return output / "best"
 
 
 def evaluate_all(
     model: CausalLM, held_out: list[tuple[TokenFile, Tokens]], length: int, windows: int
 ) -> dict[str, Evaluation]:
-    """`evaluate` each held-out file; results by the token file's name."""
-    return {Path(file.path).stem: evaluate(model, file, tokens, length, windows) for file, tokens in held_out}
+    """`evaluate` each held-out file; results by the file's name."""
+    return {file.name: evaluate(model, file, tokens, length, windows) for file, tokens in held_out}
 
 
-def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float]]:
-    """Loss and bits per byte by file, as metrics records hold them."""
+def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float | None]]:
+    """Loss and bits per byte by file, as metrics records hold them; null for bits of unknown bytes."""
+    bits = {name: r.bits_per_byte for name, r in results.items()}
     return {
         "held_out_loss": {name: round(r.loss, 5) for name, r in results.items()},
-        "bits_per_byte": {name: round(r.bits_per_byte, 5) for name, r in results.items()},
+        "bits_per_byte": {name: round(b, 5) if np.isfinite(b) else None for name, b in bits.items()},
     }
 
 
@@ -188,6 +201,14 @@ def _score(results: dict[str, Evaluation]) -> float:
         return float("inf")
     bits = statistics.fmean(r.bits_per_byte for r in results.values())
     return bits if np.isfinite(bits) else statistics.fmean(r.loss for r in results.values())
+
+
+def _check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
+    if not np.isfinite(value):
+        raise ConfigError(
+            f"The {what} is {value} at step {step}; lower optimizer.learning_rate "
+            f"(now {config.optimizer.learning_rate})."
+        )
 
 
 def _ensure_tokenizer(config: TrainConfig, path: Path) -> None:
@@ -205,9 +226,12 @@ def _ensure_tokenizer(config: TrainConfig, path: Path) -> None:
 
 def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:
     """The id that ends documents. Raises `ConfigError` if tokenizer and model do not fit each other."""
-    if not config.model.eos_token_ids:
-        raise ConfigError("model.eos_token_id is needed for training: it ends each document.")
     size = Tokenizer.from_file(tokenizer_path).vocab_size
+    if size != (config.tokenizer.vocab_size or size):
+        raise ConfigError(
+            f"{tokenizer_path} has {size} ids, but tokenizer.vocab_size is {config.tokenizer.vocab_size}; "
+            f"set that to {size}, or remove the file to train one anew."
+        )
     if size > config.model.vocab_size:
         raise ConfigError(
             f"The tokenizer has {size} ids, but model.vocab_size is only {config.model.vocab_size}; raise it."

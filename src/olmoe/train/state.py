@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from olmoe import checkpoint
 from olmoe.atomic import atomic_folder, write_text
-from olmoe.errors import CheckpointError, ConfigError
+from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.model import CausalLM
 
 STATE_NAME = "training_state.pt"
@@ -31,7 +31,25 @@ class Progress:
     tokens: int = 0
     best: float = float("inf")
     best_step: int = 0
-    counts_LE: list[list[int]] = field(default_factory=list)
+
+
+def begin(folder: Path, resume: bool) -> Path | None:
+    """Make the folder of a run; return the checkpoint to continue from, None for a new run.
+
+    Raises `ConfigError` if the folder holds a run that is not to be resumed, or none that could be.
+    """
+    newest = latest(folder)
+    if resume and newest is None:
+        raise ConfigError(f"{folder} holds no checkpoint to resume from; start the run without --resume.")
+    if not resume and newest is not None:
+        raise ConfigError(f"{folder} already holds a run; continue it with --resume, or choose another run.output.")
+    if not resume and (folder / "best").exists():
+        raise ConfigError(f"{folder / 'best'} is the result of another run; move it, or choose another run.output.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder ({error.strerror}); choose another run.output.") from None
+    return newest
 
 
 def save_state(
@@ -54,7 +72,7 @@ def save_state(
             "progress": vars(progress),
             "fingerprint": json.dumps(fingerprint),
         }
-        torch.save(state, temporary / STATE_NAME)
+        _write_state(state, temporary / STATE_NAME)
     return target
 
 
@@ -65,9 +83,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints under `folder`."""
+    """Remove all but the newest `keep` checkpoints under `folder`, and what a killed process left unfinished."""
+    unfinished = [*folder.glob(".best.*.partial"), *(folder / "checkpoints").glob(".step-*.partial")]
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first, so that an interrupt leaves no half checkpoint under a whole one's name.
+        unfinished.append(old.rename(old.with_name(f".{old.name}.old.partial")))
+    for leftover in unfinished:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
@@ -78,18 +100,16 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     """
     try:
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        progress = Progress(**state["progress"])
+        progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
+        was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
     except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise CheckpointError(
-            f"{path / STATE_NAME} cannot be read ({error}); resume from another checkpoint."
+            f"{path / STATE_NAME} cannot be read ({reason}); remove {path} to resume from the checkpoint before it."
         ) from None
-    was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
-    for section in now:
-        if was.get(section) != now[section]:
-            raise ConfigError(
-                f"The configuration's [{section}] changed since {path}: it was {was.get(section)}, now {now[section]}. "
-                "Restore it, or start a new run in another output folder."
-            )
+    difference = _difference(was, now)
+    if difference is not None:
+        raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
     loaded = checkpoint.load(path, dtype=torch.float32)
     with torch.no_grad():
         for (name, parameter), (_, value) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
@@ -108,9 +128,33 @@ def truncate_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short
     write_text(path, "".join(kept))
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as handle:
+            torch.save(state, handle)
+    except RuntimeError as error:
+        # torch hides what the file system refused (a full disk) behind an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first thing that changed between two fingerprints, in words."""
+    for section in now:
+        old, new = was.get(section), now[section]
+        if old == new or section not in was:  # older versions compared less
+            continue
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return f"The {section} changed from {shown(old)} to {shown(new)}"
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return f"[{section}] {key} changed from {shown(old.get(key))} to {shown(new.get(key))}"
+    return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPACES) - len(LAST),
@@ -51,6 +51,7 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
             "give more text or a smaller vocab_size."
         )
     contents = json.loads(tokenizer.to_str())
+    contents["decoder"]["add_prefix_space"] = False  # as in OLMoE's file; the constructor has no such argument
     for token in contents["added_tokens"]:
         # The trainer makes its first tokens special; OLMoE's masks of personal data are ordinary tokens.
         token["special"] = token["content"] in (FIRST[1], LAST[2])

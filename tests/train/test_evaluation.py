@@ -1,0 +1,82 @@
+"""Bits per byte against a computation with all logits in plain sight."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_model
+from olmoe.model import causal_attend
+from olmoe.train import evaluation
+from olmoe.train.data import TokenFile
+from olmoe.train.evaluation import evaluate
+
+TOKENS = np.random.default_rng(0).integers(0, 320, 53).astype("<u2")
+FILE = TokenFile("some", "some.npy", len(TOKENS), documents=2, text_bytes=131)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@torch.no_grad()
+def nats_by_hand(model, tokens: np.ndarray, length: int, predictions: int) -> float:
+    """Every prediction one window at a time, from full logits in double precision."""
+    ids, total = torch.from_numpy(tokens.astype("int64")), 0.0
+    for start in range(0, predictions, length):
+        inputs = ids[start : min(start + length, predictions)]
+        hidden = model(inputs.unsqueeze(0), torch.arange(len(inputs)).unsqueeze(0), causal_attend).hidden
+        log_p = model.logits(hidden)[0].double().log_softmax(-1)
+        total -= sum(float(log_p[t, ids[start + t + 1]]) for t in range(len(inputs)))
+    return total
+
+
+@pytest.mark.parametrize("length", [1, 10, 13, 26, 52, 200])  # dividing the 52 predictions or not; one window alone
+@pytest.mark.parametrize("batch_tokens", [1, 30, 4096])  # one window a batch, several, all at once
+def test_bits_per_byte_of_a_whole_file(model, monkeypatch, length, batch_tokens):
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", batch_tokens)
+    result = evaluate(model, FILE, TOKENS, length)
+    nats = nats_by_hand(model, TOKENS, length, 52)
+    assert result.tokens == 52  # every token but the first
+    assert result.loss == pytest.approx(nats / 52, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
+
+
+@pytest.mark.parametrize(("windows", "predictions"), [(1, 10), (3, 30), (5, 50), (6, 52), (99, 52), (0, 52)])
+def test_the_first_windows_are_charged_with_their_share_of_the_bytes(model, windows, predictions):
+    result = evaluate(model, FILE, TOKENS, 10, windows)
+    nats = nats_by_hand(model, TOKENS, 10, predictions)
+    assert result.tokens == predictions
+    assert result.loss == pytest.approx(nats / predictions, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / (131 * predictions / 52), rel=1e-5)
+
+
+def test_counts_hold_every_routed_token_of_every_layer(model):
+    result = evaluate(model, FILE, TOKENS, 10)
+    expected = torch.zeros(2, 8, dtype=torch.long)
+    ids = torch.from_numpy(TOKENS.astype("int64"))
+    for start in range(0, 52, 10):
+        inputs = ids[start : min(start + 10, 52)].unsqueeze(0)
+        for layer, router in enumerate(model(inputs, torch.arange(inputs.shape[1])[None], causal_attend).routers):
+            for expert in router.expert_ids.flatten().tolist():
+                expected[layer, expert] += 1
+    assert torch.equal(result.counts_LE, expected)
+    assert result.counts_LE.sum(dim=1).tolist() == [52 * 3, 52 * 3]
+
+
+def test_bits_are_unknown_where_the_text_is(model):
+    result = evaluate(model, TokenFile("foreign", "foreign.npy", len(TOKENS)), TOKENS, 10)
+    assert math.isnan(result.bits_per_byte)
+    assert math.isfinite(result.loss)
+
+
+def test_evaluation_leaves_the_model_trainable(model):
+    flags = [p.requires_grad for p in model.parameters()]
+    evaluate(model, FILE, TOKENS, 10, 1)
+    assert [p.requires_grad for p in model.parameters()] == flags == [True] * len(flags)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()

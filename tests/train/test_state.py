@@ -1,0 +1,251 @@
+"""Resumable checkpoints: whole or absent, and exact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_model
+from olmoe import checkpoint
+from olmoe.errors import CheckpointError, ConfigError, UserError
+from olmoe.model import CausalLM
+from olmoe.train import state
+from olmoe.train.config import OptimizerConfig
+from olmoe.train.optim import build_optimizer
+from olmoe.train.state import Progress, begin, latest, prune, restore, save_state, truncate_metrics
+from sentences import refused
+
+FINGERPRINT = {"model": {"width": 3}, "optimizer": {"eps": 1e-8, "betas": (0.9, 0.95)}, "seed": 1}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def trained(seed: int, steps: int = 2) -> tuple[CausalLM, torch.optim.Optimizer]:
+    """A model and an optimizer whose moments hold something."""
+    model = make_model(seed, **SMALL)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder: Path, step: int = 7, seed: int = 0) -> tuple[Path, CausalLM, torch.optim.Optimizer]:
+    model, optimizer = trained(seed)
+    progress = Progress(step=step, tokens=step * 10, best=1.25, best_step=3)
+    return save_state(folder, model, optimizer, progress, FINGERPRINT, {"note.txt": "é"}), model, optimizer
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    path, model, optimizer = save(tmp_path)
+    assert path == tmp_path / "checkpoints" / "step-0000007"
+    other, other_optimizer = trained(seed=1, steps=1)
+    progress = restore(path, other, other_optimizer, FINGERPRINT)
+    assert progress == Progress(step=7, tokens=70, best=1.25, best_step=3)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert b.requires_grad
+    a, b = optimizer.state_dict(), other_optimizer.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    for key in a["state"]:
+        assert all(torch.equal(a["state"][key][name], b["state"][key][name]) for name in a["state"][key])
+    # And the next step is the same.
+    for one, two in ((model, optimizer), (other, other_optimizer)):
+        for p in one.parameters():
+            p.grad = torch.full_like(p, 0.1)
+        two.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_checkpoint_is_a_model_that_any_loader_reads(tmp_path):
+    path, model, _ = save(tmp_path)
+    loaded = checkpoint.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert (path / "note.txt").read_text(encoding="utf-8") == "é"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [path.name]
+
+
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
+    assert latest(tmp_path) is None
+    for name in ("step-0000009", "step-0000010", "step-12345678", "step-0000002"):  # a step may outgrow 7 digits
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-99999999.abcd.partial").mkdir()  # left by a killed process
+    (tmp_path / "checkpoints" / "step-99999999-copy").mkdir()
+    assert latest(tmp_path).name == "step-12345678"
+
+
+def test_pruning_keeps_the_newest_and_sweeps_up_what_a_killed_process_left(tmp_path):
+    for name in (
+        "checkpoints/step-0000001/x",
+        "checkpoints/step-0000002/x",
+        "checkpoints/step-0000010/x",
+        "checkpoints/.step-0000011.abcd.partial/x",
+        "checkpoints/notes/x",
+        ".best.abcd.partial/x",
+        "best/x",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    prune(tmp_path, 2)
+    kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("x"))
+    assert kept == ["best/x", "checkpoints/notes/x", "checkpoints/step-0000002/x", "checkpoints/step-0000010/x"]
+    prune(tmp_path, 5)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_an_interrupt_while_pruning_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+
+    def interrupt(*arguments, **options) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 1)
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-0000002"]
+    prune(tmp_path, 1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+# ---- starting and resuming ----
+
+
+def test_a_new_run_makes_its_folder(tmp_path):
+    assert begin(tmp_path / "a" / "b", resume=False) is None
+    assert (tmp_path / "a" / "b").is_dir()
+    assert begin(tmp_path / "a" / "b", resume=False) is None  # it holds nothing yet
+
+
+def test_a_run_is_neither_overwritten_nor_invented(tmp_path):
+    assert "without --resume" in refused(lambda: begin(tmp_path / "none", resume=True), ConfigError)
+    assert not (tmp_path / "none").exists()  # a mistyped folder leaves nothing behind
+    (tmp_path / "run" / "checkpoints" / "step-0000001").mkdir(parents=True)
+    assert "--resume" in refused(lambda: begin(tmp_path / "run", resume=False), ConfigError)
+    assert begin(tmp_path / "run", resume=True).name == "step-0000001"
+    (tmp_path / "done" / "best").mkdir(parents=True)  # someone removed its checkpoints to save space
+    assert "best" in refused(lambda: begin(tmp_path / "done", resume=False), ConfigError)
+
+
+def test_a_run_cannot_be_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "run.output" in refused(lambda output=output: begin(output, resume=False), ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optimizer": {"eps": 1e-7, "betas": (0.9, 0.95)}}, "[optimizer] eps changed from 1e-08 to 1e-07"),
+        ({"optimizer": {"eps": 1e-8, "betas": (0.9, 0.99)}}, "[optimizer] betas"),
+        ({"model": {"width": 3, "depth": 1}}, "[model] depth changed from None to 1"),
+        ({"seed": 2}, "seed changed from 1 to 2"),
+    ],
+)
+def test_a_changed_configuration_is_refused(tmp_path, change, told):
+    path, *_ = save(tmp_path)
+    model, optimizer = trained(seed=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert told in refused(lambda: restore(path, model, optimizer, FINGERPRINT | change), ConfigError)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_what_an_older_checkpoint_did_not_record_is_not_compared(tmp_path):
+    path, *_ = save(tmp_path)
+    assert restore(path, *trained(seed=1), FINGERPRINT | {"tokenizer": "abc"}).step == 7
+
+
+def test_counters_of_another_version_are_ignored(tmp_path):
+    path, *_ = save(tmp_path)
+    saved = torch.load(path / state.STATE_NAME, weights_only=True)
+    saved["progress"]["counts_LE"] = []  # written before 0.1.0
+    torch.save(saved, path / state.STATE_NAME)
+    assert restore(path, *trained(seed=1), FINGERPRINT).step == 7
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "foreign", "no progress"])
+def test_a_damaged_state_is_one_sentence(tmp_path, damage):
+    path, *_ = save(tmp_path)
+    file = path / state.STATE_NAME
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage in ("foreign", "no progress"):
+        torch.save({"optimizer": {}} if damage == "no progress" else [1], file)
+    else:
+        file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
+    message = refused(lambda: restore(path, *trained(seed=1), FINGERPRINT), CheckpointError)
+    assert state.STATE_NAME in message
+
+
+# ---- writes that fail ----
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "disk is full"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "cannot be written"),
+    ],
+)
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failure, told):
+    save(tmp_path, step=1)
+
+    def hidden(*arguments) -> None:
+        try:
+            raise failure
+        except OSError:
+            raise RuntimeError("unexpected pos 576 vs 534") from None  # torch's own words
+
+    monkeypatch.setattr(torch, "save", hidden)
+    assert told in refused(lambda: save(tmp_path, step=2), UserError)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_what_the_file_system_refuses_in_earnest(tmp_path):
+    """A real limit on file sizes, which the weights keep and the optimizer's moments, twice as large, do not."""
+    import resource
+
+    path, *_ = save(tmp_path, step=1)
+    limit = (path / "model.safetensors").stat().st_size + 1000
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        message = refused(lambda: save(tmp_path, step=2), UserError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in message
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_torchs_own_errors_are_not_hidden(tmp_path, monkeypatch):
+    def broken(*arguments) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        save(tmp_path)
+
+
+# ---- metrics ----
+
+
+def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (1, 2, 2, 3)]
+    path.write_text("\n".join([*lines[:2], "", "5", '{"tokens": 3}', *lines[2:], '{"step": 1, "lo']), encoding="utf-8")
+    truncate_metrics(path, 2)
+    assert path.read_text(encoding="utf-8").split("\n") == [*lines[:3], ""]
+    truncate_metrics(path, 0)
+    assert path.read_text(encoding="utf-8") == ""
+    truncate_metrics(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
