@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from olmoe.engine.llm import LLM
     from olmoe.engine.request import SamplingParams
     from olmoe.errors import UserError
+    from olmoe.hf import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
     from olmoe.model import CausalLM
     from olmoe.tokenizer import Tokenizer
 
@@ -23,6 +24,10 @@ _HOMES = {
     "CausalLM": "olmoe.model",
     "LLM": "olmoe.engine.llm",
     "ModelConfig": "olmoe.config",
+    "OlmoeConfig": "olmoe.hf",
+    "OlmoeForCausalLM": "olmoe.hf",
+    "OlmoeForSequenceClassification": "olmoe.hf",
+    "OlmoeModel": "olmoe.hf",
     "RopeParameters": "olmoe.config",
     "SamplingParams": "olmoe.engine.request",
     "Tokenizer": "olmoe.tokenizer",
@@ -32,6 +37,10 @@ __all__ = [
     "LLM",
     "CausalLM",
     "ModelConfig",
+    "OlmoeConfig",
+    "OlmoeForCausalLM",
+    "OlmoeForSequenceClassification",
+    "OlmoeModel",
     "RopeParameters",
     "SamplingParams",
     "Tokenizer",

@@ -1,0 +1,17 @@
+"""The transformers face: our network behind transformers' configuration, model, cache and generation classes.
+
+This package alone imports transformers. Importing it changes nothing in transformers.
+"""
+
+from __future__ import annotations
+
+from olmoe.hf.config import OlmoeConfig
+from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel, OlmoePreTrainedModel
+
+__all__ = [
+    "OlmoeConfig",
+    "OlmoeForCausalLM",
+    "OlmoeForSequenceClassification",
+    "OlmoeModel",
+    "OlmoePreTrainedModel",
+]

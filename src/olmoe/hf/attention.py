@@ -1,0 +1,117 @@
+"""`attend` over a transformers cache and attention implementation, and RoPE angles by transformers' rules.
+
+Shapes legend: B batch, T sequence, S cached sequence, H heads, G KV heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from olmoe.hf.config import OlmoeConfig
+from olmoe.model import Attention, DecoderLayer
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles for every kind of RoPE that transformers knows (default, linear, dynamic, yarn, llama3, ...).
+
+    Like transformers' classes it keeps `inv_freq`, which dynamic kinds replace as sequences grow; cosines
+    and sines stay in fp32, one value a pair of channels.
+    """
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type: str = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.compute(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    def compute(self, config: OlmoeConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies (Dh/2,) and the factor on cosines and sines, before any sequence is seen."""
+        if self.rope_type != "default":
+            inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config, device)
+            return inv_freq, scaling
+        width = config.hidden_size // config.num_attention_heads
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    @property
+    def rope_init_fn(self) -> Any:
+        """What transformers' dynamic update calls to recompute the frequencies."""
+        return ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids (B or 1, T) -> cos, sin (B or 1, T, Dh/2) in fp32. `x` names the device."""
+        angle = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+
+def prepare(layers: nn.ModuleList, config: OlmoeConfig) -> None:
+    """Give each attention module what transformers' attention implementations look for on it."""
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, DecoderLayer)
+        attention: Any = layer.self_attn
+        attention.config, attention.layer_idx, attention.is_causal = config, index, True
+        attention.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        attention.scaling = attention.head_dim**-0.5
+
+
+class CachedAttend:
+    """`attend` of one forward pass. `weights` collects attention probabilities where the implementation has them."""
+
+    def __init__(
+        self, config: OlmoeConfig, layers: nn.ModuleList, mask: Any, cache: Cache | None, options: dict[str, Any]
+    ) -> None:
+        self._layers, self._mask, self._cache, self._options = layers, mask, cache, options
+        self._dropout = config.attention_dropout
+        self._function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+        self.weights: list[Tensor | None] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (B, T, H, Dh), k and v (B, T, G, Dh) -> (B, T, H, Dh)."""
+        module: Any = self._layers[layer].self_attn
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
+        if self._cache is not None:
+            k, v = self._cache.update(k, v, layer)
+        out, weights = self._function(
+            module,
+            q,
+            k,
+            v,
+            self._mask,
+            dropout=self._dropout if module.training else 0.0,
+            scaling=module.scaling,
+            **self._options,
+        )
+        self.weights.append(weights)
+        return out
+
+
+def eager_attention(
+    module: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention that also returns its probabilities (B, H, T, S). The mask is added to the scores."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
