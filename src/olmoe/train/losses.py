@@ -1,17 +1,8 @@
-"""OLMoE's training objective, exactly as its training code computes it.
+"""OLMoE's training objective: cross-entropy and the two router losses of `router_losses`.
 
     loss = CE + load_balancing * LB + router_z * Z
 
-Paper (arXiv 2409.02060) Eq. 3 and 4; the training code (megablocks fork, `batched_load_balancing_loss`)
-differs from them in a factor 1/K each, and is what is followed here:
-
-    LB = 1/L sum_l E sum_e (n_le / (N K)) mean_t p_lte         minimum 1, when the load is uniform
-    Z  = 1/(L N K) sum_l,t (log sum_e exp logit_lte)^2         note the 1/K: Eq. 4 at an eighth of the weight
-
-over the L layers and the N tokens of one microbatch. transformers' own auxiliary loss pools all layers
-before multiplying and does not divide by K (minimum K): the same coefficient is 8 times as strong there.
-
-Shapes legend: N tokens, D hidden, E experts, K experts per token, V vocabulary.
+Shapes legend: B windows, T positions, D hidden, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +13,8 @@ import torch
 from torch import Tensor
 
 from olmoe import ops
-from olmoe.model import CausalLM, RouterOutput, causal_attend
+from olmoe.model import CausalLM, causal_attend
+from olmoe.router_losses import load_balancing, router_z
 from olmoe.train.config import LossConfig
 
 IGNORE = -100
@@ -36,25 +28,6 @@ class Losses(NamedTuple):
     load_balancing: Tensor
     router_z: Tensor
     counts_LE: Tensor  # tokens each expert received, by layer
-
-
-def load_balancing(routers: list[RouterOutput]) -> Tensor:
-    """LB above: 1 when every layer's load is uniform. The counts carry no gradient."""
-    total = routers[0].logits.new_zeros(())
-    for router in routers:
-        experts = router.logits.shape[1]
-        counts_E = torch.bincount(router.expert_ids.flatten(), minlength=experts)
-        share_E = counts_E / router.expert_ids.numel()
-        total = total + experts * torch.dot(share_E, router.logits.softmax(dim=-1).mean(dim=0))
-    return total / len(routers)
-
-
-def router_z(routers: list[RouterOutput]) -> Tensor:
-    """Z above: the mean squared log-partition of the routers, divided by K as the training code does."""
-    total = routers[0].logits.new_zeros(())
-    for router in routers:
-        total = total + router.logits.logsumexp(dim=-1).square().sum() / router.expert_ids.numel()
-    return total / len(routers)
 
 
 def objective(
