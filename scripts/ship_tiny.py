@@ -25,6 +25,7 @@ from olmoe import checkpoint
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
 from olmoe.hub import SHIPPED
+from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import TrainConfig, load_config
 from olmoe.train.data import TokenFile, open_tokens, prepare
 from olmoe.train.evaluation import Evaluation
@@ -46,7 +47,13 @@ def main() -> None:
     model = checkpoint.load(run / "best")
     tokenizer_text = (run / "best" / "tokenizer.json").read_text(encoding="utf-8")
     compact = json.dumps(json.loads(tokenizer_text), ensure_ascii=False, separators=(",", ":"))
-    checkpoint.save(model, SHIPPED, dtype=torch.bfloat16, extra_files={"tokenizer.json": compact + "\n"})
+    ids = {"eos_ids": config.model.eos_token_ids, "pad_id": config.model.pad_token_id}
+    tokenizer = Tokenizer.from_folder(run / "best", **ids)
+    files = {
+        "tokenizer.json": compact + "\n",
+        "tokenizer_config.json": tokenizer.transformers_config(config.model.max_position_embeddings),
+    }
+    checkpoint.save(model, SHIPPED, dtype=torch.bfloat16, extra_files=files)
 
     shipped = checkpoint.load(SHIPPED, dtype=torch.float32)
     results = evaluate_all(shipped, _held_out(config), config.data.sequence_length, 0)

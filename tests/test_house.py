@@ -29,9 +29,13 @@ def test_every_module_says_what_it_is():
 
 
 def test_tests_mirror_the_source():
-    """A test file is `test_<module>.py` or `test_<module>_<aspect>.py`; those about several modules are listed."""
+    """A test file is `test_<module>.py` or `test_<module>_<aspect>.py`; those about several modules are listed.
+
+    `test_ecosystem_<package>.py` are about what other packages do with our classes, `test_conformance.py` about
+    what transformers expects of every model, `test_documentation.py` about a page of docs/.
+    """
     besides = {"test_house", "test_readme", "test_init", "test_model", "test_primitives", "test_parity"}
-    modules = {p.stem for p in ROOT.glob("src/olmoe/**/*.py")}
+    modules = {p.stem for p in ROOT.glob("src/olmoe/**/*.py")} | {"ecosystem", "documentation", "conformance"}
     tests = [p for p in ROOT.glob("tests/**/test_*.py") if p.stem not in besides]
     named = [p.stem.removeprefix("test_") for p in tests]
     assert [name for name in named if not any(name == m or name.startswith(f"{m}_") for m in modules)] == []

@@ -15,12 +15,28 @@ if TYPE_CHECKING:
     from olmoe.engine.request import SamplingParams
     from olmoe.errors import UserError
     from olmoe.hf import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+    from olmoe.hf.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        infer_device,
+        pipeline,
+    )
     from olmoe.model import CausalLM
     from olmoe.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoConfig": "olmoe.hf.auto",
+    "AutoModel": "olmoe.hf.auto",
+    "AutoModelForCausalLM": "olmoe.hf.auto",
+    "AutoModelForSequenceClassification": "olmoe.hf.auto",
+    "AutoTokenizer": "olmoe.hf.auto",
+    "BitsAndBytesConfig": "olmoe.hf.auto",
     "CausalLM": "olmoe.model",
     "LLM": "olmoe.engine.llm",
     "ModelConfig": "olmoe.config",
@@ -32,9 +48,17 @@ _HOMES = {
     "SamplingParams": "olmoe.engine.request",
     "Tokenizer": "olmoe.tokenizer",
     "UserError": "olmoe.errors",
+    "infer_device": "olmoe.hf.auto",
+    "pipeline": "olmoe.hf.auto",
 }
 __all__ = [
     "LLM",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "BitsAndBytesConfig",
     "CausalLM",
     "ModelConfig",
     "OlmoeConfig",
@@ -46,6 +70,8 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "__version__",
+    "infer_device",
+    "pipeline",
 ]
 
 

@@ -26,7 +26,8 @@ HARMLESS_KEYS = frozenset(
     "torch_dtype torchscript transformers_version use_cache chunk_size_feed_forward is_decoder "
     "is_encoder_decoder sep_token_id decoder_start_token_id num_labels _attn_implementation "
     "_experts_implementation cross_attention_hidden_size add_cross_attention tokenizer_class prefix "
-    "finetuning_task num_local_experts rope_theta rope_scaling rope_parameters head_dim".split()
+    "finetuning_task num_local_experts rope_theta rope_scaling rope_parameters head_dim "
+    "router_loss router_z_loss_coef".split()
 )
 
 

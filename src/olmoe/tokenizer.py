@@ -126,6 +126,30 @@ class Tokenizer:
         except KeyError:  # not written in the byte alphabet: the token is its own text, as in the library
             return token.encode()
 
+    def special_tokens(self) -> dict[str, str]:
+        """The texts that transformers must take for EOS, BOS, unknown and padding: those of the ids.
+
+        Byte-level text is never unknown; transformers' class of this tokenizer wants a token all the same.
+        """
+        texts: dict[str, str] = {}
+        if self.eos_ids and (eos := self._backend.id_to_token(self.eos_ids[0])) is not None:
+            texts = {"eos_token": eos, "bos_token": eos, "unk_token": eos}
+        if self.pad_id is not None and self.pad_id >= 0 and (pad := self._backend.id_to_token(self.pad_id)) is not None:
+            texts["pad_token"] = pad
+        return texts
+
+    def transformers_config(self, max_length: int) -> str:
+        """The `tokenizer_config.json` with which transformers reads `tokenizer.json` as it is, ends by id."""
+        values: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template is not None:
+            values["chat_template"] = self.chat_template
+        return json.dumps(values | self.special_tokens(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from olmoe.hf.config import OlmoeConfig
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel, OlmoePreTrainedModel
+from olmoe.hf.register import register, unregister
 
 __all__ = [
     "OlmoeConfig",
@@ -14,4 +15,6 @@ __all__ = [
     "OlmoeForSequenceClassification",
     "OlmoeModel",
     "OlmoePreTrainedModel",
+    "register",
+    "unregister",
 ]

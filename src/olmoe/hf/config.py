@@ -7,7 +7,10 @@ from typing import Any
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as TransformersOlmoeConfig
 
 from olmoe.config import ModelConfig
-from olmoe.errors import ConfigError
+from olmoe.errors import ConfigError, shown
+
+MODEL_TYPE = "olmoe"
+ROUTER_LOSSES = ("pooled", "per_layer")
 
 
 class OlmoeConfig(TransformersOlmoeConfig):
@@ -15,12 +18,37 @@ class OlmoeConfig(TransformersOlmoeConfig):
 
     It is transformers' class, so files and objects pass both ways unchanged. In addition, values that no
     OLMoE network can have are refused on construction with one sentence (`ConfigError`).
+
+    Two optional parameters choose the auxiliary losses; they are written to `config.json` only if given:
+
+    - `router_loss`: "pooled" (transformers' loss, the default) or "per_layer" (what OLMoE was trained with,
+      see `olmoe.router_losses`; then part of every training loss).
+    - `router_z_loss_coef`: weight of the router z-loss (OLMoE: 0.001), with "per_layer" only.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill defaults as transformers does, then check that a network of this shape exists."""
         super().__post_init__(**kwargs)
         self.network()
+        if self.router_loss_kind not in ROUTER_LOSSES:
+            raise ConfigError(
+                f"router_loss must be one of {', '.join(ROUTER_LOSSES)}, not {shown(self.router_loss_kind)}."
+            )
+        z = self.router_z_coefficient
+        if not isinstance(z, int | float) or isinstance(z, bool) or not 0 <= z < float("inf"):
+            raise ConfigError(f"router_z_loss_coef must be a number of at least 0, not {shown(z)}.")
+        if z > 0 and self.router_loss_kind != "per_layer":
+            raise ConfigError(f"router_z_loss_coef {z} needs router_loss='per_layer'; set that, or leave it out.")
+
+    @property
+    def router_loss_kind(self) -> Any:
+        """`router_loss`, or its default."""
+        return getattr(self, "router_loss", ROUTER_LOSSES[0])
+
+    @property
+    def router_z_coefficient(self) -> Any:
+        """`router_z_loss_coef`, or its default."""
+        return getattr(self, "router_z_loss_coef", 0.0)
 
     def network(self) -> ModelConfig:
         """The architecture as `olmoe.model` takes it.
@@ -57,3 +85,18 @@ class OlmoeConfig(TransformersOlmoeConfig):
             router_aux_loss_coef=self.router_aux_loss_coef,
             norm_topk_prob=self.norm_topk_prob,
         )
+
+
+def adopt(config: Any) -> OlmoeConfig:
+    """`config` as an `OlmoeConfig`: itself, or transformers' own OLMoE configuration checked and retyped in place.
+
+    In place, because transformers relies on `model.config` being the object that it was given; the state is
+    the same. Raises `ConfigError` for the configuration of another kind of model.
+    """
+    if isinstance(config, OlmoeConfig):
+        return config
+    if type(config) is not TransformersOlmoeConfig:
+        raise ConfigError(f"An OLMoE model needs an OlmoeConfig, not a {type(config).__name__}; build one first.")
+    OlmoeConfig.network(config)
+    config.__class__ = OlmoeConfig
+    return config

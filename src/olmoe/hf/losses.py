@@ -1,10 +1,12 @@
-"""transformers' auxiliary loss of OLMoE, which pools all layers before it multiplies.
+"""The auxiliary losses of the transformers face: transformers' own, and OLMoE's by configuration.
+
+transformers' loss pools all layers before it multiplies:
 
     aux = E sum_e f_e P_e,   f_e = mean over layers and tokens of "expert e was chosen" (sums to K),
                              P_e = mean over layers and tokens of p_e
 
-Its minimum is K (8 for OLMoE), and layers can cancel each other. OLMoE was trained with another loss, per
-layer and with minimum 1: `olmoe.train.losses`.
+Its minimum is K (8 for OLMoE), and layers can cancel each other. OLMoE was trained with other losses, per
+layer and with minimum 1: `olmoe.router_losses`.
 
 Shapes legend: N tokens, E experts, K experts per token.
 """
@@ -15,6 +17,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from olmoe.hf.config import OlmoeConfig
+from olmoe.model import RouterOutput
+from olmoe.ops import route
+from olmoe.router_losses import load_balancing, router_z
 
 
 def pooled_load_balancing(
@@ -34,3 +41,26 @@ def pooled_load_balancing(
         probability_E = probability_E + (p_NE.float() * ones_N.unsqueeze(-1)).sum(dim=0)
         total = total + ones_N.sum()
     return num_experts * (chosen_E / total * (probability_E / total)).sum()
+
+
+def router_losses(
+    config: OlmoeConfig, router_logits: Sequence[Tensor], attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The unweighted load-balancing loss that the configuration chooses, and what it adds to the training loss.
+
+    router_logits: (N, E) a layer; attention_mask (B, T) or None.
+    """
+    if config.router_loss_kind == "pooled":
+        pooled = pooled_load_balancing(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+        return pooled, config.router_aux_loss_coef * pooled
+    device = router_logits[0].device
+    mask_N = None if attention_mask is None else attention_mask.reshape(-1).to(device).bool()
+    routers = [
+        RouterOutput(logits_NE, *route(logits_NE, config.num_experts_per_tok))
+        for logits_NE in (logits.to(device) for logits in router_logits)
+    ]
+    balance = load_balancing(routers, mask_N)
+    total = config.router_aux_loss_coef * balance
+    if config.router_z_coefficient:
+        total = total + config.router_z_coefficient * router_z(routers, mask_N)
+    return balance, total

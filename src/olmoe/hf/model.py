@@ -6,40 +6,68 @@ of transformers' own classes, so its checkpoint conversion, adapters and shardin
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, resolve_hidden_states_indices, selected_hidden_states
 
 from olmoe.hf.attention import CachedAttend, RotaryEmbedding, prepare
-from olmoe.hf.config import OlmoeConfig
-from olmoe.hf.losses import pooled_load_balancing
-from olmoe.model import DecoderLayer, Experts, Linear, RMSNorm, Router
+from olmoe.hf.config import OlmoeConfig, adopt
+from olmoe.hf.loading import accept_single_experts
+from olmoe.hf.lora import route_lora
+from olmoe.hf.losses import router_losses
+from olmoe.hf.quantization import PackedLoading
+from olmoe.hf.switching import SwitchableExperts
+from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router
 from olmoe.runtime import log
 
 
-class OlmoePreTrainedModel(PreTrainedModel):
+class OlmoeDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
+    """The network's block as transformers checkpoints, splits and shards it: outputs are a flat tuple of tensors."""
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x (B, T, D) -> (B, T, D) and the router's logits (B*T, E).
+
+        Flat, because reentrant checkpointing passes gradients to the tensors of a tuple but of nothing nested.
+        """
+        x, routed = DecoderLayer.forward(self, x, rope, attend)
+        return x, routed.logits
+
+
+class OlmoePreTrainedModel(SwitchableExperts, PackedLoading, PreTrainedModel):
     """What all OLMoE models share: configuration class, initialisation, and what transformers may do with them."""
 
     config: OlmoeConfig
     config_class = OlmoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer",)
+    _no_split_modules = ("OlmoeDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # What can be asked for and where it arises. `OlmoeModel.forward` collects it itself, without hooks.
+    _can_record_outputs = {  # noqa: RUF012  (transformers' protocol)
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": OlmoeDecoderLayer,
+        "attentions": Attention,
+    }
+
+    def __init__(self, config: OlmoeConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(adopt(config), *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -76,10 +104,12 @@ class OlmoeModel(OlmoePreTrainedModel):
         network = config.network()
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(DecoderLayer(network, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(OlmoeDecoderLayer(network, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         prepare(self.layers, config)
+        self.switch_experts()
+        accept_single_experts(self.layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -93,7 +123,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_logits: bool | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
@@ -102,16 +132,16 @@ class OlmoeModel(OlmoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         config = self.config
-        checkpointing = self.gradient_checkpointing and self.training
         use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and checkpointing:
-            log.warning("use_cache=True does not go with gradient checkpointing; continuing without a cache")
-            use_cache = False
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if use_cache or past_key_values is not None:
+                _warn_once("A cache does not go with gradient checkpointing; continuing without one")
+            use_cache, past_key_values = False, None  # the second forward pass would append to it again
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         if output_attentions and config._attn_implementation not in ("eager", None):
-            raise ValueError(
+            _warn_once(
                 f"attn_implementation={config._attn_implementation!r} does not return attention probabilities; "
                 "use model.set_attn_implementation('eager') with output_attentions=True."
             )
@@ -132,22 +162,22 @@ class OlmoeModel(OlmoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        route_lora(self.layers)
         attend = CachedAttend(config, self.layers, mask, past_key_values, kwargs)
         rope = self.rotary_emb(inputs_embeds, position_ids)
         x, hidden_states, routers = inputs_embeds, [], []
-        for layer in self.layers:
-            hidden_states.append(x)
-            if checkpointing:
-                x, routed = self._gradient_checkpointing_func(layer.__call__, x, rope, attend)
-            else:
-                x, routed = layer(x, rope, attend)
-            routers.append(routed.logits)
+        wanted = _wanted_states(self, output_hidden_states)
+        for i, layer in enumerate(self.layers):
+            hidden_states.append(x if i in wanted else None)
+            x, router_logits = layer(x, rope, attend)
+            routers.append(router_logits)
         x = self.norm(x)
+        hidden_states.append(x if len(self.layers) in wanted else None)
         return MoeModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            attentions=tuple(attend.weights) if output_attentions else None,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if wanted else None,
+            attentions=tuple(w for w in attend.weights if w is not None) if output_attentions else None,
             router_logits=tuple(routers) if output_router_logits else None,
         )
 
@@ -158,6 +188,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (transformers' protocol)
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -177,7 +208,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_logits: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -186,6 +217,14 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
         """See transformers' documentation of `OlmoeForCausalLM`. labels (B, T) hold -100 where nothing is learnt."""
         config = self.config
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        auxiliary = output_router_logits
+        if self.training and labels is not None and not auxiliary:
+            auxiliary = config.router_loss_kind == "per_layer"
+            if not auxiliary and config.router_aux_loss_coef > 0:
+                _warn_once(
+                    f"router_aux_loss_coef is {config.router_aux_loss_coef}, but the auxiliary loss is off, as in "
+                    "transformers, because output_router_logits is false; set that to true, or the coefficient to 0."
+                )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -195,19 +234,17 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            output_router_logits=output_router_logits,
+            output_router_logits=auxiliary,
             cache_position=cache_position,
             **kwargs,
         )
         logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits:
-            aux_loss = pooled_load_balancing(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-            )
+        if auxiliary:
+            aux_loss, addition = router_losses(config, outputs.router_logits, attention_mask)
             if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + addition.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -215,7 +252,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if output_router_logits else None,
         )
 
 
@@ -223,7 +260,7 @@ class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreT
     """OLMoE with a linear head on the last token of each sequence: classifiers and reward models."""
 
     def __init__(self, config: OlmoeConfig) -> None:
-        OlmoePreTrainedModel.__init__(self, config)  # type: ignore[call-arg]  # transformers counts as Any
+        OlmoePreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = OlmoeModel(config)
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
@@ -239,3 +276,23 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if logits_to_keep.dim() == 2:
         return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
     return hidden[:, logits_to_keep]
+
+
+def _wanted_states(model: OlmoeModel, output_hidden_states: bool | int | list[int] | None) -> set[int]:
+    """Which hidden states to return: all, none, or those of an index or indices, negative ones from the end."""
+    count = len(model.layers) + 1
+    chosen = selected_hidden_states(output_hidden_states)
+    if chosen is None:
+        return set(range(count)) if output_hidden_states else set()
+    return resolve_hidden_states_indices(model, chosen, count)
+
+
+def _warn_once(message: str) -> None:
+    """Log a warning, once a process; a compiled graph has no log."""
+    if not is_compiling():
+        _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    log.warning(message)

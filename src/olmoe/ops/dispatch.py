@@ -65,7 +65,8 @@ def choose(op: str, x: torch.Tensor, backend: str = AUTO) -> Callable[..., Any]:
         for name in PRIORITY:
             implementation = implementations.get(name)
             if implementation is not None and implementation.unsupported(x) is None:
-                log_once(f"{op}: backend {name} on {x.device.type} (chosen automatically)")
+                if not torch.compiler.is_compiling():  # a compiled graph has no log
+                    log_once(f"{op}: backend {name} on {x.device.type} (chosen automatically)")
                 return implementation.function
         raise BackendUnavailableError(f"No backend of {op} supports {x.dtype} on {x.device}.")
     if backend not in PRIORITY:

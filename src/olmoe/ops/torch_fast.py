@@ -6,6 +6,9 @@ backward passes gather too, so nothing scatters with atomics and results do not 
 On a CPU without bf16 matrix instructions torch multiplies bf16 at a tenth of its fp32 speed; here
 weights are then converted to fp32 in pieces that stay in cache, and multiplied in fp32.
 
+Under torch.compile each operation takes the form that traces: plain tensor code, which the compiler fuses and
+differentiates, in place of autograd functions and pieces, and one opaque operator for the grouped product.
+
 Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token,
 M = N*K routed rows, F expert width, V vocabulary.
 """
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
@@ -38,7 +42,7 @@ CONVERT_MIN_ROWS = 5
 
 def _widen(x: Tensor, rows: int) -> bool:
     """Whether to multiply `rows` rows of `x`'s dtype in fp32, because the CPU's own product would be slow."""
-    if x.device.type != "cpu" or x.dtype == torch.float32:
+    if x.device.type != "cpu" or x.dtype == torch.float32 or is_compiling():
         return False
     if x.dtype == torch.bfloat16 and cpu_multiplies_bf16():
         return False
@@ -138,11 +142,12 @@ def sort_by_expert(expert_ids_NK: Tensor, num_experts: int) -> SortedRows:
     n, k = expert_ids_NK.shape
     flat = expert_ids_NK.reshape(-1)
     # A 16-bit key sorts twice as fast, and no OLMoE has 32768 experts.
-    order_M = torch.sort(flat.to(torch.int16) if num_experts < 2**15 else flat, stable=True)[1]
+    sorted_M, order_M = torch.sort(flat.to(torch.int16) if num_experts < 2**15 else flat, stable=True)
     position_M = torch.empty_like(order_M)
     position_M[order_M] = torch.arange(n * k, device=flat.device)
-    counts_E = torch.bincount(flat, minlength=num_experts)
-    return SortedRows(order_M, order_M // k, position_M.view(n, k), F.pad(counts_E.cumsum(0), (1, 0)))
+    boundaries_E = torch.arange(num_experts + 1, device=flat.device, dtype=sorted_M.dtype)
+    offsets_E = torch.searchsorted(sorted_M, boundaries_E)
+    return SortedRows(order_M, order_M // k, position_M.view(n, k), offsets_E)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -164,7 +169,7 @@ class _GatherRows(torch.autograd.Function):
 @register("gather_rows", "torch")
 def gather_rows(x: Tensor, rows: SortedRows) -> Tensor:
     """See `reference.gather_rows`."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.index_select(0, rows.token_ids_M)
     return _GatherRows.apply(x, rows.token_ids_M, rows.position_NK)
 
@@ -192,6 +197,8 @@ class _Combine(torch.autograd.Function):
 @register("combine", "torch")
 def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
     """See `reference.combine`."""
+    if is_compiling():
+        return (rows_MD[rows.position_NK].float() * weights_NK.float().unsqueeze(-1)).sum(dim=1).to(rows_MD.dtype)
     if rows_MD.dtype != torch.float32 and not (torch.is_grad_enabled() and rows_MD.requires_grad):
         # In pieces: an fp32 copy of all rows would leave the cache.
         out = torch.empty(rows.position_NK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype, device=rows_MD.device)
@@ -217,9 +224,52 @@ def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tenso
     return torch.cat([piece @ weight[e].T for e, piece in enumerate(pieces)])
 
 
+@torch.library.custom_op("olmoe::grouped_linear", mutates_args=())
+def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
+    """`_grouped_linear` as one node of a compiled graph, which could not look at the offsets."""
+    if not _widen(rows_MI, CONVERT_MIN_ROWS):
+        return _grouped_linear(rows_MI.contiguous(), weight, offsets_E)
+    pieces = rows_MI.float().split(offsets_E.diff().tolist())
+    out = [_matmul_widened(piece, weight[e]) for e, piece in enumerate(pieces) if piece.shape[0]]
+    return torch.cat(out).to(rows_MI.dtype) if out else rows_MI.new_empty(0, weight.shape[1])
+
+
+@_grouped_linear_op.register_fake
+def _(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
+    return rows_MI.new_empty(rows_MI.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("olmoe::grouped_weight_gradient", mutates_args=())
+def _grouped_weight_gradient(grad_MO: Tensor, rows_MI: Tensor, offsets_E: Tensor) -> Tensor:
+    """The gradient of each expert's weight: grad^T rows over its own rows. (M, O), (M, I), (E+1,) -> (E, O, I)."""
+    counts = offsets_E.diff().tolist()
+    pairs = zip(grad_MO.split(counts), rows_MI.split(counts), strict=True)
+    return torch.stack([grad.T @ rows for grad, rows in pairs])
+
+
+@_grouped_weight_gradient.register_fake
+def _(grad_MO: Tensor, rows_MI: Tensor, offsets_E: Tensor) -> Tensor:
+    return rows_MI.new_empty(offsets_E.shape[0] - 1, grad_MO.shape[1], rows_MI.shape[1])
+
+
+def _grouped_linear_backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    rows_MI, weight, offsets_E = ctx.saved_tensors
+    grad_rows = _grouped_linear_op(grad_MO, weight.transpose(1, 2).contiguous(), offsets_E)
+    needed = ctx.needs_input_grad[1]
+    return grad_rows, _grouped_weight_gradient(grad_MO, rows_MI, offsets_E) if needed else None, None
+
+
+_grouped_linear_op.register_autograd(
+    _grouped_linear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
 @register("experts", "torch")
 def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
     """See `reference.experts`."""
+    if is_compiling():
+        gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
+        return _grouped_linear_op(activation(gate) * up, down, offsets_E)
     dtype = rows_MD.dtype
     if _widen(rows_MD, CONVERT_MIN_ROWS):
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):

@@ -1,0 +1,212 @@
+"""transformers' Auto classes and `pipeline`, with our classes behind OLMoE checkpoints and nothing changed globally.
+
+Each class here subclasses transformers' own and differs in one entry: model type "olmoe". Every other model
+type, and everything registered with transformers by other packages, is served as transformers serves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from olmoe.errors import CheckpointError
+from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
+from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+from olmoe.tokenizer import Tokenizer
+
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "BitsAndBytesConfig",
+    "infer_device",
+    "pipeline",
+]
+
+# Arguments that say where a checkpoint is, for every loader of transformers.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def infer_device() -> str:
+    """The type of the accelerator that torch can use here ("cuda", "mps", "xpu", ...), or "cpu"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+class AutoConfig(transformers.AutoConfig):
+    """`transformers.AutoConfig`, giving `olmoe.OlmoeConfig` for OLMoE checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As transformers documents it; with `return_unused_kwargs` a pair."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.model_type == MODEL_TYPE:
+            adopt(config)
+        return loaded
+
+    @classmethod
+    def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> Any:
+        """A configuration of that model type from its parameters."""
+        if model_type == MODEL_TYPE:
+            return OlmoeConfig(*args, **kwargs)
+        return transformers.AutoConfig.for_model(model_type, *args, **kwargs)
+
+
+class _Classes(Mapping[type, Any]):
+    """Configuration class -> model class: ours for OLMoE, what was registered here, else what transformers has."""
+
+    def __init__(self, ours: type, theirs: Any) -> None:
+        self._ours, self._theirs = ours, theirs
+        self._registered: dict[type, Any] = {}
+
+    def __getitem__(self, config_class: type) -> Any:
+        if config_class in self._registered:
+            return self._registered[config_class]
+        if getattr(config_class, "model_type", None) == MODEL_TYPE:
+            return self._ours
+        return self._theirs[config_class]
+
+    def __contains__(self, config_class: object) -> bool:
+        known = config_class in self._registered or getattr(config_class, "model_type", None) == MODEL_TYPE
+        return known or config_class in self._theirs
+
+    def __iter__(self) -> Iterator[type]:
+        return iter(dict.fromkeys([OlmoeConfig, *self._registered, *self._theirs]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def register(self, config_class: type, model_class: Any, exist_ok: bool = False) -> None:
+        """Serve `model_class` for that configuration, in this Auto class only."""
+        if config_class in self and not exist_ok:
+            raise ValueError(f"{config_class.__name__} is already used by a model; pass exist_ok=True to replace it.")
+        self._registered[config_class] = model_class
+
+
+class AutoModel(transformers.AutoModel):
+    """`transformers.AutoModel`, giving `olmoe.OlmoeModel` for OLMoE checkpoints."""
+
+    _model_mapping = _Classes(OlmoeModel, transformers.AutoModel._model_mapping)
+
+
+class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+    """`transformers.AutoModelForCausalLM`, giving `olmoe.OlmoeForCausalLM` for OLMoE checkpoints."""
+
+    _model_mapping = _Classes(OlmoeForCausalLM, transformers.AutoModelForCausalLM._model_mapping)
+
+
+class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassification):
+    """`transformers.AutoModelForSequenceClassification`, which also knows OLMoE."""
+
+    _model_mapping = _Classes(
+        OlmoeForSequenceClassification, transformers.AutoModelForSequenceClassification._model_mapping
+    )
+
+
+class AutoTokenizer(transformers.AutoTokenizer):
+    """`transformers.AutoTokenizer`, which knows an OLMoE checkpoint's special tokens by id.
+
+    transformers takes them by name where a folder has no `tokenizer_config.json`, and adds the name to the
+    vocabulary where the tokenizer does not have it.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers documents it."""
+        by_id = _special_tokens(str(pretrained_model_name_or_path), kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **(by_id | kwargs))
+
+
+def _special_tokens(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens of an OLMoE checkpoint whose `tokenizer_config.json` does not name its own; else nothing."""
+    hub = _hub(kwargs)
+    if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(name, hub) != MODEL_TYPE:
+        return {}
+    named = get_tokenizer_config(name, **hub)
+    file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if "eos_token" in named or file is None:
+        return {}
+    config = kwargs.get("config") or OlmoeConfig.from_pretrained(name, **hub)
+    eos = config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    tokenizer = Tokenizer.from_file(file, eos_ids=[i for i in eos_ids if i is not None], pad_id=config.pad_token_id)
+    return {key: text for key, text in tokenizer.special_tokens().items() if key not in named}
+
+
+# Tasks of transformers' pipelines that an OLMoE checkpoint serves, and with which class.
+PIPELINE_CLASSES: dict[str, Any] = {
+    "text-generation": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "sentiment-analysis": AutoModelForSequenceClassification,
+    "feature-extraction": AutoModel,
+}
+
+
+def pipeline(
+    task: str | None = None, model: Any = None, config: Any = None, tokenizer: Any = None, **kwargs: Any
+) -> Any:
+    """`transformers.pipeline`, with our model class where `model` names an OLMoE checkpoint.
+
+    Arguments are transformers'. Without a task, that of the checkpoint's own architecture is taken.
+    """
+    name, hub = str(model), _hub(kwargs)
+    if not isinstance(model, str | Path) or _model_type(name, hub) != MODEL_TYPE:
+        return transformers.pipeline(task, model, config, tokenizer, **kwargs)
+    if not isinstance(config, PreTrainedConfig):
+        config = AutoConfig.from_pretrained(config or _base(name, hub), **hub)
+    if task is None:
+        classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
+        task = "text-classification" if classifies else "text-generation"
+    if task not in PIPELINE_CLASSES:
+        raise CheckpointError(
+            f"{name} is an OLMoE checkpoint, which cannot do {task!r}; choose one of {', '.join(PIPELINE_CLASSES)}."
+        )
+    options = dict(kwargs.pop("model_kwargs", None) or {})
+    for option in ("device_map", "trust_remote_code"):
+        if kwargs.get(option) is not None:
+            options[option] = kwargs.pop(option)
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+    options.setdefault("dtype", dtype or "auto")
+    loaded = PIPELINE_CLASSES[task].from_pretrained(name, config=config, **hub, **options)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or _base(name, hub), **hub)
+    for option in set(HUB_ARGUMENTS) & set(kwargs):
+        kwargs.pop(option)
+    return transformers.pipeline(task, loaded, tokenizer=tokenizer, **kwargs)
+
+
+def _hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say where the checkpoint is."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def _base(name: str, hub: Mapping[str, Any]) -> str:
+    """The checkpoint whose configuration applies: `name`, or the base model where `name` is only an adapter."""
+    if (Path(name) / "config.json").is_file():
+        return name
+    file = find_adapter_config_file(name, **{k: v for k, v in hub.items() if k in ("cache_dir", "revision", "token")})
+    if file is None:
+        return name
+    return str(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def _model_type(name: str, hub: Mapping[str, Any]) -> str | None:
+    """The model type that a checkpoint declares; None where transformers itself is left to say what is wrong."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(_base(name, hub), **hub)
+    except (OSError, ValueError):
+        return None
+    return values.get("model_type")

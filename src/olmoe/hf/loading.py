@@ -1,0 +1,38 @@
+"""`load_state_dict` of files as they lie on disk, where every expert's projections are tensors of their own.
+
+`from_pretrained` stacks experts while it loads. transformers' `Trainer` resumes through `load_state_dict`
+instead, finds no stacked experts in its own checkpoint, warns, and goes on with the weights it has.
+
+Shapes legend: E experts, D hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olmoe.model import Experts
+
+
+def accept_single_experts(layers: nn.ModuleList) -> None:
+    """Let the experts of `layers` load from `experts.<e>.{gate,up,down}_proj.weight` as well."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, Experts):
+                module.register_load_state_dict_pre_hook(_stack)
+
+
+def _stack(module: Experts, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Replace single tensors of all experts by the two stacks; an incomplete set stays, and is reported as such."""
+    count = module.gate_up_proj.shape[0]
+    names = [
+        [f"{prefix}{e}.{projection}.weight" for projection in ("gate_proj", "up_proj", "down_proj")]
+        for e in range(count)
+    ]
+    if not all(name in state_dict for expert in names for name in expert):
+        return
+    gates, ups, downs = ([state_dict.pop(expert[i]) for expert in names] for i in range(3))
+    state_dict[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+    state_dict[f"{prefix}down_proj"] = torch.stack(downs)

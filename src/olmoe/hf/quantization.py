@@ -1,0 +1,336 @@
+"""4-bit and 8-bit loading: transformers' `BitsAndBytesConfig` with our packed layers, experts included.
+
+transformers' own integration replaces plain `nn.Linear` modules, so of a mixture of experts it quantizes the
+attention and leaves the experts, 93 % of OLMoE. Here `from_pretrained` of our classes turns the same
+configuration into a `PackedConfig`, and `PackedQuantizer` packs attention and experts while they load: each
+weight is encoded as soon as its tensors are read, so that one layer's experts at most exist unpacked. The router
+and norms are no candidates, and `lm_head`, a classifier's `score` and the embeddings stay as transformers
+documents it. bitsandbytes itself is not needed.
+
+Nothing is registered with transformers before the first `from_pretrained` of one of our classes, which adds the
+method "olmoe" to its table of quantization methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
+
+from olmoe.errors import CheckpointError, ConfigError, shown
+from olmoe.hf.loading import accept_single_experts
+from olmoe.model import Experts, Linear
+from olmoe.quant import FORMATS, PackedExperts, PackedLinear, PackedModule, make_format
+
+METHOD = "olmoe"
+_COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PackedConfig(BitsAndBytesConfig):
+    """How a model is packed, as `config.json` stores it: a `BitsAndBytesConfig` under a method name of its own.
+
+    Under bitsandbytes' name, other software would look for bitsandbytes' tensors in our files.
+    """
+
+    def __init__(
+        self,
+        weight_format: str | None = None,
+        double_quant: bool = False,
+        compute_dtype: str | None = None,
+        skip_modules: list[str] | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ConfigError(
+                f"quantization_config holds {shown(sorted(unknown)[0])}, which this version of olmoe does not know; "
+                "load the model with the version that saved it."
+            )
+        if weight_format not in FORMATS:
+            raise ConfigError(f"The weight format {shown(weight_format)} is unknown; choose {' or '.join(FORMATS)}.")
+        if compute_dtype is not None and compute_dtype not in _COMPUTE_DTYPES:
+            raise ConfigError(
+                f"bnb_4bit_compute_dtype {shown(compute_dtype)} is none that models compute in; "
+                f"choose {' or '.join(_COMPUTE_DTYPES)}."
+            )
+        four_bit = weight_format != "int8"
+        super().__init__(
+            load_in_4bit=four_bit,
+            load_in_8bit=not four_bit,
+            llm_int8_skip_modules=skip_modules,
+            bnb_4bit_quant_type=weight_format if four_bit else "fp4",
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        )
+        self.quant_method, self.weight_format, self.compute_dtype = quant_method, weight_format, compute_dtype
+
+    @classmethod
+    def translate(cls, config: BitsAndBytesConfig) -> PackedConfig:
+        """The same wishes for our layers. Options that only bitsandbytes' GPU kernels give a meaning are refused."""
+        if isinstance(config, PackedConfig):
+            return config
+        if not config.load_in_4bit and not config.load_in_8bit:
+            raise ConfigError(
+                "BitsAndBytesConfig asks for neither load_in_4bit nor load_in_8bit; set one of them to True, "
+                "or leave quantization_config out."
+            )
+        if config.llm_int8_has_fp16_weight:
+            raise ConfigError(
+                "llm_int8_has_fp16_weight=True keeps the weights in 16 bits for bitsandbytes' GPU training; "
+                "leave it out, or load the model without quantization_config."
+            )
+        if config.llm_int8_enable_fp32_cpu_offload:
+            raise ConfigError(
+                "llm_int8_enable_fp32_cpu_offload=True leaves the modules of a CPU unquantized, because bitsandbytes "
+                "needs a GPU; ours run on both, so leave it out."
+            )
+        if config.load_in_8bit:
+            return cls("int8", skip_modules=config.llm_int8_skip_modules)
+        if config.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f"bnb_4bit_quant_type {shown(config.bnb_4bit_quant_type)} is unknown; choose nf4 or fp4.")
+        if config.bnb_4bit_quant_storage != torch.uint8:
+            raise ConfigError(
+                f"bnb_4bit_quant_storage {config.bnb_4bit_quant_storage} is not supported: packed weights are stored "
+                "as torch.uint8, so leave it out."
+            )
+        return cls(
+            config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
+            compute_dtype=str(config.bnb_4bit_compute_dtype).removeprefix("torch."),
+            skip_modules=config.llm_int8_skip_modules,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds; the constructor takes the same names."""
+        return {
+            "quant_method": self.quant_method,
+            "weight_format": self.weight_format,
+            "double_quant": self.bnb_4bit_use_double_quant,
+            "compute_dtype": self.compute_dtype,
+            "skip_modules": self.llm_int8_skip_modules,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: every value matters to a reader of packed files."""
+        return self.to_dict()
+
+
+class PackWeights(ConversionOps):
+    """Encodes what the loader has read for one parameter into the parts of its packed module."""
+
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **context: Any) -> dict[str, Tensor]:
+        """{full parameter name: weight} -> {full name of each part: tensor}."""
+        packed: dict[str, Tensor] = {}
+        for full_name in list(input_dict):
+            value = input_dict.pop(full_name)  # so that the unpacked weight dies with this iteration
+            module, name = get_module_from_name(model, full_name)
+            value = value[0] if isinstance(value, list) else value
+            expected = (*module.stack, *module.shapes[name])
+            if value.shape != expected:
+                raise CheckpointError(f"{full_name} is {tuple(value.shape)} and the configuration says {expected}.")
+            parts = module.encode(name, value)
+            del value
+            prefix = full_name.removesuffix(name)
+            packed |= {prefix + part: nn.Parameter(t, requires_grad=False) for part, t in parts.items()}
+        return packed
+
+
+class PackedQuantizer(HfQuantizer):
+    """Swaps packed modules in before weights load, and encodes weights that are not packed yet."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Without a device map a GPU is used where there is one, as transformers does for bitsandbytes."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def validate_environment(self, *, device_map: Any = None, **context: Any) -> None:
+        """Refuse what transformers' loader would do wrong: it writes weights meant for a disk there unpacked."""
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError(
+                "Weights cannot be quantized on their way to a disk; load the model without offloading, save it with "
+                "save_pretrained, and load that with this device_map."
+            )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **context: Any) -> bool:
+        """Whether a weight of this name is packed."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, PackedModule) and name in module.shapes
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What the loader calls on weights that are not packed yet."""
+        return PackWeights()
+
+    def is_serializable(self) -> bool:
+        """Packed parameters are saved like any others."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: gradients reach adapters through packed layers."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **context: Any) -> Any:
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        if not any(isinstance(module, Experts) for module in model.modules()):
+            raise ConfigError(
+                f"{type(model).__name__} cannot load weights that olmoe packed; use the class of that name in olmoe."
+            )
+        pack(model, config, skipped)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **context: Any) -> Any:
+        four_bit = self.quantization_config.load_in_4bit
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, not four_bit
+        # Other parts of transformers ask for this method by name before they would cast weights.
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        # Packed stacks are saved under their own names, not taken apart expert by expert.
+        model._weight_conversions = []
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.requires_grad_(name == "bias")
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError(
+                "A model that is partly offloaded cannot be dequantized; load it without a device_map that offloads."
+            )
+        unpack(model, dtype or model.dtype)
+        model.switch_experts()  # to the implementation of the configuration
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        del model._weight_conversions
+        return model
+
+
+def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
+    """Put packed modules, still without values, in the places of `Linear` and `Experts` modules."""
+    format = make_format(config.weight_format, config.bnb_4bit_use_double_quant)
+    compute_dtype = None if config.compute_dtype is None else _COMPUTE_DTYPES[config.compute_dtype]
+    for name, module in list(model.named_modules()):
+        if not should_convert_module(name, skipped):
+            continue
+        packed: PackedModule
+        with torch.device("meta"):
+            if isinstance(module, Experts):
+                e, d, f = module.down_proj.shape
+                packed = PackedExperts(e, d, f, module.activation, format, compute_dtype)
+            elif isinstance(module, Linear):
+                bias = module.bias is not None
+                packed = PackedLinear(module.in_features, module.out_features, bias, format, compute_dtype)
+                if packed.bias is not None:
+                    packed.bias = nn.Parameter(packed.bias.to(module.weight.dtype))
+            else:
+                continue
+        model.set_submodule(name, packed)
+
+
+def unpack(model: Any, dtype: torch.dtype) -> None:
+    """Put plain `Linear` and `Experts` modules with the decoded weights back."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedModule):
+            continue
+        plain: nn.Module
+        with torch.device("meta"):
+            if isinstance(module, PackedExperts):
+                plain = Experts(model.config.network())
+                accept_single_experts(nn.ModuleList([plain]))
+            else:
+                assert isinstance(module, PackedLinear)
+                plain = Linear(module.in_features, module.out_features, bias=False)
+                plain.bias = module.bias
+        for matrix in module.shapes:
+            if isinstance(module, PackedExperts):
+                stack = [module.decode(matrix, dtype, e) for e in range(module.num_experts)]
+                setattr(plain, matrix, nn.Parameter(torch.stack(stack)))
+            else:
+                setattr(plain, matrix, nn.Parameter(module.decode(matrix, dtype)))
+        model.set_submodule(name, plain.train(module.training))
+
+
+class PackedLoading:
+    """Mixed into our pre-trained classes: `from_pretrained` that packs, and a parameter count that knows packing."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        found = getattr(config, "quantization_config", None)
+        if isinstance(found, BitsAndBytesConfig) and not isinstance(found, PackedConfig):
+            raise ConfigError(
+                "This checkpoint was quantized by bitsandbytes itself; load the unquantized one with "
+                "quantization_config=BitsAndBytesConfig(...), which quantizes the experts too."
+            )
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # transformers' class follows
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
+        """See transformers' documentation. `BitsAndBytesConfig` quantizes the experts too (`olmoe.hf.quantization`)."""
+        _register()
+        asked = kwargs.get("quantization_config")
+        if isinstance(asked, dict) and (
+            asked.get("load_in_4bit") or asked.get("load_in_8bit") or asked.get("quant_method") == "bitsandbytes"
+        ):
+            asked = BitsAndBytesConfig.from_dict(asked)
+        if isinstance(asked, BitsAndBytesConfig):
+            kwargs["quantization_config"] = PackedConfig.translate(asked)
+        config: Any = kwargs.get("config")
+        if isinstance(getattr(config, "quantization_config", None), PackedConfig):
+            # That of a model which was loaded before; transformers expects what a file would hold.
+            kwargs["config"] = config = copy.copy(config)
+            config.quantization_config = config.quantization_config.to_dict()
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """transformers' hook that fills what a checkpoint lacks; packed weights cannot be made up."""
+        if isinstance(module, PackedModule):
+            for name, parameter in module.named_parameters(recurse=False):
+                # What waits on a disk is on the meta device here.
+                if name != "bias" and not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"The checkpoint lacks {name} ({module.extra_repr()}), and quantized weights cannot start from "
+                        "random ones; check that the folder is complete and belongs to this configuration."
+                    )
+        super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """See transformers' documentation. Packed weights count as the weights they stand for."""
+        assert isinstance(self, nn.Module)
+        embeddings = [m for m in self.modules() if isinstance(m, nn.Embedding)] if exclude_embeddings else []
+        excluded = {id(p) for module in embeddings for p in module.parameters()}
+        total = 0
+        for module in self.modules():
+            parts = {id(p) for n, p in module.named_parameters(recurse=False) if n != "bias"}
+            packed = isinstance(module, PackedModule)
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in excluded or (packed and id(parameter) in parts):
+                    continue
+                excluded.add(id(parameter))  # tied weights count once
+                if parameter.requires_grad or not only_trainable:
+                    total += parameter.numel()
+            if isinstance(module, PackedModule) and not only_trainable:
+                total += prod(module.stack) * sum(rows * columns for rows, columns in module.shapes.values())
+        return total
+
+
+def _register() -> None:
+    """Make the method of packed files known to transformers' loader."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(PackedQuantizer)
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PackedConfig)

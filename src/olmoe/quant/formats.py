@@ -1,0 +1,32 @@
+"""What a weight format is: named parts in which a matrix is stored, and the way there and back.
+
+Shapes legend: R rows (outputs), C columns (inputs) of a matrix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+# The part that takes the matrix's own name; the others append theirs to it.
+CODES = "codes"
+
+
+class Format(ABC):
+    """Encodes one matrix (R, C) at a time, so that each expert of a stack can be decoded alone."""
+
+    name: str
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every part that stores a matrix of this shape; `CODES` is one of them."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (R, C), any floating dtype -> its parts."""
+
+    @abstractmethod
+    def decode(self, parts: dict[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """The parts of a matrix -> (R, C), computed in fp32 and rounded once to `dtype`."""

@@ -1,0 +1,107 @@
+"""transformers' Trainer and TRL's SFTTrainer on our model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import olmoe
+from configurations import VOCAB_SIZE, small_config
+from conftest import TEXT
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("accelerate")  # which transformers' Trainer needs
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return olmoe.OlmoeForCausalLM(olmoe.OlmoeConfig(**small_config().to_dict()))
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    olmoe.OlmoeConfig(**small_config().to_dict()).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    return olmoe.AutoTokenizer.from_pretrained(folder)
+
+
+def arguments(folder):
+    return {
+        "output_dir": str(folder), "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False,
+        "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 0,
+    }  # fmt: skip
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_learns_saves_and_resumes(model, tmp_path, text_tokenizer):
+    ids = text_tokenizer(TEXT)["input_ids"]
+    rows = [{"input_ids": ids[i : i + 16], "labels": ids[i : i + 16]} for i in range(0, len(ids) - 16, 8)]
+    data = datasets.Dataset.from_list(rows)
+    settings = arguments(tmp_path) | {"save_strategy": "steps", "save_steps": 6}
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(**settings), train_dataset=data)
+    trainer.train()
+    whole = losses(trainer)
+    assert whole[-1] < whole[0] - 0.5, whole
+    evaluated = trainer.evaluate(data)["eval_loss"]
+    assert evaluated == pytest.approx(whole[-1], abs=1.5)
+    final = {name: value.clone() for name, value in model.state_dict().items()}
+
+    again = transformers.Trainer(
+        olmoe.OlmoeForCausalLM(model.config), transformers.TrainingArguments(**settings), train_dataset=data
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, value in again.model.state_dict().items():
+        assert torch.allclose(value, final[name], atol=1e-5), name
+    loaded = olmoe.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
+    assert all(torch.equal(value, final[name]) for name, value in loaded.state_dict().items())
+
+
+def test_trainer_adds_the_auxiliary_loss_when_it_is_asked_for(model, tmp_path):
+    ids = torch.randint(2, VOCAB_SIZE - 1, (4, 12)).tolist()
+    data = datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 1.0
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(**arguments(tmp_path) | {"max_steps": 1}), train_dataset=data
+    )
+    trainer.train()
+    # K=3 is the least that the pooled loss can be, log(V) about what a random model's cross-entropy is.
+    assert losses(trainer)[0] > 3 + 4
+
+
+def test_trl_supervised_fine_tuning(model, tmp_path, text_tokenizer):
+    trl = pytest.importorskip("trl")
+    data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments(tmp_path), max_length=24),
+        train_dataset=data,
+        processing_class=text_tokenizer,
+    )
+    trainer.train()
+    values = losses(trainer)
+    assert values[-1] < values[0] - 0.5, values
+
+
+def test_trl_with_adapters_on_attention_and_experts(model, tmp_path, text_tokenizer):
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments(tmp_path), max_length=24),
+        train_dataset=data,
+        processing_class=text_tokenizer,
+        peft_config=peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+        ),
+    )
+    trainer.train()
+    values = losses(trainer)
+    assert values[-1] < values[0] - 0.2, values
+    assert {type(layer.mlp.experts).__name__ for layer in model.model.layers} == {"RoutedParamWrapper"}

@@ -1,0 +1,86 @@
+"""Which auxiliary losses the transformers face adds, and when."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from configurations import VOCAB_SIZE, small_config
+from olmoe import OlmoeConfig, OlmoeForCausalLM
+from olmoe.checkpoint import load
+from olmoe.errors import ConfigError
+from olmoe.hf import model as hf_model
+from olmoe.model import causal_attend
+from olmoe.router_losses import load_balancing, router_z
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(OlmoeConfig(**(small_config().to_dict() | changes))).train()
+
+
+def batch():
+    ids = torch.randint(2, VOCAB_SIZE - 1, (2, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return ids, mask
+
+
+def test_per_layer_losses_are_those_of_training_and_always_on(tmp_path):
+    model = build(router_loss="per_layer", router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
+    ids, mask = batch()
+    labels = ids.masked_fill(mask == 0, -100)
+    output = model(ids, attention_mask=mask, labels=labels)
+    assert output.router_logits is None
+    plain = model.eval()(ids, attention_mask=mask, labels=labels).loss
+    model.save_pretrained(tmp_path)
+    routers = load(tmp_path)(ids, torch.arange(11).expand(2, -1), causal_attend).routers
+    kept = mask.flatten().bool()
+    expected = plain + 0.5 * load_balancing(routers, kept) + 0.25 * router_z(routers, kept)
+    assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(output.aux_loss) == pytest.approx(float(load_balancing(routers, kept)), rel=1e-5)
+
+
+def test_the_switch_survives_a_round_trip(tmp_path):
+    OlmoeConfig(router_loss="per_layer", router_z_loss_coef=0.001).save_pretrained(tmp_path)
+    loaded = OlmoeConfig.from_pretrained(tmp_path)
+    assert loaded.router_loss == "per_layer"
+    assert loaded.router_z_loss_coef == 0.001
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"router_loss": "mean"}, "'mean'"),
+        ({"router_z_loss_coef": 0.1}, "router_loss='per_layer'"),
+        ({"router_loss": "per_layer", "router_z_loss_coef": -1}, "-1"),
+    ],
+    ids=str,
+)
+def test_bad_switches_are_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        OlmoeConfig(**values)
+
+
+def test_a_silent_coefficient_warns_once(caplog):
+    hf_model._warn.cache_clear()
+    caplog.set_level(logging.WARNING, logger="olmoe")
+    ids, _ = batch()
+    for _ in range(2):
+        build()(ids, labels=ids)
+    assert [r.message for r in caplog.records if "router_aux_loss_coef is 0.01" in r.message] != []
+    assert len([r for r in caplog.records if "auxiliary loss is off" in r.message]) == 1
+
+
+@pytest.mark.parametrize(
+    "case", [{"output_router_logits": True}, {"router_aux_loss_coef": 0.0}, {"router_loss": "per_layer"}], ids=str
+)
+def test_no_warning_where_there_is_nothing_to_say(case, caplog):
+    hf_model._warn.cache_clear()
+    caplog.set_level(logging.WARNING, logger="olmoe")
+    ids, _ = batch()
+    settings = small_config().to_dict() | case
+    OlmoeForCausalLM(OlmoeConfig(**settings)).train()(ids, labels=ids)
+    assert "auxiliary loss is off" not in caplog.text
