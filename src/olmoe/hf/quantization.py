@@ -296,6 +296,16 @@ class PackedLoading:
             config.quantization_config = config.quantization_config.to_dict()
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """transformers' hook that applies parallelism to a new model; its plans cannot shard packed weights."""
+        if mesh_manager is not None and any(isinstance(module, PackedModule) for module in model.modules()):
+            raise ConfigError(
+                "A quantized model cannot be distributed over processes; leave out quantization_config, or tp_plan and "
+                "distributed_config."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """transformers' hook that fills what a checkpoint lacks; packed weights cannot be made up."""
         if isinstance(module, PackedModule):
