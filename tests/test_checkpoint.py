@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +293,13 @@ def test_peak_memory_of_loading_is_the_model_and_one_shard_and_of_saving_one_sha
     assert len(shards) > 3
     fp32, growth = peak("load")
     assert fp32 / 2 < growth < fp32 / 2 + max(shards) + slack
+
+
+def test_saved_files_follow_the_umask(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        checkpoint.save(make_model(), tmp_path / "model")
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "model").iterdir()} == {0o644}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755

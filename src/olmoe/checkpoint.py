@@ -337,8 +337,11 @@ def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     copies = {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in tensors.items()}
     for name, copy in copies.items():
         _check_range(name, tensors[name], copy)
+    file.touch()
+    mode = file.stat().st_mode  # the umask's; safetensors would leave the file private to its writer
     try:
         save_file(copies, file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         # What the file system refused arrives as text: "I/O error: No space left on device (os error 28)".
         number = re.search(r"os error (\d+)", str(error))
