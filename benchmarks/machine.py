@@ -69,8 +69,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", "none"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
