@@ -71,7 +71,7 @@ def at_step(monkeypatch, step: int, action) -> None:
 
 
 def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # to this thread: a signal to the process may be handled later
 
 
 def names(folder: Path) -> list[str]:
