@@ -46,13 +46,21 @@ def test_bits_per_byte_of_a_whole_file(model, monkeypatch, length, batch_tokens)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
 
 
-@pytest.mark.parametrize(("windows", "predictions"), [(1, 10), (3, 30), (5, 50), (6, 52), (99, 52), (0, 52)])
-def test_the_first_windows_are_charged_with_their_share_of_the_bytes(model, windows, predictions):
+@pytest.mark.parametrize(
+    ("windows", "starts"), [(1, [0]), (2, [0, 20]), (3, [0, 10, 30]), (5, [0, 10, 20, 30, 40])]
+)
+def test_some_windows_are_spread_over_the_file_and_charged_with_their_share_of_the_bytes(model, windows, starts):
     result = evaluate(model, FILE, TOKENS, 10, windows)
-    nats = nats_by_hand(model, TOKENS, 10, predictions)
+    nats = sum(nats_by_hand(model, TOKENS[start : start + 11], 10, 10) for start in starts)
+    predictions = 10 * windows
     assert result.tokens == predictions
     assert result.loss == pytest.approx(nats / predictions, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / (131 * predictions / 52), rel=1e-5)
+
+
+@pytest.mark.parametrize("windows", [6, 99, 0])
+def test_more_windows_than_are_full_are_all_of_them(model, windows):
+    assert evaluate(model, FILE, TOKENS, 10, windows).tokens == 52
 
 
 def test_counts_hold_every_routed_token_of_every_layer(model):

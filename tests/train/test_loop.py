@@ -432,3 +432,28 @@ def test_metrics_differ_by_the_clock_alone(finished, tmp_path):
     train(load_config(folder / "run.toml"), show_progress=False)
     assert_same_run(folder / "out", finished)
     assert list(map(fixed, read_metrics(folder / "out"))) != read_metrics(folder / "out")
+
+
+# ---- starting from a checkpoint ----
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path, finished, tokenizer_file):
+    start = str(finished / "best")
+    # A learning rate too small to change any weight: what comes out is what went in.
+    output = run(
+        tmp_path,
+        tokenizer_file,
+        run={"initialize_from": start},
+        optimizer={"learning_rate": 1e-30},
+        schedule={"total_tokens": 64, "warmup_tokens": 0},
+    )
+    before, after = checkpoint.load(start).state_dict(), checkpoint.load(output / "best").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_of_other_shapes_is_no_start(tmp_path, finished, tokenizer_file):
+    changes = {"run": {"initialize_from": str(finished / "best")}, "model": {"num_experts": 8}}
+    message = refused(lambda: run(tmp_path, tokenizer_file, **changes), ConfigError)
+    assert "run.initialize_from" in message
+    assert "[4, 16]" in message
+    assert "[8, 16]" in message

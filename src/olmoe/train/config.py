@@ -109,9 +109,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run writes, its seed, and the CPU threads it uses."""
+    """Where the run writes, its seed, and the CPU threads it uses.
+
+    `initialize_from` is a checkpoint folder whose weights the run starts from, in place of random ones; the
+    optimizer and the schedule start anew.
+    """
 
     output: str
+    initialize_from: str | None = None
     seed: int = 6198
     threads: int | None = None
     device: str = "auto"

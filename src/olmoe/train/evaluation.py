@@ -32,17 +32,19 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, windows: int = 0) -> Evaluation:
-    """Predict a token file in consecutive windows of `length` inputs, the first `windows` of them (0: all).
+    """Predict a token file in consecutive windows of `length` inputs, or in `windows` of them (0: all).
 
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
-    last window is included when all windows are asked for.
+    last window is included when all windows are asked for. Fewer are taken at even distances over the whole
+    file: its beginning alone can be much easier than the rest.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
-    end = total if windows == 0 else min(total, windows * length)
+    chosen = _windows(total, length, windows)
+    predicted = sum(min(start + length, total) - start for start in chosen)
     nats, counts_LE = 0.0, torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.long, device=device)
-    for starts in _batches(end, length):
-        rows = [torch.from_numpy(tokens[s : min(s + length, end) + 1].astype("int64")) for s in starts]
+    for starts in _batches(chosen, total, length):
+        rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
         positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
@@ -51,14 +53,21 @@ def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, wind
         for layer, router in enumerate(output.routers):
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
     # A share of the file is charged with the same share of its bytes.
-    text_bytes = math.nan if file.text_bytes is None else file.text_bytes * end / total
-    return Evaluation(nats / end, nats / math.log(2) / text_bytes, end, counts_LE.cpu())
+    text_bytes = math.nan if file.text_bytes is None else file.text_bytes * predicted / total
+    return Evaluation(nats / predicted, nats / math.log(2) / text_bytes, predicted, counts_LE.cpu())
 
 
-def _batches(end: int, length: int) -> list[list[int]]:
-    """Starts of windows that fit one batch; a shorter last window goes alone."""
-    full = list(range(0, end - length + 1, length))
+def _windows(total: int, length: int, windows: int) -> list[int]:
+    """Starts of the windows to predict, `windows` of them at even distances, or all."""
+    full = total // length
+    if windows == 0 or windows > full:
+        return list(range(0, total, length))
+    return [i * full // windows * length for i in range(windows)]
+
+
+def _batches(starts: list[int], total: int, length: int) -> list[list[int]]:
+    """Windows that fit one batch; a shorter last window goes alone."""
+    full = [start for start in starts if start + length <= total]
     size = max(1, BATCH_TOKENS // length)
     batches = [full[i : i + size] for i in range(0, len(full), size)]
-    rest = len(full) * length
-    return [*batches, [rest]] if rest < end else batches
+    return batches if len(full) == len(starts) else [*batches, starts[-1:]]

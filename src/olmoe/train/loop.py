@@ -77,9 +77,7 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     measured = [(file, open_tokens(file, vocab_size)) for file in measured_files]
 
     # ---- model, optimizer, state ----
-    model = CausalLM(config.model)
-    initialize(model, config.run.seed)
-    model = model.to(device)
+    model = _start(config, resumed=newest is not None).to(device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = state.Progress()
     fingerprint = config.fingerprint() | {
@@ -177,6 +175,27 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     write_text(output / "evaluation.json", json.dumps(report) + "\n")
     return output / "best"
+
+
+def _start(config: TrainConfig, *, resumed: bool) -> CausalLM:
+    """The model as the run begins: random, or with the weights of the checkpoint that the configuration names."""
+    model = CausalLM(config.model)
+    if resumed:
+        return model  # its weights come with the rest of the state
+    if config.run.initialize_from is None:
+        initialize(model, config.run.seed)
+        return model
+    folder = config.resolve(config.run.initialize_from)
+    weights = checkpoint.load(folder, dtype=torch.float32).state_dict()
+    for name, parameter in model.state_dict().items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = "is not there" if name not in weights else f"has the shape {list(weights[name].shape)}"
+            raise ConfigError(
+                f"run.initialize_from {str(folder)!r} does not fit [model]: {name} {found}, "
+                f"where {list(parameter.shape)} is described."
+            )
+    model.load_state_dict(weights)
+    return model
 
 
 def evaluate_all(
