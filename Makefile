@@ -25,11 +25,13 @@ $(VENV)/torch: Makefile
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
-$(VENV)/run: $(VENV)/torch pyproject.toml
+CSRC := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
+
+$(VENV)/run: $(VENV)/torch pyproject.toml $(CSRC)
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/dev: $(VENV)/run pyproject.toml
+$(VENV)/dev: $(VENV)/run
 	$(PIP) --editable ".[dev]"
 	@touch $@
 

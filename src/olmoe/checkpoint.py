@@ -6,6 +6,8 @@ Two layouts are read, in one file or in shards with an index:
   `model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight`;
 - Hugging Face fused (transformers 5 in memory): `model.layers.N.mlp.experts.{gate_up_proj,down_proj}`.
 
+A folder whose `config.json` has a `quantization_config` is a packed one, which `olmoe.packed` reads.
+
 Loading checks every name and shape against the configuration before it allocates anything, then streams
 tensor by tensor: the peak is the target model plus one memory-mapped shard.
 """
@@ -26,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olmoe import hub
+from olmoe import hub, packed
 from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
@@ -75,11 +77,13 @@ def load(
 ) -> CausalLM:
     """Load a model from a folder or a hub id, in evaluation mode without gradients.
 
-    `dtype` is that of the parameters in memory; None keeps what is stored. `progress(done, total)` is
-    called after each tensor. Raises `CheckpointError` or `ConfigError` with one sentence for everything
+    `dtype` is that of the parameters in memory; None keeps what is stored. Of a packed checkpoint it is that of
+    hidden states and products, fp32 by default. `progress(done, total)` is called after each tensor. Raises `CheckpointError` or `ConfigError` with one sentence for everything
     that can be wrong with the files; nothing is returned half-loaded.
     """
     folder = hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only)
+    if packed.is_packed(folder):
+        return packed.load(folder, dtype=dtype, device=device, progress=progress)
     config = ModelConfig.from_file(folder / "config.json")
     stored = read_headers(folder)
     targets = plan(config, stored)
@@ -157,6 +161,8 @@ def write_model(
     used = total = 0
     tensors = dict(exported_tensors(model))
     for name, value in tensors.items():
+        if value.dtype == torch.uint8:
+            raise CheckpointError("A packed model is not written again; copy its folder, or pack another one.")
         if (dtype or value.dtype) not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"Weights cannot be saved as {dtype or value.dtype}; use float32, bfloat16 or float16."

@@ -28,24 +28,31 @@ def toy(monkeypatch):
 def test_auto_takes_the_fastest_that_supports_the_call_and_logs_once(toy, caplog):
     caplog.set_level(logging.INFO, logger="olmoe")
     for _ in range(3):
-        assert dispatch.choose("toy", torch.zeros(1))(None) == "fast"
-    assert dispatch.choose("toy", torch.zeros(1, dtype=torch.float16))(None) == "slow"
+        assert dispatch.choose("toy", "auto", torch.zeros(1))(None) == "fast"
+    assert dispatch.choose("toy", "auto", torch.zeros(1, dtype=torch.float16))(None) == "slow"
     assert [r.message for r in caplog.records] == [
         "toy: backend torch on cpu (chosen automatically)",
         "toy: backend reference on cpu (chosen automatically)",
     ]
 
 
+def test_auto_passes_over_what_would_be_slower_but_a_name_does_not(toy):
+    dispatch.register("toy", "cpu", prefer=lambda x: x.numel() < 5)(lambda x: "for few")
+    assert dispatch.choose("toy", "auto", torch.zeros(4))(None) == "for few"
+    assert dispatch.choose("toy", "auto", torch.zeros(5))(None) == "fast"
+    assert dispatch.choose("toy", "cpu", torch.zeros(5))(None) == "for few"
+
+
 def test_a_named_backend_is_never_replaced(toy):
-    assert dispatch.choose("toy", torch.zeros(1), "reference")(None) == "slow"
+    assert dispatch.choose("toy", "reference", torch.zeros(1))(None) == "slow"
     with pytest.raises(BackendUnavailableError, match="'torch' cannot run toy here: it has no fp16"):
-        dispatch.choose("toy", torch.zeros(1, dtype=torch.float16), "torch")
+        dispatch.choose("toy", "torch", torch.zeros(1, dtype=torch.float16))
     with pytest.raises(BackendUnavailableError, match="does not implement only_reference"):
-        dispatch.choose("only_reference", torch.zeros(1), "torch")
+        dispatch.choose("only_reference", "torch", torch.zeros(1))
 
 
 def test_unknown_names_are_refused_with_the_choices():
-    with pytest.raises(UserError, match="'cuda_magic'.*auto, torch, reference"):
+    with pytest.raises(UserError, match="'cuda_magic'.*auto, cpu, torch, reference"):
         ops.linear(torch.zeros(1, 2), torch.zeros(3, 2), backend="cuda_magic")
 
 

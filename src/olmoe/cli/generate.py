@@ -52,6 +52,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (%(default)s)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    group.add_argument(
+        "--backend",
+        default="auto",
+        help="auto (C++ kernels where they fit), cpu (those kernels or an error), torch or reference (%(default)s)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
@@ -98,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
+        backend=arguments.backend,
         revision=arguments.revision,
         local_files_only=arguments.offline,
     )

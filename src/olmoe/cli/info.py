@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.config import ModelConfig
 
     name = arguments.model
-    stored_bytes = stored_dtypes = None
+    stored_bytes = stored_dtypes = contents = None
     if name == RELEASED and not Path(name).exists():
         config = ModelConfig()
     elif name is not None and Path(name).is_file():
@@ -38,13 +38,19 @@ def run(arguments: argparse.Namespace) -> int:
         folder = hub.resolve(
             hub.SHIPPED if name is None else name, revision=arguments.revision, local_files_only=arguments.offline
         )
-        config = ModelConfig.from_file(folder / "config.json")
-        from olmoe import checkpoint
+        from olmoe import checkpoint, packed
 
-        stored = checkpoint.read_headers(folder)
-        checkpoint.plan(config, stored)
-        stored_bytes = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-        stored_dtypes = sorted({tensor.dtype for tensor in stored.values()})
+        if packed.is_packed(folder):
+            from olmoe.packing import contents_of
+
+            config, contents = contents_of(folder)
+            stored_bytes, stored_dtypes = contents.file_bytes, contents.formats
+        else:
+            config = ModelConfig.from_file(folder / "config.json")
+            stored = checkpoint.read_headers(folder)
+            checkpoint.plan(config, stored)
+            stored_bytes = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
+            stored_dtypes = sorted({tensor.dtype for tensor in stored.values()})
         name = name or "olmoe-tiny (shipped)"
 
     total, active = config.num_parameters, config.num_active_parameters
@@ -74,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             "kv_cache_per_token_bfloat16": 2 * 2 * config.num_hidden_layers * config.kv_heads * config.head_dim,
         },
     }
+    if contents is not None:
+        facts["packed"] = {"bits_per_weight": round(contents.bits_per_weight, 3), **contents.to_dict()}
     if arguments.json:
         print(json.dumps(facts))
         return 0
@@ -92,4 +100,6 @@ def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         # Ids and sizes of four digits read better without separators.
         return f"{value:,}" if value >= 10_000 else str(value)
+    if isinstance(value, dict):  # one kind of packed tensors
+        return f"{value['bytes']:,} bytes of {value['weights']:,} weights in {value['format']}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

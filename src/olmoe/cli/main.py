@@ -18,6 +18,8 @@ from olmoe.errors import UserError
 COMMANDS = {
     "generate": "continue a prompt and stream the text",
     "train": "train a model from a TOML configuration",
+    "convert": "convert a checkpoint to GGUF or back",
+    "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "info": "show a model's architecture, parameters and bytes",
 }
 

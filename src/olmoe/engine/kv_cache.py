@@ -11,39 +11,53 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.config import ModelConfig
+from olmoe.ops import cpu
+from olmoe.ops.cpu.functional import cached_attention
 
 
 class KVCache:
     """Keys and values of B sequences, each with its own length, in one (B, G, capacity, Dh) pair a layer.
 
-    `attend_prefill` and `attend_decode` are the network's `attend`; call `advance` once a forward pass.
+    `attend_prefill` and `attend_decode` are the network's `attend`; call `advance` once a forward pass. `backend`
+    "auto" is the C++ kernels where they are; attention is then computed in fp32 from a cache of any dtype.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str = ops.AUTO,
     ) -> None:
         shape = (batch, config.kv_heads, capacity, config.head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
+        self._kernels = backend in (ops.AUTO, "cpu") and device.type == "cpu" and cpu.available()
         self._mask: Tensor | None = None  # (B, 1, 1, S) of the current decode step
 
     def attend_prefill(self, prompt_lengths: list[int]) -> PrefillAttend:
         """`attend` for whole prompts laid end to end, (N, H, Dh): causal within each, blind to the others."""
-        return PrefillAttend(self._keys, self._values, prompt_lengths)
+        return PrefillAttend(self._keys, self._values, prompt_lengths, self._kernels)
 
     def start_decode(self) -> None:
         """Prepare one decode step: which cached positions each sequence may see, its new token included."""
         shortest, longest = min(self.lengths), max(self.lengths)
         self._mask = None
-        if shortest != longest:
+        if shortest != longest and not self._kernels:
             device = self._keys[0].device
             places = torch.arange(longest + 1, device=device)
             self._mask = places <= torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1)
 
     def attend_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """`attend` for one new token of each sequence: q (B, H, Dh), k and v (B, G, Dh) -> (B, H, Dh)."""
-        keys, values, longest = self._keys[layer], self._values[layer], max(self.lengths)
+        keys, values = self._keys[layer], self._values[layer]
+        if self._kernels:
+            return cached_attention(q, k, v, [1] * len(self.lengths), self.lengths, keys, values)
+        longest = max(self.lengths)
         for row, length in enumerate(self.lengths):
             keys[row, :, length] = k[row]
             values[row, :, length] = v[row]
@@ -52,6 +66,7 @@ class KVCache:
             # Positions beyond a shorter sequence were never written; masked NaNs would still poison sums.
             seen_keys = seen_keys.masked_fill(~self._mask.transpose(-1, -2), 0.0)
             seen_values = seen_values.masked_fill(~self._mask.transpose(-1, -2), 0.0)
+        seen_keys, seen_values = seen_keys.to(q.dtype), seen_values.to(q.dtype)
         return ops.attention(q.unsqueeze(2), seen_keys, seen_values, self._mask).squeeze(2)
 
     def advance(self, counts: list[int]) -> None:
@@ -69,11 +84,14 @@ class KVCache:
 class PrefillAttend:
     """See `KVCache.attend_prefill`."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], prompt_lengths: list[int]) -> None:
-        self._keys, self._values, self._lengths = keys, values, prompt_lengths
+    def __init__(self, keys: list[Tensor], values: list[Tensor], prompt_lengths: list[int], kernels: bool) -> None:
+        self._keys, self._values, self._lengths, self._kernels = keys, values, prompt_lengths, kernels
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
+        if self._kernels:
+            start = [0] * len(self._lengths)
+            return cached_attention(q, k, v, self._lengths, start, self._keys[layer], self._values[layer])
         outputs = []
         pieces = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
         for row, (q_T, k_T, v_T) in enumerate(pieces):  # (T, H or G, Dh) of one prompt

@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olmoe import checkpoint, hub
+from olmoe import checkpoint, fused, hub
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
 from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
 from olmoe.engine.sampler import Sampler
 from olmoe.engine.text_stream import TextStream
-from olmoe.errors import CheckpointError, UserError
-from olmoe.model import CausalLM
+from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
+from olmoe.model import CausalLM, set_backend
+from olmoe.ops import AUTO
+from olmoe.quant import PackedModule
 from olmoe.runtime import log, resolve_device, resolve_dtype
 from olmoe.tokenizer import Tokenizer
 
@@ -37,12 +39,18 @@ class LLM:
         *,
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
+        backend: str = AUTO,
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors."""
+        """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
+
+        `backend` is how operations are computed: "auto" (C++ kernels where they fit, else torch), "cpu" (the kernels,
+        or an error where they are not installed), "torch" or "reference".
+        """
+        fused.require(backend)
         folder = hub.resolve(
             hub.SHIPPED if model_id is None else model_id,
             revision=revision,
@@ -56,18 +64,26 @@ class LLM:
             folder, eos_ids=_generation_eos(folder) or config.eos_token_ids, pad_id=config.pad_token_id
         )
         _check_fit(tokenizer, config)
-        self._assemble(checkpoint.load(folder, dtype=memory_dtype, device=self.device, progress=progress), tokenizer)
+        model = checkpoint.load(folder, dtype=memory_dtype, device=self.device, progress=progress)
+        self._assemble(model, tokenizer, backend)
 
     @classmethod
-    def from_parts(cls, model: CausalLM, tokenizer: Tokenizer) -> LLM:
+    def from_parts(cls, model: CausalLM, tokenizer: Tokenizer, *, backend: str = AUTO) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
+        fused.require(backend)
         llm = cls.__new__(cls)
         llm.device = next(model.parameters()).device
-        llm._assemble(model, tokenizer)
+        llm._assemble(model, tokenizer, backend)
         return llm
 
-    def _assemble(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def _assemble(self, model: CausalLM, tokenizer: Tokenizer, backend: str) -> None:
         config = model.config
+        if backend == "cpu" and self.device.type != "cpu":
+            raise BackendUnavailableError(f"Backend 'cpu' runs on the CPU, but the model is on {self.device}.")
+        self.backend = backend
+        set_backend(model, backend)
+        if backend in (AUTO, "cpu"):
+            fused.fuse(model)
         _check_fit(tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         # Scaled RoPE stretches the context that the model was trained on.
@@ -110,7 +126,12 @@ class LLM:
         started = time.perf_counter()
         capacity = max(len(request.prompt_ids) + request.limit for request in requests)
         cache = KVCache(
-            self.config, len(requests), capacity, dtype=next(self.model.parameters()).dtype, device=self.device
+            self.config,
+            len(requests),
+            capacity,
+            dtype=self._cache_dtype(),
+            device=self.device,
+            backend=self.backend,
         )
         logits = self._prefill(requests, cache)
         statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
@@ -140,6 +161,12 @@ class LLM:
             if active:
                 logits = self._decode([requests[number].token_ids[-1] for number in active], cache)
             statistics.decode_seconds += time.perf_counter() - started
+
+    def _cache_dtype(self) -> torch.dtype:
+        """That of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
+        packed = any(isinstance(module, PackedModule) for module in self.model.modules())
+        hidden: torch.dtype = self.model.model.norm.weight.dtype
+        return torch.float16 if packed and hidden == torch.float32 else hidden
 
     def _accept(self, request: Request, stream: TextStream, token_id: int) -> str:
         """Add a chosen id to its text and decide whether the request has finished."""

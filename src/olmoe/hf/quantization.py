@@ -7,6 +7,9 @@ weight is encoded as soon as its tensors are read, so that one layer's experts a
 and norms are no candidates, and `lm_head`, a classifier's `score` and the embeddings stay as transformers
 documents it. bitsandbytes itself is not needed.
 
+A folder that `olmoe quantize` packed loads the same way (`olmoe.packed`): its `quantization_config` names a format for
+every matrix, and embeddings and `lm_head` may be packed too.
+
 Nothing is registered with transformers before the first `from_pretrained` of one of our classes, which adds the
 method "olmoe" to its table of quantization methods.
 """
@@ -33,7 +36,17 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.hf.loading import accept_single_experts
 from olmoe.model import Experts, Linear
-from olmoe.quant import FORMATS, PackedExperts, PackedLinear, PackedModule, make_format
+from olmoe.packed import pack_modules
+from olmoe.quant import (
+    BLOCK_FORMATS,
+    FORMATS,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLayout,
+    PackedLinear,
+    PackedModule,
+    make_format,
+)
 
 METHOD = "olmoe"
 _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,6 +65,8 @@ class PackedConfig(BitsAndBytesConfig):
         compute_dtype: str | None = None,
         skip_modules: list[str] | None = None,
         quant_method: str = METHOD,
+        overrides: dict[str, str] | None = None,
+        recipe: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -66,12 +81,24 @@ class PackedConfig(BitsAndBytesConfig):
                 f"bnb_4bit_compute_dtype {shown(compute_dtype)} is none that models compute in; "
                 f"choose {' or '.join(_COMPUTE_DTYPES)}."
             )
-        four_bit = weight_format != "int8"
+        self.layout: PackedLayout | None = None
+        if weight_format in BLOCK_FORMATS:
+            if skip_modules is not None or double_quant:
+                raise ConfigError(
+                    f"{weight_format} takes neither skip_modules nor double_quant; name the matrices that stay plain "
+                    "in overrides, as bf16."
+                )
+            self.layout = PackedLayout(weight_format, overrides or {}, recipe)
+        elif overrides:
+            raise ConfigError(
+                f"Only {' and '.join(BLOCK_FORMATS)} take overrides, not {weight_format}; leave them out."
+            )
+        four_bit = weight_format not in ("int8", "q8_0")
         super().__init__(
             load_in_4bit=four_bit,
             load_in_8bit=not four_bit,
             llm_int8_skip_modules=skip_modules,
-            bnb_4bit_quant_type=weight_format if four_bit else "fp4",
+            bnb_4bit_quant_type=weight_format if weight_format in ("nf4", "fp4") else "fp4",
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=double_quant,
         )
@@ -115,6 +142,9 @@ class PackedConfig(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds; the constructor takes the same names."""
+        if self.layout is not None:
+            chosen = {} if self.compute_dtype is None else {"compute_dtype": self.compute_dtype}
+            return self.layout.to_dict() | chosen
         return {
             "quant_method": self.quant_method,
             "weight_format": self.weight_format,
@@ -206,7 +236,7 @@ class PackedQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedModule):
                 for name, parameter in module.named_parameters(recurse=False):
-                    parameter.requires_grad_(name == "bias")
+                    parameter.requires_grad_(_is_plain(module, name))
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -222,7 +252,14 @@ class PackedQuantizer(HfQuantizer):
 
 
 def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
-    """Put packed modules, still without values, in the places of `Linear` and `Experts` modules."""
+    """Put packed modules, still without values, in the places of `Linear` and `Experts` modules.
+
+    Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32.
+    """
+    if config.layout is not None:
+        block_dtype = _COMPUTE_DTYPES[config.compute_dtype or "float32"]
+        pack_modules(model, config.layout, "" if hasattr(model, "model") else "model.", block_dtype)
+        return
     format = make_format(config.weight_format, config.bnb_4bit_use_double_quant)
     compute_dtype = None if config.compute_dtype is None else _COMPUTE_DTYPES[config.compute_dtype]
     for name, module in list(model.named_modules()):
@@ -243,6 +280,16 @@ def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
         model.set_submodule(name, packed)
 
 
+def _packed_matrices(module: nn.Module) -> list[str]:
+    """Names of a module's parameters that hold the codes of packed matrices."""
+    return list(module.shapes) if isinstance(module, PackedModule) else []
+
+
+def _is_plain(module: nn.Module, name: str) -> bool:
+    """Whether a module's own parameter is an ordinary one: neither codes nor scales nor what else a format stores."""
+    return not any(name == matrix or name.startswith(f"{matrix}_") for matrix in _packed_matrices(module))
+
+
 def unpack(model: Any, dtype: torch.dtype) -> None:
     """Put plain `Linear` and `Experts` modules with the decoded weights back."""
     for name, module in list(model.named_modules()):
@@ -253,17 +300,23 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
             if isinstance(module, PackedExperts):
                 plain = Experts(model.config.network())
                 accept_single_experts(nn.ModuleList([plain]))
+            elif isinstance(module, PackedEmbedding):
+                plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
             else:
                 assert isinstance(module, PackedLinear)
                 plain = Linear(module.in_features, module.out_features, bias=False)
                 plain.bias = module.bias
-        for matrix in module.shapes:
-            if isinstance(module, PackedExperts):
+        for matrix in ("gate_up_proj", "down_proj") if isinstance(module, PackedExperts) else ("weight",):
+            if matrix not in module.shapes:  # it was plain beside a packed one
+                setattr(plain, matrix, getattr(module, matrix))
+            elif isinstance(module, PackedExperts):
                 stack = [module.decode(matrix, dtype, e) for e in range(module.num_experts)]
                 setattr(plain, matrix, nn.Parameter(torch.stack(stack)))
             else:
                 setattr(plain, matrix, nn.Parameter(module.decode(matrix, dtype)))
         model.set_submodule(name, plain.train(module.training))
+    if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
+        model.lm_head.weight = model.get_input_embeddings().weight
 
 
 class PackedLoading:
@@ -325,16 +378,19 @@ class PackedLoading:
         excluded = {id(p) for module in embeddings for p in module.parameters()}
         total = 0
         for module in self.modules():
-            parts = {id(p) for n, p in module.named_parameters(recurse=False) if n != "bias"}
-            packed = isinstance(module, PackedModule)
+            codes = {id(module.get_parameter(name)): name for name in _packed_matrices(module)}
+            others = {id(p) for name, p in module.named_parameters(recurse=False) if not _is_plain(module, name)}
             for parameter in module.parameters(recurse=False):
-                if id(parameter) in excluded or (packed and id(parameter) in parts):
+                if id(parameter) in excluded or id(parameter) in others - codes.keys():
                     continue
                 excluded.add(id(parameter))  # tied weights count once
+                if id(parameter) in codes:
+                    assert isinstance(module, PackedModule)
+                    count = prod(module.stack) * prod(module.shapes[codes[id(parameter)]])
+                else:
+                    count = parameter.numel()
                 if parameter.requires_grad or not only_trainable:
-                    total += parameter.numel()
-            if isinstance(module, PackedModule) and not only_trainable:
-                total += prod(module.stack) * sum(rows * columns for rows, columns in module.shapes.values())
+                    total += count
         return total
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from olmoe.ops import reference, torch_fast  # noqa: F401  (they register their implementations)
-from olmoe.ops.dispatch import AUTO, backends, choose
+from olmoe.ops.cpu import functional  # noqa: F401
+from olmoe.ops.dispatch import AUTO, backends, call
 from olmoe.ops.reference import Activation
 from olmoe.ops.types import SortedRows
 
@@ -37,17 +38,17 @@ __all__ = [
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
     """x W^T + b with fp32 accumulation. x (..., in), weight (out, in) -> (..., out) in x's dtype."""
-    return choose("linear", x, backend)(x, weight, bias)
+    return call("linear", backend, x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = AUTO) -> Tensor:
     """Root-mean-square norm over the last dimension, statistics in fp32. x (..., D), weight (D,)."""
-    return choose("rms_norm", x, backend)(x, weight, eps)
+    return call("rms_norm", backend, x, weight, eps)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = AUTO) -> Tensor:
     """Rotate-half rotary embedding in fp32. x (..., H, Dh); cos, sin (..., Dh/2) one row a token."""
-    return choose("apply_rope", x, backend)(x, cos, sin)
+    return call("apply_rope", backend, x, cos, sin)
 
 
 def attention(
@@ -58,7 +59,7 @@ def attention(
     `mask` (broadcastable to (B, H, T, S)) is True where attention is allowed; a query that may attend to
     nothing yields zeros. `causal` aligns the last query with the last key.
     """
-    return choose("attention", q, backend)(q, k, v, mask, causal)
+    return call("attention", backend, q, k, v, mask, causal)
 
 
 def route(logits: Tensor, k: int, norm_topk_prob: bool = False, *, backend: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -66,17 +67,17 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool = False, *, backend: str 
 
     Without `norm_topk_prob` (OLMoE) the weights are the probabilities themselves and sum to less than 1.
     """
-    return choose("route", logits, backend)(logits, k, norm_topk_prob)
+    return call("route", backend, logits, k, norm_topk_prob)
 
 
 def sort_by_expert(expert_ids_NK: Tensor, num_experts: int, *, backend: str = AUTO) -> SortedRows:
     """Order the N*K routed rows by expert, ties by token (see `SortedRows`)."""
-    return choose("sort_by_expert", expert_ids_NK, backend)(expert_ids_NK, num_experts)
+    return call("sort_by_expert", backend, expert_ids_NK, num_experts)
 
 
 def gather_rows(x: Tensor, rows: SortedRows, *, backend: str = AUTO) -> Tensor:
     """The input of every routed row, in sorted order. x (N, D) -> (M, D)."""
-    return choose("gather_rows", x, backend)(x, rows)
+    return call("gather_rows", backend, x, rows)
 
 
 def experts(
@@ -92,12 +93,12 @@ def experts(
 
     rows (M, D), offsets (E+1,), gate_up (E, 2F, D: gate rows first, then up), down (E, D, F) -> (M, D).
     """
-    return choose("experts", rows_MD, backend)(rows_MD, offsets_E, gate_up, down, activation)
+    return call("experts", backend, rows_MD, offsets_E, gate_up, down, activation)
 
 
 def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows, *, backend: str = AUTO) -> Tensor:
     """Weighted sum of each token's K rows, in fp32, in the fixed order of k. (M, D), (N, K) -> (N, D)."""
-    return choose("combine", rows_MD, backend)(rows_MD, weights_NK, rows)
+    return call("combine", backend, rows_MD, weights_NK, rows)
 
 
 def moe(
@@ -111,10 +112,7 @@ def moe(
     backend: str = AUTO,
 ) -> Tensor:
     """The dropless routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
-    rows = sort_by_expert(expert_ids_NK, gate_up.shape[0], backend=backend)
-    gathered_MD = gather_rows(x, rows, backend=backend)
-    out_MD = experts(gathered_MD, rows.offsets_E, gate_up, down, activation, backend=backend)
-    return combine(out_MD, weights_NK, rows, backend=backend)
+    return call("moe", backend, x, weights_NK, expert_ids_NK, gate_up, down, activation)
 
 
 def linear_cross_entropy(
@@ -124,4 +122,4 @@ def linear_cross_entropy(
 
     The fast backend never holds all N x V logits. x (N, D), weight (V, D), labels (N,).
     """
-    return choose("linear_cross_entropy", x, backend)(x, weight, labels, ignore_index)
+    return call("linear_cross_entropy", backend, x, weight, labels, ignore_index)

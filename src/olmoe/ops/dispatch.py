@@ -22,28 +22,37 @@ from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.runtime import log_once
 
 AUTO = "auto"
-# Fastest first. "cpu" (C++) and "triton" join in front when they exist.
-PRIORITY = ("torch", "reference")
+# Fastest first. "triton" joins in front when it exists.
+PRIORITY = ("cpu", "torch", "reference")
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's version of an operation; `unsupported(x)` gives the reason it cannot take `x`, or None."""
+    """One backend's version of an operation.
+
+    `unsupported(*arguments)` gives the reason why it cannot take a call, or None; `prefer(*arguments)` says whether
+    an automatic choice should take it where it can.
+    """
 
     function: Callable[..., Any]
-    unsupported: Callable[[torch.Tensor], str | None]
+    unsupported: Callable[..., str | None]
+    prefer: Callable[..., bool]
 
 
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
 
 
 def register(
-    op: str, backend: str, unsupported: Callable[[torch.Tensor], str | None] = lambda x: None
+    op: str,
+    backend: str,
+    unsupported: Callable[..., str | None] = lambda *arguments: None,
+    *,
+    prefer: Callable[..., bool] = lambda *arguments: True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make a function the implementation of `op` in `backend`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTRY.setdefault(op, {})[backend] = Implementation(function, unsupported)
+        _REGISTRY.setdefault(op, {})[backend] = Implementation(function, unsupported, prefer)
         return function
 
     return decorate
@@ -54,17 +63,24 @@ def backends(op: str) -> tuple[str, ...]:
     return tuple(name for name in PRIORITY if name in _REGISTRY[op])
 
 
-def choose(op: str, x: torch.Tensor, backend: str = AUTO) -> Callable[..., Any]:
-    """The function that computes `op` for a call whose leading tensor is `x`.
+def call(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Any:
+    """Compute `op` with the chosen backend; see `choose`."""
+    return choose(op, backend, x, *rest)(x, *rest)
+
+
+def choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Callable[..., Any]:
+    """The function that computes `op` for a call with the arguments `x`, a tensor, and `rest`.
 
     Raises `UserError` for a backend name that does not exist and `BackendUnavailableError` for one that
-    does not implement `op` or cannot run on `x`'s device and dtype.
+    does not implement `op` or cannot run such a call.
     """
     implementations = _REGISTRY[op]
     if backend == AUTO:
         for name in PRIORITY:
             implementation = implementations.get(name)
-            if implementation is not None and implementation.unsupported(x) is None:
+            if implementation is None or implementation.unsupported(x, *rest) is not None:
+                continue
+            if implementation.prefer(x, *rest):
                 if not torch.compiler.is_compiling():  # a compiled graph has no log
                     log_once(f"{op}: backend {name} on {x.device.type} (chosen automatically)")
                 return implementation.function
@@ -75,7 +91,7 @@ def choose(op: str, x: torch.Tensor, backend: str = AUTO) -> Callable[..., Any]:
         raise BackendUnavailableError(
             f"Backend {backend!r} does not implement {op}; choose one of {', '.join(backends(op))}."
         )
-    reason = implementations[backend].unsupported(x)
+    reason = implementations[backend].unsupported(x, *rest)
     if reason is not None:
         raise BackendUnavailableError(f"Backend {backend!r} cannot run {op} here: {reason}.")
     return implementations[backend].function

@@ -119,6 +119,16 @@ def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
     return (weights_NK.float().unsqueeze(-1) * y_NKD).sum(dim=1).to(rows_MD.dtype)
 
 
+@register("moe", "reference")
+def moe(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """The routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
+    rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
+    out_MD = experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
+    return combine(out_MD, weights_NK, rows)
+
+
 @register("linear_cross_entropy", "reference")
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Sum over tokens of -log softmax(x W^T)[label]. x (N, D), weight (V, D), labels (N,) -> scalar fp32."""

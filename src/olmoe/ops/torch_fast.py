@@ -368,6 +368,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+@register("moe", "torch")
+def moe(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """The routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
+    rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
+    out_MD = experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
+    return combine(out_MD, weights_NK, rows)
+
+
 @register("linear_cross_entropy", "torch")
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """See `reference.linear_cross_entropy`."""

@@ -1,22 +1,43 @@
 """Weight formats: how a matrix is encoded into fewer bits, decoded again, and held by modules.
 
-`formats` defines a format, `four_bit` (NF4, FP4) and `eight_bit` (int8 by rows) implement it in plain torch,
-and `modules` holds `PackedLinear` and `PackedExperts`, which take the places of the network's `Linear` and
-`Experts` and decode what they multiply with, matrix by matrix.
+`formats` defines a format. `four_bit` (NF4, FP4), `eight_bit` (int8 by rows) and `blocks` (Q8_0 and Q4_0, in the
+layout of the CPU kernels) implement it in plain torch, and `search` chooses better codes and scales for `blocks`.
+`layout` says which format each matrix of a checkpoint has. `modules` holds `PackedLinear`, `PackedEmbedding` and
+`PackedExperts`, which take the places of the network's modules and decode what they multiply with, matrix by matrix.
 """
 
 from __future__ import annotations
 
+from olmoe.quant.blocks import Q4_0, Q8_0, BlockFormat
 from olmoe.quant.eight_bit import Int8
 from olmoe.quant.formats import Format
 from olmoe.quant.four_bit import FourBit
-from olmoe.quant.modules import PackedExperts, PackedLinear, PackedModule
+from olmoe.quant.layout import BLOCK_FORMATS, PackedLayout, make_block_format
+from olmoe.quant.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 
-FORMATS = ("nf4", "fp4", "int8")
+FORMATS = ("nf4", "fp4", "int8", *BLOCK_FORMATS)
 
-__all__ = ["FORMATS", "Format", "FourBit", "Int8", "PackedExperts", "PackedLinear", "PackedModule", "make_format"]
+__all__ = [
+    "BLOCK_FORMATS",
+    "FORMATS",
+    "Q4_0",
+    "Q8_0",
+    "BlockFormat",
+    "Format",
+    "FourBit",
+    "Int8",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLayout",
+    "PackedLinear",
+    "PackedModule",
+    "make_block_format",
+    "make_format",
+]
 
 
 def make_format(name: str, double_quant: bool = False) -> Format:
-    """The format of that name, one of `FORMATS`; `double_quant` also packs the scales of the 4-bit ones."""
+    """The format of that name, one of `FORMATS`; `double_quant` also packs the scales of NF4 and FP4."""
+    if name in BLOCK_FORMATS:
+        return make_block_format(name)
     return Int8() if name == "int8" else FourBit(name, double_quant)

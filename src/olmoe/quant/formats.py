@@ -1,6 +1,6 @@
 """What a weight format is: named parts in which a matrix is stored, and the way there and back.
 
-Shapes legend: R rows (outputs), C columns (inputs) of a matrix.
+Shapes legend: N chosen rows, R rows (outputs), C columns (inputs) of a matrix.
 """
 
 from __future__ import annotations
@@ -30,3 +30,7 @@ class Format(ABC):
     @abstractmethod
     def decode(self, parts: dict[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """The parts of a matrix -> (R, C), computed in fp32 and rounded once to `dtype`."""
+
+    def decode_rows(self, parts: dict[str, Tensor], row_ids: Tensor, rows: int, columns: int) -> Tensor:
+        """The rows `row_ids` (N,) of the matrix, (N, C) in fp32. Formats that can, read no others."""
+        return self.decode(parts, rows, columns, torch.float32)[row_ids]

@@ -1,26 +1,30 @@
 """Modules that keep their matrices packed and decode them one at a time, when they multiply.
 
-They have the call signatures of the network's `Linear` and `Experts`. Gradients flow through them to their
-inputs (adapters, QLoRA) but not into packed weights, and backward decodes again instead of keeping decoded
-matrices alive.
+They have the call signatures of the network's `Linear`, of its `Experts`, and of `nn.Embedding`. Gradients flow
+through them to their inputs (adapters, QLoRA) but not into packed weights, and backward decodes again instead of
+keeping decoded matrices alive.
 
 A matrix called `weight` is stored as parameters `weight` (its codes), `weight_absmax` and so on; the matrices of
-a stack of experts have a leading dimension E.
+a stack of experts have a leading dimension E. Every matrix of a module has a format of its own; of a stack of experts
+one may also stay plain.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from olmoe import ops
+from olmoe.errors import BackendUnavailableError
+from olmoe.ops.cpu import packed as cpu
 from olmoe.quant.formats import CODES, Format
 
 
@@ -32,30 +36,37 @@ class PackedModule(nn.Module):
 
     backend = ops.AUTO
 
-    def __init__(self, format: Format, compute_dtype: torch.dtype | None) -> None:
+    compute_dtype: torch.dtype | None
+    shapes: dict[str, tuple[int, int]]  # of each packed matrix (of one expert's, in a stack)
+    formats: dict[str, Format]  # of each packed matrix
+
+    def __init__(self, compute_dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.format, self.compute_dtype = format, compute_dtype
-        self.shapes: dict[str, tuple[int, int]] = {}  # of each packed matrix (of one expert's, in a stack)
+        self._start(compute_dtype)
+
+    def _start(self, compute_dtype: torch.dtype | None) -> None:
+        self.compute_dtype, self.shapes, self.formats = compute_dtype, {}, {}
 
     @property
     def stack(self) -> tuple[int, ...]:
         """The leading dimensions of every packed matrix: (E,) for experts, none otherwise."""
         return ()
 
-    def add(self, name: str, rows: int, columns: int) -> None:
+    def add(self, name: str, format: Format, rows: int, columns: int) -> None:
         """Reserve parameters for the matrix `name`, or for a stack of matrices of that shape."""
-        self.shapes[name] = (rows, columns)
-        for part, (shape, dtype) in self.format.parts(rows, columns).items():
+        self.shapes[name], self.formats[name] = (rows, columns), format
+        for part, (shape, dtype) in format.parts(rows, columns).items():
             value = torch.empty(*self.stack, *shape, dtype=dtype)
             self.register_parameter(_parameter_name(name, part), nn.Parameter(value, requires_grad=False))
 
     def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The parameters, by their names, that hold `weight`: (R, C), or a stack (E, R, C) expert by expert."""
+        format = self.formats[name]
         if weight.dim() == 2:
-            return {_parameter_name(name, part): value for part, value in self.format.encode(weight).items()}
+            return {_parameter_name(name, part): value for part, value in format.encode(weight).items()}
         stacked: dict[str, Tensor] = {}
         for e, matrix in enumerate(weight):
-            for part, value in self.format.encode(matrix).items():
+            for part, value in format.encode(matrix).items():
                 key = _parameter_name(name, part)
                 if key not in stacked:
                     stacked[key] = value.new_empty(weight.shape[0], *value.shape)
@@ -70,22 +81,44 @@ class PackedModule(nn.Module):
     @torch.no_grad()
     def decode(self, name: str, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The matrix `name` in `dtype`; of a stack that of one `expert`."""
-        rows, columns = self.shapes[name]
-        parts = {part: getattr(self, _parameter_name(name, part)) for part in self.format.parts(rows, columns)}
-        if expert is not None:
-            parts = {part: value[expert] for part, value in parts.items()}
-        return self.format.decode(parts, rows, columns, dtype)
+        return self.formats[name].decode(self.parts(name, expert), *self.shapes[name], dtype)
+
+    def parts(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
+        """The stored parts of the matrix `name`; of a stack those of one `expert`. Views of the parameters."""
+        parts = {
+            part: getattr(self, _parameter_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])
+        }
+        return parts if expert is None else {part: value[expert] for part, value in parts.items()}
 
     def product(self, x: Tensor, name: str, expert: int | None = None) -> Tensor:
         """x times the transpose of the decoded matrix, in x's dtype. x (..., C) -> (..., R)."""
+        if name not in self.formats:  # a plain matrix beside a packed one
+            plain = getattr(self, name) if expert is None else getattr(self, name)[expert]
+            return ops.linear(x, plain.to(x.dtype), backend=self.backend)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return ops.linear(x, self.decode(name, x.dtype, expert), backend=self.backend)
         return _Product.apply(x, self, name, expert)
 
+    def kernels(self, x: Tensor, *names: str) -> bool:
+        """Whether the C++ kernels multiply `x` with the matrices `names` as they lie.
+
+        Raises `BackendUnavailableError` where they were asked for and cannot.
+        """
+        if self.backend not in (ops.AUTO, "cpu"):
+            return False
+        reason = cpu.unsupported(x)
+        if reason is None and any(name not in self.formats for name in names):
+            reason = "a matrix beside packed ones is plain"
+        if reason is None and any(self.formats[name].name not in cpu.FORMATS for name in names):
+            reason = f"it multiplies with {' and '.join(cpu.FORMATS)}, not {self.formats[names[0]].name}"
+        if reason is not None and self.backend == "cpu":
+            raise BackendUnavailableError(f"Backend 'cpu' cannot run {type(self).__name__} here: {reason}.")
+        return reason is None
+
     def extra_repr(self) -> str:
-        """Format and shapes, for printed models."""
-        shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.shapes.items())
-        return f"{self.format.name}, {shapes}, compute_dtype={self.compute_dtype}"
+        """Formats and shapes, for printed models."""
+        shapes = ", ".join(f"{name} {r}x{c} {self.formats[name].name}" for name, (r, c) in self.shapes.items())
+        return f"{shapes}, compute_dtype={self.compute_dtype}"
 
 
 def _parameter_name(name: str, part: str) -> str:
@@ -120,20 +153,55 @@ class PackedLinear(PackedModule, nn.Linear):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight unpacked
-        self.format, self.compute_dtype, self.shapes = format, compute_dtype, {}
+        self._start(compute_dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.add("weight", out_features, in_features)
+        self.add("weight", format, out_features, in_features)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
+        if self.kernels(x, "weight"):
+            rows, columns = self.shapes["weight"]
+            return cpu.packed_linear(x, self.weight, self.formats["weight"].name, rows, columns, self.bias)
         wide = x.to(self.compute_dtype or x.dtype)
         y = self.product(wide, "weight")
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
 
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """`nn.Embedding` with packed weights, which decodes the rows that are asked for. It gives `compute_dtype`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        format: Format,
+        compute_dtype: torch.dtype | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # as in `PackedLinear`
+        self._start(compute_dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.add("weight", format, num_embeddings, embedding_dim)
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) of ids -> (..., D) in `compute_dtype`, fp32 by default."""
+        parts, (rows, columns) = self.parts("weight"), self.shapes["weight"]
+        if self.kernels(input, "weight"):
+            values = cpu.packed_embedding(input, parts[CODES], self.formats["weight"].name, rows, columns)
+            return values.to(self.compute_dtype or torch.float32)
+        chosen = self.formats["weight"].decode_rows(parts, input.reshape(-1), rows, columns)
+        return chosen.to(self.compute_dtype or torch.float32).view(*input.shape, columns)
+
+
 class PackedExperts(PackedModule):
-    """`Experts` with packed weights: decodes the experts that tokens chose, one at a time, and no others."""
+    """`Experts` with packed weights: decodes the experts that tokens chose, one at a time, and no others.
+
+    `format` is one for both matrices, or by name ("gate_up_proj", "down_proj"), where None leaves a matrix plain:
+    a parameter in the default dtype, like those of `Experts`.
+    """
 
     def __init__(
         self,
@@ -141,13 +209,21 @@ class PackedExperts(PackedModule):
         hidden_size: int,
         intermediate_size: int,
         activation: Callable[[Tensor], Tensor],
-        format: Format,
+        format: Format | Mapping[str, Format | None],
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(format, compute_dtype)
+        super().__init__(compute_dtype)
         self.num_experts, self.activation = num_experts, activation
-        self.add("gate_up_proj", 2 * intermediate_size, hidden_size)
-        self.add("down_proj", hidden_size, intermediate_size)
+        shapes = {
+            "gate_up_proj": (2 * intermediate_size, hidden_size),
+            "down_proj": (hidden_size, intermediate_size),
+        }
+        for name, shape in shapes.items():
+            chosen = format if isinstance(format, Format) else format[name]
+            if chosen is None:
+                self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
+            else:
+                self.add(name, chosen, *shape)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -156,6 +232,9 @@ class PackedExperts(PackedModule):
 
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D) in x's dtype."""
+        if self.activation is F.silu and self.kernels(x_ND, "gate_up_proj", "down_proj"):
+            gate_up, down = ((self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj"))
+            return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, gate_up, down, self.shapes["down_proj"][1])
         rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
         x_MD = ops.gather_rows(x_ND.to(self.compute_dtype or x_ND.dtype), rows, backend=self.backend)
         offsets, pieces = rows.offsets_E.tolist(), []

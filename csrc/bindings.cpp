@@ -1,0 +1,137 @@
+// Thin bindings: Python checks shapes and dtypes (olmoe/ops/cpu), here are only addresses. The GIL is released while
+// an operation runs; one operation at a time uses the thread pool.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <mutex>
+
+#include "ops/layer.h"
+
+namespace nb = nanobind;
+using namespace olmoe;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+std::mutex one_at_a_time;
+
+struct Running {
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock{one_at_a_time};
+};
+
+Matrix matrix(Address data, int type, int rows, int columns, size_t stride) {
+  return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride};
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : isas()) names.emplace_back(name);
+    return names;
+  });
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
+  m.def("set_threads", &set_threads);
+  m.def("get_threads", &get_threads);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def("__init__", [](Matrix* self, Address data, int type, int rows, int columns, size_t stride) {
+        new (self) Matrix(matrix(data, type, rows, columns, stride));
+      });
+
+  m.def("rms_norm", [](Address x, Address weight, float eps, int tokens, int d, Address out) {
+    Running running;
+    rms_norm(at<float>(x), at<float>(weight), eps, tokens, d, at<float>(out));
+  });
+  m.def("rope", [](Address x, Address cos, Address sin, int tokens, int heads, int head_dim) {
+    Running running;
+    rope(at<float>(x), at<float>(cos), at<float>(sin), tokens, heads, head_dim);
+  });
+  m.def("linear", [](const Matrix& w, Address x, int tokens, Address bias, Address y) {
+    Running running;
+    static thread_local Activations inputs;
+    inputs.set(w, at<float>(x), tokens, w.columns, pool());
+    linear(w, inputs, at<float>(bias), nullptr, at<float>(y), w.rows);
+  });
+  m.def("route", [](Address logits, int tokens, int experts, int k, bool norm, Address weights, Address ids) {
+    Running running;
+    route(at<float>(logits), tokens, experts, k, norm, at<float>(weights), at<int64_t>(ids));
+  });
+  m.def("moe", [](const Matrix& gate_up, const Matrix& down, int count, int width, Address x, Address weights,
+                  Address ids, int tokens, int k, Address y) {
+    Running running;
+    moe(Experts{gate_up, down, count, width}, at<float>(x), at<float>(weights), at<int64_t>(ids), tokens, k, nullptr,
+        at<float>(y));
+  });
+  // Read all of [data, data + bytes): what memory gives at most, for benchmarks.
+  m.def("read", [](Address data, size_t bytes) {
+    Running running;
+    std::vector<uint64_t> sums(pool().threads(), 0);
+    constexpr size_t kPiece = 1 << 20;
+    pool().run(int(bytes / kPiece), 4, [&](int begin, int end, int thread) {
+      uint64_t sum[8] = {};
+      const uint64_t* p = at<const uint64_t>(data) + size_t(begin) * kPiece / 8;
+      for (size_t i = 0; i < size_t(end - begin) * kPiece / 8; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] ^= p[i + j];
+      for (uint64_t v : sum) sums[thread] ^= v;
+    });
+    uint64_t total = 0;
+    for (uint64_t v : sums) total ^= v;
+    return total;
+  });
+  m.def("embed", [](const Matrix& w, Address ids, int tokens, Address out) {
+    Running running;
+    embed(w, at<int64_t>(ids), tokens, at<float>(out));
+  });
+  m.def("attention",
+        [](Address q, Address k, Address v, const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths,
+           int heads, int kv_heads, int head_dim, Address keys, Address values, int type, int64_t capacity,
+           Address out) {
+          Running running;
+          attention(at<float>(q), at<float>(k), at<float>(v), int(tokens.size()), tokens.data(), lengths.data(), heads,
+                    kv_heads, head_dim, Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity},
+                    at<float>(out));
+        });
+
+  nb::class_<LayerWeights>(m, "Layer")
+      .def("__init__",
+           [](LayerWeights* self, int hidden, int heads, int kv_heads, int head_dim, int top_k, float eps,
+              float clip_qkv, bool norm_topk_prob, const std::vector<const Matrix*>& projections,
+              const std::vector<Address>& biases, const std::vector<Address>& norms, const Matrix& router,
+              const Matrix& gate_up, const Matrix& down, int experts, int width) {
+             new (self) LayerWeights();
+             self->hidden = hidden, self->heads = heads, self->kv_heads = kv_heads, self->head_dim = head_dim;
+             self->top_k = top_k, self->eps = eps, self->clip_qkv = clip_qkv, self->norm_topk_prob = norm_topk_prob;
+             self->q = *projections.at(0), self->k = *projections.at(1);
+             self->v = *projections.at(2), self->o = *projections.at(3);
+             self->q_bias = at<float>(biases.at(0)), self->k_bias = at<float>(biases.at(1));
+             self->v_bias = at<float>(biases.at(2)), self->o_bias = at<float>(biases.at(3));
+             self->input_norm = at<float>(norms.at(0)), self->post_norm = at<float>(norms.at(1));
+             self->q_norm = at<float>(norms.at(2)), self->k_norm = at<float>(norms.at(3));
+             self->router = router;
+             self->experts = Experts{gate_up, down, experts, width};
+           })
+      .def("attention_inputs",
+           [](const LayerWeights& self, Address x, Address cos, Address sin, int tokens, Address q, Address k,
+              Address v) {
+             Running running;
+             attention_inputs(self, at<float>(x), at<float>(cos), at<float>(sin), tokens, at<float>(q), at<float>(k),
+                              at<float>(v));
+           })
+      .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
+                                  Address logits, Address weights, Address ids) {
+        Running running;
+        attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y), at<float>(logits),
+                         at<float>(weights), at<int64_t>(ids));
+      });
+}

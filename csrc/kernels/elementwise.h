@@ -1,0 +1,112 @@
+// Norm, rotary embedding, activation, softmax and conversions: kernels over one row of fp32 values.
+#pragma once
+
+#include "simd.h"
+
+namespace olmoe {
+namespace {
+
+inline void rms_norm(const float* x, const float* weight, float eps, int d, float* out) {
+  vf squares[4] = {};
+  int i = 0;
+  for (; i + 4 * W <= d; i += 4 * W)
+    for (int j = 0; j < 4; j++) {
+      vf v = load(x + i + j * W);
+      squares[j] += v * v;
+    }
+  float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; i < d; i++) total += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(total / float(d) + eps);
+  for (i = 0; i + W <= d; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+  for (; i < d; i++) out[i] = x[i] * scale * weight[i];
+}
+
+inline void rope(float* x, const float* cos, const float* sin, int head_dim) {
+  const int half = head_dim / 2;
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(x + i, a * c - b * s);
+    store(x + half + i, b * c + a * s);
+  }
+  for (; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+inline void swiglu(const float* gate, const float* up, int n, float* out) {
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    vf g = load(gate + i);
+    store(out + i, g / (vexp(-g) + 1.0f) * load(up + i));
+  }
+  for (; i < n; i++) out[i] = gate[i] / (exp_one(-gate[i]) + 1.0f) * up[i];
+}
+
+inline void softmax(float* x, int n) {
+  float top = x[0];
+  for (int i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+  vf totals = {};
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    vf e = vexp(load(x + i) - top);
+    store(x + i, e);
+    totals += e;
+  }
+  float total = sum(totals);
+  for (; i < n; i++) total += x[i] = exp_one(x[i] - top);
+  const float scale = 1.0f / total;
+  for (i = 0; i < n; i++) x[i] *= scale;
+}
+
+inline void axpy(float a, const float* x, int n, float* y) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(y + i, load(y + i) + load(x + i) * a);
+  for (; i < n; i++) y[i] += a * x[i];
+}
+
+inline void store_as(const float* x, int n, Type type, void* out) {
+  if (type == Type::kF32) {
+    std::memcpy(out, x, size_t(n) * 4);
+  } else if (type == Type::kBF16) {
+    for (int i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(x[i]);
+  } else {
+    for (int i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_half(x[i]);
+  }
+}
+
+inline void load_from(const void* x, int n, Type type, float* out) {
+  for (int i = 0; i < n; i++)
+    out[i] = type == Type::kF32    ? scalar_as<Type::kF32>(x, i)
+             : type == Type::kBF16 ? scalar_as<Type::kBF16>(x, i)
+                                   : scalar_as<Type::kF16>(x, i);
+}
+
+inline void quantize(const float* x, int columns, int zero, ActivationBlock* out) {
+  for (int b = 0; b < columns / kBlock; b++, x += kBlock, out++) {
+    vf largest = {};
+    for (int i = 0; i < kBlock; i += W) largest = vmax(largest, vabs(load(x + i)));
+    const float d = max_of(largest) / 127.0f, inverse = d > 0 ? 1.0f / d : 0.0f;
+    int total = 0;
+    out->d = d;
+#if defined(__AVX512F__)
+    __m512i low = _mm512_cvtps_epi32(_mm512_loadu_ps(x) * inverse);
+    __m512i high = _mm512_cvtps_epi32(_mm512_loadu_ps(x + 16) * inverse);
+    _mm_storeu_si128((__m128i*)out->q, _mm512_cvtsepi32_epi8(low));
+    _mm_storeu_si128((__m128i*)(out->q + 16), _mm512_cvtsepi32_epi8(high));
+    total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+#else
+    for (int i = 0; i < kBlock; i++) {
+      int q = int(std::nearbyint(x[i] * inverse));
+      out->q[i] = int8_t(q);
+      total += q;
+    }
+#endif
+    out->correction = -zero * total;
+  }
+}
+
+}  // namespace
+}  // namespace olmoe

@@ -1,0 +1,56 @@
+// Products of row-major fp32, bf16 or fp16 rows with activations: tiles of rows and tokens held in registers.
+#pragma once
+
+#include "simd.h"
+
+namespace olmoe {
+namespace {
+
+// ROWS x TOKENS dot products of length `columns`, fp32 activations.
+template <Type T, int ROWS, int TOKENS>
+OLMOE_INLINE void float_tile(const uint8_t* weight, size_t row_bytes, int columns, const ActivationRow* x, float* out,
+                             int ld) {
+  vf total[ROWS][TOKENS] = {};
+  int i = 0;
+  for (; i + W <= columns; i += W) {
+    vf a[TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++) a[t] = load(x[t].f32 + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const vf w = load_as<T>(weight + r * row_bytes, i);
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKENS; t++) total[r][t] += w * a[t];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) {
+      float s = sum(total[r][t]);
+      for (int c = i; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
+      out[size_t(t) * ld + r] = s;
+    }
+}
+
+// ROWS rows against all tokens.
+template <Type T, int ROWS>
+inline void row_band(const uint8_t* weight, size_t row_bytes, int columns, const ActivationRow* x, int tokens,
+                     float* out, int ld) {
+  int t = 0;
+  constexpr int kTile = W == 16 ? 6 : 3;  // as many sums as there are registers for
+  for (; t + kTile <= tokens; t += kTile)
+    float_tile<T, ROWS, kTile>(weight, row_bytes, columns, x + t, out + size_t(t) * ld, ld);
+  for (; t + 2 <= tokens; t += 2) float_tile<T, ROWS, 2>(weight, row_bytes, columns, x + t, out + size_t(t) * ld, ld);
+  if (t < tokens) float_tile<T, ROWS, 1>(weight, row_bytes, columns, x + t, out + size_t(t) * ld, ld);
+}
+
+template <Type T>
+inline void float_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+                       int ld) {
+  const size_t row_bytes = size_t(columns) * (T == Type::kF32 ? 4 : 2);
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) row_band<T, 4>(group + r * row_bytes, row_bytes, columns, x, tokens, out + r, ld);
+  for (; r < rows; r++) row_band<T, 1>(group + r * row_bytes, row_bytes, columns, x, tokens, out + r, ld);
+}
+
+}  // namespace
+}  // namespace olmoe

@@ -1,0 +1,222 @@
+// Products of 16 interleaved rows of int4 or int8 codes with int8 activations, a tile of tokens at a time.
+//
+// Codes are unsigned (value + 8, value + 128) and activations signed, as the dot-product instructions want them; the
+// activation's `correction` takes the offset out again, in exact integers. Each block of 32 columns is summed in
+// int32, then scaled and added in fp32.
+#pragma once
+
+#include "simd.h"
+
+namespace olmoe {
+namespace {
+
+// TOKENS columns of activations against GROUPS groups `group_bytes` apart, `rows` rows in all. `scales` follow the
+// codes of each group (see Matrix).
+#if defined(__AVX512VNNI__)
+
+template <Type T, int GROUPS, int TOKENS>
+OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
+                              float* out, int ld) {
+  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  __m512 total[GROUPS][TOKENS];
+  const ActivationBlock* a[TOKENS];
+  for (int t = 0; t < TOKENS; t++) {
+    a[t] = x[t].blocks;
+    for (int g = 0; g < GROUPS; g++) total[g][t] = _mm512_setzero_ps();
+  }
+  for (int b = 0; b < blocks; b++) {
+    __m512i w[GROUPS][8];
+    __m512 scale[GROUPS];
+    for (int g = 0; g < GROUPS; g++) {
+      const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
+      const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
+      if constexpr (T == Type::kQ4) {
+        for (int j = 0; j < 4; j++) {
+          __m512i v = _mm512_loadu_si512(codes + 64 * j);
+          w[g][j] = _mm512_and_si512(v, low_nibble);
+          w[g][4 + j] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibble);
+        }
+      } else {
+        for (int j = 0; j < 8; j++) w[g][j] = _mm512_loadu_si512(codes + 64 * j);
+      }
+      scale[g] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)scales));
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) {
+      const ActivationBlock& block = a[t][b];
+      int32_t q[8];
+      std::memcpy(q, block.q, sizeof q);
+      __m512i s[GROUPS], odd[GROUPS];
+      for (int g = 0; g < GROUPS; g++) s[g] = _mm512_set1_epi32(block.correction), odd[g] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        __m512i a4 = _mm512_set1_epi32(q[j]);
+        // Broadcast once into a register where two groups share it: loads are what this loop would wait for.
+        if constexpr (GROUPS > 1) asm("" : "+v"(a4));
+        for (int g = 0; g < GROUPS; g++) {
+          // A single token would wait for one chain of sums, so it gets two.
+          __m512i& chain = TOKENS * GROUPS <= 2 && j % 2 ? odd[g] : s[g];
+          chain = _mm512_dpbusd_epi32(chain, w[g][j], a4);
+        }
+      }
+      const __m512 d = _mm512_set1_ps(block.d);
+      for (int g = 0; g < GROUPS; g++) {
+        if constexpr (TOKENS * GROUPS <= 2) s[g] = _mm512_add_epi32(s[g], odd[g]);
+        total[g][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[g]), _mm512_mul_ps(scale[g], d), total[g][t]);
+      }
+    }
+  }
+  for (int g = 0; g < GROUPS; g++) {
+    const int count = rows - g * kGroup;
+    const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+    for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
+  }
+}
+
+#elif defined(__AVX2__)
+
+// Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64.
+template <Type T, int TOKENS>
+OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, __m256* total) {
+  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  const uint8_t* scales = codes + size_t(blocks) * kBytes + 16 * half;
+  codes += 32 * half;
+  const __m256i low_nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const ActivationBlock* a[TOKENS];
+  for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps(), a[t] = x[t].blocks;
+  for (int b = 0; b < blocks; b++) {
+    const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + b * 2 * kGroup)));
+    if constexpr (T == Type::kQ4) {
+      __m256i w[8];
+      for (int j = 0; j < 4; j++) {
+        __m256i v = _mm256_loadu_si256((const __m256i*)(codes + b * kBytes + 64 * j));
+        w[j] = _mm256_and_si256(v, low_nibble);
+        w[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKENS; t++) {
+        const ActivationBlock& block = a[t][b];
+        int32_t q[8];
+        std::memcpy(q, block.q, sizeof q);
+        // 16 products of at most 15 * 127 stay below 2^15.
+        __m256i s0 = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(q[0]));
+        __m256i s1 = _mm256_maddubs_epi16(w[1], _mm256_set1_epi32(q[1]));
+        for (int j = 2; j < 8; j += 2) {
+          s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(w[j], _mm256_set1_epi32(q[j])));
+          s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(w[j + 1], _mm256_set1_epi32(q[j + 1])));
+        }
+        __m256i s = _mm256_madd_epi16(_mm256_add_epi16(s0, s1), ones);
+        s = _mm256_add_epi32(s, _mm256_set1_epi32(block.correction));
+        total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(scale, _mm256_set1_ps(block.d)), total[t]);
+      }
+    } else {
+      // maddubs saturates on 255 * 127 * 2: the signed product is taken as |w| * sign(w) x instead.
+      const __m256i offset = _mm256_set1_epi8(-128);
+      __m256i w[8];
+      for (int j = 0; j < 8; j++)
+        w[j] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + b * kBytes + 64 * j)), offset);
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKENS; t++) {
+        const ActivationBlock& block = a[t][b];
+        int32_t q[8];
+        std::memcpy(q, block.q, sizeof q);
+        __m256i s = _mm256_setzero_si256();
+        for (int j = 0; j < 8; j++) {
+          __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(_mm256_set1_epi32(q[j]), w[j]));
+          s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
+        }
+        total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(scale, _mm256_set1_ps(block.d)), total[t]);
+      }
+    }
+  }
+}
+
+template <Type T, int GROUPS, int TOKENS>
+OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out,
+                              int ld) {
+  static_assert(GROUPS == 1);
+  __m256 total[TOKENS];
+  float spilled[8];
+  for (int half = 0; half < 2 && 8 * half < rows; half++) {
+    packed_half<T, TOKENS>(codes, blocks, half, x, total);
+    const int count = rows - 8 * half;
+    for (int t = 0; t < TOKENS; t++) {
+      float* place = out + size_t(t) * ld + 8 * half;
+      if (count >= 8) {
+        _mm256_storeu_ps(place, total[t]);
+      } else {
+        _mm256_storeu_ps(spilled, total[t]);
+        std::memcpy(place, spilled, size_t(count) * 4);
+      }
+    }
+  }
+}
+
+#else
+
+template <Type T, int GROUPS, int TOKENS>
+inline void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out, int ld) {
+  static_assert(GROUPS == 1);
+  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  const uint8_t* scales = codes + size_t(blocks) * kBytes;
+  for (int t = 0; t < TOKENS; t++) {
+    float total[kGroup] = {};
+    for (int b = 0; b < blocks; b++) {
+      const ActivationBlock& block = x[t].blocks[b];
+      int32_t s[kGroup];
+      for (int r = 0; r < kGroup; r++) s[r] = block.correction;
+      const uint8_t* c = codes + size_t(b) * kBytes;
+      for (int j = 0; j < kBytes / 64; j++)
+        for (int r = 0; r < kGroup; r++)
+          for (int i = 0; i < 4; i++) {
+            const int code = c[64 * j + 4 * r + i];
+            if constexpr (T == Type::kQ4)
+              s[r] += (code & 15) * block.q[4 * j + i] + (code >> 4) * block.q[16 + 4 * j + i];
+            else
+              s[r] += code * block.q[4 * j + i];
+          }
+      for (int r = 0; r < kGroup; r++) {
+        uint16_t half;
+        std::memcpy(&half, scales + (size_t(b) * kGroup + r) * 2, 2);
+        total[r] += float(s[r]) * (half_to_float(half) * block.d);
+      }
+    }
+    std::memcpy(out + size_t(t) * ld, total, size_t(rows) * 4);
+  }
+}
+
+#endif
+
+template <Type T, int GROUPS>
+inline void packed_band(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
+                        int tokens, float* out, int ld) {
+  // As many tokens as there are registers for their sums.
+  constexpr int kTile = W < 16 ? 4 : GROUPS > 1 ? 6 : 8;
+  int t = 0;
+  auto tile = [&]<int TOKENS>() {
+    packed_tile<T, GROUPS, TOKENS>(group, group_bytes, blocks, rows, x + t, out + size_t(t) * ld, ld);
+    t += TOKENS;
+  };
+  while (t + kTile <= tokens) tile.template operator()<kTile>();
+  if constexpr (kTile > 4)
+    if (t + 4 <= tokens) tile.template operator()<4>();
+  if (t + 2 <= tokens) tile.template operator()<2>();
+  while (t < tokens) tile.template operator()<1>();
+}
+
+template <Type T>
+inline void packed_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+                        int ld) {
+  const int blocks = columns / kBlock;
+  const size_t group_bytes = size_t(blocks) * ((T == Type::kQ4 ? kQ4Block : kQ8Block) + 2 * kGroup);
+#if defined(__AVX512VNNI__)
+  if (rows > kGroup && tokens > 1) return packed_band<T, 2>(group, group_bytes, blocks, rows, x, tokens, out, ld);
+#endif
+  for (int r = 0; r < rows; r += kGroup)
+    packed_band<T, 1>(group + r / kGroup * group_bytes, group_bytes, blocks, rows - r < kGroup ? rows - r : kGroup, x,
+                      tokens, out + r, ld);
+}
+
+}  // namespace
+}  // namespace olmoe

@@ -1,0 +1,9 @@
+// The kernels, compiled for scalar (see CMakeLists.txt for the flags).
+#include "table.h"
+
+namespace olmoe {
+const Kernels& scalar_kernels() {
+  static const Kernels table = make_table("scalar");
+  return table;
+}
+}  // namespace olmoe

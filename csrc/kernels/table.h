@@ -1,0 +1,38 @@
+// The kernels of the instruction set that the including file is compiled for, as one table.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "float_rows.h"
+#include "packed_rows.h"
+
+namespace olmoe {
+namespace {
+
+inline void rows(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+                 int ld) {
+  switch (type) {
+    case Type::kQ4: return packed_rows<Type::kQ4>(group, rows, columns, x, tokens, out, ld);
+    case Type::kQ8: return packed_rows<Type::kQ8>(group, rows, columns, x, tokens, out, ld);
+    case Type::kBF16: return float_rows<Type::kBF16>(group, rows, columns, x, tokens, out, ld);
+    case Type::kF16: return float_rows<Type::kF16>(group, rows, columns, x, tokens, out, ld);
+    case Type::kF32: return float_rows<Type::kF32>(group, rows, columns, x, tokens, out, ld);
+  }
+}
+
+inline Kernels make_table(const char* name) {
+  return Kernels{.name = name,
+                 .rms_norm = rms_norm,
+                 .quantize = quantize,
+                 .rows = rows,
+                 .swiglu = swiglu,
+                 .rope = rope,
+                 .softmax = softmax,
+                 .axpy = axpy,
+                 .attention = attention,
+                 .store = store_as,
+                 .load = load_from};
+}
+
+}  // namespace
+}  // namespace olmoe

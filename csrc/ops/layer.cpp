@@ -1,0 +1,65 @@
+#include "layer.h"
+
+#include <algorithm>
+
+namespace olmoe {
+namespace {
+
+// Activations for `m`, made anew only if the last ones were for another kind of matrix.
+void prepare(Activations& a, const Matrix& m, const Matrix* last, const float* x, int tokens) {
+  if (!last || last->type != m.type) a.set(m, x, tokens, m.columns, pool());
+}
+
+// QK-norm over the whole width, then clipping, then the rotation of each head.
+void finish_heads(const LayerWeights& w, float* x, const float* norm, int heads, const float* cos, const float* sin,
+                  int tokens) {
+  const Kernels& k = kernels();
+  const int width = heads * w.head_dim, half = w.head_dim / 2;
+  pool().run(tokens, 8, [&](int begin, int end, int) {
+    for (int t = begin; t < end; t++) {
+      float* row = x + size_t(t) * width;
+      k.rms_norm(row, norm, w.eps, width, row);
+      if (w.clip_qkv > 0)
+        for (int i = 0; i < width; i++) row[i] = std::clamp(row[i], -w.clip_qkv, w.clip_qkv);
+      for (int h = 0; h < heads; h++)
+        k.rope(row + h * w.head_dim, cos + size_t(t) * half, sin + size_t(t) * half, w.head_dim);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_inputs(const LayerWeights& w, const float* x, const float* cos, const float* sin, int tokens, float* q,
+                      float* k, float* v) {
+  static thread_local std::vector<float> normed;
+  static thread_local Activations inputs;
+  normed.resize(size_t(tokens) * w.hidden);
+  rms_norm(x, w.input_norm, w.eps, tokens, w.hidden, normed.data());
+  const int kv_width = w.kv_heads * w.head_dim;
+  prepare(inputs, w.q, nullptr, normed.data(), tokens);
+  linear(w.q, inputs, w.q_bias, nullptr, q, w.hidden);
+  prepare(inputs, w.k, &w.q, normed.data(), tokens);
+  linear(w.k, inputs, w.k_bias, nullptr, k, kv_width);
+  prepare(inputs, w.v, &w.k, normed.data(), tokens);
+  linear(w.v, inputs, w.v_bias, nullptr, v, kv_width);
+  finish_heads(w, q, w.q_norm, w.heads, cos, sin, tokens);
+  finish_heads(w, k, w.k_norm, w.kv_heads, cos, sin, tokens);
+  if (w.clip_qkv > 0)
+    for (size_t i = 0; i < size_t(tokens) * kv_width; i++) v[i] = std::clamp(v[i], -w.clip_qkv, w.clip_qkv);
+}
+
+void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y, float* logits,
+                      float* weights, int64_t* ids) {
+  static thread_local std::vector<float> normed;
+  static thread_local Activations inputs;
+  normed.resize(size_t(tokens) * w.hidden);
+  inputs.set(w.o, attended, tokens, w.hidden, pool());
+  linear(w.o, inputs, w.o_bias, x, y, w.hidden);
+  rms_norm(y, w.post_norm, w.eps, tokens, w.hidden, normed.data());
+  inputs.set(w.router, normed.data(), tokens, w.hidden, pool());
+  linear(w.router, inputs, nullptr, nullptr, logits, w.experts.count);
+  route(logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, weights, ids);
+  moe(w.experts, normed.data(), weights, ids, tokens, w.top_k, y, y);
+}
+
+}  // namespace olmoe

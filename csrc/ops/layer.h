@@ -1,0 +1,29 @@
+// One decoder layer in two calls, with attention between them left to the caller: what a step of decoding would spend
+// on going back and forth between Python and here, and on tensors in between, is more than its arithmetic.
+#pragma once
+
+#include "ops.h"
+
+namespace olmoe {
+
+struct LayerWeights {
+  int hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, top_k = 0;
+  float eps = 1e-5f, clip_qkv = 0;  // 0: no clipping
+  bool norm_topk_prob = false;
+  Matrix q, k, v, o;
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
+  const float *input_norm = nullptr, *post_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+  Matrix router;
+  Experts experts;
+};
+
+// x (N, D), cos and sin (N, Dh/2) -> q (N, H*Dh), k and v (N, G*Dh): norm, projections, QK-norm, clipping, RoPE.
+void attention_inputs(const LayerWeights& w, const float* x, const float* cos, const float* sin, int tokens, float* q,
+                      float* k, float* v);
+
+// x (N, D) and what attention gave (N, H*Dh) -> y (N, D), the layer's output, and the router's logits (N, E),
+// weights and ids (N, K).
+void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y, float* logits,
+                      float* weights, int64_t* ids);
+
+}  // namespace olmoe

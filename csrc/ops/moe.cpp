@@ -1,0 +1,124 @@
+// The routed experts: rows sorted by expert, gate and up with SwiGLU between, down, and the weighted sum.
+#include <algorithm>
+#include <cstring>
+
+#include "ops.h"
+
+namespace olmoe {
+namespace {
+
+// A piece of work: some hidden columns (or pairs of row groups) of one expert.
+struct Piece {
+  int expert, begin, end;
+};
+
+// Pieces that cover [0, units) of every expert with rows, each about `target` units of work of one row.
+std::vector<Piece> cut(const std::vector<int>& offsets, int units, int grain) {
+  std::vector<Piece> pieces;
+  for (int e = 0; e + 1 < int(offsets.size()); e++) {
+    if (offsets[e] == offsets[e + 1]) continue;
+    for (int u = 0; u < units; u += grain) pieces.push_back({e, u, std::min(u + grain, units)});
+  }
+  return pieces;
+}
+
+}  // namespace
+
+void moe(const Experts& experts, const float* x, const float* weights, const int64_t* ids, int tokens, int k,
+         const float* add, float* y) {
+  const Kernels& kernel = kernels();
+  ThreadPool& threads = pool();
+  const int d = experts.down.rows, width = experts.width, routed = tokens * k;
+
+  // Sort the N*K rows by expert, ties by token: a counting sort. Buffers are kept between calls.
+  static thread_local std::vector<int> offsets, position;
+  static thread_local std::vector<ActivationRow> inputs;
+  static thread_local std::vector<float> outputs;
+  static thread_local Activations prepared, hidden;
+  offsets.assign(experts.count + 1, 0);
+  for (int i = 0; i < routed; i++) offsets[ids[i] + 1]++;
+  for (int e = 0; e < experts.count; e++) offsets[e + 1] += offsets[e];
+  position.resize(routed);
+  inputs.resize(routed);
+  prepared.set(experts.gate_up, x, tokens, experts.gate_up.columns, threads);
+  {
+    std::vector<int> next(offsets.begin(), offsets.end() - 1);
+    for (int i = 0; i < routed; i++) {
+      position[i] = next[ids[i]]++;
+      inputs[position[i]] = prepared.row(i / k);
+    }
+  }
+
+  // gate, up and SwiGLU, in units of 32 hidden columns, so that a unit makes one whole block of the next input.
+  hidden.reserve(experts.down, routed);
+  constexpr int kUnit = kBlock;  // two groups of rows
+  const bool aligned = width % kUnit == 0;  // else the gate rows do not end at a group: one expert at a time
+  const int units = aligned ? width / kUnit : 1;
+  const int per_unit = aligned ? kUnit : width;
+  const int grain_up = std::max(1, int((1 << 16) / (experts.gate_up.group_bytes() * 4)));
+  // References: a thread_local named inside the lambda would be the helper's own.
+  auto& offsets_ = offsets;
+  auto& inputs_ = inputs;
+  auto& outputs_ = outputs;
+  auto& hidden_ = hidden;
+  auto& position_ = position;
+  const auto up_pieces = cut(offsets, units, grain_up);
+  threads.run(int(up_pieces.size()), 1, [&](int begin, int end, int) {
+    constexpr int kTokens = 64;  // rows at a time, so that gate and up stay in the cache
+    static thread_local std::vector<float> products, gated;
+    products.resize(size_t(kTokens) * 2 * per_unit);
+    gated.resize(per_unit);
+    for (int p = begin; p < end; p++) {
+      const Piece& piece = up_pieces[p];
+      for (int u = piece.begin; u < piece.end; u++)
+        for (int first = offsets_[piece.expert]; first < offsets_[piece.expert + 1]; first += kTokens) {
+          const int count = std::min(kTokens, offsets_[piece.expert + 1] - first);
+          const int ld = 2 * per_unit;
+          if (aligned) {
+            for (int half = 0; half < 2; half++)
+              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, (half * width + u * kUnit) / kGroup),
+                          kUnit, experts.gate_up.columns, inputs_.data() + first, count,
+                          products.data() + half * per_unit, ld);
+          } else {
+            for (int r = 0; r < 2 * width; r += kUnit)
+              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, r / kGroup),
+                          std::min(kUnit, 2 * width - r), experts.gate_up.columns, inputs_.data() + first, count,
+                          products.data() + r, ld);
+          }
+          for (int t = 0; t < count; t++) {
+            const float* gate = products.data() + size_t(t) * ld;
+            kernel.swiglu(gate, gate + per_unit, per_unit, gated.data());
+            hidden_.put(first + t, u * per_unit, gated.data(), per_unit);
+          }
+        }
+    }
+  });
+
+  // down: every routed row by itself, so that the sum below has a fixed order.
+  outputs.resize(size_t(routed) * d);
+  const int grain_down = std::max(1, int((1 << 15) / experts.down.group_bytes()));
+  const auto down_pieces = cut(offsets, (experts.down.groups() + 1) / 2, grain_down);
+  threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int) {
+    for (int p = begin; p < end; p++) {
+      const Piece& piece = down_pieces[p];
+      const int first = offsets_[piece.expert], count = offsets_[piece.expert + 1] - first;
+      for (int g = 2 * piece.begin; g < 2 * piece.end; g += 2)
+        kernel.rows(experts.down.type, experts.down.group(piece.expert, g), std::min(2 * kGroup, d - g * kGroup), width,
+                    hidden_.rows() + first, count, outputs_.data() + size_t(first) * d + g * kGroup, d);
+    }
+  });
+
+  threads.run(tokens, 8, [&](int begin, int end, int) {
+    for (int t = begin; t < end; t++) {
+      float* sum = y + size_t(t) * d;
+      if (!add)
+        std::memset(sum, 0, size_t(d) * sizeof(float));
+      else if (add != y)
+        std::memcpy(sum, add + size_t(t) * d, size_t(d) * sizeof(float));
+      for (int i = 0; i < k; i++)
+        kernel.axpy(weights[t * k + i], outputs_.data() + size_t(position_[t * k + i]) * d, d, sum);
+    }
+  });
+}
+
+}  // namespace olmoe

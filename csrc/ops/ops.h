@@ -1,0 +1,74 @@
+// The operations: what a forward pass is made of, over raw pointers, threaded, with the kernels of one instruction
+// set. All activations are fp32. Results do not depend on the number of threads: every output is computed whole by
+// one thread, in a fixed order.
+//
+// Shapes legend: see ../types.h.
+#pragma once
+
+#include <vector>
+
+#include "../threads.h"
+#include "../types.h"
+
+namespace olmoe {
+
+// The chosen kernels (see dispatch.cpp).
+const Kernels& kernels();
+bool set_isa(const char* name);        // false: this machine or build lacks it
+std::vector<const char*> isas();       // what this machine can run, best first
+
+// Rows of activations in the form that a matrix wants them in (see ActivationRow). Keeps its memory between calls.
+class Activations {
+ public:
+  // x (N, C), `ld` floats from row to row, for products with `m`.
+  void set(const Matrix& m, const float* x, int tokens, int ld, ThreadPool& pool);
+  // Room for `tokens` rows that the caller fills with `put`.
+  void reserve(const Matrix& m, int tokens);
+  // Convert columns [column, column + count) of one row; a multiple of 32 where `m` is packed.
+  void put(int row, int column, const float* x, int count);
+  const ActivationRow* rows() const { return rows_.data(); }
+  ActivationRow row(int i) const { return rows_[i]; }
+  int tokens() const { return int(rows_.size()); }
+
+ private:
+  bool packed_ = false;
+  int columns_ = 0, zero_ = 0;
+  std::vector<uint8_t> bytes_;
+  std::vector<ActivationRow> rows_;
+};
+
+void rms_norm(const float* x, const float* weight, float eps, int tokens, int d, float* out);
+void rope(float* x, const float* cos, const float* sin, int tokens, int heads, int head_dim);
+
+// y[t * ld + r] (+)= m[r] . x[t]; `add` is null or a matrix like y that is added.
+void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);
+
+// Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort
+// has it). logits (N, E) -> weights (N, K), ids (N, K).
+void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids);
+
+struct Experts {
+  Matrix gate_up;  // (E) x (2F, D), gate rows first
+  Matrix down;     // (E) x (D, F)
+  int count = 0, width = 0;
+};
+// y (N, D) = add + sum over k of weights[n, k] * expert ids[n, k] of x[n]; `add` may be null or y itself.
+void moe(const Experts& experts, const float* x, const float* weights, const int64_t* ids, int tokens, int k,
+         const float* add, float* y);
+
+// Sequences of one batch: `tokens[b]` new tokens each, laid end to end, after `lengths[b]` cached ones.
+// q (N, H, Dh), k and v (N, G, Dh) -> out (N, H, Dh). Keys and values are first written to the cache
+// (B, G, capacity, Dh).
+struct Cache {
+  uint8_t* keys;
+  uint8_t* values;
+  Type type;
+  int64_t capacity;
+};
+void attention(const float* q, const float* k, const float* v, int batch, const int64_t* tokens, const int64_t* lengths,
+               int heads, int kv_heads, int head_dim, const Cache& cache, float* out);
+
+// Rows of an embedding matrix: ids (N) -> out (N, D). `ids` must be below m.rows.
+void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
+
+}  // namespace olmoe

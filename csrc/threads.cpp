@@ -1,0 +1,124 @@
+#include "threads.h"
+
+#include <mutex>
+
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace olmoe {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+constexpr int kSpins = 2000;    // some 20 to 50 microseconds
+constexpr int kYields = 1000;   // other threads that want this core get it here
+
+std::mutex pool_mutex;
+std::unique_ptr<ThreadPool> current;
+int wanted = 0;
+#ifdef __linux__
+pid_t owner = 0;
+#endif
+
+int available() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  stopping_ = true;
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  for (auto& helper : helpers_) helper.join();
+}
+
+void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
+  count_ = count, grain_ = grain, call_ = call, work_ = work;
+  next_.store(0, std::memory_order_relaxed);
+  busy_.store(int(helpers_.size()), std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  take_pieces(0);
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) {
+    if (spins < kSpins)
+      relax();
+    else
+      std::this_thread::yield();  // a helper has not been given a core yet
+  }
+}
+
+void ThreadPool::take_pieces(int thread) {
+  for (;;) {
+    const int begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+    if (begin >= count_) return;
+    call_(work_, begin, std::min(begin + grain_, count_), thread);
+  }
+}
+
+void ThreadPool::help(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    uint32_t now = generation_.load(std::memory_order_acquire);
+    for (int i = 0; now == seen && i < kSpins + kYields; i++) {
+      if (i < kSpins)
+        relax();
+      else
+        std::this_thread::yield();
+      now = generation_.load(std::memory_order_acquire);
+    }
+    while (now == seen) {
+      generation_.wait(seen, std::memory_order_acquire);
+      now = generation_.load(std::memory_order_acquire);
+    }
+    seen = now;
+    if (stopping_) return;
+    take_pieces(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+ThreadPool& pool() {
+  std::lock_guard lock(pool_mutex);
+#ifdef __linux__
+  if (current && owner != getpid()) (void)current.release();  // threads do not survive a fork; joining them would hang
+  owner = getpid();
+#endif
+  const int threads = wanted > 0 ? wanted : available();
+  if (!current || current->threads() != threads) {
+    current.reset();
+    current = std::make_unique<ThreadPool>(threads);
+  }
+  return *current;
+}
+
+void set_threads(int threads) {
+  std::lock_guard lock(pool_mutex);
+  wanted = threads;
+}
+
+int get_threads() {
+  std::lock_guard lock(pool_mutex);
+  return wanted > 0 ? wanted : available();
+}
+
+}  // namespace olmoe

@@ -1,0 +1,59 @@
+// A small thread pool of our own. The calling thread works too; helpers spin briefly between calls, so that the many
+// short steps of decoding do not pay for waking them, then yield, then sleep.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace olmoe {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return int(helpers_.size()) + 1; }
+
+  // Run `work(begin, end, thread)` over [0, count) in pieces of `grain`, which threads take as they become free.
+  // Which thread takes a piece is not fixed, so a piece must write only what is its own.
+  template <typename Work>
+  void run(int count, int grain, const Work& work) {
+    if (count <= 0) return;
+    if (helpers_.empty() || count <= grain) {
+      work(0, count, 0);
+      return;
+    }
+    run_pieces(count, grain, [](const void* w, int begin, int end, int thread) {
+      (*static_cast<const Work*>(w))(begin, end, thread);
+    }, &work);
+  }
+
+ private:
+  using Call = void (*)(const void* work, int begin, int end, int thread);
+  void run_pieces(int count, int grain, Call call, const void* work);
+  void take_pieces(int thread);
+  void help(int thread);
+
+  std::vector<std::thread> helpers_;
+  // One job at a time. `generation_` announces it; helpers count themselves out in `busy_`.
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  int count_ = 0, grain_ = 1;
+  Call call_ = nullptr;
+  const void* work_ = nullptr;
+  bool stopping_ = false;
+};
+
+// The pool of this process, made at first use and again after a change of the number or a fork.
+ThreadPool& pool();
+// 0: as many as the process may run on.
+void set_threads(int threads);
+int get_threads();
+
+}  // namespace olmoe

@@ -1,0 +1,100 @@
+// Data that kernels, operations and bindings share. No torch, no Python.
+//
+// Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token,
+// M = N*K routed rows, F expert width; R rows (outputs) and C columns (inputs) of a matrix.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace olmoe {
+
+constexpr int kBlock = 32;      // columns that share a scale
+constexpr int kGroup = 16;      // rows that are stored interleaved
+constexpr int kMaxTopK = 256;   // experts per token, at most
+constexpr int kQ4Block = 256;   // bytes of codes of one block of a group
+constexpr int kQ8Block = 512;
+
+enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4 };
+
+// One block of an activation row, quantized to int8: x = d * q. `correction` is -zero * sum(q), where `zero` is
+// what the weight's unsigned codes are offset by, so that an unsigned dot product that starts there is the signed one.
+struct ActivationBlock {
+  float d;
+  int32_t correction;
+  int8_t q[kBlock];
+};
+static_assert(sizeof(ActivationBlock) == 40);
+
+// A matrix (R, C), or a stack of them `stride` bytes apart. Packed ones are laid out as olmoe/quant/blocks.py says:
+// groups of 16 rows, each first the codes of its C / 32 blocks, then their fp16 scales. Others are row-major.
+struct Matrix {
+  const uint8_t* data = nullptr;
+  Type type = Type::kF32;
+  int rows = 0, columns = 0;
+  size_t stride = 0;
+
+  bool packed() const { return type == Type::kQ4 || type == Type::kQ8; }
+  int zero() const { return type == Type::kQ4 ? 8 : 128; }
+  int blocks() const { return columns / kBlock; }
+  int groups() const { return (rows + kGroup - 1) / kGroup; }
+  // Bytes of 16 rows.
+  size_t group_bytes() const {
+    switch (type) {
+      case Type::kQ4: return size_t(blocks()) * (kQ4Block + 2 * kGroup);
+      case Type::kQ8: return size_t(blocks()) * (kQ8Block + 2 * kGroup);
+      case Type::kF32: return size_t(columns) * 4 * kGroup;
+      default: return size_t(columns) * 2 * kGroup;
+    }
+  }
+  const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }
+};
+
+// What a matrix is multiplied with: rows of int8 blocks for packed matrices, else rows of fp32.
+union ActivationRow {
+  const ActivationBlock* blocks;
+  const float* f32;
+};
+
+// The kernels of one instruction set. Each runs on the calling thread and touches no shared state.
+struct Kernels {
+  const char* name;
+  // out = w * x / sqrt(mean(x^2) + eps)
+  void (*rms_norm)(const float* x, const float* weight, float eps, int d, float* out);
+  // Blocks of 32 values to int8 with a scale of max|x| / 127.
+  void (*quantize)(const float* x, int columns, int zero, ActivationBlock* out);
+  // out[t * ld + r] = <row r, x[t]> for up to 32 rows, of one group or of two that follow each other, and any number
+  // of tokens.
+  void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+               int ld);
+  // out = silu(gate) * up
+  void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  // Rotate-half on one head, in place. cos, sin (Dh/2).
+  void (*rope)(float* x, const float* cos, const float* sin, int head_dim);
+  // Softmax over n values in place.
+  void (*softmax)(float* x, int n);
+  // y += a * x
+  void (*axpy)(float a, const float* x, int n, float* y);
+  // Attention of `queries` consecutive tokens of one query head over its KV head's cache (S, Dh); query t sees the
+  // first `first + t` keys. q and out have a stride of `ld` floats a token. `scratch` holds attention_scratch floats.
+  void (*attention)(const float* q, int queries, int ld, const void* keys, const void* values, Type cache, int first,
+                    int head_dim, float scale, float* out, float* scratch);
+  // fp32 values to and from a cache of the given type.
+  void (*store)(const float* x, int n, Type type, void* out);
+  void (*load)(const void* x, int n, Type type, float* out);
+};
+
+// Query rows that one call of Kernels::attention may take, and the scratch it needs.
+constexpr int kQueryBlock = 16;
+constexpr int kKeyBlock = 64;
+inline size_t attention_scratch(int head_dim) {
+  return size_t(kKeyBlock) * (head_dim + kQueryBlock) + size_t(kQueryBlock) * (head_dim + 4) + 64;
+}
+
+const Kernels& scalar_kernels();
+#ifdef OLMOE_X86
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace olmoe

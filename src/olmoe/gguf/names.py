@@ -1,0 +1,65 @@
+"""Tensor names of GGUF's OLMoE to and from the parameters of `model.CausalLM`."""
+
+from __future__ import annotations
+
+from olmoe.config import ModelConfig
+
+_LAYER = {
+    "input_layernorm.weight": "attn_norm",
+    "self_attn.q_proj.weight": "attn_q",
+    "self_attn.k_proj.weight": "attn_k",
+    "self_attn.v_proj.weight": "attn_v",
+    "self_attn.o_proj.weight": "attn_output",
+    "self_attn.q_norm.weight": "attn_q_norm",
+    "self_attn.k_norm.weight": "attn_k_norm",
+    "post_attention_layernorm.weight": "ffn_norm",
+    "mlp.gate.weight": "ffn_gate_inp",
+}
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Parameter -> the tensors that hold it, in llama.cpp's order of a file.
+
+    Each parameter is one tensor, but for the stacked gate and up projections of the experts, which are two:
+    `ffn_gate_exps` and `ffn_up_exps` (E, F, D) hold the first and the second half of `gate_up_proj` (E, 2F, D).
+    With tied embeddings there is no parameter `lm_head.weight`; files still hold `output.weight`, which
+    llama.cpp requires of OLMoE.
+    """
+    names: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": (EMBEDDING,)}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        names |= {ours + parameter: (f"{theirs}{name}.weight",) for parameter, name in _LAYER.items()}
+        names[ours + GATE_UP] = (f"{theirs}ffn_gate_exps.weight", f"{theirs}ffn_up_exps.weight")
+        names[ours + DOWN] = (f"{theirs}ffn_down_exps.weight",)
+    names["model.norm.weight"] = ("output_norm.weight",)
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = (HEAD,)
+    return names
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Row-major shapes of all tensors that a file of this configuration holds."""
+    d, kv, e, f = config.hidden_size, config.kv_heads * config.head_dim, config.num_experts, config.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,),
+        "attn_q": (d, d),
+        "attn_k": (kv, d),
+        "attn_v": (kv, d),
+        "attn_output": (d, d),
+        "attn_q_norm": (d,),
+        "attn_k_norm": (kv,),
+        "ffn_norm": (d,),
+        "ffn_gate_inp": (e, d),
+        "ffn_gate_exps": (e, f, d),
+        "ffn_up_exps": (e, f, d),
+        "ffn_down_exps": (e, d, f),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["output_norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, d)
+    return shapes

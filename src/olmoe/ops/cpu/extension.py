@@ -1,0 +1,108 @@
+"""The compiled module `_kernels`: loading it once, its instruction set and threads, and pointers for it.
+
+It takes addresses and checks nothing, so everything that reaches it goes through the checks of this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.runtime import log_once
+
+# `Type` of csrc/types.h.
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PACKED_TYPES = {"q8_0": 3, "q4_0": 4}
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """The module, or the reason why there is none."""
+    try:
+        _kernels = importlib.import_module("olmoe.ops.cpu._kernels")
+    except ImportError as error:
+        reason = f"the C++ kernels are not installed ({error})"
+        log_once(f"{reason}; inference runs on torch. Install a C++20 compiler and reinstall olmoe for more speed.")
+        return None, reason
+    return _kernels, None
+
+
+def available() -> bool:
+    """Whether the compiled kernels are here."""
+    return _load()[0] is not None
+
+
+def unavailable() -> str | None:
+    """Why the compiled kernels are not here; None if they are."""
+    return _load()[1]
+
+
+def kernels() -> Any:
+    """The compiled module, with as many threads as torch has. Raises `BackendUnavailableError` without it."""
+    module, reason = _load()
+    if module is None:
+        raise BackendUnavailableError(f"Backend 'cpu' cannot run here: {reason}; use the backend torch.")
+    threads = torch.get_num_threads()
+    if module.get_threads() != threads:
+        module.set_threads(threads)
+    return module
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the kernels have for this machine, best first; the last is "scalar"."""
+    return tuple(kernels().isas())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(kernels().isa())
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels of that instruction set, for tests and comparisons. Raises `UserError` for others."""
+    if not kernels().set_isa(name):
+        raise UserError(f"Instruction set {name!r} is not available here; choose one of {', '.join(isas())}.")
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the kernels cannot take `x` as input, or None. They compute forward only."""
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"tensors of type {type(x).__name__} have no memory that kernels can read"
+    if x.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {x.device}"
+    if torch.compiler.is_compiling():
+        return "it cannot be traced"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "it computes no gradients"
+    if x.is_floating_point() and x.dtype not in FLOAT_TYPES:
+        return f"it does not support {x.dtype}"
+    return unavailable()
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` as contiguous fp32, itself if it is."""
+    return x.detach().float().contiguous()
+
+
+def float_matrix(weight: Tensor) -> Any:
+    """A contiguous matrix (R, C), or a stack (E, R, C), for the kernels. The caller keeps `weight` alive."""
+    rows, columns = weight.shape[-2:]
+    assert weight.is_contiguous()
+    stride = rows * columns * weight.element_size()
+    return kernels().Matrix(weight.data_ptr(), FLOAT_TYPES[weight.dtype], rows, columns, stride)
+
+
+def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> Any:
+    """A matrix of blocks, codes (G, bytes) uint8 or a stack (E, G, bytes), as `olmoe.quant.blocks` lays it out."""
+    block_bytes = {"q8_0": 34, "q4_0": 18}[format_name]
+    shape = (-(-rows // 16), columns // 32 * 16 * block_bytes)
+    assert columns % 32 == 0
+    assert codes.shape[-2:] == shape, (codes.shape, shape)
+    assert codes.dtype == torch.uint8
+    assert codes.is_contiguous()
+    return kernels().Matrix(codes.data_ptr(), PACKED_TYPES[format_name], rows, columns, shape[0] * shape[1])

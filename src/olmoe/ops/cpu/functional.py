@@ -1,0 +1,175 @@
+"""The backend "cpu" of `olmoe.ops`: the C++ kernels on plain fp32, bf16 and fp16 tensors, forward only.
+
+Inputs are converted to fp32 and results back to the input's dtype; weights are read as they lie. Shapes are checked
+here, because the kernels do not.
+
+Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels, unsupported, wide
+from olmoe.ops.dispatch import register
+from olmoe.ops.reference import Activation
+
+# Above this many rows torch's matrix products, blocked for caches, are at least as fast.
+FEW_ROWS = 8
+
+
+def _weight_unsupported(weight: Tensor) -> str | None:
+    if weight.dtype not in FLOAT_TYPES:
+        return f"it does not support weights of {weight.dtype}"
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return "it computes no gradients"
+    return None if weight.is_contiguous() else "the weight is not contiguous"
+
+
+def _linear_unsupported(x: Tensor, weight: Tensor, *rest: object) -> str | None:
+    return unsupported(x) or _weight_unsupported(weight)
+
+
+def _few_rows(x: Tensor, weight: Tensor, *rest: object) -> bool:
+    return 0 < x.numel() // max(x.shape[-1], 1) <= FEW_ROWS
+
+
+@register("linear", "cpu", _linear_unsupported, prefer=_few_rows)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `ops.linear`."""
+    assert weight.dim() == 2
+    assert x.shape[-1] == weight.shape[1], (x.shape, weight.shape)
+    rows_NC = wide(x).view(-1, x.shape[-1])
+    out = torch.empty(len(rows_NC), weight.shape[0])
+    offset = None if bias is None else wide(bias)
+    kernels().linear(
+        float_matrix(weight),
+        rows_NC.data_ptr(),
+        len(rows_NC),
+        0 if offset is None else offset.data_ptr(),
+        out.data_ptr(),
+    )
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@register("rms_norm", "cpu", lambda x, weight, eps: unsupported(x) or _weight_unsupported(weight), prefer=_few_rows)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.rms_norm`."""
+    assert weight.shape == x.shape[-1:]
+    half = x.dtype != torch.float32  # then the policy rounds before the weight as well
+    rows_ND, out = wide(x), torch.empty(x.shape)
+    scale = torch.ones(weight.shape) if half else wide(weight)
+    kernels().rms_norm(rows_ND.data_ptr(), scale.data_ptr(), eps, x.numel() // x.shape[-1], x.shape[-1], out.data_ptr())
+    return weight * out.to(x.dtype) if half else out
+
+
+@register("apply_rope", "cpu", lambda x, cos, sin: unsupported(x), prefer=_few_rows)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `ops.apply_rope`."""
+    heads, head_dim = x.shape[-2:]
+    shape = (*x.shape[:-2], head_dim // 2)
+    cosines, sines = (wide(t.expand(shape)) for t in (cos, sin))
+    out = torch.empty(x.shape).copy_(x)  # the kernel works in place
+    tokens = x.numel() // (heads * head_dim)
+    kernels().rope(out.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, head_dim)
+    return out.to(x.dtype)
+
+
+@register("route", "cpu", lambda logits, k, norm: unsupported(logits), prefer=lambda logits, k, norm: len(logits) <= 64)
+def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """See `ops.route`."""
+    n, e = logits.shape
+    assert 0 < k <= e
+    rows_NE = wide(logits)
+    weights_NK, ids_NK = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
+    kernels().route(rows_NE.data_ptr(), n, e, k, norm_topk_prob, weights_NK.data_ptr(), ids_NK.data_ptr())
+    return weights_NK, ids_NK
+
+
+def _moe_unsupported(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> str | None:
+    if activation is not F.silu:
+        return "its experts compute SwiGLU with silu only"
+    if torch.is_grad_enabled() and weights_NK.requires_grad:
+        return "it computes no gradients"
+    return unsupported(x) or _weight_unsupported(gate_up) or _weight_unsupported(down)
+
+
+@register("moe", "cpu", _moe_unsupported, prefer=_few_rows)
+def moe(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """See `ops.moe`."""
+    count, doubled, d = gate_up.shape
+    assert down.shape == (count, d, doubled // 2)
+    assert x.shape[1] == d
+    out = torch.empty(x.shape)
+    run_moe(float_matrix(gate_up), float_matrix(down), count, doubled // 2, x, weights_NK, expert_ids_NK, out)
+    return out.to(x.dtype)
+
+
+def run_moe(
+    gate_up: object,
+    down: object,
+    num_experts: int,
+    width: int,
+    x: Tensor,
+    weights_NK: Tensor,
+    expert_ids_NK: Tensor,
+    out: Tensor,
+) -> None:
+    """The kernel on prepared matrices, with the checks of what it indexes by. `out` (N, D) fp32 is written."""
+    n, k = expert_ids_NK.shape
+    assert weights_NK.shape == (n, k)
+    assert x.shape[0] == n == out.shape[0]
+    rows_ND, weights, ids = wide(x), wide(weights_NK), expert_ids_NK.long().contiguous()
+    if n == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= num_experts:
+        raise IndexError(f"expert ids from {int(low)} to {int(high)} are not all below {num_experts}")
+    kernels().moe(
+        gate_up, down, num_experts, width, rows_ND.data_ptr(), weights.data_ptr(), ids.data_ptr(), n, k, out.data_ptr()
+    )
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], keys: Tensor, values: Tensor
+) -> Tensor:
+    """Causal attention of new tokens over a KV cache, to which their keys and values are added first.
+
+    Sequence b has `counts[b]` new tokens after `lengths[b]` cached ones; all new tokens lie end to end. q (N, H, Dh),
+    k, v (N, G, Dh); keys, values (B, G, capacity, Dh) fp32, bf16 or fp16, written in place -> (N, H, Dh) in q's dtype.
+    """
+    batch, kv_heads, capacity, head_dim = keys.shape
+    n, heads, _ = q.shape
+    assert k.shape == v.shape == (n, kv_heads, head_dim)
+    assert q.shape[2] == head_dim
+    assert heads % kv_heads == 0
+    assert values.shape == keys.shape
+    assert values.dtype == keys.dtype
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert len(counts) == len(lengths) == batch
+    assert sum(counts) == n
+    assert all(length >= 0 and count >= 0 and length + count <= capacity for length, count in zip(lengths, counts))
+    queries, new_keys, new_values, out = wide(q), wide(k), wide(v), torch.empty(n, heads, head_dim)
+    kernels().attention(
+        queries.data_ptr(),
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
+        counts,
+        lengths,
+        heads,
+        kv_heads,
+        head_dim,
+        keys.data_ptr(),
+        values.data_ptr(),
+        FLOAT_TYPES[keys.dtype],
+        capacity,
+        out.data_ptr(),
+    )
+    return out.to(q.dtype)

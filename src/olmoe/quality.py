@@ -1,0 +1,128 @@
+"""What quantization costs: perplexity, the distance of next-token distributions, and whether routers still agree.
+
+Both models read the same held-out text in windows. For each predicted token, with p the distribution of the
+reference and q that of the candidate:
+
+    perplexity    exp of the mean of -log q(next token)
+    KL            sum over the vocabulary of p (log p - log q), in nats: its mean and its 99th percentile
+    routing       the share of the reference's top-k experts that the candidate chose too, by layer
+
+Every number comes from free-running models: a layer's router sees the hidden states that the quantized layers before
+it made.
+
+Shapes legend: B windows, T tokens of a window, N = B*T tokens, V vocabulary, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmoe.errors import UserError
+from olmoe.model import CausalLM, causal_attend
+
+BATCH_TOKENS = 2048
+# Tokens whose logits of both models exist at a time: 256 x 50304 fp32 are 51 MB.
+LOGIT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Report:
+    """The quality of a candidate beside its reference on `tokens` predicted tokens."""
+
+    tokens: int
+    reference_perplexity: float
+    perplexity: float
+    kl_mean: float
+    kl_p99: float
+    same_top_token: float  # share of tokens whose most probable next token is the same
+    routing_agreement: tuple[float, ...]  # by layer
+
+    @property
+    def routing_mean(self) -> float:
+        """Routing agreement over all layers."""
+        return sum(self.routing_agreement) / len(self.routing_agreement)
+
+    def table(self) -> str:
+        """The report as a Markdown table, and the routing of each layer on a line below."""
+        rows = [
+            ("tokens", f"{self.tokens:,}"),
+            ("perplexity, reference", f"{self.reference_perplexity:.4f}"),
+            ("perplexity", f"{self.perplexity:.4f} ({self.perplexity / self.reference_perplexity - 1:+.2%})"),
+            ("KL, mean", f"{self.kl_mean:.5f} nats"),
+            ("KL, 99th percentile", f"{self.kl_p99:.5f} nats"),
+            ("same most probable token", f"{self.same_top_token:.2%}"),
+            ("routing agreement", f"{self.routing_mean:.2%}"),
+        ]
+        lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+        return "\n".join([*lines, "", "by layer: " + " ".join(f"{share:.2%}" for share in self.routing_agreement)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by name, for JSON."""
+        return asdict(self) | {"routing_mean": self.routing_mean}
+
+
+@torch.inference_mode()
+def compare(
+    reference: CausalLM,
+    candidate: CausalLM,
+    token_ids: list[int],
+    length: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Run both models over `token_ids` in windows of `length` inputs. Raises `UserError` if there are too few.
+
+    Every token but the first is predicted once, from those before it in its window; a last window that is not full
+    counts too. `progress(done, total)` is called in tokens.
+    """
+    total = len(token_ids) - 1
+    if total < 1:
+        raise UserError("The text has fewer than two tokens, so nothing can be predicted; give a longer one.")
+    nats = reference_nats = 0.0
+    same, kls, kept = 0, [], torch.zeros(reference.config.num_hidden_layers, dtype=torch.float64)
+    done = 0
+    for ids in _batches(token_ids, length):
+        inputs_BT, labels_N = ids[:, :-1], ids[:, 1:].flatten()
+        positions = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT)
+        outputs = [model(inputs_BT, positions, causal_attend) for model in (reference, candidate)]
+        for layer, (expected, actual) in enumerate(zip(outputs[0].routers, outputs[1].routers, strict=True)):
+            met_NKK = expected.expert_ids.unsqueeze(2) == actual.expert_ids.unsqueeze(1)
+            kept[layer] += met_NKK.any(dim=2).double().mean(dim=1).sum()
+        hidden = [output.hidden.flatten(0, 1) for output in outputs]
+        for start in range(0, len(labels_N), LOGIT_TOKENS):
+            piece = slice(start, start + LOGIT_TOKENS)
+            log_p = reference.logits(hidden[0][piece]).float().log_softmax(dim=-1)  # (N, V)
+            log_q = candidate.logits(hidden[1][piece]).float().log_softmax(dim=-1)
+            chosen = labels_N[piece].unsqueeze(1)
+            reference_nats -= float(log_p.gather(1, chosen).sum())
+            nats -= float(log_q.gather(1, chosen).sum())
+            same += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
+            kls.append(((log_p - log_q) * log_p.exp()).sum(dim=-1))
+        done += len(labels_N)
+        if progress is not None:
+            progress(done, total)
+    kl_N = torch.cat(kls)
+    return Report(
+        tokens=total,
+        reference_perplexity=math.exp(reference_nats / total),
+        perplexity=math.exp(nats / total),
+        kl_mean=float(kl_N.mean()),
+        kl_p99=float(kl_N.quantile(0.99)) if total < 2**24 else float(kl_N.sort().values[int(0.99 * total)]),
+        same_top_token=same / total,
+        routing_agreement=tuple((kept / total).tolist()),
+    )
+
+
+def _batches(token_ids: list[int], length: int) -> list[Tensor]:
+    """Windows of `length` + 1 ids that overlap by one, several to a batch; a shorter last one goes alone."""
+    ids = torch.tensor(token_ids, dtype=torch.long)
+    full = (len(ids) - 1) // length
+    windows = ids[: full * length + 1].unfold(0, length + 1, length) if full else ids.new_empty(0, length + 1)
+    batches = list(windows.split(max(1, BATCH_TOKENS // length))) if full else []
+    rest = ids[full * length :]
+    return [*batches, rest.unsqueeze(0)] if len(rest) > 1 else batches

@@ -1,0 +1,104 @@
+"""Which format each matrix of a packed checkpoint has, as `config.json` says it under `quantization_config`.
+
+    {"quant_method": "olmoe", "weight_format": "q4_0", "recipe": "int4",
+     "overrides": {"lm_head": "q8_0", "model.layers.*.self_attn.v_proj": "q8_0"}}
+
+Keys of `overrides` are names of parameters without a final `.weight`, or patterns of them in which `*` stands for any
+characters. A name that is there itself takes its own format, others that of the longest pattern that fits. "bf16"
+leaves a matrix plain, in whatever floating dtype it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from olmoe.errors import CheckpointError, shown
+from olmoe.quant.blocks import Q4_0, Q8_0, BlockFormat, packable
+
+METHOD = "olmoe"
+PLAIN = "bf16"
+BLOCK_FORMATS = ("q8_0", "q4_0")
+# More than any checkpoint has matrices or needs letters; a hostile file cannot keep the matcher busy.
+MAX_OVERRIDES, MAX_PATTERN = 4096, 200
+_KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype", "skip_modules", "double_quant"}
+
+
+def make_block_format(name: str) -> BlockFormat:
+    """The format of that name, one of `BLOCK_FORMATS`."""
+    return {"q8_0": Q8_0, "q4_0": Q4_0}[name]()
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The formats of all matrices: `weight_format`, and what differs from it. See the module for `overrides`."""
+
+    weight_format: str
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    recipe: str | None = None  # how the scales were chosen; for people
+
+    def __post_init__(self) -> None:
+        if self.weight_format not in BLOCK_FORMATS:
+            raise CheckpointError(
+                f"The weights are packed as {shown(self.weight_format)}; only {', '.join(BLOCK_FORMATS)} can be loaded "
+                "here."
+            )
+        if not isinstance(self.overrides, Mapping) or len(self.overrides) > MAX_OVERRIDES:
+            raise CheckpointError(
+                f"overrides of quantization_config must be an object of at most {MAX_OVERRIDES} names."
+            )
+        for pattern, name in self.overrides.items():
+            if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN or pattern.count("*") > 4:
+                raise CheckpointError(f"quantization_config overrides {shown(pattern)}, which names no matrix.")
+            if not isinstance(name, str) or name not in (*BLOCK_FORMATS, PLAIN):
+                raise CheckpointError(
+                    f"quantization_config stores {shown(pattern)} as {shown(name)}; choose "
+                    f"{', '.join((*BLOCK_FORMATS, PLAIN))}."
+                )
+        if self.recipe is not None and not isinstance(self.recipe, str):
+            raise CheckpointError(f"The recipe of quantization_config must be a text, not {shown(self.recipe)}.")
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> PackedLayout:
+        """Read `quantization_config`. Raises `CheckpointError` for anything that is not known here."""
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"quantization_config must be an object, not {shown(raw)}.")
+        if raw.get("quant_method") != METHOD:
+            raise CheckpointError(
+                f"This checkpoint was quantized by {shown(raw.get('quant_method'))}; load the unquantized one and "
+                "pack it with `olmoe quantize`."
+            )
+        unknown = sorted(map(str, set(raw) - _KNOWN))
+        if unknown:
+            raise CheckpointError(
+                f"quantization_config holds {shown(unknown[0])}, which this version of olmoe does not know; load the "
+                "checkpoint with the version that wrote it."
+            )
+        if raw.get("weight_format") in ("nf4", "fp4", "int8"):
+            raise CheckpointError(
+                f"This checkpoint was saved in {raw['weight_format']} by the Hugging Face face; load it with "
+                "olmoe.OlmoeForCausalLM.from_pretrained, or pack the original with `olmoe quantize`."
+            )
+        return cls(raw.get("weight_format"), raw.get("overrides") or {}, raw.get("recipe"))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        values: dict[str, Any] = {"quant_method": METHOD, "weight_format": self.weight_format}
+        if self.recipe is not None:
+            values["recipe"] = self.recipe
+        return values | {"overrides": dict(self.overrides)}
+
+    def name_of(self, parameter: str) -> str:
+        """The name of the format that `parameter` asks for, one of `BLOCK_FORMATS` or "bf16"."""
+        name = parameter.removesuffix(".weight")
+        if name in self.overrides:
+            return self.overrides[name]
+        fitting = [pattern for pattern in self.overrides if "*" in pattern and fnmatchcase(name, pattern)]
+        return self.overrides[max(fitting, key=lambda p: (len(p), p))] if fitting else self.weight_format
+
+    def format_of(self, parameter: str, rows: int, columns: int) -> BlockFormat | None:
+        """The format of a matrix of this shape; None where it stays plain."""
+        name = self.name_of(parameter)
+        return make_block_format(name) if name != PLAIN and packable(rows, columns) else None

@@ -1,0 +1,114 @@
+"""`olmoe quantize`: packs, tells the bytes, reports quality, and says what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from olmoe import packed
+from olmoe.cli import quantize
+from olmoe.cli.main import main
+from olmoe.packing import RECIPES
+from packed_folders import WHOLE, plain_folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, tokenizer_file):
+    return plain_folder(tmp_path_factory.mktemp("quantize") / "plain", tokenizer_file, **WHOLE)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Once upon a time there was a little girl.\n<|endoftext|>\nThe dog ran to the ball.\n" * 6)
+    return path
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    code = main(["quantize", *map(str, arguments), "--quiet"])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "int4-high", "q4_0"])
+def test_packs_reports_bytes_and_quality(capsys, plain, tmp_path, text, format):
+    code, out, err = run(
+        capsys, plain, tmp_path / "m", "--format", format, "--report", "--text", text, "--calibration", text
+    )
+    assert (code, err) == (0, "")
+    assert packed.read_layout(tmp_path / "m")[1].recipe == format
+    assert (tmp_path / "m" / "tokenizer.json").is_file()
+    for kind in ("embeddings", "attention", "experts, down", "routers", "output head", "norms and biases"):
+        assert f"| {kind} |" in out
+    values = json.loads(out.splitlines()[-1])
+    assert values["target"] == str(tmp_path / "m")
+    assert 0 < values["kl_mean"] < 0.5
+    assert len(values["routing_agreement"]) == 2
+
+
+def test_reports_on_a_folder_that_is_packed_already(capsys, plain, tmp_path, text):
+    assert run(capsys, plain, tmp_path / "m", "--format", "int4", "--calibration", "none")[0] == 0
+    before = (tmp_path / "m" / "model.safetensors").stat().st_mtime_ns
+    code, out, err = run(capsys, plain, tmp_path / "m", "--report", "--text", text, "--tokens", 20)
+    assert (code, err) == (0, "")
+    assert json.loads(out.splitlines()[-1])["tokens"] == 19
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_reports_on_a_gguf_file_and_packs_one(capsys, plain, tmp_path, text):
+    assert main(["convert", str(plain), str(tmp_path / "m.gguf"), "--type", "q4_0", "--quiet"]) == 0
+    code, out, _ = run(capsys, plain, tmp_path / "m.gguf", "--report", "--text", text)
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["kl_mean"] > 0
+    assert run(capsys, tmp_path / "m.gguf", tmp_path / "m", "--format", "q4_0")[0] == 0
+    # Blocks travel as they are: the file and the folder are the same model.
+    code, out, _ = run(capsys, tmp_path / "m.gguf", tmp_path / "m", "--report", "--text", text)
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["same_top_token"] > 0.95
+
+
+def test_the_choices_are_the_recipes():
+    assert set(quantize.FORMATS) == set(RECIPES)
+
+
+def test_mistakes_are_one_sentence(capsys, plain, tmp_path, text):
+    bare = plain_folder(tmp_path / "bare", **WHOLE)  # no tokenizer
+    cases = [
+        ((plain, tmp_path / "m"), "Give --format .* to pack, or --report"),
+        ((plain, plain, "--format", "int8"), "SRC and DST are both"),
+        ((plain, tmp_path / "none", "--report"), "There is no folder"),
+        ((plain, tmp_path / "m", "--report", "--tokens", 1), "--tokens must be at least 2"),
+        ((tmp_path / "none", tmp_path / "m", "--format", "int8"), "There is no folder"),
+        ((tmp_path / "none.gguf", tmp_path / "m", "--format", "int8"), "none.gguf"),
+        ((bare, tmp_path / "m", "--format", "int4"), "comes without a tokenizer.json"),
+        ((plain, tmp_path / "m", "--format", "int4", "--calibration", tmp_path / "no.txt"), "cannot be read"),
+        ((plain, text, "--format", "int8"), "is a file, but a folder is to be written there"),
+        ((plain, tmp_path / "m", "--format", "int8", "--threads", 0), "number of threads"),
+    ]
+    for arguments, sentence in cases:
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith("olmoe: ")
+        assert err.count("\n") == 1
+        import re
+
+        assert re.search(sentence, err), err
+    assert not (tmp_path / "m").exists()
+    assert run(capsys, bare, tmp_path / "m", "--format", "int4", "--calibration", "none")[0] == 0
+
+
+def test_info_shows_packed_folders(capsys, plain, tmp_path):
+    run(capsys, plain, tmp_path / "m", "--format", "int4", "--calibration", "none")
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "m"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert facts["bytes"]["on_disk"] == size
+    assert facts["bytes"]["stored_as"] == ["bfloat16", "q4_0", "q8_0"]
+    kinds = {k: v for k, v in facts["packed"].items() if k != "bits_per_weight"}
+    assert kinds["output head"] == {"format": "q8_0", "weights": 320 * 32, "bytes": 320 * 34}
+    assert sum(kind["weights"] for kind in kinds.values()) == facts["parameters"]["total"]
+    assert facts["packed"]["bits_per_weight"] == pytest.approx(8 * size / facts["parameters"]["total"], abs=1e-3)
+    assert main(["info", str(tmp_path / "m")]) == 0
+    assert "10,880 bytes of 10,240 weights in q8_0" in capsys.readouterr().out
