@@ -79,11 +79,7 @@ NB_MODULE(_kernels, m) {
     std::vector<uint64_t> sums(pool().threads(), 0);
     constexpr size_t kPiece = 1 << 20;
     pool().run(int(bytes / kPiece), 4, [&](int begin, int end, int thread) {
-      uint64_t sum[8] = {};
-      const uint64_t* p = at<const uint64_t>(data) + size_t(begin) * kPiece / 8;
-      for (size_t i = 0; i < size_t(end - begin) * kPiece / 8; i += 8)
-        for (int j = 0; j < 8; j++) sum[j] ^= p[i + j];
-      for (uint64_t v : sum) sums[thread] ^= v;
+      sums[thread] ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kPiece, size_t(end - begin) * kPiece);
     });
     uint64_t total = 0;
     for (uint64_t v : sums) total ^= v;

@@ -11,7 +11,7 @@ namespace olmoe {
 
 constexpr int kBlock = 32;      // columns that share a scale
 constexpr int kGroup = 16;      // rows that are stored interleaved
-constexpr int kMaxTopK = 256;   // experts per token, at most
+constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
 constexpr int kQ4Block = 256;   // bytes of codes of one block of a group
 constexpr int kQ8Block = 512;
 
@@ -63,8 +63,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int d, float* out);
   // Blocks of 32 values to int8 with a scale of max|x| / 127.
   void (*quantize)(const float* x, int columns, int zero, ActivationBlock* out);
-  // out[t * ld + r] = <row r, x[t]> for up to 32 rows, of one group or of two that follow each other, and any number
-  // of tokens.
+  // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens.
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                int ld);
   // out = silu(gate) * up
@@ -79,6 +78,8 @@ struct Kernels {
   // first `first + t` keys. q and out have a stride of `ld` floats a token. `scratch` holds attention_scratch floats.
   void (*attention)(const float* q, int queries, int ld, const void* keys, const void* values, Type cache, int first,
                     int head_dim, float scale, float* out, float* scratch);
+  // Read n bytes, a multiple of 4 kB, and return something that depends on all of them.
+  uint64_t (*read)(const uint8_t* data, size_t n);
   // fp32 values to and from a cache of the given type.
   void (*store)(const float* x, int n, Type type, void* out);
   void (*load)(const void* x, int n, Type type, float* out);

@@ -1,6 +1,8 @@
 // Norm, rotary embedding, activation, softmax and conversions: kernels over one row of fp32 values.
 #pragma once
 
+#include <cfloat>
+
 #include "simd.h"
 
 namespace olmoe {
@@ -37,12 +39,16 @@ inline void rope(float* x, const float* cos, const float* sin, int head_dim) {
 }
 
 inline void swiglu(const float* gate, const float* up, int n, float* out) {
+  const vf lowest = splat(-88.0f);  // there vexp ends, and silu is -5e-37; NaN passes
   int i = 0;
   for (; i + W <= n; i += W) {
-    vf g = load(gate + i);
+    vf g = vmax(lowest, load(gate + i));
     store(out + i, g / (vexp(-g) + 1.0f) * load(up + i));
   }
-  for (; i < n; i++) out[i] = gate[i] / (exp_one(-gate[i]) + 1.0f) * up[i];
+  for (; i < n; i++) {
+    const float g = gate[i] < lowest[0] ? lowest[0] : gate[i];
+    out[i] = g / (exp_one(-g) + 1.0f) * up[i];
+  }
 }
 
 inline void softmax(float* x, int n) {
@@ -67,6 +73,22 @@ inline void axpy(float a, const float* x, int n, float* y) {
   for (; i < n; i++) y[i] += a * x[i];
 }
 
+inline uint64_t read(const uint8_t* data, size_t n) {
+  constexpr int kStreams = 4;  // as the packed rows are read
+  const size_t part = n / kStreams;
+  vi seen[kStreams] = {};
+  for (size_t i = 0; i + sizeof(vi) <= part; i += sizeof(vi))
+    for (int s = 0; s < kStreams; s++) {
+      vi v;
+      std::memcpy(&v, data + s * part + i, sizeof v);
+      seen[s] ^= v;
+    }
+  uint64_t total = 0;
+  for (const vi& v : seen)
+    for (int i = 0; i < W; i++) total = total * 31 + uint32_t(v[i]);
+  return total;
+}
+
 inline void store_as(const float* x, int n, Type type, void* out) {
   if (type == Type::kF32) {
     std::memcpy(out, x, size_t(n) * 4);
@@ -86,11 +108,26 @@ inline void load_from(const void* x, int n, Type type, float* out) {
 
 inline void quantize(const float* x, int columns, int zero, ActivationBlock* out) {
   for (int b = 0; b < columns / kBlock; b++, x += kBlock, out++) {
-    vf largest = {};
-    for (int i = 0; i < kBlock; i += W) largest = vmax(largest, vabs(load(x + i)));
-    const float d = max_of(largest) / 127.0f, inverse = d > 0 ? 1.0f / d : 0.0f;
-    int total = 0;
+    // As integers, magnitudes compare as they do as numbers, and NaN is above all: it must not get lost.
+    vi largest = {};
+    for (int i = 0; i < kBlock; i += W) {
+      const vi magnitude = (vi)load(x + i) & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    int32_t top = largest[0];
+    for (int i = 1; i < W; i++) top = largest[i] > top ? largest[i] : top;
+    float d;
+    std::memcpy(&d, &top, sizeof d);
+    d /= 127.0f;
     out->d = d;
+    if (!(d <= FLT_MAX)) {  // 0 times this d is NaN, so the block makes NaN of whatever it is multiplied with
+      std::memset(out->q, 0, sizeof out->q);
+      out->correction = 0;
+      continue;
+    }
+    float inverse = 1.0f / d;
+    if (!(inverse <= FLT_MAX)) inverse = 0;  // of zeros and denormals
+    int total = 0;
 #if defined(__AVX512F__)
     __m512i low = _mm512_cvtps_epi32(_mm512_loadu_ps(x) * inverse);
     __m512i high = _mm512_cvtps_epi32(_mm512_loadu_ps(x + 16) * inverse);

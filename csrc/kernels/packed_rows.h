@@ -28,6 +28,7 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
   for (int b = 0; b < blocks; b++) {
     __m512i w[GROUPS][8];
     __m512 scale[GROUPS];
+#pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
@@ -55,14 +56,14 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
         // Broadcast once into a register where two groups share it: loads are what this loop would wait for.
         if constexpr (GROUPS > 1) asm("" : "+v"(a4));
         for (int g = 0; g < GROUPS; g++) {
-          // A single token would wait for one chain of sums, so it gets two.
-          __m512i& chain = TOKENS * GROUPS <= 2 && j % 2 ? odd[g] : s[g];
+          // Few tokens would wait for their one chain of sums, so they get two.
+          __m512i& chain = TOKENS <= 2 && j % 2 ? odd[g] : s[g];
           chain = _mm512_dpbusd_epi32(chain, w[g][j], a4);
         }
       }
       const __m512 d = _mm512_set1_ps(block.d);
       for (int g = 0; g < GROUPS; g++) {
-        if constexpr (TOKENS * GROUPS <= 2) s[g] = _mm512_add_epi32(s[g], odd[g]);
+        if constexpr (TOKENS <= 2) s[g] = _mm512_add_epi32(s[g], odd[g]);
         total[g][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[g]), _mm512_mul_ps(scale[g], d), total[g][t]);
       }
     }
@@ -71,6 +72,45 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
     const int count = rows - g * kGroup;
     const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
     for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
+  }
+}
+
+// A single token against GROUPS groups: each code is used once, so nothing is kept in registers but the sums.
+template <Type T, int GROUPS>
+OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
+                                float* out) {
+  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  __m512 total[GROUPS];
+  for (int g = 0; g < GROUPS; g++) total[g] = _mm512_setzero_ps();
+  for (int b = 0; b < blocks; b++) {
+    int32_t q[8];
+    std::memcpy(q, a[b].q, sizeof q);
+    const __m512 d = _mm512_set1_ps(a[b].d);
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
+      const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
+      __m512i even = _mm512_set1_epi32(a[b].correction), odd = _mm512_setzero_si512();
+      for (int j = 0; j < 4; j++) {
+        if constexpr (T == Type::kQ4) {
+          const __m512i v = _mm512_loadu_si512(codes + 64 * j);
+          even = _mm512_dpbusd_epi32(even, _mm512_and_si512(v, low_nibble), _mm512_set1_epi32(q[j]));
+          odd = _mm512_dpbusd_epi32(odd, _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibble),
+                                    _mm512_set1_epi32(q[4 + j]));
+        } else {
+          even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(codes + 64 * j), _mm512_set1_epi32(q[j]));
+          odd = _mm512_dpbusd_epi32(odd, _mm512_loadu_si512(codes + 256 + 64 * j), _mm512_set1_epi32(q[4 + j]));
+        }
+      }
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)scales));
+      total[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), _mm512_mul_ps(scale, d), total[g]);
+    }
+  }
+  for (int g = 0; g < GROUPS; g++) {
+    const int count = rows - g * kGroup;
+    const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+    _mm512_mask_storeu_ps(out + g * kGroup, mask, total[g]);
   }
 }
 
@@ -210,12 +250,28 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
                         int ld) {
   const int blocks = columns / kBlock;
   const size_t group_bytes = size_t(blocks) * ((T == Type::kQ4 ? kQ4Block : kQ8Block) + 2 * kGroup);
+  int r = 0;
+  auto band = [&]<int GROUPS>() {
+    packed_band<T, GROUPS>(group + r / kGroup * group_bytes, group_bytes, blocks,
+                           rows - r < GROUPS * kGroup ? rows - r : GROUPS * kGroup, x, tokens, out + r, ld);
+    r += GROUPS * kGroup;
+  };
 #if defined(__AVX512VNNI__)
-  if (rows > kGroup && tokens > 1) return packed_band<T, 2>(group, group_bytes, blocks, rows, x, tokens, out, ld);
+  if (tokens == 1) {
+    // Memory is what counts, and four streams of it flow faster than one.
+    for (; r < rows; r += 4 * kGroup) {
+      const uint8_t* first = group + r / kGroup * group_bytes;
+      if (rows - r > 3 * kGroup)
+        packed_vector<T, 4>(first, group_bytes, blocks, rows - r, x->blocks, out + r);
+      else
+        for (int s = r; s < rows; s += kGroup)
+          packed_vector<T, 1>(group + s / kGroup * group_bytes, group_bytes, blocks, rows - s, x->blocks, out + s);
+    }
+    return;
+  }
+  while (r + kGroup < rows) band.template operator()<2>();
 #endif
-  for (int r = 0; r < rows; r += kGroup)
-    packed_band<T, 1>(group + r / kGroup * group_bytes, group_bytes, blocks, rows - r < kGroup ? rows - r : kGroup, x,
-                      tokens, out + r, ld);
+  while (r < rows) band.template operator()<1>();
 }
 
 }  // namespace

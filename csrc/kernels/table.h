@@ -30,6 +30,7 @@ inline Kernels make_table(const char* name) {
                  .softmax = softmax,
                  .axpy = axpy,
                  .attention = attention,
+                 .read = read,
                  .store = store_as,
                  .load = load_from};
 }

@@ -37,12 +37,13 @@ void Activations::set(const Matrix& m, const float* x, int tokens, int ld, Threa
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
   const Kernels& k = kernels();
   const int tokens = x.tokens();
-  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream. Two groups at a time.
-  const int grain = std::max(1, int((1 << 15) / m.group_bytes()));
-  pool().run((m.groups() + 1) / 2, grain, [&](int begin, int end, int) {
-    for (int g = 2 * begin; g < 2 * end; g += 2) {
-      const int r0 = g * kGroup, rows = std::min(2 * kGroup, m.rows - r0);
-      k.rows(m.type, m.group(0, g), rows, m.columns, x.rows(), tokens, y + r0, ld);
+  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
+  const int bands = (m.rows + kBand - 1) / kBand;
+  const int grain = std::max(1, int((1 << 14) / m.group_bytes()));
+  pool().run(bands, grain, [&](int begin, int end, int) {
+    for (int band = begin; band < end; band++) {
+      const int r0 = band * kBand, rows = std::min(kBand, m.rows - r0);
+      k.rows(m.type, m.group(0, r0 / kGroup), rows, m.columns, x.rows(), tokens, y + r0, ld);
       for (int t = 0; t < tokens && (bias || add); t++)
         for (int r = r0; r < r0 + rows; r++) {
           float& value = y[size_t(t) * ld + r];

@@ -7,7 +7,7 @@
 namespace olmoe {
 namespace {
 
-// A piece of work: some hidden columns (or pairs of row groups) of one expert.
+// A piece of work: some hidden columns (or bands of rows) of one expert.
 struct Piece {
   int expert, begin, end;
 };
@@ -49,13 +49,13 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
     }
   }
 
-  // gate, up and SwiGLU, in units of 32 hidden columns, so that a unit makes one whole block of the next input.
+  // gate, up and SwiGLU, in units of 64 or 32 hidden columns, so that a unit makes whole blocks of the next input.
   hidden.reserve(experts.down, routed);
-  constexpr int kUnit = kBlock;  // two groups of rows
-  const bool aligned = width % kUnit == 0;  // else the gate rows do not end at a group: one expert at a time
-  const int units = aligned ? width / kUnit : 1;
-  const int per_unit = aligned ? kUnit : width;
-  const int grain_up = std::max(1, int((1 << 16) / (experts.gate_up.group_bytes() * 4)));
+  // Where the gate rows do not end at a block, one expert at a time.
+  const int per_unit = width % kBand == 0 ? kBand : width % kBlock == 0 ? kBlock : width;
+  const int units = width / per_unit;
+  const bool aligned = per_unit % kGroup == 0 && width % kGroup == 0;
+  const int grain_up = std::max(1, int((1 << 15) / (experts.gate_up.group_bytes() * 4)));
   // References: a thread_local named inside the lambda would be the helper's own.
   auto& offsets_ = offsets;
   auto& inputs_ = inputs;
@@ -76,14 +76,12 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
           const int ld = 2 * per_unit;
           if (aligned) {
             for (int half = 0; half < 2; half++)
-              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, (half * width + u * kUnit) / kGroup),
-                          kUnit, experts.gate_up.columns, inputs_.data() + first, count,
+              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, (half * width + u * per_unit) / kGroup),
+                          per_unit, experts.gate_up.columns, inputs_.data() + first, count,
                           products.data() + half * per_unit, ld);
           } else {
-            for (int r = 0; r < 2 * width; r += kUnit)
-              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, r / kGroup),
-                          std::min(kUnit, 2 * width - r), experts.gate_up.columns, inputs_.data() + first, count,
-                          products.data() + r, ld);
+            kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, 0), 2 * width,
+                        experts.gate_up.columns, inputs_.data() + first, count, products.data(), ld);
           }
           for (int t = 0; t < count; t++) {
             const float* gate = products.data() + size_t(t) * ld;
@@ -96,15 +94,15 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
 
   // down: every routed row by itself, so that the sum below has a fixed order.
   outputs.resize(size_t(routed) * d);
-  const int grain_down = std::max(1, int((1 << 15) / experts.down.group_bytes()));
-  const auto down_pieces = cut(offsets, (experts.down.groups() + 1) / 2, grain_down);
+  const int grain_down = std::max(1, int((1 << 14) / experts.down.group_bytes()));
+  const auto down_pieces = cut(offsets, (d + kBand - 1) / kBand, grain_down);
   threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int) {
     for (int p = begin; p < end; p++) {
       const Piece& piece = down_pieces[p];
       const int first = offsets_[piece.expert], count = offsets_[piece.expert + 1] - first;
-      for (int g = 2 * piece.begin; g < 2 * piece.end; g += 2)
-        kernel.rows(experts.down.type, experts.down.group(piece.expert, g), std::min(2 * kGroup, d - g * kGroup), width,
-                    hidden_.rows() + first, count, outputs_.data() + size_t(first) * d + g * kGroup, d);
+      for (int r = piece.begin * kBand; r < piece.end * kBand; r += kBand)
+        kernel.rows(experts.down.type, experts.down.group(piece.expert, r / kGroup), std::min(kBand, d - r), width,
+                    hidden_.rows() + first, count, outputs_.data() + size_t(first) * d + r, d);
     }
   });
 
