@@ -4,8 +4,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <mutex>
-
 #include "ops/layer.h"
 
 namespace nb = nanobind;
@@ -20,11 +18,9 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-std::mutex one_at_a_time;
-
 struct Running {
-  nb::gil_scoped_release release;
-  std::lock_guard<std::mutex> lock{one_at_a_time};
+  nb::gil_scoped_release release;  // first, and taken back last: who waits for the lock may hold the GIL
+  std::lock_guard<std::mutex> lock{one_at_a_time()};
 };
 
 Matrix matrix(Address data, int type, int rows, int columns, size_t stride) {

@@ -4,7 +4,10 @@
 
 #ifdef __linux__
 #include <sched.h>
-#include <unistd.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define OLMOE_FORKS
+#include <pthread.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,8 +30,28 @@ constexpr int kYields = 1000;   // other threads that want this core get it here
 std::mutex pool_mutex;
 std::unique_ptr<ThreadPool> current;
 int wanted = 0;
-#ifdef __linux__
-pid_t owner = 0;
+
+#ifdef OLMOE_FORKS
+// A child has only the thread that forked: no locks may be held by others, and the pool's threads are gone.
+void watch_forks() {
+  static const int registered = pthread_atfork(
+      [] {
+        one_at_a_time().lock();
+        pool_mutex.lock();
+      },
+      [] {
+        pool_mutex.unlock();
+        one_at_a_time().unlock();
+      },
+      [] {
+        (void)current.release();  // joining threads that are not there would hang
+        pool_mutex.unlock();
+        one_at_a_time().unlock();
+      });
+  (void)registered;
+}
+#else
+void watch_forks() {}
 #endif
 
 int available() {
@@ -97,12 +120,14 @@ void ThreadPool::help(int thread) {
   }
 }
 
+std::mutex& one_at_a_time() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 ThreadPool& pool() {
+  watch_forks();
   std::lock_guard lock(pool_mutex);
-#ifdef __linux__
-  if (current && owner != getpid()) (void)current.release();  // threads do not survive a fork; joining them would hang
-  owner = getpid();
-#endif
   const int threads = wanted > 0 ? wanted : available();
   if (!current || current->threads() != threads) {
     current.reset();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -50,6 +51,8 @@ class ThreadPool {
   bool stopping_ = false;
 };
 
+// Whoever uses the pool holds this lock for the length of an operation. A fork waits for it.
+std::mutex& one_at_a_time();
 // The pool of this process, made at first use and again after a change of the number or a fork.
 ThreadPool& pool();
 // 0: as many as the process may run on.

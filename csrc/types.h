@@ -86,7 +86,7 @@ struct Kernels {
 };
 
 // Query rows that one call of Kernels::attention may take, and the scratch it needs.
-constexpr int kQueryBlock = 16;
+constexpr int kQueryBlock = 64;
 constexpr int kKeyBlock = 64;
 inline size_t attention_scratch(int head_dim) {
   return size_t(kKeyBlock) * (head_dim + kQueryBlock) + size_t(kQueryBlock) * (head_dim + 4) + 64;

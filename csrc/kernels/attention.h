@@ -64,41 +64,57 @@ inline void attend_one(const float* q, const void* keys, const void* values, int
   for (int d = 0; d < head_dim; d++) out[d] *= inverse;
 }
 
-// Up to kQueryBlock queries: a block of keys is transposed once, so that scores of neighbouring keys are lanes.
+// `count` rows of keys (Dh) to columns: out[d * kKeyBlock + s], zeros where there is no key.
+template <Type T>
+inline void transpose_keys(const void* keys, int start, int count, int head_dim, float* out) {
+  for (int s = 0; s < count; s++) {
+    const size_t row = size_t(start + s) * head_dim;
+    int d = 0;
+    for (; d + W <= head_dim; d += W) {
+      const vf v = load_as<T>(keys, row + d);
+      for (int j = 0; j < W; j++) out[(d + j) * kKeyBlock + s] = v[j];
+    }
+    for (; d < head_dim; d++) out[d * kKeyBlock + s] = scalar_as<T>(keys, row + d);
+  }
+  for (int d = 0; d < head_dim && count < kKeyBlock; d++)
+    for (int s = count; s < kKeyBlock; s++) out[d * kKeyBlock + s] = 0;
+}
+
+// Up to kQueryBlock queries: a block of keys is transposed once for all of them, so that neighbouring keys are lanes.
 template <Type T>
 inline void attend_block(const float* q, int queries, int ld, const void* keys, const void* values, int first,
                          int head_dim, float scale, float* out, float* scratch) {
-  float* transposed = scratch;                                   // (Dh, kKeyBlock); later the values (kKeyBlock, Dh)
-  float* scores = transposed + size_t(kKeyBlock) * head_dim;     // (queries, kKeyBlock)
-  float* sums = scores + size_t(kQueryBlock) * kKeyBlock;        // (queries, Dh)
-  float* tops = sums + size_t(kQueryBlock) * head_dim;           // (queries)
-  float* totals = tops + kQueryBlock;                            // (queries)
+  float* transposed = scratch;                                // (Dh, kKeyBlock); later the values (kKeyBlock, Dh)
+  float* scores = transposed + size_t(kKeyBlock) * head_dim;  // (queries, kKeyBlock)
+  float* sums = scores + size_t(kQueryBlock) * kKeyBlock;     // (queries, Dh)
+  float* tops = sums + size_t(kQueryBlock) * head_dim;        // (queries)
+  float* totals = tops + kQueryBlock;                         // (queries)
   for (int t = 0; t < queries; t++) tops[t] = -INFINITY, totals[t] = 0;
   for (int i = 0; i < queries * head_dim; i++) sums[i] = 0;
-  const int longest = first + queries - 1;  // what the last query sees
+  constexpr int kVectors = W == 16 ? 4 : 2;  // of one query's sums that are held in registers, for four queries
+  const int longest = first + queries - 1;   // what the last query sees
   for (int start = 0; start < longest; start += kKeyBlock) {
     const int count = longest - start < kKeyBlock ? longest - start : kKeyBlock;
-    for (int s = 0; s < count; s++)
-      for (int d = 0; d < head_dim; d++)
-        transposed[d * kKeyBlock + s] = scalar_as<T>(keys, size_t(start + s) * head_dim + d);
-    for (int s = count; s < kKeyBlock; s++)
-      for (int d = 0; d < head_dim; d++) transposed[d * kKeyBlock + s] = 0;
-    constexpr int kLanes = kKeyBlock / W;        // vectors of scores a query
-    constexpr int kAtOnce = kLanes < 4 ? kLanes : 4;
+    transpose_keys<T>(keys, start, count, head_dim, transposed);
     int t = 0;
     auto dots = [&]<int QUERIES>() {
-      for (int v = 0; v < kLanes; v += kAtOnce) {
-        vf dot[QUERIES][kAtOnce] = {};
+      for (int s = 0; s < kKeyBlock; s += kVectors * W) {
+        vf dot[QUERIES][kVectors] = {};
         for (int d = 0; d < head_dim; d++) {
-          vf k[kAtOnce];
-          for (int j = 0; j < kAtOnce; j++) k[j] = load(transposed + d * kKeyBlock + (v + j) * W);
+          vf k[kVectors];
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) k[j] = load(transposed + d * kKeyBlock + s + j * W);
+#pragma GCC unroll 4
           for (int i = 0; i < QUERIES; i++) {
             const float a = q[size_t(t + i) * ld + d];
-            for (int j = 0; j < kAtOnce; j++) dot[i][j] += k[j] * a;
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; j++) dot[i][j] += k[j] * a;
           }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < QUERIES; i++)
-          for (int j = 0; j < kAtOnce; j++) store(scores + (t + i) * kKeyBlock + (v + j) * W, dot[i][j] * scale);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) store(scores + (t + i) * kKeyBlock + s + j * W, dot[i][j] * scale);
       }
     };
     for (; t + 4 <= queries; t += 4) dots.template operator()<4>();
@@ -108,21 +124,27 @@ inline void attend_block(const float* q, int queries, int ld, const void* keys, 
       float* row = scores + t * kKeyBlock;
       const int visible = first + t - start;  // how many of these keys the query sees
       const int seen = visible < 0 ? 0 : visible < count ? visible : count;
-      float block_top = tops[t];
-      for (int s = 0; s < seen; s++) block_top = row[s] > block_top ? row[s] : block_top;
       if (seen == 0) {
         for (int s = 0; s < kKeyBlock; s++) row[s] = 0;
         continue;
       }
+      for (int s = seen; s < kKeyBlock; s++) row[s] = -INFINITY;  // whose exponential is 0
+      vf largest = load(row);
+      for (int s = W; s < kKeyBlock; s += W) largest = vmax(largest, load(row + s));
+      const float block_top = max_of(largest);
       if (block_top > tops[t]) {
         const float shrink = tops[t] == -INFINITY ? 0.0f : exp_one(tops[t] - block_top);
         for (int d = 0; d < head_dim; d++) sums[t * head_dim + d] *= shrink;
         totals[t] *= shrink;
         tops[t] = block_top;
       }
-      for (int s = 0; s < kKeyBlock; s += W) store(row + s, vexp(load(row + s) - block_top));
-      for (int s = seen; s < kKeyBlock; s++) row[s] = 0;
-      for (int s = 0; s < seen; s++) totals[t] += row[s];
+      vf total = {};
+      for (int s = 0; s < kKeyBlock; s += W) {
+        const vf p = vexp(load(row + s) - tops[t]);
+        store(row + s, p);
+        total += p;
+      }
+      totals[t] += sum(total);
     }
 
     float* wide = transposed;
@@ -133,22 +155,30 @@ inline void attend_block(const float* q, int queries, int ld, const void* keys, 
     t = 0;
     auto add = [&]<int QUERIES>() {
       int d = 0;
-      for (; d + 2 * W <= head_dim; d += 2 * W) {
-        vf total[QUERIES][2];
+      for (; d + kVectors * W <= head_dim; d += kVectors * W) {
+        vf total[QUERIES][kVectors];
+#pragma GCC unroll 4
         for (int i = 0; i < QUERIES; i++)
-          for (int j = 0; j < 2; j++) total[i][j] = load(sums + (t + i) * head_dim + d + j * W);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) total[i][j] = load(sums + (t + i) * head_dim + d + j * W);
         for (int s = 0; s < count; s++) {
-          const vf v0 = load(wide + s * head_dim + d), v1 = load(wide + s * head_dim + d + W);
+          vf v[kVectors];
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) v[j] = load(wide + s * head_dim + d + j * W);
+#pragma GCC unroll 4
           for (int i = 0; i < QUERIES; i++) {
             const float p = scores[(t + i) * kKeyBlock + s];
-            total[i][0] += v0 * p;
-            total[i][1] += v1 * p;
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; j++) total[i][j] += v[j] * p;
           }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < QUERIES; i++)
-          for (int j = 0; j < 2; j++) store(sums + (t + i) * head_dim + d + j * W, total[i][j]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) store(sums + (t + i) * head_dim + d + j * W, total[i][j]);
       }
       for (; d < head_dim; d++)
+#pragma GCC unroll 4
         for (int i = 0; i < QUERIES; i++)
           for (int s = 0; s < count; s++)
             sums[(t + i) * head_dim + d] += wide[s * head_dim + d] * scores[(t + i) * kKeyBlock + s];

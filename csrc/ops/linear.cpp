@@ -37,14 +37,17 @@ void Activations::set(const Matrix& m, const float* x, int tokens, int ld, Threa
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
   const Kernels& k = kernels();
   const int tokens = x.tokens();
-  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
-  const int bands = (m.rows + kBand - 1) / kBand;
+  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream. Many tokens are taken
+  // some at a time, so that their rows stay in the cache while the weights pass by.
+  constexpr int kTokens = 96;
+  const int bands = (m.rows + kBand - 1) / kBand, token_blocks = (tokens + kTokens - 1) / kTokens;
   const int grain = std::max(1, int((1 << 14) / m.group_bytes()));
-  pool().run(bands, grain, [&](int begin, int end, int) {
-    for (int band = begin; band < end; band++) {
-      const int r0 = band * kBand, rows = std::min(kBand, m.rows - r0);
-      k.rows(m.type, m.group(0, r0 / kGroup), rows, m.columns, x.rows(), tokens, y + r0, ld);
-      for (int t = 0; t < tokens && (bias || add); t++)
+  pool().run(bands * token_blocks, grain, [&](int begin, int end, int) {
+    for (int piece = begin; piece < end; piece++) {
+      const int r0 = piece % bands * kBand, rows = std::min(kBand, m.rows - r0);
+      const int t0 = piece / bands * kTokens, count = std::min(kTokens, tokens - t0);
+      k.rows(m.type, m.group(0, r0 / kGroup), rows, m.columns, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
+      for (int t = t0; t < t0 + count && (bias || add); t++)
         for (int r = r0; r < r0 + rows; r++) {
           float& value = y[size_t(t) * ld + r];
           if (bias) value += bias[r];

@@ -1,0 +1,61 @@
+// The thread pool by itself, to be run under the thread sanitizer (scripts/sanitize.py): every piece runs once, what
+// helpers wrote is seen by the caller, and pools come and go, also while another thread changes their size.
+#include "../threads.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+
+using namespace olmoe;
+
+namespace {
+
+void check(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// Plain memory, so that the sanitizer sees whether the pool orders what its threads do.
+void run_jobs(ThreadPool& pool, int jobs) {
+  std::vector<int> times(257), last(pool.threads());
+  for (int job = 0; job < jobs; job++) {
+    const int count = 1 + job % 257, grain = 1 + job % 5;
+    for (int& t : times) t = 0;
+    pool.run(count, grain, [&](int begin, int end, int thread) {
+      for (int i = begin; i < end; i++) times[i]++;
+      last[thread] = job;
+    });
+    for (int i = 0; i < 257; i++) check(times[i] == (i < count), "every piece once");
+  }
+}
+
+void use_shared_pool(int jobs) {
+  for (int i = 0; i < jobs; i++) {
+    set_threads(1 + i % 4);
+    std::lock_guard lock(one_at_a_time());
+    run_jobs(pool(), 20);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int threads : {1, 2, 3, 8}) {
+    ThreadPool pool(threads);
+    check(pool.threads() == threads, "number of threads");
+    run_jobs(pool, 300);
+    usleep(20000);  // long enough for helpers to sleep
+    run_jobs(pool, 20);
+  }
+  for (int i = 0; i < 50; i++) ThreadPool pool(4);  // ends without a job
+
+  std::thread other([] { use_shared_pool(30); });
+  use_shared_pool(30);
+  other.join();
+
+  std::lock_guard lock(one_at_a_time());
+  (void)pool();
+  std::puts("threads: ok");
+}
