@@ -12,12 +12,13 @@ PROMPT ?= Once upon a time
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup generate test check format clean
+.PHONY: help setup generate test check sanitize format clean
 
 help:
 	@echo "make generate   set up and stream a story (PROMPT=...)"
 	@echo "make test       set up, then lint, types, import contracts and all tests"
 	@echo "make check      lint, types and import contracts only"
+	@echo "make sanitize   tests of the C++ kernels under address, undefined-behaviour and thread sanitizers"
 	@echo "make format     format the code"
 
 $(VENV)/torch: Makefile
@@ -48,6 +49,10 @@ check: $(VENV)/dev
 
 test: check
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/dev
+	$(PIP) "nanobind>=2.4"
+	$(BIN)/python scripts/sanitize.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

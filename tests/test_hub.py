@@ -13,6 +13,7 @@ from huggingface_hub import constants, errors
 
 from conftest import make_model
 from olmoe import checkpoint, hub
+from olmoe.engine.llm import LLM
 from olmoe.errors import CheckpointError
 from sentences import refused
 
@@ -123,6 +124,17 @@ def test_a_file_is_not_a_folder(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     assert "is a file" in refused(lambda: hub.resolve(file))
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "GGUF"])
+def test_a_gguf_file_is_refused_with_the_way_to_a_folder(tmp_path, suffix):
+    file = tmp_path / f"model.{suffix}"
+    assert "no file" in refused(lambda: hub.resolve(file), CheckpointError)  # and the hub is not asked
+    file.write_bytes(b"GGUF")
+    for load in (lambda: hub.resolve(file), lambda: LLM(file)):
+        message = refused(load, CheckpointError)
+        assert "olmoe quantize" in message
+        assert "olmoe convert" in message
 
 
 @pytest.mark.parametrize(

@@ -232,3 +232,13 @@ def test_the_model_without_values_costs_nothing():
     model = packed.build(small_config(vocab_size=2**30), PackedLayout("q4_0"))
     assert isinstance(model, CausalLM)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_loading_does_not_import_the_compiler(folder):
+    """It takes seconds; random initialisation on the meta device would."""
+    code = (
+        "import sys, torch; from olmoe import checkpoint; checkpoint.load(sys.argv[1]);"
+        "print([name for name in ('torch._dynamo', 'sympy', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -172,6 +172,55 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
   }
 }
 
+// A single token against GROUPS groups, as for AVX-512 above.
+template <Type T, int GROUPS>
+OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
+                                float* out) {
+  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  const __m256i low_nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
+  __m256 total[GROUPS][2];
+  for (int g = 0; g < GROUPS; g++) total[g][0] = total[g][1] = _mm256_setzero_ps();
+  for (int b = 0; b < blocks; b++) {
+    int32_t q[8];
+    std::memcpy(q, a[b].q, sizeof q);
+    const __m256 d = _mm256_set1_ps(a[b].d);
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes + 32 * half;
+        const uint8_t* scales =
+            group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
+        __m256i s;
+        if constexpr (T == Type::kQ4) {
+          __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();  // sums as in packed_half
+          for (int j = 0; j < 4; j++) {
+            const __m256i v = _mm256_loadu_si256((const __m256i*)(codes + 64 * j));
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(v, low_nibble), _mm256_set1_epi32(q[j])));
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble),
+                                                               _mm256_set1_epi32(q[4 + j])));
+          }
+          s = _mm256_madd_epi16(_mm256_add_epi16(low, high), ones);
+          s = _mm256_add_epi32(s, _mm256_set1_epi32(a[b].correction));
+        } else {
+          s = _mm256_setzero_si256();
+          for (int j = 0; j < 8; j++) {
+            const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j)), offset);
+            const __m256i p =
+                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(q[j]), w));
+            s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
+          }
+        }
+        const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)scales));
+        total[g][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(scale, d), total[g][half]);
+      }
+  }
+  float sums[GROUPS * kGroup];
+  for (int g = 0; g < GROUPS; g++)
+    for (int half = 0; half < 2; half++) _mm256_storeu_ps(sums + g * kGroup + 8 * half, total[g][half]);
+  std::memcpy(out, sums, size_t(rows < GROUPS * kGroup ? rows : GROUPS * kGroup) * sizeof(float));
+}
+
 template <Type T, int GROUPS, int TOKENS>
 OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out,
                               int ld) {
@@ -256,7 +305,7 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
                            rows - r < GROUPS * kGroup ? rows - r : GROUPS * kGroup, x, tokens, out + r, ld);
     r += GROUPS * kGroup;
   };
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   if (tokens == 1) {
     // Memory is what counts, and four streams of it flow faster than one.
     for (; r < rows; r += 4 * kGroup) {
@@ -269,6 +318,8 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
     }
     return;
   }
+#endif
+#if defined(__AVX512VNNI__)
   while (r + kGroup < rows) band.template operator()<2>();
 #endif
   while (r < rows) band.template operator()<1>();

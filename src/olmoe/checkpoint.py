@@ -32,7 +32,7 @@ from olmoe import hub, packed
 from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
-from olmoe.model import CausalLM
+from olmoe.model import CausalLM, without_values
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4 * 10**9
@@ -78,8 +78,9 @@ def load(
     """Load a model from a folder or a hub id, in evaluation mode without gradients.
 
     `dtype` is that of the parameters in memory; None keeps what is stored. Of a packed checkpoint it is that of
-    hidden states and products, fp32 by default. `progress(done, total)` is called after each tensor. Raises `CheckpointError` or `ConfigError` with one sentence for everything
-    that can be wrong with the files; nothing is returned half-loaded.
+    hidden states and products, fp32 by default. `progress(done, total)` is called after each tensor. Raises
+    `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files; nothing is
+    returned half-loaded.
     """
     folder = hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only)
     if packed.is_packed(folder):
@@ -89,8 +90,7 @@ def load(
     targets = plan(config, stored)
     if dtype is None:
         dtype = dominant_dtype(stored)
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = without_values(config)
     try:
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     except RuntimeError as error:  # torch's OutOfMemoryError is one

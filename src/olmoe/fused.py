@@ -9,11 +9,15 @@ Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, RouterOutput, SparseMoeBlock
@@ -24,18 +28,29 @@ from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.runtime import log_once
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")  # of the layer, then of attention
+_MIXTURE = ("gate", "experts")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SETTINGS = (
+    "forward", "backend", "eps", "top_k", "norm_topk_prob", "head_dim", "clip_qkv", "activation", "formats", "shapes",
+)  # fmt: skip
+# What the kernels stand for; anything else, a subclass too, computes in its own way.
+_TYPES: dict[str, tuple[type[nn.Module], ...]] = {
+    "self_attn": (Attention,), "mlp": (SparseMoeBlock,), "gate": (Router,), "experts": (Experts, PackedExperts),
+    **dict.fromkeys(_PROJECTIONS, (Linear, PackedLinear)), **dict.fromkeys(_NORMS, (RMSNorm,)),
+}  # fmt: skip
 
 
 class FusedDecoderLayer(DecoderLayer):
     """`DecoderLayer` through the C++ kernels where they fit; see the module's docstring."""
 
-    _prepared: tuple[tuple[Tensor, ...], tuple[int, ...], Any, bool] | None = None
+    _prepared: _Prepared | None = None
+    _settled = False
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
         """See `DecoderLayer.forward`."""
-        kernel = self._kernel(x)
-        if kernel is None:
+        prepared = self._fitting(x, rope)
+        if prepared is None:
             return super().forward(x, rope, attend)
         attention = self.self_attn
         lead, d, head_dim = x.shape[:-1], x.shape[-1], attention.head_dim
@@ -43,9 +58,9 @@ class FusedDecoderLayer(DecoderLayer):
         rows_ND = extension.wide(x).view(-1, d)
         n = len(rows_ND)
         shape = (*lead, head_dim // 2)
-        cos, sin = (t if t.shape == shape and t.is_contiguous() else t.expand(shape).contiguous() for t in rope)
+        cos, sin = (extension.wide(t if t.shape == shape else t.expand(shape)) for t in rope)
         q, k, v = torch.empty(n, d), torch.empty(n, width), torch.empty(n, width)
-        kernel.attention_inputs(
+        prepared.kernel.attention_inputs(
             rows_ND.data_ptr(), cos.data_ptr(), sin.data_ptr(), n, q.data_ptr(), k.data_ptr(), v.data_ptr()
         )
         q, k, v = (t.to(x.dtype).view(*lead, -1, head_dim) for t in (q, k, v))
@@ -54,7 +69,7 @@ class FusedDecoderLayer(DecoderLayer):
         e, top_k = self.mlp.gate.weight.shape[0], self.mlp.gate.top_k
         y, logits = torch.empty(n, d), torch.empty(n, e)
         weights, ids = torch.empty(n, top_k), torch.empty(n, top_k, dtype=torch.long)
-        kernel.attention_output(
+        prepared.kernel.attention_output(
             rows_ND.data_ptr(),
             attended.data_ptr(),
             n,
@@ -65,92 +80,160 @@ class FusedDecoderLayer(DecoderLayer):
         )
         return y.to(x.dtype).view(x.shape), RouterOutput(logits, weights, ids)
 
-    def _kernel(self, x: Tensor) -> Any:
-        """The kernels' view of this layer, made anew if a parameter moved; None where they do not fit."""
-        n = x.numel() // x.shape[-1]
-        if n == 0 or extension.unsupported(x) is not None:
-            return None
-        tensors = self._tensors()
-        if tensors is None:
-            return None
-        addresses = tuple(t.data_ptr() for t in tensors)
+    def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> _Prepared | None:
+        """The kernels' view of this layer, made anew if something in it changed; None where they do not fit."""
         prepared = self._prepared
-        if prepared is None or prepared[1] != addresses or any(a is not b for a, b in zip(tensors, prepared[0])):
-            if (reason := _unfit(self, tensors)) is not None:
-                log_once(f"layers run on torch: {reason}")
-                return None
-            prepared = (tensors, addresses, *_prepare(self))
-            object.__setattr__(self, "_prepared", prepared)  # not a module, parameter or buffer
-        packed = prepared[3]
-        if not packed and (n > FEW_ROWS or x.dtype != self.input_layernorm.weight.dtype):
-            return None  # torch's blocked products are faster on many rows
-        extension.kernels()  # follows torch's number of threads
-        return prepared[2]
-
-    def _tensors(self) -> tuple[Tensor, ...] | None:
-        """All parameters in a fixed order, None if a module is not what the kernels stand for."""
-        found: list[Tensor] = []
-        attention, moe = self._modules["self_attn"], self._modules["mlp"]
-        if type(attention) is not Attention or type(moe) is not SparseMoeBlock:
+        if self._settled and prepared is not None and prepared.kernel is not None and x.dtype == prepared.dtype:
+            if prepared.packed or prepared.named or x.numel() <= FEW_ROWS * prepared.hidden:
+                return prepared
             return None
-        modules = (
-            *((attention._modules[name], (Linear, PackedLinear)) for name in _PROJECTIONS),
-            (attention._modules["q_norm"], (RMSNorm,)),
-            (attention._modules["k_norm"], (RMSNorm,)),
-            (self._modules["input_layernorm"], (RMSNorm,)),
-            (self._modules["post_attention_layernorm"], (RMSNorm,)),
-            (moe._modules["gate"], (Router,)),
-            (moe._modules["experts"], (Experts, PackedExperts)),
-            (attention, (Attention,)),
-            (moe, (SparseMoeBlock,)),
+        if extension.unsupported(x, *rope) is not None or x.numel() == 0:
+            return None
+        if prepared is None or not prepared.still():
+            prepared = _prepare(self)
+            object.__setattr__(self, "_prepared", prepared)  # not a module, parameter or buffer
+        if prepared.kernel is None or x.shape[-1] != prepared.hidden or x.dtype != prepared.dtype:
+            return None
+        if not prepared.packed and not prepared.named and x.numel() > FEW_ROWS * prepared.hidden:
+            return None  # torch's blocked products are faster on many rows
+        if _has_any_global_hook() or (torch.is_grad_enabled() and prepared.needs_gradients()):
+            return None
+        prepared.refresh()
+        extension.kernels()  # follows torch's number of threads
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which prepare their own kernels."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+class _Prepared:
+    """The kernels' `Layer` for one state of a layer, with what it points to; None where the kernels do not fit."""
+
+    kernel: Any = None
+    packed = named = False
+    hidden, dtype = 0, torch.float32
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        """Remember all that the kernels' view depends on."""
+        self._kept: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        attention, moe = layer._modules["self_attn"], layer._modules["mlp"]
+        owners = (
+            (layer, ("self_attn", "mlp", *_NORMS[:2])),
+            (attention, (*_PROJECTIONS, *_NORMS[2:])),
+            (moe, _MIXTURE),
         )
-        for module, types in modules:
-            state = module.__dict__
-            if type(module) not in types or "forward" in state or any(state[hooks] for hooks in _HOOKS):
-                return None
-            if state.get("backend", AUTO) not in (AUTO, "cpu"):
-                return None
-            found.extend(p for p in state["_parameters"].values() if p is not None)
-        return tuple(found)
+        # Where modules, settings and parameters are found, and what was found there. `is` is enough to compare.
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._modules: list[nn.Module] = []
+        self._parameters: list[Tensor] = []
+        for owner, names in owners:
+            for name in names:
+                module = None if owner is None else owner._modules.get(name)
+                self._places += [] if owner is None else [(owner._modules, name)]
+                if module is not None:
+                    self._modules.append(module)
+                    self._places += ((module.__dict__, setting) for setting in (*_SETTINGS, *_HOOKS))
+                    self._places += ((module._parameters, p) for p in module._parameters)
+                    self._parameters += (p for p in module._parameters.values() if p is not None)
+        self._found = [mapping.get(name) for mapping, name in self._places]
+        self._types = list(map(type, self._modules))
+        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in _HOOKS]
+        self._hooked = any(self._hooks)
+        self._layout = self._where()
+
+    def _where(self) -> list[tuple[object, ...]]:
+        """Where and how parameters lie: an assignment of `data` changes neither the parameter nor its version, and an
+        address may be used again, for values of another dtype or for a part of the old ones.
+        """  # fmt: skip
+        return [(p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in self._parameters]
+
+    def still(self) -> bool:
+        """Whether the layer is what it was; asked at every call, so written to be quick."""
+        return (
+            all(map(is_, [mapping.get(name) for mapping, name in self._places], self._found))
+            and list(map(type, self._modules)) == self._types
+            and any(self._hooks) == self._hooked
+            and self._where() == self._layout
+        )
+
+    def needs_gradients(self) -> bool:
+        """Whether any parameter does."""
+        return any(p.requires_grad for p in self._parameters)
+
+    def wide(self, t: Tensor) -> Tensor:
+        """`t` in fp32: its own memory, or a copy that follows it."""
+        source = t.detach()
+        if t.dtype == torch.float32:
+            self._kept.append(source)
+            return source
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            copy = torch.empty(t.shape, dtype=torch.float32)
+        self._copies.append((copy, source))
+        return copy
+
+    def refresh(self) -> None:
+        """Copy again: nothing tells of every change in place (`p.data.mul_(2)` does not count as a version)."""
+        for copy, source in self._copies:
+            copy.copy_(source)
 
 
-def _unfit(layer: DecoderLayer, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the kernels cannot compute `layer`, or None. Checked when its parameters change."""
-    moe = layer.mlp.experts
+def _unfit(layer: DecoderLayer) -> str | None:
+    """Why the kernels cannot compute `layer`, or None. Checked when something in it changed."""
+    for name, module in layer.named_modules():
+        types = _TYPES.get(name.rpartition(".")[2], ())
+        if name and (type(module) not in types or "forward" in vars(module)):
+            return f"modules of type {type(module).__name__} in the place of ours"
+        if any(getattr(module, hooks) for hooks in _HOOKS if name):
+            return "modules with hooks"
+        if getattr(module, "backend", AUTO) not in (AUTO, "cpu"):
+            return f"the backend {module.backend}"
+    attention, router, moe = layer.self_attn, layer.mlp.gate, layer.mlp.experts
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     if moe.activation is not F.silu:
         return "experts with another activation than silu"
-    for tensor in tensors:
-        if type(tensor) is not nn.Parameter or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if len({norm.eps for norm in norms}) > 1:
+        return "norms that differ in their epsilon"
+    for p in layer.parameters():
+        if type(p) is not nn.Parameter or p.device.type != "cpu" or not p.is_contiguous() or p.numel() == 0:
             return "parameters that are distributed, not contiguous or not on the CPU"
-        if tensor.dtype != torch.uint8 and tensor.dtype not in extension.FLOAT_TYPES:
-            return f"parameters of {tensor.dtype}"
-    for module in (*(getattr(layer.self_attn, name) for name in _PROJECTIONS), moe):
+        if p.dtype != torch.uint8 and p.dtype not in extension.FLOAT_TYPES:
+            return f"parameters of {p.dtype}"
+    for module in (*(getattr(attention, name) for name in _PROJECTIONS), moe):
         for format in getattr(module, "formats", {}).values():
             if format.name not in extension.PACKED_TYPES:
                 return f"matrices in the format {format.name}"
-    return None
+    d, width, e = layer.input_layernorm.weight.numel(), attention.k_norm.weight.numel(), router.weight.shape[0]
+    f = _shape(moe, "down_proj")[-1]
+    shapes = {
+        "self_attn.q_proj": (d, d), "self_attn.k_proj": (width, d), "self_attn.v_proj": (width, d),
+        "self_attn.o_proj": (d, d), "self_attn.q_norm": (d,), "self_attn.k_norm": (width,),
+        "post_attention_layernorm": (d,), "mlp.gate": (e, d),
+    }  # fmt: skip
+    fits = all(_shape(layer.get_submodule(name), "weight") == shape for name, shape in shapes.items())
+    fits &= _shape(moe, "gate_up_proj") == (e, 2 * f, d) and _shape(moe, "down_proj") == (e, d, f)
+    for name, rows in zip(_PROJECTIONS, (d, width, width, d), strict=True):
+        bias = getattr(attention, name).bias
+        fits &= bias is None or bias.shape == (rows,)
+    fits &= d % attention.head_dim == 0 and width % attention.head_dim == 0 and 0 < router.top_k <= e
+    return None if fits and d % width == 0 else "parameters whose shapes do not belong together"
 
 
-def _prepare(layer: DecoderLayer) -> tuple[Any, bool]:
-    """The kernels' `Layer` with what it points to kept alive, and whether any matrix is packed."""
+def _prepare(layer: DecoderLayer) -> _Prepared:
+    """The kernels' view of `layer` as it is now."""
+    prepared = _Prepared(layer)
+    if (reason := _unfit(layer)) is not None:
+        log_once(f"layers run on torch: {reason}")
+        return prepared
     attention, router, moe = layer.self_attn, layer.mlp.gate, layer.mlp.experts
-    kept: list[Tensor] = []
-
-    def vector(t: Tensor | None) -> int:
-        if t is None:
-            return 0
-        kept.append(extension.wide(t))
-        return int(kept[-1].data_ptr())
-
     projections = [getattr(attention, name) for name in _PROJECTIONS]
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
-    kept.append(extension.wide(router.weight))  # in fp32, as the policy has it: a bf16 product would round its input
-    matrices = [_matrix(module, "weight") for module in projections]
-    experts = [_matrix(moe, name) for name in ("gate_up_proj", "down_proj")]
-    shapes = moe.shapes if isinstance(moe, PackedExperts) else {}
-    width = shapes["down_proj"][1] if "down_proj" in shapes else moe.down_proj.shape[-1]
     hidden, head_dim = layer.input_layernorm.weight.shape[0], attention.head_dim
-    kernel = extension.kernels().Layer(
+    prepared.hidden, prepared.dtype = hidden, layer.input_layernorm.weight.dtype
+    prepared.packed = any(isinstance(m, PackedLinear | PackedExperts) for m in (*projections, moe))
+    prepared.named = any(getattr(module, "backend", AUTO) == "cpu" for module in layer.modules())
+    prepared.kernel = extension.kernels().Layer(
         hidden,
         hidden // head_dim,
         attention.k_norm.weight.shape[0] // head_dim,
@@ -159,23 +242,24 @@ def _prepare(layer: DecoderLayer) -> tuple[Any, bool]:
         layer.input_layernorm.eps,
         attention.clip_qkv or 0.0,
         router.norm_topk_prob,
-        matrices,
-        [vector(module.bias) for module in projections],
-        [vector(norm.weight) for norm in norms],
-        extension.float_matrix(kept[0]),
-        *experts,
+        [_matrix(module, "weight") for module in projections],
+        [0 if module.bias is None else prepared.wide(module.bias).data_ptr() for module in projections],
+        [prepared.wide(norm.weight).data_ptr() for norm in norms],
+        # In fp32, as the policy has it: a product with a bf16 router would round its input.
+        extension.float_matrix(prepared.wide(router.weight)),
+        _matrix(moe, "gate_up_proj"),
+        _matrix(moe, "down_proj"),
         router.weight.shape[0],
-        width,
+        _shape(moe, "down_proj")[-1],
     )
-    return _Kept(kernel, kept), any(isinstance(m, PackedLinear | PackedExperts) for m in (*projections, moe))
+    return prepared
 
 
-class _Kept:
-    """A kernels' `Layer` together with the tensors that it points to."""
-
-    def __init__(self, kernel: Any, tensors: list[Tensor]) -> None:
-        self.attention_inputs, self.attention_output = kernel.attention_inputs, kernel.attention_output
-        self._alive = (kernel, tensors)
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a matrix, or stack of matrices, of a plain or packed module, or of a vector."""
+    shapes = getattr(module, "shapes", {})
+    weight = getattr(module, name)
+    return (*weight.shape[: weight.dim() - 2], *shapes[name]) if name in shapes else tuple(weight.shape)
 
 
 def _matrix(module: nn.Module, name: str) -> Any:
@@ -193,6 +277,25 @@ def fuse(root: nn.Module) -> None:
     for module in root.modules():
         if type(module) is DecoderLayer:
             module.__class__ = FusedDecoderLayer
+
+
+@contextmanager
+def settled(root: nn.Module) -> Iterator[None]:
+    """Within it, nobody changes modules or parameters under `root`, so that fused layers need not look at each call.
+
+    Looking costs a twentieth of the time of decoding a token. Only layers that have looked before stop looking: run
+    the model once before, and change nothing between.
+    """
+    layers = [module for module in root.modules() if isinstance(module, FusedDecoderLayer)]
+    for layer in layers:
+        if layer._prepared is not None:
+            layer._prepared.refresh()
+        object.__setattr__(layer, "_settled", True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            object.__setattr__(layer, "_settled", False)
 
 
 def unfuse(root: nn.Module) -> None:

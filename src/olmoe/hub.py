@@ -31,6 +31,13 @@ def resolve(
         if revision is not None:
             raise CheckpointError(f"A revision ({revision!r}) was given, but {path} is a local folder, which has none.")
         return path
+    if name.lower().endswith(".gguf"):
+        if not os.path.exists(path):
+            raise CheckpointError(f"There is no file {shown(name)}; check the path of the GGUF file.")
+        raise CheckpointError(
+            f"{path} is a GGUF file; pack it with `olmoe quantize FILE DIR --format int4` (or int8), or unpack it with "
+            "`olmoe convert FILE DIR`, and give the folder DIR."
+        )
     if os.path.exists(path):
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the safetensors files.")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):

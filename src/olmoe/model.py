@@ -23,11 +23,12 @@ E experts, K experts per token, F expert width, V vocabulary; `...` any leading 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from olmoe import ops
 from olmoe.config import ModelConfig, RopeParameters
@@ -294,6 +295,21 @@ def initialize(model: CausalLM, seed: int) -> None:
             nn.init.ones_(module.weight)
         elif isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def without_values(config: ModelConfig) -> CausalLM:
+    """The network on the meta device, for loaders that bring all values."""
+    with torch.device("meta"), _NoInitialization():
+        return CausalLM(config)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skips `torch.nn.init`, whose first call on the meta device imports torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def set_backend(model: nn.Module, backend: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, ConfigError, shown
-from olmoe.model import CausalLM, Experts, Linear
+from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import BlockFormat, PackedEmbedding, PackedExperts, PackedLayout, PackedLinear, PackedModule
 from olmoe.tensor_file import Entry, TensorFile, TensorWriter
 
@@ -112,8 +112,7 @@ def check(config: ModelConfig, layout: PackedLayout, entries: Mapping[str, Entry
 
 def build(config: ModelConfig, layout: PackedLayout) -> CausalLM:
     """`CausalLM(config)` with packed modules where `layout` packs, on the meta device."""
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = without_values(config)
     pack_modules(model, layout)
     return _tie(model)
 
@@ -124,9 +123,9 @@ def pack_modules(
     """Put packed modules, on the meta device, in the places of the network's modules that `layout` packs.
 
     Products are computed in `compute_dtype` (None: the dtype of hidden states), and embeddings start hidden states in
-    the dtype that they have. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its head. Tied embeddings
-    have the format that `model.embed_tokens` has; the caller ties the parameters again. A head other than `lm_head`
-    is left alone.
+    the dtype that they have. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its
+    head. Tied embeddings have the format that `model.embed_tokens` has; the caller ties the parameters again. A head
+    other than `lm_head` is left alone.
     """
     config: Any = getattr(root, "config", None)
     tied = config is not None and config.tie_word_embeddings
@@ -164,9 +163,7 @@ def packed_module(
         if isinstance(module, nn.Embedding):
             rows, columns = module.weight.shape
             return PackedEmbedding(rows, columns, format, module.weight.dtype, module.padding_idx)
-        linear = PackedLinear(
-            module.in_features, module.out_features, module.bias is not None, format, compute_dtype
-        )
+        linear = PackedLinear(module.in_features, module.out_features, module.bias is not None, format, compute_dtype)
         if module.bias is not None:
             linear.bias = nn.Parameter(linear.bias.to(module.weight.dtype))
         return linear

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model from a TOML configuration",
     "convert": "convert a checkpoint to GGUF or back",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
+    "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
 

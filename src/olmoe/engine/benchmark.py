@@ -2,117 +2,226 @@
 
 Speed does not depend on what weights hold, so models of random codes stand in for checkpoints.
 
-Shapes legend: E experts, K experts per token, D hidden.
+Shapes legend: B sequences, E experts, K experts per token, D hidden.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import olmoe
 from olmoe import fused, packed
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
-from olmoe.errors import UserError
+from olmoe.errors import UserError, shown
 from olmoe.model import CausalLM, Experts, set_backend
-from olmoe.ops import cpu
+from olmoe.ops import AUTO, cpu
 from olmoe.ops.cpu.extension import kernels
+from olmoe.packing import RECIPES
 from olmoe.quant import PackedExperts, PackedLayout, PackedModule
-from olmoe.quant.blocks import SCALE_BYTES
+from olmoe.quant.blocks import BLOCK, GROUP, SCALE_BYTES
 
-FORMATS = ("int4", "int8", "bf16", "fp32")
-_READ_BYTES = 2**30
+PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # that the command line names; those of `packing.RECIPES` work too
+_NOISE = 2**22 - 3  # odd, so that matrices, whose sizes are powers of two, start at different places of the block
 _SCALE = 0x1000  # 2^-11 as fp16: products of random codes stay small
+_WARM_UP = 16
+
+
+class StepBytes(NamedTuple):
+    """Bytes that one decoding step of B sequences reads at least."""
+
+    weights: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.weights + self.cache
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What memory allows: reads of `bytes_per_second` deliver the `step` of a batch so many times a second."""
+
+    bytes_per_second: float
+    step: StepBytes
+    batch: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At most."""
+        return self.batch * self.bytes_per_second / self.step.total
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON: GB are 10^9 bytes."""
+        return {
+            "read_gb_per_s": round(self.bytes_per_second / 1e9, 2),
+            "weights_gb_per_step": round(self.step.weights / 1e9, 6),
+            "kv_cache_gb_per_step": round(self.step.cache / 1e9, 6),
+            "decode_tokens_per_s": round(self.tokens_per_second, 2),
+        }
+
+
+# ---- models of random weights ----
+
+
+def skeleton(config: ModelConfig, format: str, overrides: dict[str, str] | None = None) -> CausalLM:
+    """A model of the given shapes in `format`, on the meta device. Arguments and errors as for `random_model`."""
+    if format in RECIPES:
+        recipe = RECIPES[format]
+        model = packed.build(config, PackedLayout(recipe.weight_format, {**recipe.overrides, **(overrides or {})}))
+        return model.float()
+    if format not in PLAIN_FORMATS:
+        raise UserError(f"Unknown format {shown(format)}; choose one of {', '.join((*RECIPES, *PLAIN_FORMATS))}.")
+    with torch.device("meta"):
+        return CausalLM(config).to(PLAIN_FORMATS[format])
 
 
 def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | None = None) -> CausalLM:
     """A model of the given shapes with random weights, packed or plain, ready for inference.
 
-    `format` is one of `FORMATS`; `overrides` are those of `PackedLayout`.
+    `format` is a recipe of `olmoe.packing`, "bf16" or "fp32"; `overrides` are further ones of `PackedLayout`. Each
+    matrix is allocated once and filled with copies of a block of noise. Raises `UserError` for an unknown format, and
+    where the memory does not suffice.
     """
-    if format not in FORMATS:
-        raise UserError(f"Unknown format {format!r}; choose one of {', '.join(FORMATS)}.")
+    model = skeleton(config, format, overrides)
+    require_memory(sum(p.numel() * p.element_size() for p in model.parameters()), format)
+    model = model.to_empty(device="cpu").requires_grad_(False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if format == "bf16" else torch.float32
-    if format in ("int4", "int8"):
-        layout = PackedLayout({"int4": "q4_0", "int8": "q8_0"}[format], overrides or {})
-        model = packed.build(config, layout)
-    else:
-        with torch.device("meta"):
-            model = CausalLM(config)
-    model = model.to_empty(device="cpu")
-    noise = (torch.randn(2**22, generator=generator) * config.initializer_range).to(dtype)
-    codes = torch.randint(0, 256, (2**22,), generator=generator, dtype=torch.uint8)
+    noise = torch.randn(_NOISE, generator=generator) * config.initializer_range
+    codes = torch.randint(0, 256, (_NOISE,), generator=generator, dtype=torch.uint8)
+    start = 0
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if parameter.dtype == torch.uint8:
-                assert isinstance(module, PackedModule)
-                _fill(parameter.data, codes)
-                rows, columns = module.shapes[name]
-                scales = parameter.data[..., -(columns // 32) * 16 * SCALE_BYTES :]
-                scales.view(torch.int16).fill_(_SCALE)
-                del rows
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif parameter.dtype != torch.uint8:
+                start = _fill(parameter, noise.to(parameter.dtype), start)
             else:
-                value = torch.empty(parameter.shape, dtype=dtype)
-                _fill(value, noise) if value.dim() > 1 else value.fill_(1.0)
-                module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+                assert isinstance(module, PackedModule)
+                start = _fill(parameter, codes, start)
+                scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
+                parameter[..., -scale_bytes:].view(torch.int16).fill_(_SCALE)
     packed.set_compute_dtype(model, torch.float32)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
-def _fill(out: Tensor, values: Tensor) -> None:
-    flat = out.view(-1)
-    for start in range(0, flat.numel(), len(values)):
-        piece = flat[start : start + len(values)]
-        piece.copy_(values[: len(piece)])
+def _fill(out: Tensor, values: Tensor, start: int) -> int:
+    """Copy `values`, over and over from `start` on, to all of `out`; where the next tensor should start."""
+    flat, done = out.view(-1), 0
+    while done < flat.numel():
+        piece = values[start : start + flat.numel() - done]
+        flat[done : done + len(piece)].copy_(piece)
+        done, start = done + len(piece), (start + len(piece)) % len(values)
+    return start
+
+
+def require_memory(size: int, format: str) -> None:
+    """Raise `UserError` if `size` bytes of weights do not fit the memory, where the system says how much is free.
+
+    Otherwise it would kill a process, not always this one. `format` names the weights in the message.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if size > free:
+        raise UserError(
+            f"Weights in {format} would take {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free; "
+            "choose a format of fewer bits or a smaller model."
+        )
+
+
+# ---- ceilings ----
+
+
+def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch.dtype | None = None) -> StepBytes:
+    """What a decoding step of `batch` sequences reads after `context` tokens each.
+
+    Weights are all but the embeddings; of the experts K of E for one sequence, and for several as many as they choose
+    together if each chooses evenly. `cache_dtype` is by default that of `Runner`. `model` may be on the meta device.
+    """
+    config, weights = model.config, 0.0
+    share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch
+    for name, module in model.named_modules():
+        if name == "model.embed_tokens":
+            continue  # one row of it
+        size = sum(p.numel() * p.element_size() for p in module._parameters.values() if p is not None)
+        weights += size * share if isinstance(module, Experts | PackedExperts) else size
+    per_token = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
+    dtype = cache_dtype or default_cache_dtype(model)
+    return StepBytes(round(weights), batch * context * per_token * dtype.itemsize)
 
 
 def bytes_per_token(model: CausalLM) -> int:
-    """Bytes of weights that decoding one token reads: all but the embeddings, and of the experts those it chose."""
-    total = 0
-    for name, module in model.named_modules():
-        if name == "model.embed_tokens":
-            continue
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            size = parameter.numel() * parameter.element_size()
-            if isinstance(module, Experts | PackedExperts):
-                size = size * model.config.num_experts_per_tok // model.config.num_experts
-            total += size
-    return total
+    """Bytes of weights that decoding one token of one sequence reads."""
+    return step_bytes(model, 0).weights
 
 
-def read_bandwidth(repeats: int = 5) -> float | None:
-    """Bytes a second that plain reads of a gigabyte reach, at best; None without the kernels."""
-    if not cpu.available():
-        return None
-    block = torch.ones(_READ_BYTES, dtype=torch.uint8)
+def read_bandwidth(repeats: int = 5, size: int = 2**30) -> float:
+    """Bytes a second that plain reads of `size` bytes reach at best, with as many threads as torch has.
+
+    `size` is a multiple of 2^20, and more than any cache holds.
+    """
+    block = torch.ones(size // 4, dtype=torch.int32)
+    compiled = cpu.available()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        kernels().read(block.data_ptr(), _READ_BYTES)
+        if compiled:
+            kernels().read(block.data_ptr(), size)
+        else:
+            block.view(torch.float32).sum()
         times.append(time.perf_counter() - started)
-    return _READ_BYTES / min(times)
+    return size / min(times)
+
+
+def reset_peak_memory() -> None:
+    """Let `runtime.peak_memory_bytes` start anew from what is resident now, where the system can do that (Linux)."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+# ---- speed ----
+
+
+def default_cache_dtype(model: CausalLM) -> torch.dtype:
+    """That of hidden states; 16 bits for a packed model, whose hidden states are fp32. As in `LLM`."""
+    is_packed = any(isinstance(module, PackedModule) for module in model.modules())
+    hidden: torch.dtype = model.model.norm.weight.dtype
+    return torch.float16 if is_packed and hidden == torch.float32 else hidden
 
 
 class Runner:
     """Prefill and decode steps of a model on random ids, without a tokenizer. `cache_dtype` as in `LLM`."""
 
-    def __init__(self, model: CausalLM, backend: str = "auto", cache_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: CausalLM, backend: str = AUTO, cache_dtype: torch.dtype | None = None) -> None:
+        fused.require(backend)
         self.model, self.backend = model, backend
         set_backend(model, backend)
-        if backend in ("auto", "cpu"):
+        if backend in (AUTO, "cpu"):
             fused.fuse(model)
-        packed_model = any(isinstance(module, PackedModule) for module in model.modules())
-        self.cache_dtype = cache_dtype or (torch.float16 if packed_model else model.model.norm.weight.dtype)
+        self.cache_dtype = cache_dtype or default_cache_dtype(model)
         self._generator = torch.Generator().manual_seed(1)
 
     def cache(self, batch: int, capacity: int) -> KVCache:
@@ -125,11 +234,12 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, cache: KVCache, length: int) -> float:
-        """Seconds for a prompt of `length` random ids for every sequence of an empty cache."""
+        """Seconds for a prompt of `length` random ids for every sequence of an empty cache, to the last logits."""
         batch = len(cache.lengths)
         ids, positions = self._ids(batch * length), torch.arange(length).repeat(batch)
         started = time.perf_counter()
-        hidden = self.model(ids, positions, cache.attend_prefill([length] * batch), positions.max() + 1).hidden
+        end = torch.tensor(length)
+        hidden = self.model(ids, positions, cache.attend_prefill([length] * batch), end).hidden
         self.model.logits(hidden[length - 1 :: length])
         seconds = time.perf_counter() - started
         cache.advance([length] * batch)
@@ -158,24 +268,69 @@ def measure(
     context: int,
     batch: int = 1,
     repeats: int = 3,
-    progress: Callable[[str], Any] = lambda text: None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Tokens a second: medians of `repeats` prefills of `prefill` tokens, and of `decode` steps after `context`."""
+    """Tokens a second: medians of `repeats` prefills of `prefill` tokens, and of `decode` steps after `context`.
+
+    Decoding steps all `batch` sequences at once, and counts the tokens of all. `progress(done, total)` is called after
+    each prompt and each step. Raises `UserError` for numbers below 1.
+    """
     if min(prefill, decode, context, batch, repeats) < 1:
         raise UserError("Prefill, decode, context, batch and repeats must be at least 1.")
-    runner.prefill(runner.cache(1, 16), 16)  # the first call of anything is slower
+    total, done = repeats + batch + decode, 0
+    runner.prefill(runner.cache(1, _WARM_UP), _WARM_UP)  # the first call of anything is slower
     times = []
-    for i in range(repeats):
-        progress(f"prefill {i + 1} of {repeats}")
+    for _ in range(repeats):
         times.append(runner.prefill(runner.cache(1, prefill), prefill))
-    cache = runner.cache(batch, context + decode)
+        done += 1
+        progress(done, total)
+    cache = runner.cache(batch, context + decode + 1)
     runner.prefill(cache, context)
+    done += batch
+    progress(done, total)
+    runner.decode(cache)
+    cache.lengths = [context] * batch
     steps = []
-    for i in range(decode):
-        progress(f"decode {i + 1} of {decode}")
+    for _ in range(decode):
         steps.append(runner.decode(cache))
+        done += 1
+        progress(done, total)
     return {
         "prefill_tokens_per_second": prefill / statistics.median(times),
         "decode_tokens_per_second": batch / statistics.median(steps),
         "decode_tokens_per_second_best": batch / min(steps),
     }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, threads, instruction set, versions, date, and the commit of a checkout."""
+    names = [platform.processor() or platform.machine()]
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")] or names
+    except OSError:
+        pass
+    facts: dict[str, Any] = {
+        "cpu": names[0],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.isa() if cpu.available() else None,
+        "versions": {"olmoe": olmoe.__version__, "torch": torch.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if (commit := _commit()) is not None:
+        facts["commit"] = commit
+    return facts
+
+
+def _commit() -> str | None:
+    """The commit that this file belongs to; None for an installed package, though it may lie in someone's checkout."""
+    here = Path(__file__)
+    for command in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "--short", "HEAD")):
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=here.parent, check=False)
+        except OSError:
+            return None
+        if done.returncode != 0:
+            return None
+    return done.stdout.strip()

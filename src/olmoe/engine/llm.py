@@ -122,7 +122,6 @@ class LLM:
         if not requests:
             return
         samplers = [Sampler(request.params, self.tokenizer.vocab_size) for request in requests]
-        active = list(range(len(requests)))
         started = time.perf_counter()
         capacity = max(len(request.prompt_ids) + request.limit for request in requests)
         cache = KVCache(
@@ -136,6 +135,20 @@ class LLM:
         logits = self._prefill(requests, cache)
         statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         statistics.prefill_seconds += time.perf_counter() - started
+        with fused.settled(self.model):
+            yield from self._steps(requests, streams, statistics, samplers, cache, logits)
+
+    def _steps(
+        self,
+        requests: list[Request],
+        streams: list[TextStream],
+        statistics: Statistics,
+        samplers: list[Sampler],
+        cache: KVCache,
+        logits: Tensor,
+    ) -> Iterator[tuple[int, str]]:
+        """Choose and decode until every request has finished. `logits` (B, V) are those after the prompts."""
+        active = list(range(len(requests)))
         first = True
         while active:
             started = time.perf_counter()

@@ -22,18 +22,20 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, resolve_hidden_states_indices, selected_hidden_states
 
+from olmoe.fused import FusedDecoderLayer
 from olmoe.hf.attention import CachedAttend, RotaryEmbedding, prepare
 from olmoe.hf.config import OlmoeConfig, adopt
+from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.lora import route_lora
 from olmoe.hf.losses import router_losses
 from olmoe.hf.quantization import PackedLoading
 from olmoe.hf.switching import SwitchableExperts
-from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router
+from olmoe.model import Attend, Attention, Experts, Linear, RMSNorm, Router
 from olmoe.runtime import log
 
 
-class OlmoeDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
+class OlmoeDecoderLayer(GradientCheckpointingLayer, FusedDecoderLayer):
     """The network's block as transformers checkpoints, splits and shards it: outputs are a flat tuple of tensors."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -41,11 +43,11 @@ class OlmoeDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
 
         Flat, because reentrant checkpointing passes gradients to the tensors of a tuple but of nothing nested.
         """
-        x, routed = DecoderLayer.forward(self, x, rope, attend)
+        x, routed = FusedDecoderLayer.forward(self, x, rope, attend)
         return x, routed.logits
 
 
-class OlmoePreTrainedModel(SwitchableExperts, PackedLoading, PreTrainedModel):
+class OlmoePreTrainedModel(KernelBackend, SwitchableExperts, PackedLoading, PreTrainedModel):
     """What all OLMoE models share: configuration class, initialisation, and what transformers may do with them."""
 
     config: OlmoeConfig

@@ -306,6 +306,8 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
                 assert isinstance(module, PackedLinear)
                 plain = Linear(module.in_features, module.out_features, bias=False)
                 plain.bias = module.bias
+        if hasattr(plain, "backend"):
+            plain.backend = module.backend
         for matrix in ("gate_up_proj", "down_proj") if isinstance(module, PackedExperts) else ("weight",):
             if matrix not in module.shapes:  # it was plain beside a packed one
                 setattr(plain, matrix, getattr(module, matrix))

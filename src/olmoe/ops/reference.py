@@ -134,3 +134,52 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     """Sum over tokens of -log softmax(x W^T)[label]. x (N, D), weight (V, D), labels (N,) -> scalar fp32."""
     logits_NV = x.float() @ weight.float().T
     return torch.nn.functional.cross_entropy(logits_NV, labels, ignore_index=ignore_index, reduction="sum")
+
+
+# What the C++ kernels define beyond the operations above. They differentiate nothing and have no other backend.
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x in the int8 blocks that packed matrices are multiplied with, as the fp32 numbers they stand for. (..., C).
+
+    Per block of 32: d = max|x| / 127, q = x * (1/d) rounded to the nearest, halves to even; the value is d * q. A block
+    whose 1/d is not finite (zeros, denormals) is zero, and one that holds an infinity or a NaN is all NaN.
+    """
+    blocks = x.float().unflatten(-1, (-1, 32))
+    d = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    inverse = 1 / d
+    q = torch.where(torch.isfinite(inverse), blocks * inverse, 0.0).round()
+    return torch.where(torch.isfinite(d), d * q, torch.nan).flatten(-2)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = round(x) W^T + b for a packed matrix that decodes to `weight` (out, in). x (..., in) -> (..., out)."""
+    return linear(round_activations(x), weight, bias).to(x.dtype)
+
+
+def packed_moe(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`moe` with silu where the input of either matrix is rounded to int8 blocks; the matrices are decoded ones."""
+    y_ND = torch.zeros(x.shape, dtype=torch.float32)
+    for slot in range(expert_ids_NK.shape[1]):
+        for n, e in enumerate(expert_ids_NK[:, slot].tolist()):
+            gate, up = packed_linear(x[n].float(), gate_up[e], None).chunk(2)
+            hidden_F = torch.nn.functional.silu(gate) * up
+            y_ND[n] += weights_NK[n, slot].float() * packed_linear(hidden_F, down[e], None)
+    return y_ND.to(x.dtype)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], keys: Tensor, values: Tensor
+) -> Tensor:
+    """Attention of new tokens over a KV cache in fp32, after their keys and values, rounded to its dtype, are in it.
+
+    Sequence b has `counts[b]` of the N new tokens, which lie end to end, after `lengths[b]` cached ones.
+    q (N, H, Dh), k, v (N, G, Dh); keys, values (B, G, capacity, Dh) are written in place -> (N, H, Dh).
+    """
+    outputs, pieces = [], zip(*(t.split(counts) for t in (q, k, v)), strict=True)
+    for b, (q_T, k_T, v_T) in enumerate(pieces):
+        seen = lengths[b] + counts[b]
+        keys[b, :, lengths[b] : seen], values[b, :, lengths[b] : seen] = k_T.transpose(0, 1), v_T.transpose(0, 1)
+        cached = (t[b : b + 1, :, :seen].float() for t in (keys, values))
+        outputs.append(attention(q_T.float().transpose(0, 1).unsqueeze(0), *cached, None, True)[0].transpose(0, 1))
+    return torch.cat(outputs).to(q.dtype)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.runtime import log_once
+from olmoe.runtime import log
 
 # `Type` of csrc/types.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED_TYPES = {"q8_0": 3, "q4_0": 4}
+# Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def _load() -> tuple[Any, str | None]:
         _kernels = importlib.import_module("olmoe.ops.cpu._kernels")
     except ImportError as error:
         reason = f"the C++ kernels are not installed ({error})"
-        log_once(f"{reason}; inference runs on torch. Install a C++20 compiler and reinstall olmoe for more speed.")
+        log.warning("%s; inference runs on torch. Install a C++20 compiler and reinstall olmoe for more speed.", reason)
         return None, reason
     return _kernels, None
 
@@ -69,19 +71,32 @@ def set_isa(name: str) -> None:
         raise UserError(f"Instruction set {name!r} is not available here; choose one of {', '.join(isas())}.")
 
 
-def unsupported(x: Tensor) -> str | None:
-    """Why the kernels cannot take `x` as input, or None. They compute forward only."""
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return f"tensors of type {type(x).__name__} have no memory that kernels can read"
-    if x.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {x.device}"
-    if torch.compiler.is_compiling():
+def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why the kernels cannot take `x` and `others` as inputs, or None. They compute forward only."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "it cannot be traced"
-    if torch.is_grad_enabled() and x.requires_grad:
-        return "it computes no gradients"
-    if x.is_floating_point() and x.dtype not in FLOAT_TYPES:
-        return f"it does not support {x.dtype}"
+    for t in (x, *others):
+        if t is None:
+            continue
+        if type(t) not in _PLAIN:
+            return f"tensors of type {type(t).__name__} have no memory that kernels can read"
+        if not t.is_cpu:
+            return f"it runs on CPU tensors, not on {t.device}"
+        if t.requires_grad and torch.is_grad_enabled():
+            return "it computes no gradients"
+        if t.dtype not in FLOAT_TYPES and t.is_floating_point():
+            return f"it does not support {t.dtype}"
     return unavailable()
+
+
+def unsupported_weight(weight: Tensor) -> str | None:
+    """Why the kernels cannot read `weight` where it lies, or None."""
+    reason = unsupported(weight)
+    if reason is None and weight.dtype not in FLOAT_TYPES:
+        reason = f"it does not support weights of {weight.dtype}"
+    if reason is None and weight.numel() == 0:
+        reason = "the weight is empty"
+    return "the weight is not contiguous" if reason is None and not weight.is_contiguous() else reason
 
 
 def wide(x: Tensor) -> Tensor:
@@ -93,6 +108,7 @@ def float_matrix(weight: Tensor) -> Any:
     """A contiguous matrix (R, C), or a stack (E, R, C), for the kernels. The caller keeps `weight` alive."""
     rows, columns = weight.shape[-2:]
     assert weight.is_contiguous()
+    assert weight.device.type == "cpu", weight.device
     stride = rows * columns * weight.element_size()
     return kernels().Matrix(weight.data_ptr(), FLOAT_TYPES[weight.dtype], rows, columns, stride)
 
@@ -105,4 +121,5 @@ def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> A
     assert codes.shape[-2:] == shape, (codes.shape, shape)
     assert codes.dtype == torch.uint8
     assert codes.is_contiguous()
+    assert codes.device.type == "cpu", codes.device
     return kernels().Matrix(codes.data_ptr(), PACKED_TYPES[format_name], rows, columns, shape[0] * shape[1])

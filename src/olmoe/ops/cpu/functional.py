@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels, unsupported, wide
+from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels, unsupported, unsupported_weight, wide
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
 
@@ -20,16 +20,8 @@ from olmoe.ops.reference import Activation
 FEW_ROWS = 8
 
 
-def _weight_unsupported(weight: Tensor) -> str | None:
-    if weight.dtype not in FLOAT_TYPES:
-        return f"it does not support weights of {weight.dtype}"
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return "it computes no gradients"
-    return None if weight.is_contiguous() else "the weight is not contiguous"
-
-
-def _linear_unsupported(x: Tensor, weight: Tensor, *rest: object) -> str | None:
-    return unsupported(x) or _weight_unsupported(weight)
+def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return unsupported(x, bias) or unsupported_weight(weight)
 
 
 def _few_rows(x: Tensor, weight: Tensor, *rest: object) -> bool:
@@ -41,6 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `ops.linear`."""
     assert weight.dim() == 2
     assert x.shape[-1] == weight.shape[1], (x.shape, weight.shape)
+    assert bias is None or bias.shape == weight.shape[:1]
     rows_NC = wide(x).view(-1, x.shape[-1])
     out = torch.empty(len(rows_NC), weight.shape[0])
     offset = None if bias is None else wide(bias)
@@ -51,10 +44,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         0 if offset is None else offset.data_ptr(),
         out.data_ptr(),
     )
-    return out.view(*x.shape[:-1], -1).to(x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
-@register("rms_norm", "cpu", lambda x, weight, eps: unsupported(x) or _weight_unsupported(weight), prefer=_few_rows)
+@register("rms_norm", "cpu", lambda x, weight, eps: unsupported(x) or unsupported_weight(weight), prefer=_few_rows)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.rms_norm`."""
     assert weight.shape == x.shape[-1:]
@@ -65,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * out.to(x.dtype) if half else out
 
 
-@register("apply_rope", "cpu", lambda x, cos, sin: unsupported(x), prefer=_few_rows)
+@register("apply_rope", "cpu", unsupported, prefer=_few_rows)
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `ops.apply_rope`."""
     heads, head_dim = x.shape[-2:]
@@ -93,9 +86,8 @@ def _moe_unsupported(
 ) -> str | None:
     if activation is not F.silu:
         return "its experts compute SwiGLU with silu only"
-    if torch.is_grad_enabled() and weights_NK.requires_grad:
-        return "it computes no gradients"
-    return unsupported(x) or _weight_unsupported(gate_up) or _weight_unsupported(down)
+    reason = unsupported(x, weights_NK, expert_ids_NK)
+    return reason or unsupported_weight(gate_up) or unsupported_weight(down)
 
 
 @register("moe", "cpu", _moe_unsupported, prefer=_few_rows)
@@ -124,7 +116,8 @@ def run_moe(
     """The kernel on prepared matrices, with the checks of what it indexes by. `out` (N, D) fp32 is written."""
     n, k = expert_ids_NK.shape
     assert weights_NK.shape == (n, k)
-    assert x.shape[0] == n == out.shape[0]
+    assert x.shape == out.shape
+    assert len(x) == n
     rows_ND, weights, ids = wide(x), wide(weights_NK), expert_ids_NK.long().contiguous()
     if n == 0:
         return
@@ -155,7 +148,9 @@ def cached_attention(
     assert values.is_contiguous()
     assert len(counts) == len(lengths) == batch
     assert sum(counts) == n
-    assert all(length >= 0 and count >= 0 and length + count <= capacity for length, count in zip(lengths, counts))
+    assert all(
+        length >= 0 and count >= 0 and length + count <= capacity for length, count in zip(lengths, counts, strict=True)
+    )
     queries, new_keys, new_values, out = wide(q), wide(k), wide(v), torch.empty(n, heads, head_dim)
     kernels().attention(
         queries.data_ptr(),

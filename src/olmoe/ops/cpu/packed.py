@@ -24,6 +24,7 @@ def packed_linear(
 ) -> Tensor:
     """x W^T + b for a packed W (rows, columns). x (..., columns) -> (..., rows) in x's dtype."""
     assert x.shape[-1] == columns, (x.shape, columns)
+    assert bias is None or bias.shape == (rows,)
     rows_NC = wide(x).view(-1, columns)
     out = torch.empty(len(rows_NC), rows)
     offset = None if bias is None else wide(bias)

@@ -1,0 +1,101 @@
+"""Run the tests of the C++ kernels with sanitizers: `make sanitize`.
+
+Builds the extension module with the address and undefined-behaviour sanitizers in build/sanitize, and runs
+tests/ops/cpu and tests/test_fused*.py with it in the place of the installed one. Also builds and runs the thread
+pool's own test (csrc/tests/threads.cpp) with the thread sanitizer. Needs GCC, CMake and nanobind.
+
+Arguments after the script's name are given to pytest. As a pytest plugin (`-p sanitize`) this file loads the module
+that OLMOE_TEST_KERNELS names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "sanitize"
+VARIABLE = "OLMOE_TEST_KERNELS"
+NAME = "olmoe.ops.cpu._kernels"
+
+
+def use_kernels(path: str) -> None:
+    """Load the extension module from `path`, before anything imports the installed one."""
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.import_module("olmoe.ops.cpu")
+    assert NAME not in sys.modules, "the installed kernels are loaded already"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = package._kernels = module  # type: ignore[attr-defined]
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Run a command, and end with its exit code if it fails."""
+    print("+", *command, flush=True)
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def runtime(name: str) -> str:
+    """The path of one of the compiler's run-time libraries."""
+    return subprocess.run(
+        [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def compiler() -> str:
+    """The C++ compiler, as CMake finds it."""
+    return os.environ.get("CXX", "c++")
+
+
+def build() -> Path:
+    """Build the module with sanitizers; the path of the result."""
+    import nanobind
+
+    run(
+        "cmake", "-S", ROOT, "-B", BUILD, "-DOLMOE_SANITIZE=ON", f"-Dnanobind_DIR={nanobind.cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler()}",
+    )  # fmt: skip
+    run("cmake", "--build", BUILD, "--parallel")
+    (module,) = BUILD.glob("_kernels*.so")
+    return module
+
+
+def check_threads() -> None:
+    """The thread pool under the thread sanitizer, which Python and torch could not run under."""
+    program = BUILD / "threads"
+    sources = ROOT / "csrc" / "tests" / "threads.cpp", ROOT / "csrc" / "threads.cpp"
+    run(compiler(), "-std=c++20", "-g", "-O1", "-fsanitize=thread", *sources, "-o", program, "-pthread")
+    run(program)
+
+
+def main() -> None:
+    """Build, then run everything."""
+    module = build()
+    check_threads()
+    tests = sys.argv[1:] or [
+        "tests/ops/cpu",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_fused*.py")),
+    ]
+    run(
+        sys.executable, "-m", "pytest", "-p", "sanitize", *tests,
+        # libstdc++ too: the address sanitizer must find its exceptions when it starts.
+        LD_PRELOAD=" ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so.6"))),
+        # Python and torch leave memory to the system when they end.
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1",
+        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
+        PYTHONPATH=str(Path(__file__).parent),
+        **{VARIABLE: str(module)},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
+elif VARIABLE in os.environ:
+    use_kernels(os.environ[VARIABLE])

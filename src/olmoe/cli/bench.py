@@ -1,0 +1,211 @@
+"""Measure prompt processing and decoding on this CPU, beside the ceiling that its memory sets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from olmoe.config import ModelConfig
+    from olmoe.engine.benchmark import Ceiling
+    from olmoe.model import CausalLM
+
+RELEASED = "1b-7b"
+DEFAULT_FORMAT = "int4"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `olmoe bench`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", metavar="DIR|HUB_ID", help="a checkpoint, packed or not (default: the shipped olmoe-tiny)"
+    )
+    source.add_argument(
+        "--random-weights",
+        metavar=f"{RELEASED}|CONFIG.json",
+        help="no checkpoint, but random weights of these shapes, which take as long",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="of random weights: int4, int8, bf16 or fp32 (default: int4); of a checkpoint that is not packed: bf16 or "
+        "fp32 (default: as stored)",
+    )
+    parser.add_argument("--prefill", type=int, metavar="N", help="prompt length (default: 512, or the whole context)")
+    parser.add_argument("--decode", type=int, default=64, metavar="N", help="decoding steps (%(default)s)")
+    parser.add_argument("--context", type=int, default=64, metavar="N", help="tokens before them (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded at once (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="prompts; the median counts (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference (%(default)s)")
+    parser.add_argument("--isa", help="instruction set of the C++ kernels (default: the best that this CPU has)")
+    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the ceiling, measure, print a table and one line of JSON."""
+    import json
+    import time
+
+    from tqdm import tqdm
+
+    from olmoe import fused
+    from olmoe.engine import benchmark
+    from olmoe.errors import UserError
+    from olmoe.ops import cpu
+    from olmoe.runtime import keep_freed_memory, peak_memory_bytes, set_threads
+
+    for option in ("prefill", "decode", "context", "batch", "repeats"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} must be at least 1, not {value}.")
+    fused.require(arguments.backend)
+    if arguments.isa is not None:
+        if arguments.backend not in ("auto", "cpu"):
+            raise UserError(
+                f"--isa is for the C++ kernels, not for --backend {arguments.backend}; leave one of them out."
+            )
+        fused.require("cpu")
+        cpu.set_isa(arguments.isa)
+    set_threads(arguments.threads)
+    keep_freed_memory()
+    name, config, folder = _source(arguments)
+    prefill = _fit(arguments, config)
+
+    def say(text: str) -> None:
+        if not arguments.json:
+            print(text, flush=True)
+
+    bandwidth = benchmark.read_bandwidth()
+    benchmark.reset_peak_memory()
+    started = time.perf_counter()
+    model, stored = _load(folder, config, arguments.format)
+    runner = benchmark.Runner(model, arguments.backend)
+    load_seconds = time.perf_counter() - started
+    step = benchmark.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
+    ceiling = benchmark.Ceiling(bandwidth, step, arguments.batch)
+    say(_ceiling_text(ceiling, arguments.context))
+    with tqdm(desc=f"{name} {stored}", unit="step", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        speed = benchmark.measure(
+            runner,
+            prefill=prefill,
+            decode=arguments.decode,
+            context=arguments.context,
+            batch=arguments.batch,
+            repeats=arguments.repeats,
+            progress=progress,
+        )
+    peak, decoded = peak_memory_bytes(), speed["decode_tokens_per_second"]
+    # Once more, in case others used the memory before; a smaller block, because the model takes its room now.
+    ceiling = benchmark.Ceiling(max(bandwidth, benchmark.read_bandwidth(size=2**28)), step, arguments.batch)
+    share = decoded / ceiling.tokens_per_second
+    achieved = share * ceiling.bytes_per_second / 1e9
+    label = f"decode at {arguments.context}" + (f", batch {arguments.batch}" if arguments.batch > 1 else "")
+    say(
+        f"{'':<28} {'tokens/s':>10} {'of ceiling':>11} {'GB/s':>8}\n"
+        f"{f'prefill {prefill}':<28} {speed['prefill_tokens_per_second']:>10.1f}\n"
+        f"{label:<28} {decoded:>10.1f} {share:>10.0%} {achieved:>8.1f}\n"
+        f"load {load_seconds:.2f} s, peak memory {_size(peak)}"
+    )
+    facts = {
+        "benchmark": "bench",
+        "model": name,
+        "format": stored,
+        "random_weights": folder is None,
+        "backend": arguments.backend,
+        "prefill": prefill,
+        "decode": arguments.decode,
+        "context": arguments.context,
+        "batch": arguments.batch,
+        "prefill_tokens_per_s": round(speed["prefill_tokens_per_second"], 2),
+        "decode_tokens_per_s": round(decoded, 2),
+        "decode_tokens_per_s_best": round(speed["decode_tokens_per_second_best"], 2),
+        "share_of_ceiling": round(share, 3),
+        "achieved_gb_per_s": round(achieved, 2),
+        "load_s": round(load_seconds, 3),
+        "peak_memory_gb": round(peak / 1e9, 3),
+        "ceiling": ceiling.to_dict(),
+    }
+    print(json.dumps(facts | benchmark.machine_facts()))
+    return 0
+
+
+def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
+    """Name, architecture and folder (None: random weights) of what is to be measured."""
+    from pathlib import Path
+
+    from olmoe import hub, packed
+    from olmoe.config import ModelConfig
+    from olmoe.errors import UserError
+
+    wanted = arguments.random_weights
+    if wanted is not None:
+        if wanted == RELEASED and not Path(wanted).exists():
+            return wanted, ModelConfig(), None
+        if not Path(wanted).is_file():
+            raise UserError(f"--random-weights takes {RELEASED} or a config.json, and {wanted!r} is neither.")
+        return wanted, ModelConfig.from_file(wanted), None
+    folder = hub.resolve(hub.SHIPPED if arguments.model is None else arguments.model)
+    name = arguments.model or "olmoe-tiny"
+    if packed.is_packed(folder):
+        config, layout = packed.read_layout(folder)
+        if arguments.format is not None:
+            raise UserError(
+                f"{folder} is packed as {layout.recipe or layout.weight_format} already, so leave --format out."
+            )
+        return name, config, folder
+    if arguments.format not in (None, "bf16", "fp32"):
+        raise UserError(
+            f"{folder} is not packed, so it can be measured in bf16 or fp32, not {arguments.format!r}; pack it with "
+            "`olmoe quantize`, or give --random-weights its config.json."
+        )
+    return name, ModelConfig.from_file(folder / "config.json"), folder
+
+
+def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
+    """The prompt length to measure. Raises `UserError` for what the model's context cannot hold."""
+    from olmoe.errors import UserError
+
+    room = int(config.max_position_embeddings * config.rope.factor)
+    prefill: int = min(512, room) if arguments.prefill is None else arguments.prefill
+    needs = {"--prefill asks": prefill, "--context and --decode ask": arguments.context + arguments.decode}
+    for who, length in needs.items():
+        if length > room:
+            raise UserError(f"{who} for {length} tokens, but the model's context ends at {room}; take fewer.")
+    return prefill
+
+
+def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple[CausalLM, str]:
+    """The model and the name of its format."""
+    from olmoe import checkpoint, packed
+    from olmoe.engine.benchmark import PLAIN_FORMATS, random_model
+
+    if folder is None:
+        return random_model(config, format or DEFAULT_FORMAT), format or DEFAULT_FORMAT
+    if packed.is_packed(folder):
+        layout = packed.read_layout(folder)[1]
+        return checkpoint.load(folder, device="cpu"), layout.recipe or layout.weight_format
+    model = checkpoint.load(folder, dtype=None if format is None else PLAIN_FORMATS[format], device="cpu")
+    dtype = model.model.norm.weight.dtype
+    names = {value: key for key, value in PLAIN_FORMATS.items()}
+    return model, names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _ceiling_text(ceiling: Ceiling, context: int) -> str:
+    reads = "A token reads" if ceiling.batch == 1 else f"A step of {ceiling.batch} tokens reads"
+    return (
+        f"Memory reads reach {ceiling.bytes_per_second / 1e9:.1f} GB/s. {reads} {_size(ceiling.step.weights)} of "
+        f"weights and, at context {context}, {_size(ceiling.step.cache)} of keys and values: at most "
+        f"{ceiling.tokens_per_second:.1f} tokens/s."
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

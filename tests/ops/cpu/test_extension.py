@@ -1,0 +1,140 @@
+"""The compiled module: instruction sets, threads, forks, and doing without it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from olmoe import ops
+from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.ops import cpu
+from olmoe.ops.cpu import extension
+from olmoe.runtime import log_once
+from ops.cpu.matrices import random
+from sentences import refused
+
+WEIGHT = random(300, 256)
+
+
+def product(x):
+    return ops.linear(x, WEIGHT, backend="cpu")
+
+
+def test_scalar_is_always_there_and_comes_last(isa):
+    assert cpu.isas()[-1] == "scalar"
+    assert cpu.isa() == isa
+    message = refused(lambda: cpu.set_isa("avx9000"))
+    assert "'avx9000'" in message
+    assert "scalar" in message
+    assert cpu.isa() == isa
+
+
+def test_the_instruction_sets_really_differ():
+    """Were one table compiled for another's instructions, the last bits would agree."""
+    x, results = random(1, 256, seed=1), {}
+    before = cpu.isa()
+    for name in cpu.isas():
+        cpu.set_isa(name)
+        results[name] = product(x)
+    cpu.set_isa(before)
+    names = list(results)
+    assert not any(torch.equal(results[a], results[b]) for a in names for b in names if a < b)
+
+
+def test_the_pool_has_as_many_threads_as_torch(set_threads):
+    for threads in (3, 1, 2):
+        set_threads(threads)
+        product(random(2, 256))
+        assert extension.kernels().get_threads() == threads
+
+
+def test_calls_from_several_threads_take_turns(set_threads):
+    """With numbers of threads of their own, so that the pool changes between calls."""
+    set_threads(2)
+    inputs = [random(n, 256, seed=n) for n in (1, 9, 20)]
+    expected, wrong, errors = [product(x) for x in inputs], [], []
+
+    def work(number):
+        try:
+            torch.set_num_threads(number % 3 + 1)
+            wrong.extend(n for i in range(30) for n, x in enumerate(inputs) if not torch.equal(product(x), expected[n]))
+        except Exception as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong
+    assert not errors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are Unix's")
+def test_a_fork_while_another_thread_computes_can_compute(set_threads):
+    """The child has neither the pool's threads nor the thread that held the lock."""
+    set_threads(2)
+    x, stop = random(20, 256), threading.Event()
+    expected = product(x)
+
+    def busy():
+        while not stop.is_set():
+            product(x)
+
+    worker = threading.Thread(target=busy)
+    worker.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(product(x), expected) else 3)
+            assert wait(child) == 0
+    finally:
+        stop.set()
+        worker.join()
+    assert torch.equal(product(x), expected)
+
+
+def wait(child: int, seconds: float = 20.0) -> int:
+    """The exit code of a child, which is killed if it hangs."""
+    timer = threading.Timer(seconds, os.kill, (child, 9))
+    timer.start()
+    status = os.waitpid(child, 0)[1]
+    timer.cancel()
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """As on a machine where nothing was compiled."""
+    monkeypatch.setattr(extension, "_load", functools.cache(extension._load.__wrapped__))
+    monkeypatch.setitem(sys.modules, "olmoe.ops.cpu._kernels", None)
+    monkeypatch.delattr(importlib.import_module("olmoe.ops.cpu"), "_kernels", raising=False)
+    log_once.cache_clear()
+
+
+def test_without_the_module_torch_computes_and_one_line_says_so(absent, caplog):
+    x = random(2, 256)
+    for _ in range(3):
+        assert torch.equal(ops.linear(x, WEIGHT), ops.linear(x, WEIGHT, backend="torch"))
+    lines = [record for record in caplog.records if "C++" in record.message]
+    assert len(lines) == 1
+    assert lines[0].levelno == logging.WARNING  # shown without --verbose
+    assert "runs on torch" in lines[0].message
+    assert not cpu.available()
+    assert "not installed" in cpu.unavailable()
+
+
+def test_without_the_module_its_name_is_an_error(absent):
+    for call in (lambda: product(random(2, 256)), extension.kernels, cpu.isas, lambda: cpu.set_isa("scalar")):
+        assert "not installed" in refused(call, BackendUnavailableError)
+    with pytest.raises(UserError, match="'cpu' cannot run route here"):
+        ops.route(random(2, 8), 2, backend="cpu")

@@ -1,0 +1,343 @@
+"""The backend "cpu" on plain tensors, and attention over a cache, for every instruction set.
+
+Ordinary shapes and dtypes are in tests/ops/test_parity.py; here are tile borders, threads, extremes and refusals.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olmoe import ops
+from olmoe.errors import BackendUnavailableError
+from olmoe.ops import reference
+from olmoe.ops.cpu.functional import cached_attention
+from ops.cpu.matrices import error, random
+from ops.tolerances import forward_tolerance
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def linear(x, weight, bias=None):
+    return ops.linear(x, weight, bias, backend="cpu")
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        pytest.param(4, 16, id="one tile of rows, one vector"),
+        pytest.param(1, 1, id="one number"),
+        pytest.param(7, 5, id="narrower than any vector"),
+        pytest.param(35, 77, id="odd both ways"),
+        pytest.param(130, 128, id="several bands of rows"),
+        pytest.param(65, 520, id="wider than a piece"),
+    ],
+)
+def test_linear_of_fp32_with_every_kind_of_weight(rows, columns, dtype, isa):
+    weight, bias = random(rows, columns, scale=columns**-0.5).to(dtype), random(rows, seed=1)
+    x = random(14, columns, seed=2)
+    expected = reference.linear(x, weight, bias)
+    for tokens in (*range(1, 8), 14):
+        assert error(linear(x[:tokens], weight, bias), expected[:tokens]) < forward_tolerance("linear", x.dtype)
+
+
+@dtypes
+def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, isa, set_threads):
+    weight, bias, x = random(300, 150).to(dtype), random(300, seed=1), random(20, 150, seed=2)
+    set_threads(1)
+    alone = torch.cat([linear(x[i : i + 1], weight, bias) for i in range(20)])
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        for tokens in (1, 2, 3, 5, 6, 7, 11, 20):
+            assert torch.equal(linear(x[:tokens], weight, bias), alone[:tokens])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e38], ids=str)
+def test_linear_of_extreme_activations(value, isa):
+    weight, x = random(9, 40, scale=10.0), random(4, 40, seed=1)
+    clean = linear(x, weight)
+    x[2, ::3] = value
+    ours = linear(x, weight)
+    assert torch.equal(ours[[0, 1, 3]], clean[[0, 1, 3]])
+    assert not torch.isfinite(ours[2]).all()
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 67, 200])
+def test_rms_norm(width, isa):
+    x, weight = random(18, width, scale=3.0), random(width, seed=1)
+    x[3], x[4], x[5] = 0, 1e-30, 1e15
+    ours, expected = ops.rms_norm(x, weight, 1e-5, backend="cpu"), reference.rms_norm(x, weight, 1e-5)
+    for row in range(18):
+        assert error(ours[row], expected[row]) < forward_tolerance("rms_norm", x.dtype)
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 12, 20, 64, 80, 128])
+def test_rope(head_dim, isa):
+    angle = random(3, 7, head_dim // 2, seed=1, scale=5.0)
+    x = random(3, 7, 5, head_dim)
+    ours = ops.apply_rope(x, angle.cos(), angle.sin(), backend="cpu")
+    assert error(ours, reference.apply_rope(x, angle.cos(), angle.sin())) < forward_tolerance("apply_rope", x.dtype)
+
+
+# ---- router ----
+
+
+def route(logits, k, norm=False):
+    return ops.route(logits, k, norm, backend="cpu")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("e", "k"), [(64, 8), (8, 8), (5, 1), (1, 1), (19, 3), (33, 33)])
+def test_route(e, k, norm, isa):
+    logits = random(70, e, scale=3.0)
+    (weights, ids), (expected, expected_ids) = route(logits, k, norm), reference.route(logits, k, norm)
+    assert torch.equal(ids, expected_ids)
+    assert error(weights, expected) < forward_tolerance("route", logits.dtype)
+
+
+def test_of_equal_experts_the_lower_comes_first(isa):
+    """Wherever they lie in a vector or beyond its last one."""
+    logits = torch.zeros(3, 37)
+    logits[1, [36, 20, 5, 33]] = 1.0
+    logits[2, 10:] = -math.inf
+    weights, ids = route(logits, 6)
+    assert ids.tolist() == [[0, 1, 2, 3, 4, 5], [5, 20, 33, 36, 0, 1], [0, 1, 2, 3, 4, 5]]
+    assert torch.allclose(weights[2], torch.full((6,), 0.1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_logits_that_are_not_finite_choose_distinct_experts_all_the_same(value, isa):
+    logits = random(4, 20)
+    logits[1, 7] = value
+    logits[2] = value
+    weights, ids = route(logits, 5)
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 20 for row in ids.tolist())
+    assert torch.isfinite(weights[[0, 3]]).all()
+    assert torch.isfinite(weights[1]).all() == (value == -math.inf)
+
+
+def test_very_distant_logits(isa):
+    logits = torch.tensor([[0.0, 1000.0, -1000.0, 999.0], [-3e38, 3e38, 0.0, 3e38]])
+    weights, ids = route(logits, 3)
+    assert ids.tolist() == [[1, 3, 0], [1, 3, 0]]
+    assert torch.allclose(weights, torch.tensor([[0.7310586, 0.2689414, 0.0], [0.5, 0.5, 0.0]]))
+
+
+# ---- routed experts ----
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("n", "e", "k", "d", "f"),
+    [
+        pytest.param(7, 4, 2, 24, 5, id="experts narrower than a vector"),
+        pytest.param(7, 4, 2, 24, 48, id="width of whole groups, not blocks"),
+        pytest.param(3, 3, 1, 40, 520, id="experts wider than a piece, K=1"),
+        pytest.param(5, 4, 4, 33, 64, id="K=E"),
+        pytest.param(90, 3, 1, 16, 32, id="more than 64 rows of an expert"),
+    ],
+)
+def test_moe_of_fp32_with_every_kind_of_weight(n, e, k, d, f, dtype, isa, set_threads):
+    """And, bit for bit, for any number of threads and one token at a time."""
+    x, weights = random(n, d), random(n, k, seed=1)
+    ids = torch.stack([torch.randperm(e, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
+    matrices = random(e, 2 * f, d, seed=2, scale=d**-0.5).to(dtype), random(e, d, f, seed=3, scale=f**-0.5).to(dtype)
+
+    def moe(tokens=slice(None)):
+        return ops.moe(x[tokens], weights[tokens], ids[tokens], *matrices, F.silu, backend="cpu")
+
+    ours = moe()
+    assert error(ours, reference.moe(x, weights, ids, *matrices, F.silu)) < 2 * forward_tolerance("moe", x.dtype)
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        assert torch.equal(moe(), ours)
+    for i in range(min(n, 20)):
+        assert torch.equal(moe(slice(i, i + 1)), ours[i : i + 1])
+
+
+def test_gates_far_below_zero_are_closed(isa):
+    """silu(-1e30) is 0, whatever it is multiplied with."""
+    gate_up, down = torch.ones(1, 2 * 19, 4), torch.ones(1, 4, 19)
+    gate_up[:, :19] = -1e30
+    out = ops.moe(
+        torch.ones(2, 4), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.long), gate_up, down, F.silu, backend="cpu"
+    )
+    assert not out.abs().gt(1e-30).any()
+
+
+# ---- attention over a cache ----
+
+CASES = [
+    # heads, kv heads, head dim, cached tokens, new tokens
+    pytest.param(4, 4, 16, [0], [9], id="a prompt"),
+    pytest.param(4, 2, 16, [0, 0, 0], [5, 1, 20], id="prompts of a batch, more than one block of queries"),
+    pytest.param(4, 4, 16, [70], [1], id="decoding past one block of keys"),
+    pytest.param(6, 2, 32, [3, 63, 64, 127, 0], [1, 1, 1, 1, 1], id="decoding: lengths around the block of keys"),
+    pytest.param(4, 1, 32, [50, 0, 129], [37, 3, 18], id="prompts after a cached prefix, one KV head"),
+    pytest.param(2, 2, 12, [5, 66], [17, 1], id="12: less than a vector"),
+    pytest.param(2, 1, 20, [5, 66], [17, 1], id="20: a vector and a rest"),
+    pytest.param(2, 2, 80, [5, 66], [17, 1], id="80: wider than four vectors"),
+    pytest.param(2, 2, 128, [61, 130], [70, 1], id="128: OLMoE's own"),
+    pytest.param(2, 1, 2, [0, 3], [4, 0], id="2: the least; a sequence without new tokens"),
+]  # fmt: skip
+
+
+class Attention:
+    """Queries, keys and values, and a cache that holds NaN wherever nothing was written."""
+
+    def __init__(self, heads, kv_heads, head_dim, lengths, counts, dtype, scale=1.0):
+        self.counts, self.lengths, n = counts, lengths, sum(counts)
+        self.q, self.k, self.v = (
+            random(n, h, head_dim, seed=i, scale=scale) for i, h in enumerate((heads, kv_heads, kv_heads))
+        )
+        capacity = max(length + count for length, count in zip(lengths, counts, strict=True)) + 3
+        self.keys, self.values = (
+            random(len(counts), kv_heads, capacity, head_dim, seed=i, scale=scale).to(dtype) for i in (5, 6)
+        )
+        for b, length in enumerate(lengths):
+            self.keys[b, :, length:] = self.values[b, :, length:] = math.nan
+
+    def run(self, function, rows=None):
+        """The result, and the cache that it leaves; `rows` chooses one sequence."""
+        keys, values = self.keys.clone(), self.values.clone()
+        out = function(self.q, self.k, self.v, self.counts, self.lengths, keys, values)
+        return out, keys, values
+
+    def alone(self, b):
+        """Sequence b without the others."""
+        start = sum(self.counts[:b])
+        tokens = slice(start, start + self.counts[b])
+        keys, values = self.keys[b : b + 1].clone(), self.values[b : b + 1].clone()
+        inputs = self.q[tokens], self.k[tokens], self.v[tokens], [self.counts[b]], [self.lengths[b]]
+        return cached_attention(*inputs, keys, values)
+
+
+@dtypes
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "lengths", "counts"), CASES)
+def test_cached_attention(heads, kv_heads, head_dim, lengths, counts, dtype, isa, set_threads):
+    """With grouped heads; and, bit for bit, for any number of threads and one sequence at a time."""
+    case = Attention(heads, kv_heads, head_dim, lengths, counts, dtype)
+    set_threads(1)
+    (ours, *cache), (expected, *expected_cache) = case.run(cached_attention), case.run(reference.cached_attention)
+    assert error(ours, expected) < forward_tolerance("cached_attention", ours.dtype)
+    for left, right in zip(cache, expected_cache, strict=True):
+        assert torch.equal(left.nan_to_num(99.0), right.nan_to_num(99.0))
+    for threads in (2, 3, 5):
+        set_threads(threads)
+        assert torch.equal(case.run(cached_attention)[0], ours)
+    assert torch.equal(torch.cat([case.alone(b) for b in range(len(counts))]), ours)
+
+
+@dtypes
+def test_cached_attention_of_half_precision_queries(dtype, isa):
+    case = Attention(4, 2, 16, [3, 0], [2, 5], torch.float32)
+    case.q, case.k, case.v = (t.to(dtype) for t in (case.q, case.k, case.v))
+    (ours, *_), (expected, *_) = case.run(cached_attention), case.run(reference.cached_attention)
+    assert ours.dtype == dtype
+    assert error(ours, expected) <= forward_tolerance("cached_attention", dtype)
+
+
+@pytest.mark.parametrize("counts", [[1], [18]], ids=["decoding", "prompt"])
+def test_attention_to_one_key_alone(counts, isa):
+    """Scores thousands apart: the largest takes all, wherever it is, and nothing overflows."""
+    case = Attention(2, 2, 16, [130], counts, torch.float32, scale=30.0)
+    (ours, *_), (expected, *_) = case.run(cached_attention), case.run(reference.cached_attention)
+    assert error(ours, expected) < 1e-3  # the last bit of a score of 4000 is 2**-12, and its exponential follows
+
+
+@pytest.mark.parametrize("counts", [[1], [18]], ids=["decoding", "prompt"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_attention_to_what_is_not_finite_stays_within_its_head_and_sequence(counts, value, isa):
+    case = Attention(2, 2, 16, [70, 70], counts * 2, torch.float32)
+    clean = case.run(cached_attention)[0]
+    case.keys[0, 1, 5, 3] = value
+    ours = case.run(cached_attention)[0]
+    assert torch.equal(ours[:, 0], clean[:, 0])
+    assert torch.equal(ours[counts[0] :], clean[counts[0] :])
+
+
+def test_conversion_to_the_cache_rounds_as_torch_does(isa):
+    """Halves to even, denormals, overflow to infinity, infinities and NaN."""
+    bits = torch.arange(0, 2**16, 7, dtype=torch.int32)
+    exact = bits.to(torch.int16).view(torch.float16).float()
+    between = torch.cat([exact, exact * (1 + 2**-11), exact * (1 + 2**-9), exact * 2.0**100, exact * 2.0**-130])
+    between = torch.cat([between, torch.tensor([65519.0, 65520.0, 65536.0, math.inf, -math.inf, math.nan])])
+    v = torch.cat([between, torch.zeros(-len(between) % 64)]).view(-1, 1, 16)
+    counts = [4] * (len(v) // 4)
+    for dtype in DTYPES:
+        keys, values = (torch.zeros(len(counts), 1, 4, 16, dtype=dtype) for _ in range(2))
+        cached_attention(torch.zeros_like(v), torch.zeros_like(v), v, counts, [0] * len(counts), keys, values)
+        ours, expected = values.view(-1), v.to(dtype).view(-1)
+        number = ~expected.isnan()
+        assert torch.equal(ours[number], expected[number])
+        assert ours[~number].isnan().all()
+
+
+# ---- what the kernels refuse ----
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "reason"),
+    [
+        (torch.zeros(2, 4).double(), torch.zeros(3, 4).double(), "does not support torch.float64"),
+        (torch.zeros(2, 4, requires_grad=True), torch.zeros(3, 4), "no gradients"),
+        (torch.zeros(2, 4), torch.zeros(3, 4, requires_grad=True), "no gradients"),
+        (torch.zeros(2, 4), torch.zeros(4, 3).T, "not contiguous"),
+        (torch.zeros(2, 4), torch.zeros(3, 4, device="meta"), "not on meta"),
+        (torch.zeros(2, 4, device="meta"), torch.zeros(3, 4), "not on meta"),
+        (torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.int8), "weights of torch.int8"),
+        (torch.zeros(2, 0), torch.zeros(3, 0), "empty"),
+        (torch.zeros(2, 4).as_subclass(type("Mine", (torch.Tensor,), {})), torch.zeros(3, 4), "type Mine"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_what_linear_refuses_and_leaves_to_torch(x, weight, reason):
+    with pytest.raises(BackendUnavailableError, match=f"'cpu' cannot run linear here: .*{reason}"):
+        linear(x, weight)
+    if "meta" not in reason:
+        ops.linear(x, weight.to(x.dtype))
+
+
+def test_every_operand_is_checked():
+    """A gradient or a device anywhere is one."""
+    x, grad, meta = torch.zeros(2, 4), torch.zeros(3, requires_grad=True), torch.zeros(3, device="meta")
+    weights = torch.ones(2, 1)
+    ids, gate_up, down = torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 6, 4), torch.zeros(1, 4, 3)
+    calls = [
+        lambda: linear(x, torch.zeros(3, 4), grad),
+        lambda: linear(x, torch.zeros(3, 4), meta),
+        lambda: ops.rms_norm(x, grad, 1e-5, backend="cpu"),
+        lambda: ops.apply_rope(torch.zeros(3, 2, 2), grad.view(3, 1), grad.view(3, 1), backend="cpu"),
+        lambda: ops.moe(x, weights.clone().requires_grad_(), ids, gate_up, down, F.silu, backend="cpu"),
+        lambda: ops.moe(x, weights, ids, gate_up, down.clone().requires_grad_(), F.silu, backend="cpu"),
+        lambda: ops.moe(x, weights, ids.to("meta"), gate_up, down, F.silu, backend="cpu"),
+        lambda: ops.moe(x, weights, ids, gate_up, down, F.gelu, backend="cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(BackendUnavailableError):
+            call()
+    with torch.no_grad():
+        assert linear(x, torch.zeros(3, 4), grad).shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_graphs_hold_no_addresses():
+    weight, x = random(3, 4), random(2, 4, seed=1)
+    traced = torch.jit.trace(lambda x: ops.linear(x, weight), random(2, 4, seed=2), check_trace=False)
+    assert torch.allclose(traced(x), ops.linear(x, weight))
+    compiled = torch.compile(lambda x: ops.linear(x, weight), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), ops.linear(x, weight))
+
+
+def test_no_tokens():
+    assert linear(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
+    assert linear(torch.zeros(2, 0, 4), torch.zeros(3, 4)).shape == (2, 0, 3)
+    assert ops.rms_norm(torch.zeros(0, 4), torch.ones(4), 1e-5, backend="cpu").shape == (0, 4)
+    assert [t.shape for t in route(torch.zeros(0, 4), 2)] == [(0, 2), (0, 2)]
+    cache = torch.zeros(1, 1, 3, 4)
+    assert cached_attention(*[torch.zeros(0, 1, 4)] * 3, [0], [0], cache, cache.clone()).shape == (0, 1, 4)

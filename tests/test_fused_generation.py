@@ -1,0 +1,195 @@
+"""Generating with the C++ kernels: backends by name, threads, forks, interrupts, and doing without a compiler."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+
+from conftest import make_model
+from olmoe import fused
+from olmoe.cli.main import main
+from olmoe.engine.llm import LLM
+from olmoe.engine.request import SamplingParams
+from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.fused import FusedDecoderLayer
+from olmoe.model import DecoderLayer
+from olmoe.ops import cpu
+from olmoe.ops.cpu import extension
+from olmoe.runtime import log_once
+from packed_folders import WHOLE, packed_folder
+from sentences import refused
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
+GREEDY = SamplingParams(max_new_tokens=20, temperature=0.0, ignore_eos=True)
+PROMPTS = ["Once upon a time there was a little girl.", "The dog", "One day the girl and the dog went"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer_file):
+    """A packed checkpoint with its tokenizer; `folder`-plain beside it is the ordinary one."""
+    return packed_folder(tmp_path_factory.mktemp("llm") / "int4", "int4", tokenizer_file, **WHOLE)
+
+
+@pytest.fixture
+def plain(folder):
+    return folder.with_name(f"{folder.name}-plain")
+
+
+def texts(llm):
+    return [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---- by name ----
+
+
+@needs_kernels
+def test_every_backend_generates_the_same_text(plain, tokenizer):
+    """In fp32, with margins between tokens that rounding does not reach."""
+    expected = texts(LLM(plain, dtype="float32", backend="reference"))
+    for backend in ("auto", "cpu", "torch"):
+        assert texts(LLM(plain, dtype="float32", backend=backend)) == expected
+    model = make_model(**WHOLE)
+    assert texts(LLM.from_parts(model, tokenizer, backend="cpu")) == texts(
+        LLM.from_parts(model, tokenizer, backend="torch")
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+def test_a_backend_is_what_computes(folder, backend, monkeypatch):
+    """Layers fuse for kernels alone, and with these no plain layer runs at all."""
+    llm = LLM(folder, backend=backend)
+    kernels = backend in ("auto", "cpu")
+    assert {type(layer) for layer in llm.model.model.layers} == {FusedDecoderLayer if kernels else DecoderLayer}
+    if kernels:
+        monkeypatch.setattr(DecoderLayer, "forward", None)
+    assert all(len(ids) == 20 for ids in texts(llm))
+
+
+@needs_kernels
+def test_a_prompt_gets_the_same_ids_alone_and_in_a_batch(folder):
+    llm = LLM(folder, backend="cpu")
+    assert texts(llm) == [llm.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+
+
+def test_unknown_backends_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    message = refused(lambda: LLM(tmp_path / "missing", backend="gpu"), UserError)
+    assert "'gpu'" in message
+    assert main(["generate", "Once", "--backend", "gpu", "--model", str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err == f"olmoe: {message}\n"
+
+
+@needs_kernels
+def test_the_command_line_takes_a_backend(plain, capsys):
+    written = []
+    for backend in ("auto", "cpu", "torch", "reference"):
+        arguments = ["generate", PROMPTS[0], "--model", str(plain), "--dtype", "float32", "--backend", backend]
+        assert main([*arguments, "--temperature", "0", "--max-new-tokens", "8", "--quiet"]) == 0
+        written.append(capsys.readouterr().out)
+    assert len(set(written)) == 1
+    assert written[0].startswith(PROMPTS[0])
+
+
+# ---- threads, forks, interrupts ----
+
+
+@needs_kernels
+def test_two_threads_generate_at_the_same_time(folder, set_threads):
+    """With one model and with one each."""
+    set_threads(2)
+    llm, other = LLM(folder, backend="cpu"), LLM(folder)
+    expected, results = texts(llm), {}
+
+    def work(name, llm):
+        results[name] = [texts(llm) for _ in range(3)]
+
+    workers = [threading.Thread(target=work, args=item) for item in enumerate((llm, llm, other))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert list(results.values()) == [[expected] * 3] * 3
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are Unix's")
+def test_a_forked_child_generates(folder, set_threads):
+    """Its parent's pool has threads that the child does not have."""
+    set_threads(2)
+    llm = LLM(folder, backend="cpu")
+    expected = texts(llm)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if texts(llm) == expected else 2
+        finally:
+            os._exit(code)
+    timer = threading.Timer(60, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    status = os.waitpid(child, 0)[1]
+    timer.cancel()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert texts(llm) == expected
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers with signals are Unix's")
+def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
+    """Wherever in a step it arrives: each time a little later."""
+    set_threads(2)
+    llm = LLM(folder, backend="cpu")
+    expected, before = texts(llm), signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for milliseconds in range(1, 12, 2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+                while True:
+                    texts(llm)
+            assert texts(llm) == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- without a compiler ----
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """As on a machine where the kernels were not compiled."""
+    monkeypatch.setattr(extension, "_load", functools.cache(extension._load.__wrapped__))
+    monkeypatch.setitem(sys.modules, "olmoe.ops.cpu._kernels", None)
+    monkeypatch.delattr(importlib.import_module("olmoe.ops.cpu"), "_kernels", raising=False)
+    log_once.cache_clear()
+
+
+def test_without_kernels_torch_generates_and_one_line_says_so(folder, plain, absent, caplog):
+    assert texts(LLM(plain, dtype="float32")) == texts(LLM(plain, dtype="float32", backend="torch"))
+    assert texts(LLM(folder)) == texts(LLM(folder, backend="torch"))
+    assert len([record for record in caplog.records if "C++" in record.message]) == 1
+
+
+def test_without_kernels_asking_for_them_is_an_error(plain, tokenizer, absent, capsys):
+    message = refused(lambda: LLM(plain, backend="cpu"), BackendUnavailableError)
+    assert "not installed" in message
+    assert "torch" in message
+    refused(lambda: LLM.from_parts(make_model(), tokenizer, backend="cpu"), BackendUnavailableError)
+    refused(lambda: fused.require("cpu"), BackendUnavailableError)
+    capsys.readouterr()
+    assert main(["generate", "Once", "--model", str(plain), "--backend", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
