@@ -189,8 +189,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     raw[start : start + 2] = torch.tensor([value]).bfloat16().view(torch.uint8).numpy().tobytes()
     (folder / "model.safetensors").write_bytes(raw)
     for recipe, windows in (("int8", None), ("int4", None), ("int4", WINDOWS)):
-        with pytest.raises(
-            CheckpointError, match="v_proj.weight holds values that are not finite"
-        ):
+        with pytest.raises(CheckpointError, match="v_proj.weight holds values that are not finite"):
             pack(FolderSource(folder), tmp_path / "m", RECIPES[recipe], windows)
     assert not (tmp_path / "m").exists()

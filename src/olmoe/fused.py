@@ -131,13 +131,15 @@ class _Prepared:
         for owner, names in owners:
             for name in names:
                 module = None if owner is None else owner._modules.get(name)
-                self._places += [] if owner is None else [(owner._modules, name)]
-                if module is not None:
+                if owner is not None and module is not None:
+                    self._places.append((owner._modules, name))
                     self._modules.append(module)
-                    self._places += ((module.__dict__, setting) for setting in (*_SETTINGS, *_HOOKS))
+                    self._places += ((vars(module), s) for s in (*_HOOKS[:2], *_SETTINGS) if s in vars(module))
                     self._places += ((module._parameters, p) for p in module._parameters)
                     self._parameters += (p for p in module._parameters.values() if p is not None)
         self._found = [mapping.get(name) for mapping, name in self._places]
+        self._states = list(map(vars, self._modules))
+        self._lengths = list(map(len, self._states))  # other settings are there, or gone
         self._types = list(map(type, self._modules))
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in _HOOKS]
         self._hooked = any(self._hooks)
@@ -151,12 +153,16 @@ class _Prepared:
 
     def still(self) -> bool:
         """Whether the layer is what it was; asked at every call, so written to be quick."""
-        return (
-            all(map(is_, [mapping.get(name) for mapping, name in self._places], self._found))
-            and list(map(type, self._modules)) == self._types
-            and any(self._hooks) == self._hooked
-            and self._where() == self._layout
-        )
+        try:
+            return (
+                all(map(is_, [mapping[name] for mapping, name in self._places], self._found))
+                and list(map(type, self._modules)) == self._types
+                and list(map(len, self._states)) == self._lengths
+                and any(self._hooks) == self._hooked
+                and self._where() == self._layout
+            )
+        except KeyError:
+            return False
 
     def needs_gradients(self) -> bool:
         """Whether any parameter does."""

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from configurations import small_config
 from olmoe.engine.kv_cache import KVCache
+from olmoe.ops import cpu
+
+kernels = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}"))
+backends = pytest.mark.parametrize("backend", [kernels, "torch"])
 
 
-def poisoned(config, batch: int, capacity: int, dtype=torch.float32) -> KVCache:
+def poisoned(config, batch: int, capacity: int, dtype=torch.float32, backend="auto") -> KVCache:
     """A cache whose every place holds NaN: reading one that was never written shows."""
-    cache = KVCache(config, batch, capacity, dtype=dtype, device=torch.device("cpu"))
+    cache = KVCache(config, batch, capacity, dtype=dtype, device=torch.device("cpu"), backend=backend)
     for t in (*cache._keys, *cache._values):
         t.fill_(math.nan)
     return cache
@@ -54,13 +58,14 @@ class Sequences:
         return attention_by_hand(s["q"][place], s["k"][: place + 1], s["v"][: place + 1])
 
 
+@backends
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[5], [3, 3], [4, 1, 7]], ids=str)
-def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths):
+@pytest.mark.parametrize("lengths", [[5], [3, 3], [4, 1, 7], [70, 2]], ids=str)
+def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths, backend):
     config = small_config(num_key_value_heads=kv_heads)
     steps = 4
     sequences = Sequences(config, [length + steps for length in lengths])
-    cache = poisoned(config, len(lengths), max(lengths) + steps)
+    cache = poisoned(config, len(lengths), max(lengths) + steps, backend=backend)
 
     attend = cache.attend_prefill(lengths)
     for layer in range(config.num_hidden_layers):
@@ -80,12 +85,13 @@ def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths):
         cache.advance([1] * len(lengths))
 
 
+@backends
 @pytest.mark.parametrize("rows", [[0, 2], [2, 0], [1], [2, 1, 0], [0, 1, 2]], ids=str)
-def test_keep_drops_and_reorders_sequences(rows):
+def test_keep_drops_and_reorders_sequences(rows, backend):
     config = small_config(num_key_value_heads=2)
     lengths = [4, 1, 7]
     sequences = Sequences(config, [length + 2 for length in lengths])
-    cache = poisoned(config, 3, 9)
+    cache = poisoned(config, 3, 9, backend=backend)
     attend = cache.attend_prefill(lengths)
     for layer in range(config.num_hidden_layers):
         attend(*sequences.prompt(layer, lengths), layer)
@@ -103,21 +109,64 @@ def test_keep_drops_and_reorders_sequences(rows):
         cache.advance([1] * len(rows))
 
 
-def test_prompts_of_a_batch_do_not_see_each_other():
+@backends
+def test_prompts_of_a_batch_do_not_see_each_other(backend):
     config = small_config()
     sequences = Sequences(config, [3, 4])
     q, k, v = sequences.prompt(0, [3, 4])
-    out = poisoned(config, 2, 4).attend_prefill([3, 4])(q, k, v, 0)
+    out = poisoned(config, 2, 4, backend=backend).attend_prefill([3, 4])(q, k, v, 0)
     k[3:], v[3:] = 100.0, -100.0  # another second prompt
-    changed = poisoned(config, 2, 4).attend_prefill([3, 4])(q, k, v, 0)
+    changed = poisoned(config, 2, 4, backend=backend).attend_prefill([3, 4])(q, k, v, 0)
     assert torch.equal(out[:3], changed[:3])
     assert not torch.allclose(out[3:], changed[3:])
 
 
-def test_the_cache_has_the_dtype_and_the_size_that_were_asked_for():
+@backends
+def test_the_cache_has_the_dtype_and_the_size_that_were_asked_for(backend):
     config = small_config(num_key_value_heads=2)
-    cache = poisoned(config, 2, 11, torch.bfloat16)
+    cache = poisoned(config, 2, 11, torch.bfloat16, backend)
     assert len(cache._keys) == len(cache._values) == config.num_hidden_layers
     assert all(t.shape == (2, 2, 11, config.head_dim) for t in (*cache._keys, *cache._values))
     q, k, v = (t.bfloat16() for t in Sequences(config, [3, 2]).prompt(0, [3, 2]))
     assert cache.attend_prefill([3, 2])(q, k, v, 0).dtype == torch.bfloat16
+
+
+@backends
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_of_another_dtype_than_its_queries_rounds_keys_and_values_alone(dtype, cache_dtype, backend):
+    config = small_config(num_key_value_heads=2)
+    sequences = Sequences(config, [6, 4])
+    for part in sequences.parts[0]:
+        for name in part:
+            part[name] = part[name].to(dtype).float()
+    cache = poisoned(config, 2, 8, cache_dtype, backend)
+    cache.attend_prefill([5, 3])(*(t.to(dtype) for t in sequences.prompt(0, [5, 3])), 0)
+    cache.advance([5, 3])
+    cache.start_decode()
+    out = cache.attend_decode(*(t.to(dtype) for t in sequences.step(0, [0, 1], [5, 3])), 0)
+    assert out.dtype == dtype
+    for part in sequences.parts[0]:
+        part["k"], part["v"] = (part[name].to(cache_dtype).float() for name in "kv")
+    expected = torch.stack([sequences.expected(0, 0, 5), sequences.expected(0, 1, 3)])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
+def test_auto_takes_the_kernels_on_a_cpu_and_torch_does_not():
+    """A batch decodes bit for bit as its sequences alone, which torch's masked attention does not promise."""
+    config = small_config()
+    assert poisoned(config, 1, 4)._kernels
+    assert not poisoned(config, 1, 4, backend="torch")._kernels
+    sequences, lengths = Sequences(config, [90, 3, 20]), [89, 2, 19]
+
+    def decoded(rows):
+        cache = poisoned(config, len(rows), 90)
+        prompts = [sequences.prompt(0, lengths)[i].split(lengths) for i in range(3)]
+        cache.attend_prefill([lengths[r] for r in rows])(*(torch.cat([p[r] for r in rows]) for p in prompts), 0)
+        cache.advance([lengths[r] for r in rows])
+        cache.start_decode()
+        return cache.attend_decode(*sequences.step(0, rows, [lengths[r] for r in rows]), 0)
+
+    assert torch.equal(decoded([0, 1, 2]), torch.cat([decoded([r]) for r in range(3)]))

@@ -14,7 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from olmoe.hf.config import OlmoeConfig
+from olmoe.hf.growing_cache import growing_layer
 from olmoe.model import Attention, DecoderLayer
+from olmoe.ops import AUTO
+from olmoe.ops.cpu import extension
 
 
 class RotaryEmbedding(nn.Module):
@@ -73,12 +76,17 @@ class CachedAttend:
     ) -> None:
         self._layers, self._mask, self._cache, self._options = layers, mask, cache, options
         self._dropout = config.attention_dropout
+        # One new token attends to all, whatever is causal; masks and further options are for transformers to follow.
+        self._plain = config._attn_implementation == "sdpa" and mask is None and not options
         self._function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         self.weights: list[Tensor | None] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (B, T, H, Dh), k and v (B, T, G, Dh) -> (B, T, H, Dh)."""
         module: Any = self._layers[layer].self_attn
+        if self._plain and (out := self._decode(module, q, k, v, layer)) is not None:
+            self.weights.append(None)
+            return out
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
         if self._cache is not None:
             k, v = self._cache.update(k, v, layer)
@@ -94,6 +102,15 @@ class CachedAttend:
         )
         self.weights.append(weights)
         return out
+
+    def _decode(self, module: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor | None:
+        """One token by the C++ kernels, None where they do not fit. Caches stop copying with the first prompt."""
+        if module.backend not in (AUTO, "cpu") or extension.unsupported(q, k, v) is not None or torch.is_grad_enabled():
+            return None
+        cache = growing_layer(self._cache, layer)
+        if cache is None or q.shape[1] != 1 or module.scaling != q.shape[-1] ** -0.5:
+            return None
+        return None if module.training and self._dropout else cache.attend(q, k, v)
 
 
 def eager_attention(

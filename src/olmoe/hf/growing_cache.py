@@ -1,0 +1,102 @@
+"""transformers' dynamic cache without its copies, and decoding attention over it by the C++ kernels.
+
+`DynamicCache` concatenates: every new token copies all keys and values before it, in every layer. Here a layer of such
+a cache keeps room behind them, writes new ones in place and shows the filled part. What it holds, and every method,
+stay those of transformers; tensors that other methods put there (cropping, beams) are taken over at the next token.
+
+Shapes legend: B batch, T new tokens, S cached tokens, H heads, G KV heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from olmoe.ops.cpu.functional import cached_attention
+
+_LEAST_ROOM = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """`DynamicLayer` whose keys and values (B, G, S, Dh) are views of larger tensors. It grows without gradients only."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+    _shown: tuple[Tensor, Tensor] | None = (
+        None  # the views of `_room` that `keys` and `values` are, if nobody changed them
+    )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See `DynamicLayer.update`."""
+        if not self._can_grow(key_states, value_states):
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        start, (keys, values) = self._reserve(key_states)
+        end = start + key_states.shape[2]
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        return self._show(end)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Add one token of each sequence, k and v (B, 1, G, Dh), and attend to all: q (B, 1, H, Dh) -> (B, 1, H, Dh).
+
+        None, and nothing added, where this layer cannot grow.
+        """
+        batch = len(q)
+        heads_first = k.transpose(1, 2)
+        if not self._can_grow(heads_first, v.transpose(1, 2)):
+            return None
+        length, (keys, values) = self._reserve(heads_first)
+        out = cached_attention(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [1] * batch, [length] * batch, keys, values
+        )
+        self._show(length + 1)
+        return out.view(q.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the room, in which two of them would write over each other."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_room", "_shown")}
+
+    def _can_grow(self, k: Tensor, v: Tensor) -> bool:
+        """Whether k and v (B, G, T, Dh) continue what is here as values of a tensor, with no graph to keep intact."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or k.device.type != "cpu":
+            return False
+        if k.shape != v.shape or k.dtype != v.dtype:
+            return False
+        if self.get_seq_length() == 0:
+            return True
+        kept = (*k.shape[:2], k.shape[3])
+        return all(t.dtype == k.dtype and (*t.shape[:2], t.shape[3]) == kept for t in (self.keys, self.values))
+
+    def _reserve(self, k: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
+        """The number of cached tokens, and tensors (B, G, capacity, Dh) that hold them and have room for `k`."""
+        if not self.is_initialized:
+            self.lazy_initialization(k, k)
+        start = self.get_seq_length()
+        mine = self._shown is not None and self.keys is self._shown[0] and self.values is self._shown[1]
+        if mine and self._room is not None and self._room[0].shape[2] >= start + k.shape[2]:
+            return start, self._room
+        needed = start + k.shape[2]
+        shape = (*k.shape[:2], needed + max(needed // 4, _LEAST_ROOM), k.shape[3])
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            room = (torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=k.dtype))
+        if start:
+            room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
+        self._room = room
+        return start, room
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        assert self._room is not None
+        self._shown = (self._room[0][:, :, :length], self._room[1][:, :, :length])
+        self.keys, self.values = self._shown
+        return self._shown
+
+
+def growing_layer(cache: Cache | None, index: int) -> GrowingLayer | None:
+    """The layer of a plain `DynamicCache`, made a growing one; None of other caches, and of layers not there yet."""
+    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is DynamicLayer:
+        layer.__class__ = GrowingLayer
+    return layer if type(layer) is GrowingLayer else None
