@@ -232,8 +232,10 @@ def test_packed_folders_generate_with_the_kernels(calls, tmp_path, recipe):
         actual = model(many).logits
         assert calls == [True, True]
         expected = on_torch(model, many).logits
-    # The kernels round activations to 8 bits, torch rounds them to bf16.
-    assert (actual - expected).norm() < 0.03 * expected.norm()
+    # The kernels round activations to 8 bits, torch rounds them to bf16; now and then that tips a router's choice.
+    errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    assert errors.median() < 0.03
+    assert (errors < 0.05).float().mean() > 0.8
     del calls[:]
     model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert calls == [True] * 8

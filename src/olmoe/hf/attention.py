@@ -76,7 +76,7 @@ class CachedAttend:
     ) -> None:
         self._layers, self._mask, self._cache, self._options = layers, mask, cache, options
         self._dropout = config.attention_dropout
-        # One new token attends to all, whatever is causal; masks and further options are for transformers to follow.
+        # Masks and further options are for transformers to follow.
         self._plain = config._attn_implementation == "sdpa" and mask is None and not options
         self._function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         self.weights: list[Tensor | None] = []
@@ -84,7 +84,7 @@ class CachedAttend:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (B, T, H, Dh), k and v (B, T, G, Dh) -> (B, T, H, Dh)."""
         module: Any = self._layers[layer].self_attn
-        if self._plain and (out := self._decode(module, q, k, v, layer)) is not None:
+        if self._plain and (out := self._kernels(module, q, k, v, layer)) is not None:
             self.weights.append(None)
             return out
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
@@ -103,14 +103,16 @@ class CachedAttend:
         self.weights.append(weights)
         return out
 
-    def _decode(self, module: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor | None:
-        """One token by the C++ kernels, None where they do not fit. Caches stop copying with the first prompt."""
+    def _kernels(self, module: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor | None:
+        """A whole prompt, or one new token, by the C++ kernels; None where they do not fit."""
         if module.backend not in (AUTO, "cpu") or extension.unsupported(q, k, v) is not None or torch.is_grad_enabled():
             return None
-        cache = growing_layer(self._cache, layer)
-        if cache is None or q.shape[1] != 1 or module.scaling != q.shape[-1] ** -0.5:
+        cache = growing_layer(self._cache, layer)  # also where attention is not computed here
+        if cache is None or module.scaling != q.shape[-1] ** -0.5 or (module.training and self._dropout):
             return None
-        return None if module.training and self._dropout else cache.attend(q, k, v)
+        if q.shape[1] > 1 and (cache.get_seq_length() or not module.is_causal):
+            return None
+        return cache.attend(q, k, v)
 
 
 def eager_attention(

@@ -1,4 +1,4 @@
-"""transformers' dynamic cache without its copies, and decoding attention over it by the C++ kernels.
+"""transformers' dynamic cache without its copies, and attention over it by the C++ kernels.
 
 `DynamicCache` concatenates: every new token copies all keys and values before it, in every layer. Here a layer of such
 a cache keeps room behind them, writes new ones in place and shows the filled part. What it holds, and every method,
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from olmoe.ops.cpu.functional import cached_attention
 
@@ -21,7 +21,7 @@ _LEAST_ROOM = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """`DynamicLayer` whose keys and values (B, G, S, Dh) are views of larger tensors. It grows without gradients only."""
+    """`DynamicLayer` whose keys and values (B, G, S, Dh) are views of larger tensors. Without gradients only."""
 
     _room: tuple[Tensor, Tensor] | None = None
     _shown: tuple[Tensor, Tensor] | None = (
@@ -31,26 +31,25 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See `DynamicLayer.update`."""
         if not self._can_grow(key_states, value_states):
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().update(key_states, value_states, *args, **kwargs)
         start, (keys, values) = self._reserve(key_states)
         end = start + key_states.shape[2]
         keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
         return self._show(end)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Add one token of each sequence, k and v (B, 1, G, Dh), and attend to all: q (B, 1, H, Dh) -> (B, 1, H, Dh).
+        """Add new tokens, k and v (B, T, G, Dh), and attend causally to all: q (B, T, H, Dh) -> (B, T, H, Dh).
 
         None, and nothing added, where this layer cannot grow.
         """
-        batch = len(q)
+        batch, count = q.shape[:2]
         heads_first = k.transpose(1, 2)
         if not self._can_grow(heads_first, v.transpose(1, 2)):
             return None
         length, (keys, values) = self._reserve(heads_first)
-        out = cached_attention(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [1] * batch, [length] * batch, keys, values
-        )
-        self._show(length + 1)
+        q_N, k_N, v_N = (t.flatten(0, 1) for t in (q, k, v))
+        out = cached_attention(q_N, k_N, v_N, [count] * batch, [length] * batch, keys, values)
+        self._show(length + count)
         return out.view(q.shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class GrowingLayer(DynamicLayer):
         return self._shown
 
 
-def growing_layer(cache: Cache | None, index: int) -> GrowingLayer | None:
+def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
     """The layer of a plain `DynamicCache`, made a growing one; None of other caches, and of layers not there yet."""
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None

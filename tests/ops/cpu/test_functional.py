@@ -175,7 +175,8 @@ def test_gates_far_below_zero_are_closed(isa):
 CASES = [
     # heads, kv heads, head dim, cached tokens, new tokens
     pytest.param(4, 4, 16, [0], [9], id="a prompt"),
-    pytest.param(4, 2, 16, [0, 0, 0], [5, 1, 20], id="prompts of a batch, more than one block of queries"),
+    pytest.param(4, 2, 16, [0, 0, 0], [5, 1, 20], id="prompts of a batch"),
+    pytest.param(4, 2, 32, [0, 70, 3], [130, 66, 64], id="prompts of several blocks of queries"),
     pytest.param(4, 4, 16, [70], [1], id="decoding past one block of keys"),
     pytest.param(6, 2, 32, [3, 63, 64, 127, 0], [1, 1, 1, 1, 1], id="decoding: lengths around the block of keys"),
     pytest.param(4, 1, 32, [50, 0, 129], [37, 3, 18], id="prompts after a cached prefix, one KV head"),
@@ -325,7 +326,7 @@ def test_every_operand_is_checked():
         assert linear(x, torch.zeros(3, 4), grad).shape == (2, 3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_graphs_hold_no_addresses():
     weight, x = random(3, 4), random(2, 4, seed=1)
     traced = torch.jit.trace(lambda x: ops.linear(x, weight), random(2, 4, seed=2), check_trace=False)

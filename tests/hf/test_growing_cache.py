@@ -1,0 +1,305 @@
+"""The dynamic cache that does not copy: in every use it holds what transformers' own would hold."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from configurations import VOCAB_SIZE, small_config
+from olmoe import OlmoeConfig, OlmoeForCausalLM
+from olmoe.hf.growing_cache import GrowingLayer, growing_layer
+from olmoe.ops.cpu import extension
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ kernels are not built")
+
+IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 9), generator=torch.Generator().manual_seed(1))
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+def states(count, batch=2, dtype=torch.float32):
+    """Keys and values of new tokens, different at every call."""
+    return torch.randn(batch, 3, count, 4).to(dtype), torch.randn(batch, 3, count, 4).to(dtype)
+
+
+def pair(config=None):
+    """A growing layer in its cache, and transformers' own."""
+    mine, theirs = DynamicCache(config=config), DynamicCache(config=config)
+    if config is None:  # layers come with the first tokens
+        first = states(3)
+        mine.update(*first, 0)
+        theirs.update(*first, 0)
+    layer = growing_layer(mine, 0)
+    assert type(layer) is GrowingLayer
+    return layer, theirs.layers[0]
+
+
+def assert_same(mine, theirs):
+    assert mine.get_seq_length() == theirs.get_seq_length()
+    assert mine.get_mask_sizes(2) == theirs.get_mask_sizes(2)
+    assert torch.equal(mine.keys, theirs.keys)
+    assert torch.equal(mine.values, theirs.values)
+
+
+@pytest.fixture(params=[torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def mode(request):
+    with request.param():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.usefixtures("mode")
+def test_it_grows_token_by_token_and_in_prompts():
+    mine, theirs = pair()
+    for count in [1, 1, 5, 1, 70, *[1] * 120, 300, 1]:
+        new = states(count)
+        for shown, expected in zip(mine.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(shown, expected)
+        assert_same(mine, theirs)
+
+
+def test_tokens_are_not_copied_while_there_is_room():
+    with torch.no_grad():
+        mine, _ = pair()
+        mine.update(*states(1))
+        address, moves = mine.keys.data_ptr(), 0
+        for _ in range(1000):
+            mine.update(*states(1))
+            moves += mine.keys.data_ptr() != address
+            address = mine.keys.data_ptr()
+    assert moves < 15  # 1.25^13 * 70 > 1000
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.crop(-2),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.batch_repeat_interleave(3),
+        lambda layer: layer.reset(),
+        lambda layer: layer.offload(),
+    ],
+    ids=["crop", "reorder", "select", "repeat", "reset", "offload"],
+)
+def test_what_other_methods_leave_is_taken_over(change):
+    mine, theirs = pair()
+    mine_before = mine.update(*(new := states(4)))
+    expected_before = [t.clone() for t in theirs.update(*new)]
+    change(mine)
+    change(theirs)
+    batch = 2 if theirs.keys is None else len(theirs.keys)
+    for count in (1, 2, 1):
+        new = states(count, batch)
+        mine.update(*new)
+        theirs.update(*new)
+        assert_same(mine, theirs)
+    for before, expected in zip(mine_before, expected_before, strict=True):
+        assert torch.equal(before, expected)  # what someone still holds is not written over
+
+
+def test_copies_grow_apart():
+    with torch.no_grad():
+        mine, _ = pair()
+        mine.update(*states(2))
+        before = mine.keys.clone()
+        twins = [copy.copy(mine), copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))]
+        for layer in (mine, *twins):
+            layer.update(*(new := states(1)))
+            assert torch.equal(layer.keys[:, :, -1:], new[0])
+            assert torch.equal(layer.keys[:, :, :-1], before)
+        assert len({layer.keys.data_ptr() for layer in (mine, *twins)}) == 4
+        assert not torch.equal(mine.keys, twins[0].keys)
+
+
+def test_gradients_keep_their_graph():
+    mine, theirs = pair()
+    with torch.no_grad():
+        new = states(2)
+        mine.update(*new)
+        theirs.update(*new)
+    k, v = (t.requires_grad_() for t in states(1))
+    query = torch.randn(2, 3, 1, 4, requires_grad=True)
+    (query @ mine.update(k, v)[0].mT).sum().backward(retain_graph=True)
+    assert torch.equal(k.grad, query.detach())
+    loss = (query @ mine.keys.detach().mT).square().sum()
+    with torch.no_grad():
+        mine.update(*states(1))  # must not disturb what the graph has saved
+    loss.backward()
+    assert torch.isfinite(query.grad).all()
+
+
+def test_inference_first_and_training_after():
+    """Keys of a room that inference made are saved for backward, while inference goes on in the same cache."""
+    mine, _ = pair()
+    with torch.no_grad():
+        keys, _ = mine.update(*states(2))
+        mine.update(*states(1))
+    query = torch.randn(2, 3, 1, 4, requires_grad=True)
+    with torch.enable_grad():
+        shown, _ = mine.update(*states(1))
+        loss = (query @ shown.mT).square().sum()
+    with torch.no_grad():
+        mine.update(*states(1))
+    loss.backward()
+    assert torch.isfinite(query.grad).all()
+    assert keys.shape[2] == 5
+
+
+def test_other_dtypes_are_left_to_transformers():
+    with torch.no_grad():
+        mine, theirs = pair()
+        new = states(1, dtype=torch.float64)
+        mine.update(*new)
+        theirs.update(*new)
+        assert_same(mine, theirs)
+        assert mine.keys.dtype == torch.float64
+
+
+def test_only_plain_dynamic_caches_are_changed():
+    config = OlmoeConfig(**small_config().to_dict())
+
+    class Other(DynamicCache):
+        pass
+
+    for cache in (
+        Other(config=config),
+        StaticCache(config=config, max_cache_len=8),
+        DynamicCache(config=config, offloading=False, offload_only_non_sliding=False),
+        None,
+    ):
+        layer = growing_layer(cache, 0)
+        assert (layer is not None) == (type(cache) is DynamicCache)
+    assert growing_layer(DynamicCache(), 0) is None  # it has no layer yet
+    cache = DynamicCache(config=config)
+    cache.offloading = True
+    assert growing_layer(cache, 0) is None
+    assert type(cache.layers[0]) is DynamicLayer
+
+
+# ---- in the model ----
+
+
+def ours(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    attention = changes.pop("attention", "sdpa")
+    return (
+        OlmoeForCausalLM(OlmoeConfig(**small_config(**changes).to_dict(), attn_implementation=attention))
+        .to(dtype)
+        .eval()
+    )
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Numbers of new tokens for which the kernels computed attention."""
+    counts: list[int] = []
+    original = GrowingLayer.attend
+
+    def record(layer, q, k, v):
+        out = original(layer, q, k, v)
+        if out is not None:
+            counts.append(q.shape[1])
+        return out
+
+    monkeypatch.setattr(GrowingLayer, "attend", record)
+    return counts
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_prompts_and_steps_are_those_of_torch(attended, heads, dtype):
+    model = ours(dtype, num_key_value_heads=heads)
+    results = []
+    for backend in ("auto", "torch"):
+        model.set_kernel_backend(backend)
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            for start, end in ((0, 5), (5, 6), (6, 7), (7, 9)):  # the last piece has a mask of its own
+                logits.append(model(IDS[:, start:end], past_key_values=cache).logits)
+        results.append(torch.cat(logits, dim=1))
+    assert attended == [5] * 2 + [1] * 4
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
+def test_generation_gives_the_same_text_in_every_way(attended):
+    model = ours()
+    ways = {
+        "greedy": {},
+        "beams": {"num_beams": 3},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "no cache": {"use_cache": False},
+        "drafts": {"prompt_lookup_num_tokens": 2},
+    }
+    for name, options in ways.items():
+        ids = IDS[:1] if name == "drafts" else IDS
+        model.set_kernel_backend("auto")
+        actual = model.generate(ids, **GREEDY, **options)
+        model.set_kernel_backend("torch")
+        assert torch.equal(actual, model.generate(ids, **GREEDY, **options)), name
+    assert {1, IDS.shape[1]} <= set(attended)
+
+
+def test_padding_is_left_to_transformers(attended):
+    model = ours()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    actual = model.generate(IDS, attention_mask=mask, **GREEDY)
+    assert attended == []
+    model.set_kernel_backend("torch")
+    assert torch.equal(actual, model.generate(IDS, attention_mask=mask, **GREEDY))
+
+
+def test_a_cache_goes_from_inference_to_training_and_back():
+    model = ours()
+    results = []
+    for backend in ("auto", "torch"):
+        model.set_kernel_backend(backend)
+        model.zero_grad()
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(IDS[:, :5], past_key_values=cache)
+        model(IDS[:, 5:6], past_key_values=cache).logits.sum().backward()
+        with torch.no_grad():
+            logits = model(IDS[:, 6:7], past_key_values=cache).logits
+        results.append((logits, model.model.layers[0].self_attn.q_proj.weight.grad.clone()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.layers[1].self_attn, "scaling", 1.0),
+        lambda model: setattr(model.model.layers[1].self_attn, "is_causal", False),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.set_kernel_backend("reference"),
+        lambda model: model.train().config.__setattr__("attention_dropout", 0.5),
+    ],
+    ids=["scaling", "not causal", "eager", "reference", "dropout"],
+)
+def test_attention_of_another_kind_is_left_to_transformers(attended, change):
+    model = ours(num_hidden_layers=2)
+    change(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=DynamicCache(config=model.config))
+    assert len(attended) <= 1  # layer 0 may be as it was
+
+
+def test_a_changed_scale_is_followed():
+    model = ours()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 3.0
+        actual = model(IDS).logits
+        model.set_kernel_backend("torch")
+        torch.testing.assert_close(actual, model(IDS).logits, rtol=1e-4, atol=1e-4)
