@@ -43,11 +43,37 @@ inline void row_band(const uint8_t* weight, size_t row_bytes, int columns, const
   if (t < tokens) float_tile<T, ROWS, 1>(weight, row_bytes, columns, x + t, out + size_t(t) * ld, ld);
 }
 
+// Eight rows against a single token. Memory is what counts: each row is a stream of its own, and the eight rows after
+// these are fetched ahead, because rows are often whole pages, at whose ends the hardware's prefetching stops.
+template <Type T>
+inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, const float* x, float* out) {
+  constexpr int kRows = 8, kElement = T == Type::kF32 ? 4 : 2, kStep = 64 / kElement;  // a cache line of each row
+  vf total[kRows] = {};
+  int i = 0;
+  for (; i + kStep <= columns; i += kStep)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const uint8_t* row = weight + r * row_bytes;
+      __builtin_prefetch(row + kRows * row_bytes + size_t(i) * kElement);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; j += W) total[r] += load_as<T>(row, i + j) * load(x + i + j);
+    }
+  for (; i + W <= columns; i += W)
+    for (int r = 0; r < kRows; r++) total[r] += load_as<T>(weight + r * row_bytes, i) * load(x + i);
+  for (int r = 0; r < kRows; r++) {
+    float s = sum(total[r]);
+    for (int c = i; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[c];
+    out[r] = s;
+  }
+}
+
 template <Type T>
 inline void float_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                        int ld) {
   const size_t row_bytes = size_t(columns) * (T == Type::kF32 ? 4 : 2);
   int r = 0;
+  if (tokens == 1)
+    for (; r + 8 <= rows; r += 8) row_vector<T>(group + r * row_bytes, row_bytes, columns, x->f32, out + r);
   for (; r + 4 <= rows; r += 4) row_band<T, 4>(group + r * row_bytes, row_bytes, columns, x, tokens, out + r, ld);
   for (; r < rows; r++) row_band<T, 1>(group + r * row_bytes, row_bytes, columns, x, tokens, out + r, ld);
 }

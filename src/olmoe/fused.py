@@ -52,9 +52,8 @@ class FusedDecoderLayer(DecoderLayer):
         prepared = self._fitting(x, rope)
         if prepared is None:
             return super().forward(x, rope, attend)
-        attention = self.self_attn
-        lead, d, head_dim = x.shape[:-1], x.shape[-1], attention.head_dim
-        width = attention.k_norm.weight.shape[0]
+        lead, d, head_dim = x.shape[:-1], x.shape[-1], prepared.head_dim
+        width = prepared.kv_width
         rows_ND = extension.wide(x).view(-1, d)
         n = len(rows_ND)
         shape = (*lead, head_dim // 2)
@@ -64,9 +63,9 @@ class FusedDecoderLayer(DecoderLayer):
             rows_ND.data_ptr(), cos.data_ptr(), sin.data_ptr(), n, q.data_ptr(), k.data_ptr(), v.data_ptr()
         )
         q, k, v = (t.to(x.dtype).view(*lead, -1, head_dim) for t in (q, k, v))
-        attended = extension.wide(attend(q, k, v, attention.layer))
+        attended = extension.wide(attend(q, k, v, self.self_attn.layer))
         assert attended.numel() == n * d
-        e, top_k = self.mlp.gate.weight.shape[0], self.mlp.gate.top_k
+        e, top_k = prepared.experts, prepared.top_k
         y, logits = torch.empty(n, d), torch.empty(n, e)
         weights, ids = torch.empty(n, top_k), torch.empty(n, top_k, dtype=torch.long)
         prepared.kernel.attention_output(
@@ -83,7 +82,14 @@ class FusedDecoderLayer(DecoderLayer):
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> _Prepared | None:
         """The kernels' view of this layer, made anew if something in it changed; None where they do not fit."""
         prepared = self._prepared
-        if self._settled and prepared is not None and prepared.kernel is not None and x.dtype == prepared.dtype:
+        if (
+            self._settled
+            and torch.is_inference_mode_enabled()  # else whoever calls is not who promised
+            and prepared is not None
+            and prepared.kernel is not None
+            and x.dtype == prepared.dtype
+            and x.shape[-1] == prepared.hidden
+        ):
             if prepared.packed or prepared.named or x.numel() <= FEW_ROWS * prepared.hidden:
                 return prepared
             return None
@@ -112,7 +118,8 @@ class _Prepared:
 
     kernel: Any = None
     packed = named = False
-    hidden, dtype = 0, torch.float32
+    dtype = torch.float32
+    hidden = head_dim = kv_width = experts = top_k = 0
 
     def __init__(self, layer: DecoderLayer) -> None:
         """Remember all that the kernels' view depends on."""
@@ -237,14 +244,16 @@ def _prepare(layer: DecoderLayer) -> _Prepared:
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     hidden, head_dim = layer.input_layernorm.weight.shape[0], attention.head_dim
     prepared.hidden, prepared.dtype = hidden, layer.input_layernorm.weight.dtype
+    prepared.head_dim, prepared.kv_width = head_dim, attention.k_norm.weight.shape[0]
+    prepared.experts, prepared.top_k = router.weight.shape[0], router.top_k
     prepared.packed = any(isinstance(m, PackedLinear | PackedExperts) for m in (*projections, moe))
     prepared.named = any(getattr(module, "backend", AUTO) == "cpu" for module in layer.modules())
     prepared.kernel = extension.kernels().Layer(
         hidden,
         hidden // head_dim,
-        attention.k_norm.weight.shape[0] // head_dim,
+        prepared.kv_width // head_dim,
         head_dim,
-        router.top_k,
+        prepared.top_k,
         layer.input_layernorm.eps,
         attention.clip_qkv or 0.0,
         router.norm_topk_prob,
@@ -255,7 +264,7 @@ def _prepare(layer: DecoderLayer) -> _Prepared:
         extension.float_matrix(prepared.wide(router.weight)),
         _matrix(moe, "gate_up_proj"),
         _matrix(moe, "down_proj"),
-        router.weight.shape[0],
+        prepared.experts,
         _shape(moe, "down_proj")[-1],
     )
     return prepared
