@@ -63,7 +63,7 @@ def main() -> None:
         shutil.copyfile(arguments.credits / name, SHIPPED / name)
     texts = LLM().generate(list(SAMPLES), SamplingParams(max_new_tokens=120, temperature=0.7, top_p=0.95, seed=0))
     samples = [prompt + text.text for prompt, text in zip(SAMPLES, texts, strict=True)]
-    card = write_card(config, records, results, samples, arguments.machine)
+    card = write_card(config, Path(arguments.config).stem, records, results, samples, arguments.machine)
     (SHIPPED / "README.md").write_text(card, encoding="utf-8")
     measured = {
         name: {"bits_per_byte": round(r.bits_per_byte, 4), "loss": round(r.loss, 4)} for name, r in results.items()
@@ -103,6 +103,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 def write_card(
     config: TrainConfig,
+    stage: str,
     records: list[dict[str, Any]],
     results: dict[str, Evaluation],
     samples: list[str],
@@ -127,6 +128,13 @@ def write_card(
         counts = r.counts_LE.float()
         top = (counts / counts.sum(dim=1, keepdim=True) * counts.shape[1]).max(dim=1).values
         by_domain.append(f"| {name.removeprefix('valid-')} | " + " | ".join(f"{value:.1f}" for value in top) + " |")
+    started = ""
+    if config.run.initialize_from is not None:
+        started = (
+            "First `olmoe train configs/olmoe-tiny.toml`: 26.0M tokens, peak learning rate 0.003, weight decay 0.1. It "
+            "learned its TinyStories\nby heart (0.75 bits per byte on them, 0.97 on others), so a second stage went on "
+            "from it with more weight decay:\n"
+        )
     shown = "\n\n".join("> " + sample.replace("\n", "\n> ") for sample in samples)
     return f"""---
 license: apache-2.0
@@ -143,8 +151,8 @@ untied embeddings, a byte-level BPE of {config.model.vocab_size} entries with OL
 package, to test with and to look inside.
 
 ## Training
-`olmoe train configs/olmoe-tiny.toml`: {total / 1e6:.1f}M tokens in {len(steps):,} steps of {config.tokens_per_step:,}, seed
-{config.run.seed}, AdamW with peak learning rate {config.optimizer.learning_rate} ({config.schedule.kind}), OLMoE's objective
+{started}`olmoe train configs/{stage}.toml`: {total / 1e6:.1f}M tokens in {len(steps):,} steps of {config.tokens_per_step:,}, seed
+{config.run.seed}, AdamW with peak learning rate {config.optimizer.learning_rate} ({config.schedule.kind}) and weight decay {config.optimizer.weight_decay}, OLMoE's objective
 (cross-entropy + {config.loss.load_balancing} load balancing per layer + {config.loss.router_z} router z-loss), on
 {machine} in fp32, median {speed:.0f} tokens/s. The checkpoint with the lowest mean held-out bits per byte was kept and
 stored in bf16.
