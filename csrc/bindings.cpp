@@ -72,9 +72,10 @@ NB_MODULE(_kernels, m) {
   // Read all of [data, data + bytes): what memory gives at most, for benchmarks.
   m.def("read", [](Address data, size_t bytes) {
     Running running;
-    std::vector<uint64_t> sums(pool().threads(), 0);
+    ThreadPool& threads = pool();
+    std::vector<uint64_t> sums(threads.threads(), 0);
     constexpr size_t kPiece = 1 << 20;
-    pool().run(int(bytes / kPiece), 4, [&](int begin, int end, int thread) {
+    threads.run(int(bytes / kPiece), 4, [&](int begin, int end, int thread) {
       sums[thread] ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kPiece, size_t(end - begin) * kPiece);
     });
     uint64_t total = 0;

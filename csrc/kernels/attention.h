@@ -57,6 +57,11 @@ inline void attend_one(const float* q, const void* keys, const void* values, int
           sums[j] += load_as<T>(values, size_t(start + s) * head_dim + d + j * W) * scores[s];
       for (int j = 0; j < 4; j++) store(out + d + j * W, sums[j]);
     }
+    for (; d + W <= head_dim; d += W) {
+      vf total = load(out + d);
+      for (s = 0; s < count; s++) total += load_as<T>(values, size_t(start + s) * head_dim + d) * scores[s];
+      store(out + d, total);
+    }
     for (; d < head_dim; d++)
       for (s = 0; s < count; s++) out[d] += scalar_as<T>(values, size_t(start + s) * head_dim + d) * scores[s];
   }

@@ -9,8 +9,6 @@ Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -45,7 +43,6 @@ class FusedDecoderLayer(DecoderLayer):
     """`DecoderLayer` through the C++ kernels where they fit; see the module's docstring."""
 
     _prepared: _Prepared | None = None
-    _settled = False
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
         """See `DecoderLayer.forward`."""
@@ -82,17 +79,6 @@ class FusedDecoderLayer(DecoderLayer):
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> _Prepared | None:
         """The kernels' view of this layer, made anew if something in it changed; None where they do not fit."""
         prepared = self._prepared
-        if (
-            self._settled
-            and torch.is_inference_mode_enabled()  # else whoever calls is not who promised
-            and prepared is not None
-            and prepared.kernel is not None
-            and x.dtype == prepared.dtype
-            and x.shape[-1] == prepared.hidden
-        ):
-            if prepared.packed or prepared.named or x.numel() <= FEW_ROWS * prepared.hidden:
-                return prepared
-            return None
         if extension.unsupported(x, *rope) is not None or x.numel() == 0:
             return None
         if prepared is None or not prepared.still():
@@ -292,25 +278,6 @@ def fuse(root: nn.Module) -> None:
     for module in root.modules():
         if type(module) is DecoderLayer:
             module.__class__ = FusedDecoderLayer
-
-
-@contextmanager
-def settled(root: nn.Module) -> Iterator[None]:
-    """Within it, nobody changes modules or parameters under `root`, so that fused layers need not look at each call.
-
-    Looking costs a twentieth of the time of decoding a token. Only layers that have looked before stop looking: run
-    the model once before, and change nothing between.
-    """
-    layers = [module for module in root.modules() if isinstance(module, FusedDecoderLayer)]
-    for layer in layers:
-        if layer._prepared is not None:
-            layer._prepared.refresh()
-        object.__setattr__(layer, "_settled", True)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            object.__setattr__(layer, "_settled", False)
 
 
 def unfuse(root: nn.Module) -> None:

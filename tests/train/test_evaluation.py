@@ -46,9 +46,7 @@ def test_bits_per_byte_of_a_whole_file(model, monkeypatch, length, batch_tokens)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("windows", "starts"), [(1, [0]), (2, [0, 20]), (3, [0, 10, 30]), (5, [0, 10, 20, 30, 40])]
-)
+@pytest.mark.parametrize(("windows", "starts"), [(1, [0]), (2, [0, 20]), (3, [0, 10, 30]), (5, [0, 10, 20, 30, 40])])
 def test_some_windows_are_spread_over_the_file_and_charged_with_their_share_of_the_bytes(model, windows, starts):
     result = evaluate(model, FILE, TOKENS, 10, windows)
     nats = sum(nats_by_hand(model, TOKENS[start : start + 11], 10, 10) for start in starts)

@@ -291,11 +291,10 @@ def measure(
     runner.decode(cache)
     cache.lengths = [context] * batch
     steps = []
-    with fused.settled(runner.model):
-        for _ in range(decode):
-            steps.append(runner.decode(cache))
-            done += 1
-            progress(done, total)
+    for _ in range(decode):
+        steps.append(runner.decode(cache))
+        done += 1
+        progress(done, total)
     return {
         "prefill_tokens_per_second": prefill / statistics.median(times),
         "decode_tokens_per_second": batch / statistics.median(steps),

@@ -135,8 +135,7 @@ class LLM:
         logits = self._prefill(requests, cache)
         statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         statistics.prefill_seconds += time.perf_counter() - started
-        with fused.settled(self.model):
-            yield from self._steps(requests, streams, statistics, samplers, cache, logits)
+        yield from self._steps(requests, streams, statistics, samplers, cache, logits)
 
     def _steps(
         self,

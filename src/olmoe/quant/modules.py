@@ -99,14 +99,16 @@ class PackedModule(nn.Module):
             return ops.linear(x, self.decode(name, x.dtype, expert), backend=self.backend)
         return _Product.apply(x, self, name, expert)
 
-    def kernels(self, x: Tensor, *names: str) -> bool:
+    def kernels(self, x: Tensor, *names: str, others: tuple[Tensor | None, ...] = (), unfit: str | None = None) -> bool:
         """Whether the C++ kernels multiply `x` with the matrices `names` as they lie.
+
+        `others` are the other tensors that the result depends on; `unfit` is a reason of the caller's against it.
 
         Raises `BackendUnavailableError` where they were asked for and cannot.
         """
         if self.backend not in (ops.AUTO, "cpu"):
             return False
-        reason = cpu.unsupported(x)
+        reason = unfit or cpu.unsupported(x, *others)
         if reason is None and any(name not in self.formats for name in names):
             reason = "a matrix beside packed ones is plain"
         if reason is None and any(self.formats[name].name not in cpu.FORMATS for name in names):
@@ -160,7 +162,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
-        if self.kernels(x, "weight"):
+        if self.kernels(x, "weight", others=(self.bias,)):
             rows, columns = self.shapes["weight"]
             return cpu.packed_linear(x, self.weight, self.formats["weight"].name, rows, columns, self.bias)
         wide = x.to(self.compute_dtype or x.dtype)
@@ -232,7 +234,8 @@ class PackedExperts(PackedModule):
 
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D) in x's dtype."""
-        if self.activation is F.silu and self.kernels(x_ND, "gate_up_proj", "down_proj"):
+        unfit = None if self.activation is F.silu else "its experts compute SwiGLU with silu only"
+        if self.kernels(x_ND, "gate_up_proj", "down_proj", others=(weights_NK,), unfit=unfit):
             gate_up, down = ((self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj"))
             return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, gate_up, down, self.shapes["down_proj"][1])
         rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
