@@ -1,6 +1,6 @@
 """Turn a finished training run into the shipped checkpoint: bf16 weights, tokenizer, model card, loss curve.
 
-    python scripts/ship_tiny.py configs/olmoe-tiny.toml --credits ../shared/corpus
+    python scripts/ship_tiny.py configs/olmoe-tiny-stage3.toml --curves ../runs/olmoe-tiny-stage2 --credits ../shared/corpus
 
 Every number of the card is measured here, on the weights as shipped.
 """
@@ -39,12 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the training configuration of the run")
     parser.add_argument("--credits", type=Path, required=True, help="the corpus folder with its attribution tables")
+    parser.add_argument("--checkpoint", help="a folder of the run in place of best, such as checkpoints/step-0000293")
+    parser.add_argument("--curves", help="the run whose curves are drawn (default: that of the configuration)")
     parser.add_argument("--machine", default="2 cores of an AMD EPYC", help="what trained it, in words")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     run = config.resolve(config.run.output)
 
-    model = checkpoint.load(run / "best")
+    model = checkpoint.load(run / (arguments.checkpoint or "best"))
     tokenizer_text = (run / "best" / "tokenizer.json").read_text(encoding="utf-8")
     compact = json.dumps(json.loads(tokenizer_text), ensure_ascii=False, separators=(",", ":"))
     ids = {"eos_ids": config.model.eos_token_ids, "pad_id": config.model.pad_token_id}
@@ -57,13 +59,14 @@ def main() -> None:
 
     shipped = checkpoint.load(SHIPPED, dtype=torch.float32)
     results = evaluate_all(shipped, _held_out(config), config.data.sequence_length, 0)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves = config.resolve(arguments.curves or str(run)) / "metrics.jsonl"
+    records = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
     draw(records, SHIPPED / "loss.png")
     for name in ("storybooks_attribution.tsv", "gitenberg_heads.tsv"):
         shutil.copyfile(arguments.credits / name, SHIPPED / name)
     texts = LLM().generate(list(SAMPLES), SamplingParams(max_new_tokens=120, temperature=0.7, top_p=0.95, seed=0))
     samples = [prompt + text.text for prompt, text in zip(SAMPLES, texts, strict=True)]
-    card = write_card(config, Path(arguments.config).stem, records, results, samples, arguments.machine)
+    card = write_card(config, stages(Path(arguments.config)), records, results, samples, arguments.machine)
     (SHIPPED / "README.md").write_text(card, encoding="utf-8")
     measured = {
         name: {"bits_per_byte": round(r.bits_per_byte, 4), "loss": round(r.loss, 4)} for name, r in results.items()
@@ -78,6 +81,24 @@ def _held_out(config: TrainConfig) -> list[tuple[TokenFile, Any]]:
         for source in (*config.data.valid, *config.data.measure)
     ]
     return [(file, open_tokens(file, config.model.vocab_size)) for file in files]
+
+
+def stages(path: Path) -> str:
+    """The runs that made the checkpoint, first to last, as rows of a table, from the last one's configuration."""
+    rows: list[str] = []
+    while True:
+        config = load_config(path)
+        rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+        tokens, balance = config.schedule.total_tokens / 1e6, config.loss.load_balancing
+        rows.insert(
+            0,
+            f"| `olmoe train configs/{path.name}` | {tokens:.1f}M | {rate:g} | {decay} | {balance} | {config.run.seed} |",
+        )
+        if config.run.initialize_from is None:
+            break
+        path = path.with_name(Path(config.run.initialize_from).parent.name + ".toml")
+    head = "| stage | tokens | peak learning rate | weight decay | load balancing | seed |\n| --- |" + " --- |" * 5
+    return "\n".join([head, *rows])
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -103,7 +124,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 def write_card(
     config: TrainConfig,
-    stage: str,
+    trained_by: str,
     records: list[dict[str, Any]],
     results: dict[str, Evaluation],
     samples: list[str],
@@ -128,13 +149,6 @@ def write_card(
         counts = r.counts_LE.float()
         top = (counts / counts.sum(dim=1, keepdim=True) * counts.shape[1]).max(dim=1).values
         by_domain.append(f"| {name.removeprefix('valid-')} | " + " | ".join(f"{value:.1f}" for value in top) + " |")
-    started = ""
-    if config.run.initialize_from is not None:
-        started = (
-            "First `olmoe train configs/olmoe-tiny.toml`: 26.0M tokens, peak learning rate 0.003, weight decay 0.1. It "
-            "learned its TinyStories\nby heart (0.75 bits per byte on them, 0.97 on others), so a second stage went on "
-            "from it with more weight decay:\n"
-        )
     shown = "\n\n".join("> " + sample.replace("\n", "\n> ") for sample in samples)
     return f"""---
 license: apache-2.0
@@ -151,11 +165,15 @@ untied embeddings, a byte-level BPE of {config.model.vocab_size} entries with OL
 package, to test with and to look inside.
 
 ## Training
-{started}`olmoe train configs/{stage}.toml`: {total / 1e6:.1f}M tokens in {len(steps):,} steps of {config.tokens_per_step:,}, seed
-{config.run.seed}, AdamW with peak learning rate {config.optimizer.learning_rate} ({config.schedule.kind}) and weight decay {config.optimizer.weight_decay}, OLMoE's objective
-(cross-entropy + {config.loss.load_balancing} load balancing per layer + {config.loss.router_z} router z-loss), on
-{machine} in fp32, median {speed:.0f} tokens/s. The checkpoint with the lowest mean held-out bits per byte was kept and
-stored in bf16.
+{trained_by}
+
+Each stage starts from the checkpoint of the one before it, with a new optimizer: AdamW, {config.schedule.kind} schedule,
+steps of {config.tokens_per_step:,} tokens, OLMoE's objective (cross-entropy, load balancing per layer,
+{config.loss.router_z} router z-loss), fp32, on {machine}; median {speed:.0f} tokens/s in the last stage. The first stage passes
+a dozen times over TinyStories and learns them by heart (0.75 bits per byte on them, 0.97 on others); the second has more
+weight decay, which helps every held-out file and puts three experts to sleep; the third, with more load balancing, wakes
+them. The weights are stored in bf16. The curves are those of the {len(steps):,} steps ({total / 1e6:.1f}M tokens) of the longest
+stage.
 
 ![loss](loss.png)
 
