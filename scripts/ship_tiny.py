@@ -132,7 +132,6 @@ def write_card(
 ) -> str:
     """The model card as Markdown."""
     steps = [r for r in records if "cross_entropy" in r]
-    total = steps[-1]["tokens"]
     speed = statistics.median(r["tokens_per_second"] for r in steps)
     loads = torch.stack([r.counts_LE for r in results.values()]).sum(dim=0).float()
     share = loads / loads.sum(dim=1, keepdim=True) * loads.shape[1]  # 1: an even share
@@ -172,8 +171,8 @@ steps of {config.tokens_per_step:,} tokens, OLMoE's objective (cross-entropy, lo
 {config.loss.router_z} router z-loss), fp32, on {machine}; median {speed:.0f} tokens/s in the last stage. The first stage passes
 a dozen times over TinyStories and learns them by heart (0.75 bits per byte on them, 0.97 on others); the second has more
 weight decay, which helps every held-out file and puts three experts to sleep; the third, with more load balancing, wakes
-them. The weights are stored in bf16. The curves are those of the {len(steps):,} steps ({total / 1e6:.1f}M tokens) of the longest
-stage.
+them. The weights are stored in bf16. The curves are those of the second stage,
+{len(steps):,} steps.
 
 ![loss](loss.png)
 
