@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <mutex>
 
 #ifdef __linux__

@@ -52,7 +52,6 @@ OLMOE_INLINE float sum(vf v) {
 
 OLMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 OLMOE_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-OLMOE_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 OLMOE_INLINE float max_of(vf v) {
   float m = v[0];

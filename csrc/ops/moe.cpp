@@ -12,7 +12,7 @@ struct Piece {
   int expert, begin, end;
 };
 
-// Pieces that cover [0, units) of every expert with rows, each about `target` units of work of one row.
+// Pieces that cover [0, units) of every expert that has rows, `grain` units each.
 std::vector<Piece> cut(const std::vector<int>& offsets, int units, int grain) {
   std::vector<Piece> pieces;
   for (int e = 0; e + 1 < int(offsets.size()); e++) {

@@ -126,6 +126,15 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def available_memory_bytes() -> int | None:
+    """Bytes that processes can still take without making others give theirs up; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far, in bytes."""
     import resource

@@ -153,21 +153,13 @@ def _model(source: WeightSource, name: str, arguments: argparse.Namespace) -> Ca
     import torch
 
     from olmoe import checkpoint, hub, weight_source
-    from olmoe.runtime import log
+    from olmoe.runtime import available_memory_bytes, log
 
-    fits = 4 * source.config.num_parameters < 0.8 * _free_memory()
+    free = available_memory_bytes()
+    fits = free is None or 4 * source.config.num_parameters < 0.8 * free
     if not fits:
         log.warning("%s does not fit the memory in fp32, so it is measured in the dtype that it is stored in", name)
     if name.lower().endswith(".gguf"):
         return weight_source.load_model(source, torch.float32 if fits else torch.bfloat16)
     folder = hub.resolve(name, revision=arguments.revision, local_files_only=arguments.offline)
     return checkpoint.load(folder, dtype=torch.float32 if fits else None)
-
-
-def _free_memory() -> float:
-    """Bytes that this machine has available; infinite where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")

@@ -23,7 +23,7 @@ from torch import Tensor
 import olmoe
 from olmoe import fused, packed
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache
+from olmoe.engine.kv_cache import KVCache, default_cache_dtype
 from olmoe.errors import UserError, shown
 from olmoe.model import CausalLM, Experts, set_backend
 from olmoe.ops import AUTO, cpu
@@ -31,6 +31,7 @@ from olmoe.ops.cpu.extension import kernels
 from olmoe.packing import RECIPES
 from olmoe.quant import PackedExperts, PackedLayout, PackedModule
 from olmoe.quant.blocks import BLOCK, GROUP, SCALE_BYTES
+from olmoe.runtime import available_memory_bytes
 
 PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # that the command line names; those of `packing.RECIPES` work too
@@ -137,12 +138,8 @@ def require_memory(size: int, format: str) -> None:
 
     Otherwise it would kill a process, not always this one. `format` names the weights in the message.
     """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if size > free:
+    free = available_memory_bytes()
+    if free is not None and size > free:
         raise UserError(
             f"Weights in {format} would take {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free; "
             "choose a format of fewer bits or a smaller model."
@@ -168,11 +165,6 @@ def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch
     per_token = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
     dtype = cache_dtype or default_cache_dtype(model)
     return StepBytes(round(weights), batch * context * per_token * dtype.itemsize)
-
-
-def bytes_per_token(model: CausalLM) -> int:
-    """Bytes of weights that decoding one token of one sequence reads."""
-    return step_bytes(model, 0).weights
 
 
 def read_bandwidth(repeats: int = 5, size: int = 2**30) -> float:
@@ -203,13 +195,6 @@ def reset_peak_memory() -> None:
 
 
 # ---- speed ----
-
-
-def default_cache_dtype(model: CausalLM) -> torch.dtype:
-    """That of hidden states; 16 bits for a packed model, whose hidden states are fp32. As in `LLM`."""
-    is_packed = any(isinstance(module, PackedModule) for module in model.modules())
-    hidden: torch.dtype = model.model.norm.weight.dtype
-    return torch.float16 if is_packed and hidden == torch.float32 else hidden
 
 
 class Runner:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.config import ModelConfig
+from olmoe.model import CausalLM
 from olmoe.ops import cpu
 from olmoe.ops.cpu.functional import cached_attention
+from olmoe.quant import PackedModule
 
 
 class KVCache:
@@ -79,6 +81,13 @@ class KVCache:
         self._keys = [k.index_select(0, index) for k in self._keys]
         self._values = [v.index_select(0, index) for v in self._values]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+def default_cache_dtype(model: CausalLM) -> torch.dtype:
+    """That of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
+    packed = any(isinstance(module, PackedModule) for module in model.modules())
+    hidden: torch.dtype = model.model.norm.weight.dtype
+    return torch.float16 if packed and hidden == torch.float32 else hidden
 
 
 class PrefillAttend:

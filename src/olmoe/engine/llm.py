@@ -12,14 +12,13 @@ from torch import Tensor
 
 from olmoe import checkpoint, fused, hub
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache
+from olmoe.engine.kv_cache import KVCache, default_cache_dtype
 from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
 from olmoe.engine.sampler import Sampler
 from olmoe.engine.text_stream import TextStream
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.model import CausalLM, set_backend
 from olmoe.ops import AUTO
-from olmoe.quant import PackedModule
 from olmoe.runtime import log, resolve_device, resolve_dtype
 from olmoe.tokenizer import Tokenizer
 
@@ -128,7 +127,7 @@ class LLM:
             self.config,
             len(requests),
             capacity,
-            dtype=self._cache_dtype(),
+            dtype=default_cache_dtype(self.model),
             device=self.device,
             backend=self.backend,
         )
@@ -173,12 +172,6 @@ class LLM:
             if active:
                 logits = self._decode([requests[number].token_ids[-1] for number in active], cache)
             statistics.decode_seconds += time.perf_counter() - started
-
-    def _cache_dtype(self) -> torch.dtype:
-        """That of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
-        packed = any(isinstance(module, PackedModule) for module in self.model.modules())
-        hidden: torch.dtype = self.model.model.norm.weight.dtype
-        return torch.float16 if packed and hidden == torch.float32 else hidden
 
     def _accept(self, request: Request, stream: TextStream, token_id: int) -> str:
         """Add a chosen id to its text and decide whether the request has finished."""
