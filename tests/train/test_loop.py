@@ -39,6 +39,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C raises, also where whoever started the tests ignores it, as shells do for what runs in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def run(folder: Path, tokenizer: Path | str, /, *, resume: bool = False, **changes) -> Path:
     """Write a run into `folder` (unless it is to be resumed), train it and return its output folder."""
     path = folder / "run.toml" if resume and not changes else write_run(folder, tokenizer, **changes)
