@@ -12,10 +12,13 @@ namespace olmoe {
 constexpr int kBlock = 32;      // columns that share a scale
 constexpr int kGroup = 16;      // rows that are stored interleaved
 constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
-constexpr int kQ4Block = 256;   // bytes of codes of one block of a group
-constexpr int kQ8Block = 512;
 
-enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4 };
+enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5 };
+
+// Bytes of codes of one block of a group. q5 has 8 words of 64 bits, bit 4*r+i of word j the fifth bit of row r and
+// column 4j+i, and then the low four bits as q4 has them.
+constexpr int code_bytes(Type type) { return type == Type::kQ4 ? 256 : type == Type::kQ5 ? 320 : 512; }
+constexpr int low_bits_at(Type type) { return type == Type::kQ5 ? 64 : 0; }
 
 // One block of an activation row, quantized to int8: x = d * q. `correction` is -zero * sum(q), where `zero` is
 // what the weight's unsigned codes are offset by, so that an unsigned dot product that starts there is the signed one.
@@ -34,17 +37,17 @@ struct Matrix {
   int rows = 0, columns = 0;
   size_t stride = 0;
 
-  bool packed() const { return type == Type::kQ4 || type == Type::kQ8; }
-  int zero() const { return type == Type::kQ4 ? 8 : 128; }
+  bool packed() const { return type >= Type::kQ8; }
+  int zero() const { return type == Type::kQ4 ? 8 : type == Type::kQ5 ? 16 : 128; }
   int blocks() const { return columns / kBlock; }
   int groups() const { return (rows + kGroup - 1) / kGroup; }
   // Bytes of 16 rows.
   size_t group_bytes() const {
     switch (type) {
-      case Type::kQ4: return size_t(blocks()) * (kQ4Block + 2 * kGroup);
-      case Type::kQ8: return size_t(blocks()) * (kQ8Block + 2 * kGroup);
       case Type::kF32: return size_t(columns) * 4 * kGroup;
-      default: return size_t(columns) * 2 * kGroup;
+      case Type::kBF16:
+      case Type::kF16: return size_t(columns) * 2 * kGroup;
+      default: return size_t(blocks()) * (code_bytes(type) + 2 * kGroup);
     }
   }
   const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }

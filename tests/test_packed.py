@@ -67,7 +67,7 @@ def test_modules_are_packed_where_shapes_allow(tmp_path):
     assert type(layer.mlp.experts) is PackedExperts
     assert layer.mlp.experts.formats.keys() == {"gate_up_proj"}
     assert layer.mlp.experts.down_proj.dtype == torch.float32
-    assert model.lm_head.formats["weight"].name == "q8_0"
+    assert model.lm_head.formats["weight"].name == "q5_0"
     assert layer.mlp.experts.formats["gate_up_proj"].name == "q4_0"
     assert layer.mlp.gate.weight.dtype == torch.float32
     plain = packed.build(small_config(hidden_size=40), PackedLayout("q4_0", {"lm_head": "bf16"}))

@@ -1,6 +1,6 @@
-// Products of 16 interleaved rows of int4 or int8 codes with int8 activations, a tile of tokens at a time.
+// Products of 16 interleaved rows of int4, int5 or int8 codes with int8 activations, a tile of tokens at a time.
 //
-// Codes are unsigned (value + 8, value + 128) and activations signed, as the dot-product instructions want them; the
+// Codes are unsigned (value + 8, + 16, + 128) and activations signed, as the dot-product instructions want them; the
 // activation's `correction` takes the offset out again, in exact integers. Each block of 32 columns is summed in
 // int32, then scaled and added in fp32.
 #pragma once
@@ -14,11 +14,27 @@ namespace {
 // codes of each group (see Matrix).
 #if defined(__AVX512VNNI__)
 
+// The codes of columns 4j..4j+3 (`low`) and 16+4j..16+4j+3 of 16 rows, of a block in 4 or 5 bits.
+template <Type T>
+OLMOE_INLINE void unpack(const uint8_t* codes, int j, __m512i& low, __m512i& high) {
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  const __m512i v = _mm512_loadu_si512(codes + low_bits_at(T) + 64 * j);
+  low = _mm512_and_si512(v, low_nibble);
+  high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibble);
+  if constexpr (T == Type::kQ5) {
+    const __m512i fifth = _mm512_set1_epi8(16);
+    uint64_t bits[2];
+    std::memcpy(&bits[0], codes + 8 * j, 8);
+    std::memcpy(&bits[1], codes + 8 * (4 + j), 8);
+    low = _mm512_mask_add_epi8(low, bits[0], low, fifth);
+    high = _mm512_mask_add_epi8(high, bits[1], high, fifth);
+  }
+}
+
 template <Type T, int GROUPS, int TOKENS>
 OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
                               float* out, int ld) {
-  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
-  const __m512i low_nibble = _mm512_set1_epi8(15);
+  constexpr int kBytes = code_bytes(T);
   __m512 total[GROUPS][TOKENS];
   const ActivationBlock* a[TOKENS];
   for (int t = 0; t < TOKENS; t++) {
@@ -32,12 +48,8 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
-      if constexpr (T == Type::kQ4) {
-        for (int j = 0; j < 4; j++) {
-          __m512i v = _mm512_loadu_si512(codes + 64 * j);
-          w[g][j] = _mm512_and_si512(v, low_nibble);
-          w[g][4 + j] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibble);
-        }
+      if constexpr (T != Type::kQ8) {
+        for (int j = 0; j < 4; j++) unpack<T>(codes, j, w[g][j], w[g][4 + j]);
       } else {
         for (int j = 0; j < 8; j++) w[g][j] = _mm512_loadu_si512(codes + 64 * j);
       }
@@ -79,8 +91,7 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
 template <Type T, int GROUPS>
 OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
                                 float* out) {
-  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
-  const __m512i low_nibble = _mm512_set1_epi8(15);
+  constexpr int kBytes = code_bytes(T);
   __m512 total[GROUPS];
   for (int g = 0; g < GROUPS; g++) total[g] = _mm512_setzero_ps();
   for (int b = 0; b < blocks; b++) {
@@ -93,11 +104,11 @@ OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int bl
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
       __m512i even = _mm512_set1_epi32(a[b].correction), odd = _mm512_setzero_si512();
       for (int j = 0; j < 4; j++) {
-        if constexpr (T == Type::kQ4) {
-          const __m512i v = _mm512_loadu_si512(codes + 64 * j);
-          even = _mm512_dpbusd_epi32(even, _mm512_and_si512(v, low_nibble), _mm512_set1_epi32(q[j]));
-          odd = _mm512_dpbusd_epi32(odd, _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibble),
-                                    _mm512_set1_epi32(q[4 + j]));
+        if constexpr (T != Type::kQ8) {
+          __m512i low, high;
+          unpack<T>(codes, j, low, high);
+          even = _mm512_dpbusd_epi32(even, low, _mm512_set1_epi32(q[j]));
+          odd = _mm512_dpbusd_epi32(odd, high, _mm512_set1_epi32(q[4 + j]));
         } else {
           even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(codes + 64 * j), _mm512_set1_epi32(q[j]));
           odd = _mm512_dpbusd_epi32(odd, _mm512_loadu_si512(codes + 256 + 64 * j), _mm512_set1_epi32(q[4 + j]));
@@ -116,37 +127,64 @@ OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int bl
 
 #elif defined(__AVX2__)
 
+// The codes of columns 4j..4j+3 (`low`) and 16+4j..16+4j+3 of 8 rows, half a group, of a block in 4 or 5 bits.
+template <Type T>
+OLMOE_INLINE void unpack(const uint8_t* block, int half, int j, __m256i& low, __m256i& high) {
+  const __m256i low_nibble = _mm256_set1_epi8(15);
+  const __m256i v = _mm256_loadu_si256((const __m256i*)(block + low_bits_at(T) + 64 * j + 32 * half));
+  low = _mm256_and_si256(v, low_nibble);
+  high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble);
+  if constexpr (T == Type::kQ5) {
+    // Each byte gets the byte of bits that its own is in, then keeps that bit alone.
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3,
+                                            3, 3, 3, 3, 3);
+    const __m256i own = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    const __m256i fifth = _mm256_set1_epi8(16);
+    auto add = [&](__m256i codes, int word) {
+      int32_t bits;
+      std::memcpy(&bits, block + 8 * word + 4 * half, 4);
+      const __m256i here = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread), own);
+      return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(here, own), fifth));
+    };
+    low = add(low, j);
+    high = add(high, 4 + j);
+  }
+}
+
+// Eight 32-bit sums of two vectors that each hold 16-bit sums of 8 products. 16 products of at most 15 * 127 stay below
+// 2^15, and so do 8 of at most 31 * 127.
+template <Type T>
+OLMOE_INLINE __m256i sum16(__m256i s0, __m256i s1) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (T == Type::kQ4) return _mm256_madd_epi16(_mm256_add_epi16(s0, s1), ones);
+  return _mm256_add_epi32(_mm256_madd_epi16(s0, ones), _mm256_madd_epi16(s1, ones));
+}
+
 // Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64.
 template <Type T, int TOKENS>
 OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, __m256* total) {
-  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes + 16 * half;
-  codes += 32 * half;
-  const __m256i low_nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const __m256i ones = _mm256_set1_epi16(1);
   const ActivationBlock* a[TOKENS];
   for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps(), a[t] = x[t].blocks;
   for (int b = 0; b < blocks; b++) {
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + b * 2 * kGroup)));
-    if constexpr (T == Type::kQ4) {
+    if constexpr (T != Type::kQ8) {
       __m256i w[8];
-      for (int j = 0; j < 4; j++) {
-        __m256i v = _mm256_loadu_si256((const __m256i*)(codes + b * kBytes + 64 * j));
-        w[j] = _mm256_and_si256(v, low_nibble);
-        w[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble);
-      }
+      for (int j = 0; j < 4; j++) unpack<T>(codes + size_t(b) * kBytes, half, j, w[j], w[4 + j]);
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; t++) {
         const ActivationBlock& block = a[t][b];
         int32_t q[8];
         std::memcpy(q, block.q, sizeof q);
-        // 16 products of at most 15 * 127 stay below 2^15.
         __m256i s0 = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(q[0]));
         __m256i s1 = _mm256_maddubs_epi16(w[1], _mm256_set1_epi32(q[1]));
         for (int j = 2; j < 8; j += 2) {
           s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(w[j], _mm256_set1_epi32(q[j])));
           s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(w[j + 1], _mm256_set1_epi32(q[j + 1])));
         }
-        __m256i s = _mm256_madd_epi16(_mm256_add_epi16(s0, s1), ones);
+        __m256i s = sum16<T>(s0, s1);
         s = _mm256_add_epi32(s, _mm256_set1_epi32(block.correction));
         total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(scale, _mm256_set1_ps(block.d)), total[t]);
       }
@@ -155,7 +193,7 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
       const __m256i offset = _mm256_set1_epi8(-128);
       __m256i w[8];
       for (int j = 0; j < 8; j++)
-        w[j] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + b * kBytes + 64 * j)), offset);
+        w[j] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + b * kBytes + 64 * j + 32 * half)), offset);
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; t++) {
         const ActivationBlock& block = a[t][b];
@@ -176,8 +214,8 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
 template <Type T, int GROUPS>
 OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
                                 float* out) {
-  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
-  const __m256i low_nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
+  constexpr int kBytes = code_bytes(T);
+  const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
   __m256 total[GROUPS][2];
   for (int g = 0; g < GROUPS; g++) total[g][0] = total[g][1] = _mm256_setzero_ps();
   for (int b = 0; b < blocks; b++) {
@@ -188,24 +226,24 @@ OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int bl
     for (int g = 0; g < GROUPS; g++)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes + 32 * half;
+        const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
         const uint8_t* scales =
             group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
         __m256i s;
-        if constexpr (T == Type::kQ4) {
-          __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();  // sums as in packed_half
+        if constexpr (T != Type::kQ8) {
+          __m256i s0 = _mm256_setzero_si256(), s1 = _mm256_setzero_si256();
           for (int j = 0; j < 4; j++) {
-            const __m256i v = _mm256_loadu_si256((const __m256i*)(codes + 64 * j));
-            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(v, low_nibble), _mm256_set1_epi32(q[j])));
-            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble),
-                                                               _mm256_set1_epi32(q[4 + j])));
+            __m256i low, high;
+            unpack<T>(codes, half, j, low, high);
+            s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(low, _mm256_set1_epi32(q[j])));
+            s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(high, _mm256_set1_epi32(q[4 + j])));
           }
-          s = _mm256_madd_epi16(_mm256_add_epi16(low, high), ones);
+          s = sum16<T>(s0, s1);
           s = _mm256_add_epi32(s, _mm256_set1_epi32(a[b].correction));
         } else {
           s = _mm256_setzero_si256();
           for (int j = 0; j < 8; j++) {
-            const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j)), offset);
+            const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j + 32 * half)), offset);
             const __m256i p =
                 _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(q[j]), w));
             s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
@@ -247,7 +285,7 @@ OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows
 template <Type T, int GROUPS, int TOKENS>
 inline void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out, int ld) {
   static_assert(GROUPS == 1);
-  constexpr int kBytes = T == Type::kQ4 ? kQ4Block : kQ8Block;
+  constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes;
   for (int t = 0; t < TOKENS; t++) {
     float total[kGroup] = {};
@@ -256,14 +294,21 @@ inline void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, cons
       int32_t s[kGroup];
       for (int r = 0; r < kGroup; r++) s[r] = block.correction;
       const uint8_t* c = codes + size_t(b) * kBytes;
-      for (int j = 0; j < kBytes / 64; j++)
+      for (int j = 0; j < (T == Type::kQ8 ? 8 : 4); j++)
         for (int r = 0; r < kGroup; r++)
           for (int i = 0; i < 4; i++) {
-            const int code = c[64 * j + 4 * r + i];
-            if constexpr (T == Type::kQ4)
-              s[r] += (code & 15) * block.q[4 * j + i] + (code >> 4) * block.q[16 + 4 * j + i];
-            else
+            const int code = c[low_bits_at(T) + 64 * j + 4 * r + i];
+            if constexpr (T == Type::kQ8) {
               s[r] += code * block.q[4 * j + i];
+            } else {
+              int low = code & 15, high = code >> 4;
+              if constexpr (T == Type::kQ5) {
+                const int bit = 4 * r + i;
+                low |= (c[8 * j + bit / 8] >> bit % 8 & 1) << 4;
+                high |= (c[8 * (4 + j) + bit / 8] >> bit % 8 & 1) << 4;
+              }
+              s[r] += low * block.q[4 * j + i] + high * block.q[16 + 4 * j + i];
+            }
           }
       for (int r = 0; r < kGroup; r++) {
         uint16_t half;
@@ -298,7 +343,7 @@ template <Type T>
 inline void packed_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                         int ld) {
   const int blocks = columns / kBlock;
-  const size_t group_bytes = size_t(blocks) * ((T == Type::kQ4 ? kQ4Block : kQ8Block) + 2 * kGroup);
+  const size_t group_bytes = size_t(blocks) * (code_bytes(T) + 2 * kGroup);
   int r = 0;
   auto band = [&]<int GROUPS>() {
     packed_band<T, GROUPS>(group + r / kGroup * group_bytes, group_bytes, blocks,

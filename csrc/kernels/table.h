@@ -13,6 +13,7 @@ inline void rows(Type type, const uint8_t* group, int rows, int columns, const A
                  int ld) {
   switch (type) {
     case Type::kQ4: return packed_rows<Type::kQ4>(group, rows, columns, x, tokens, out, ld);
+    case Type::kQ5: return packed_rows<Type::kQ5>(group, rows, columns, x, tokens, out, ld);
     case Type::kQ8: return packed_rows<Type::kQ8>(group, rows, columns, x, tokens, out, ld);
     case Type::kBF16: return float_rows<Type::kBF16>(group, rows, columns, x, tokens, out, ld);
     case Type::kF16: return float_rows<Type::kF16>(group, rows, columns, x, tokens, out, ld);

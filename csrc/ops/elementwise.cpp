@@ -34,17 +34,20 @@ void embed(const Matrix& m, const int64_t* ids, int tokens, float* out) {
     }
     const int r = int(ids[t] % kGroup);
     const uint8_t* codes = m.group(0, int(ids[t] / kGroup));
-    const size_t block_bytes = m.type == Type::kQ4 ? kQ4Block : kQ8Block;
+    const size_t block_bytes = code_bytes(m.type);
     const uint8_t* scales = codes + m.blocks() * block_bytes;
     for (int b = 0; b < m.blocks(); b++) {
       float scale;
       k.load(scales + (size_t(b) * kGroup + r) * 2, 1, Type::kF16, &scale);
       const uint8_t* c = codes + b * block_bytes;
       for (int i = 0; i < kBlock; i++) {
-        const int j = m.type == Type::kQ4 ? (i % 16) / 4 : i / 4;
-        const int code = c[64 * j + 4 * r + i % 4];
-        const int value = m.type == Type::kQ8 ? code - 128 : (i < 16 ? code & 15 : code >> 4) - 8;
-        y[b * kBlock + i] = scale * float(value);
+        int code = c[low_bits_at(m.type) + 64 * (m.type == Type::kQ8 ? i / 4 : i % 16 / 4) + 4 * r + i % 4];
+        if (m.type != Type::kQ8) code = i < 16 ? code & 15 : code >> 4;
+        if (m.type == Type::kQ5) {
+          const int bit = 64 * (i / 4) + 4 * r + i % 4;
+          code |= (c[bit / 8] >> bit % 8 & 1) << 4;
+        }
+        y[b * kBlock + i] = scale * float(code - m.zero());
       }
     }
   }

@@ -45,13 +45,14 @@ class Recipe:
         return PackedLayout(self.weight_format, self.overrides, self.name)
 
 
-_ENDS = {"model.embed_tokens": "q8_0", "lm_head": "q8_0"}
+_ENDS = {"model.embed_tokens": "q5_0", "lm_head": "q5_0"}
+_HIGH = {"model.embed_tokens": "q8_0", "lm_head": "q8_0", "model.layers.*.self_attn.*": "q8_0"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("int8", "q8_0", {}),
         Recipe("int4", "q4_0", _ENDS, searches=True),
-        Recipe("int4-high", "q4_0", _ENDS | {"model.layers.*.self_attn.*": "q8_0"}, searches=True),
+        Recipe("int4-high", "q4_0", _HIGH, searches=True),
         Recipe("q4_0", "q4_0", {}),
     )
 }

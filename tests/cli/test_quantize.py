@@ -105,10 +105,10 @@ def test_info_shows_packed_folders(capsys, plain, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     size = (tmp_path / "m" / "model.safetensors").stat().st_size
     assert facts["bytes"]["on_disk"] == size
-    assert facts["bytes"]["stored_as"] == ["bfloat16", "q4_0", "q8_0"]
+    assert facts["bytes"]["stored_as"] == ["bfloat16", "q4_0", "q5_0"]
     kinds = {k: v for k, v in facts["packed"].items() if k != "bits_per_weight"}
-    assert kinds["output head"] == {"format": "q8_0", "weights": 320 * 32, "bytes": 320 * 34}
+    assert kinds["output head"] == {"format": "q5_0", "weights": 320 * 32, "bytes": 320 * 22}
     assert sum(kind["weights"] for kind in kinds.values()) == facts["parameters"]["total"]
     assert facts["packed"]["bits_per_weight"] == pytest.approx(8 * size / facts["parameters"]["total"], abs=1e-3)
     assert main(["info", str(tmp_path / "m")]) == 0
-    assert "10,880 bytes of 10,240 weights in q8_0" in capsys.readouterr().out
+    assert "7,040 bytes of 10,240 weights in q5_0" in capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_rows_that_are_no_whole_blocks_stay_bf16(tmp_path, tokenizer_file):
 
 @pytest.fixture(scope="module")
 def packed_folder(folder, tmp_path_factory):
-    """Two formats; scales as a search may choose them."""
+    """Three formats; scales as a search may choose them."""
 
     def quantize(self, blocks):
         scales = (blocks.abs().amax(1) / 7.3).half()
@@ -94,7 +94,9 @@ def packed_folder(folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("packed") / "packed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Q4_0, "quantize", quantize)
-        recipe = packing.Recipe(name="mixed", weight_format="q4_0", overrides={"model.embed_tokens": "q8_0"})
+        recipe = packing.Recipe(
+            name="mixed", weight_format="q4_0", overrides={"model.embed_tokens": "q8_0", "lm_head": "q5_0"}
+        )
         packing.pack(FolderSource(folder), target, recipe)
     return target
 
@@ -105,6 +107,7 @@ def test_packed_folders_keep_every_value(packed_folder, tmp_path):
     for parameter, expert in all_parameters(source.config):
         assert torch.equal(source.read(parameter, expert), original.read(parameter, expert).float()), parameter
     assert source.stored_as("model.embed_tokens.weight") == ("Q8_0",)
+    assert source.stored_as("lm_head.weight") == ("Q5_0",)
     assert source.stored_as("model.layers.0.mlp.experts.gate_up_proj") == ("Q4_0", "Q4_0")
     assert source.file.metadata["general.file_type"] == FILE_TYPES["q4_0"]
 

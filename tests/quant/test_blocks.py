@@ -1,4 +1,4 @@
-"""Q8_0 and Q4_0 against a scalar quantizer and a scalar reading of the layout, both written from the definitions."""
+"""Q8_0, Q5_0 and Q4_0 against a scalar quantizer and a scalar reading of the layout, written from the definitions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 
 from olmoe.errors import CheckpointError, ConfigError
 from olmoe.quant import make_format
-from olmoe.quant.blocks import Q4_0, Q8_0, extreme, packable
+from olmoe.quant.blocks import Q4_0, Q5_0, Q8_0, extreme, packable
 from olmoe.quant.formats import CODES
 
-FORMATS = [Q8_0(), Q4_0()]
+FORMATS = [Q8_0(), Q5_0(), Q4_0()]
+# What a code is stored with added, written down once more.
+ZERO = {"q8_0": 128, "q5_0": 16, "q4_0": 8}
 named = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 SHAPES = [
     pytest.param((16, 32), id="one block of one group"),
@@ -38,12 +40,13 @@ def scalar_blocks(format, matrix):
             for x in block:
                 if abs(x) > amax:
                     amax, extreme_value = abs(x), x
-            scale = amax / f32(127) if format.name == "q8_0" else extreme_value / f32(-8)
+            scale = amax / f32(127) if format.name == "q8_0" else extreme_value / f32(-ZERO[format.name])
             inverse = f32(1) / scale if scale else f32(0)
             if format.name == "q8_0":  # C's roundf: halves away from zero
                 codes = [int(math.copysign(math.floor(abs(float(x * inverse)) + 0.5), x)) for x in block]
             else:
-                codes = [min(15, int(x * inverse + f32(8.5))) for x in block]
+                zero = ZERO[format.name]
+                codes = [min(2 * zero - 1, int(x * inverse + f32(zero + 0.5))) for x in block]
             blocks.append((np.float16(scale), codes))
         rows.append(blocks)
     return rows
@@ -58,7 +61,9 @@ def gguf_bytes(format, rows):
             if format.name == "q8_0":
                 out += np.array(codes, np.int8).tobytes()
             else:
-                out += bytes(codes[b] | codes[16 + b] << 4 for b in range(16))
+                if format.name == "q5_0":
+                    out += sum((q >> 4) << c for c, q in enumerate(codes)).to_bytes(4, "little")
+                out += bytes(codes[b] & 15 | (codes[16 + b] & 15) << 4 for b in range(16))
     return torch.frombuffer(out, dtype=torch.uint8).view(len(rows), -1)
 
 
@@ -91,7 +96,7 @@ def test_every_byte_lies_where_the_layout_says(format):
     rows, columns, blocks = 19, 96, 3
     scalar = scalar_blocks(format, random(rows, columns))
     packed = format.encode(random(rows, columns))[CODES]
-    size = 32 * (4 if format.name == "q4_0" else 8) * 2  # bytes of codes of a block of 16 rows
+    size = {"q8_0": 512, "q5_0": 320, "q4_0": 256}[format.name]  # bytes of codes of a block of 16 rows
     assert packed.shape == (2, blocks * (size + 32))
     expected = np.zeros(packed.shape, np.uint8)
     for row in range(rows):
@@ -103,7 +108,11 @@ def test_every_byte_lies_where_the_layout_says(format):
                     expected[g, b * 512 + j * 64 + 4 * r + i] = q + 128
                 else:
                     j, i = divmod(c % 16, 4)
-                    expected[g, b * 256 + j * 64 + 4 * r + i] |= q << (4 if c >= 16 else 0)
+                    low_bits = b * size + size - 256
+                    expected[g, low_bits + j * 64 + 4 * r + i] |= (q & 15) << (4 if c >= 16 else 0)
+                    if format.name == "q5_0":
+                        bit = 64 * (c // 4) + 4 * r + c % 4
+                        expected[g, b * size + bit // 8] |= (q >> 4) << bit % 8
             at = blocks * size + 2 * (b * 16 + r)
             expected[g, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
     assert np.array_equal(packed.numpy(), expected)
@@ -121,12 +130,15 @@ def test_decoding_gives_code_times_scale_rounded_once(format, shape, dtype):
     if format.name == "q8_0":
         codes = blocks[:, :, 2:].view(np.int8).astype(np.float32)
     else:
-        codes = np.concatenate((blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4), axis=2).astype(np.float32) - 8
+        low_bits = blocks[:, :, -16:]
+        codes = np.concatenate((low_bits & 15, low_bits >> 4), axis=2).astype(np.float32) - ZERO[format.name]
+        if format.name == "q5_0":
+            codes += 16 * np.unpackbits(blocks[:, :, 2:6], axis=2, bitorder="little")
     assert torch.equal(decoded, torch.from_numpy((codes * scales).reshape(shape)).to(dtype))
-    coarsest = 1 / 127 if format.name == "q8_0" else 1 / 8
+    coarsest = 1 / min(ZERO[format.name], 127)
     limit = weight.float().abs().view(shape[0], -1, 32).amax(-1, keepdim=True) * (coarsest / 2 * 1.01 + 2**-7)
-    if format.name == "q4_0":
-        limit = limit * 2  # the end opposite to the extreme one reaches 7 of 8 steps only
+    if format.name != "q8_0":
+        limit = limit * 2  # the end opposite to the extreme one lacks a step: it reaches 7 of 8 in q4_0
     assert ((decoded.float() - weight.float()).abs().view(shape[0], -1, 32) <= limit).all()
 
 
@@ -152,9 +164,9 @@ def test_a_slice_of_a_stack_and_a_column_slice_of_a_weight(format):
 @named
 def test_rounding_for_given_scales_finds_the_nearest_code(format):
     blocks, scales = random(50, 32), random(50, seed=1)
-    low, high = (-127, 127) if format.name == "q8_0" else (-8, 7)
+    zero = ZERO[format.name]
+    low, high = (-127, 127) if format.name == "q8_0" else (-zero, zero - 1)
     grid = torch.arange(low, high + 1).float()
-    zero = 128 if format.name == "q8_0" else 8
     error = (blocks[..., None] - grid * scales[:, None, None]).abs()
     chosen = (blocks - (format.round(blocks, scales).float() - zero) * scales[:, None]).abs()
     assert torch.allclose(chosen, error.amin(-1), atol=1e-5)
@@ -188,5 +200,5 @@ def test_shapes_that_have_no_blocks_are_refused(format):
 def test_sizes(format):
     (shape, dtype) = format.parts(2048, 1024)[CODES]
     assert dtype == torch.uint8
-    assert math.prod(shape) * 8 / (2048 * 1024) == {"q8_0": 8.5, "q4_0": 4.5}[format.name]
+    assert math.prod(shape) * 8 / (2048 * 1024) == {"q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}[format.name]
     assert make_format(format.name).name == format.name

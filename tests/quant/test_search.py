@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from olmoe.quant import Q4_0, Q8_0, search
+from olmoe.quant import Q4_0, Q5_0, Q8_0, search
 from olmoe.quant.formats import CODES
 
 
@@ -17,11 +17,12 @@ def error(packed, weight, format=None):
     return (format or Q4_0()).decode({CODES: packed}, *weight.shape, torch.float32) - weight
 
 
-def test_search_lowers_the_weighted_error_of_every_block_on_the_whole_and_never_ruins_one():
-    format, blocks, importance = Q4_0(), random(500, 32), random(500, 32, seed=1).square()
+@pytest.mark.parametrize("format", [Q4_0(), Q5_0()], ids=lambda f: f.name)
+def test_search_lowers_the_weighted_error_of_every_block_on_the_whole_and_never_ruins_one(format):
+    blocks, importance = random(500, 32), random(500, 32, seed=1).square()
     losses = []
     for codes, scales in (format.quantize(blocks), search.search(format, blocks, importance)):
-        values = (codes.float() - 8) * scales.float().unsqueeze(1)
+        values = (codes.float() - format.zero) * scales.float().unsqueeze(1)
         losses.append((importance * (values - blocks).square()).sum(dim=1))
     rounded, searched = losses
     assert searched.sum() < 0.85 * rounded.sum()
@@ -46,17 +47,18 @@ def test_blocks_of_zeros_and_columns_that_do_not_matter():
     assert torch.allclose(values, blocks, atol=2e-3)
 
 
+@pytest.mark.parametrize("format", [Q4_0(), Q5_0()], ids=lambda f: f.name)
 @pytest.mark.parametrize("shape", [(5, 64), (40, 96)], ids=str)
-def test_compensation_lowers_the_error_of_outputs(shape):
+def test_compensation_lowers_the_error_of_outputs(shape, format):
     weight, mixing = random(*shape), random(shape[1], shape[1], seed=1)
     inputs = random(400, shape[1], seed=2) @ mixing  # correlated, as hidden states are
     covariance = inputs.T @ inputs / len(inputs)
     by_method = {
-        "rounded": Q4_0().encode(weight)[CODES],
-        "searched": search.encode(Q4_0(), weight, None),
-        "compensated": search.encode(Q4_0(), weight, covariance),
+        "rounded": format.encode(weight)[CODES],
+        "searched": search.encode(format, weight, None),
+        "compensated": search.encode(format, weight, covariance),
     }
-    losses = {name: float((inputs @ error(p, weight).T).square().mean()) for name, p in by_method.items()}
+    losses = {name: float((inputs @ error(p, weight, format).T).square().mean()) for name, p in by_method.items()}
     assert losses["compensated"] < 0.6 * losses["rounded"]
     assert losses["compensated"] < losses["searched"] < losses["rounded"]
 
@@ -67,6 +69,14 @@ def test_compensation_without_correlations_is_rounding_to_the_searched_scales():
     expected = search.search(Q4_0(), weight.view(-1, 32), torch.ones(()))
     assert torch.equal(scales, expected[1])
     assert torch.equal(codes, expected[0])
+
+
+def test_rows_are_compensated_piece_by_piece(monkeypatch):
+    weight, inputs = random(40, 64), random(200, 64, seed=1)
+    covariance = inputs.T @ inputs
+    whole = search.encode(Q5_0(), weight, covariance)
+    monkeypatch.setattr(search, "COMPENSATED", 16 * 64)
+    assert torch.equal(search.encode(Q5_0(), weight, covariance), whole)
 
 
 def test_compensation_with_inputs_that_never_occur():

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from olmoe.errors import CheckpointError, shown
 from olmoe.gguf.block_types import BY_NAME, BlockType, Bytes
-from olmoe.quant.blocks import BLOCK, Q4_0, Q8_0
+from olmoe.quant.blocks import BLOCK, Q4_0, Q5_0, Q8_0
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCKS = {"Q8_0": Q8_0(), "Q4_0": Q4_0()}
+_BLOCKS = {"Q8_0": Q8_0(), "Q5_0": Q5_0(), "Q4_0": Q4_0()}
 ENCODABLE = (*_PLAIN, *_BLOCKS)
 # Weights encoded at a time: 1 M in fp32 are 4 MB.
 PIECE = 2**20

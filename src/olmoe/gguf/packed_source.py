@@ -19,7 +19,7 @@ class PackedSource(FolderSource):
         self._model, self._file = self._packed
 
     def stored_as(self, parameter: str) -> tuple[str, ...]:
-        """The name of the type in which a parameter is stored: Q8_0, Q4_0, or a floating one."""
+        """The name of the type in which a parameter is stored: Q8_0, Q5_0, Q4_0, or a floating one."""
         found = self._packing(parameter)
         return (self._file.entries[parameter].dtype if found is None else found[0].name.upper(),)
 

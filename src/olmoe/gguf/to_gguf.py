@@ -20,7 +20,7 @@ from olmoe.weight_source import FolderSource
 
 # Types of matrices that can be asked for -> general.file_type, llama.cpp's number for "mostly this".
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
-_PACKED = ("Q8_0", "Q4_0")  # what a packed checkpoint holds
+_PACKED = ("Q8_0", "Q5_0", "Q4_0")  # what a packed checkpoint holds
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 Progress = Callable[[int, int], None]

@@ -90,9 +90,7 @@ class PackedConfig(BitsAndBytesConfig):
                 )
             self.layout = PackedLayout(weight_format, overrides or {}, recipe)
         elif overrides:
-            raise ConfigError(
-                f"Only {' and '.join(BLOCK_FORMATS)} take overrides, not {weight_format}; leave them out."
-            )
+            raise ConfigError(f"Only {', '.join(BLOCK_FORMATS)} take overrides, not {weight_format}; leave them out.")
         four_bit = weight_format not in ("int8", "q8_0")
         super().__init__(
             load_in_4bit=four_bit,

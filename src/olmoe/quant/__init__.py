@@ -1,14 +1,14 @@
 """Weight formats: how a matrix is encoded into fewer bits, decoded again, and held by modules.
 
-`formats` defines a format. `four_bit` (NF4, FP4), `eight_bit` (int8 by rows) and `blocks` (Q8_0 and Q4_0, in the
-layout of the CPU kernels) implement it in plain torch, and `search` chooses better codes and scales for `blocks`.
+`formats` defines a format. `four_bit` (NF4, FP4), `eight_bit` (int8 by rows) and `blocks` (Q8_0, Q5_0 and Q4_0, in
+the layout of the CPU kernels) implement it in plain torch, and `search` chooses better codes and scales for `blocks`.
 `layout` says which format each matrix of a checkpoint has. `modules` holds `PackedLinear`, `PackedEmbedding` and
 `PackedExperts`, which take the places of the network's modules and decode what they multiply with, matrix by matrix.
 """
 
 from __future__ import annotations
 
-from olmoe.quant.blocks import Q4_0, Q8_0, BlockFormat
+from olmoe.quant.blocks import Q4_0, Q5_0, Q8_0, BlockFormat
 from olmoe.quant.eight_bit import Int8
 from olmoe.quant.formats import Format
 from olmoe.quant.four_bit import FourBit
@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK_FORMATS",
     "FORMATS",
     "Q4_0",
+    "Q5_0",
     "Q8_0",
     "BlockFormat",
     "Format",

@@ -1,6 +1,7 @@
-"""Q8_0 and Q4_0: blocks of 32 columns of a row that share one fp16 scale, stored as the CPU kernels read them.
+"""Q8_0, Q5_0 and Q4_0: blocks of 32 columns of a row that share one fp16 scale, stored as the CPU kernels read them.
 
     q8_0    w ~ q * scale          q in -128..127
+    q5_0    w ~ (q - 16) * scale   q in 0..31
     q4_0    w ~ (q - 8) * scale    q in 0..15
 
 Values are interchangeable, bit for bit, with the GGUF types of the same names (block layouts and the arithmetic of
@@ -10,9 +11,11 @@ block, the scale first. Here 16 rows form a group, so that a vector register hol
     group g of a matrix:  codes of block 0, of block 1, ..., then the scales, block-major, as little-endian fp16
     q4_0, 256 bytes a block: byte j*64 + 4*r + i (j < 4, r < 16, i < 4) holds of row r column 4j+i in its low nibble
         and column 16+4j+i in its high one
+    q5_0, 320 bytes a block: 8 words of 64 bits, of which bit 4*r+i of word j is the fifth bit of row r and column 4j+i,
+        then 256 bytes with the low four bits as in q4_0
     q8_0, 512 bytes a block: byte j*64 + 4*r + i (j < 8) holds of row r column 4j+i as q + 128
 
-A last group of fewer rows is filled with zero codes and zero scales. 4.5 and 8.5 bits a weight.
+A last group of fewer rows is filled with zero codes and zero scales. 4.5, 5.5 and 8.5 bits a weight.
 
 Shapes legend: R rows, C columns, B = C/32 blocks of a row, G = ceil(R/16) groups.
 """
@@ -44,9 +47,10 @@ def packable(rows: int, columns: int) -> bool:
 
 
 class BlockFormat(Format):
-    """What Q8_0 and Q4_0 share: the interleaved layout, and the way to and from GGUF's rows of blocks."""
+    """What Q8_0, Q5_0 and Q4_0 share: the interleaved layout, and the way to and from GGUF's rows of blocks."""
 
     code_bytes: int  # of one block of one row
+    zero: int  # the code of the value 0
 
     def __init__(self) -> None:
         assert sys.byteorder == "little", "scales and interleaved words are little-endian"
@@ -178,6 +182,7 @@ class Q8_0(BlockFormat):  # noqa: N801  (GGUF's name)
 
     name = "q8_0"
     code_bytes = 32
+    zero = 128
 
     def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """See `BlockFormat.quantize`: halves are rounded away from zero, by the fp32 scale."""
@@ -210,17 +215,17 @@ class Q4_0(BlockFormat):  # noqa: N801  (GGUF's name)
 
     name = "q4_0"
     code_bytes = 16
+    zero = 8
 
     def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """See `BlockFormat.quantize`."""
-        scales = extreme(blocks) / -8.0
-        codes = (blocks * _reciprocal(scales).unsqueeze(1)).add_(8.5).clamp_(0, 15)
-        return codes.to(torch.uint8), scales.half()  # the conversion cuts, as C's does
+        scales = extreme(blocks) / -float(self.zero)
+        return self.round(blocks, scales), scales.half()
 
     def round(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """See `BlockFormat.round`."""
-        codes = (blocks * _reciprocal(scales.float()).unsqueeze(1)).add_(8.5).clamp_(0, 15)
-        return codes.to(torch.uint8)
+        codes = blocks * _reciprocal(scales.float()).unsqueeze(1)
+        return codes.add_(self.zero + 0.5).clamp_(0, 2 * self.zero - 1).to(torch.uint8)  # which cuts, as C does
 
     def values(self, code_words: Tensor) -> Tensor:
         """See `BlockFormat.values`."""
@@ -236,6 +241,65 @@ class Q4_0(BlockFormat):  # noqa: N801  (GGUF's name)
     def flip(self, code_bytes: Tensor) -> Tensor:
         """See `BlockFormat.flip`: the bytes are the same."""
         return code_bytes
+
+
+class Q5_0(Q4_0):  # noqa: N801  (GGUF's name)
+    """5-bit codes: scale = the value of largest magnitude / -16. Bytes: fifth bits of all columns, then as Q4_0."""
+
+    name = "q5_0"
+    code_bytes = 20
+    zero = 16
+
+    def values(self, code_words: Tensor) -> Tensor:
+        """See `BlockFormat.values`."""
+        places = torch.arange(8, dtype=torch.uint8, device=code_words.device)
+        fifth = (code_words[:, :4].unsqueeze(-1) >> places & 1).flatten(1)
+        return super().values(code_words[:, 4:]).add_(fifth << 4).sub_(8.0)
+
+    def to_bytes(self, codes: Tensor) -> Tensor:
+        """See `BlockFormat.to_bytes`."""
+        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        fifth = (codes.view(-1, 4, 8) >> 4 << places).sum(-1, dtype=torch.uint8)
+        return torch.cat((fifth, super().to_bytes(codes & 15)), dim=1)
+
+    def interleave(self, code_bytes: Tensor, scales: Tensor) -> Tensor:
+        """See `BlockFormat.interleave`."""
+        out = super().interleave(code_bytes, scales)
+        self._fifth_bits(out).copy_(_transpose_nibbles(self._fifth_bits(out).unflatten(-1, (GROUP, 4))).flatten(-2))
+        return out
+
+    def deinterleave(self, packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """See `BlockFormat.deinterleave`."""
+        rows = packed.clone()
+        self._fifth_bits(rows).copy_(_transpose_nibbles(self._fifth_bits(packed).unflatten(-1, (8, 8))).flatten(-2))
+        return super().deinterleave(rows, columns)
+
+    def decode_rows(self, parts: dict[str, Tensor], row_ids: Tensor, rows: int, columns: int) -> Tensor:
+        """See `Format.decode_rows`."""
+        packed, blocks = parts[CODES], columns // BLOCK
+        group, row = row_ids // GROUP, row_ids % GROUP
+        ends = blocks * GROUP * self.code_bytes
+        low = packed[:, :ends].view(torch.int32).view(-1, blocks, 5, GROUP)[group, :, 1:, row]  # (N, B, 4)
+        # Two rows share each byte of the words of fifth bits.
+        pairs = (
+            packed[:, :ends].unflatten(1, (blocks, -1))[:, :, : 4 * GROUP].unflatten(-1, (8, 8))[group, :, :, row // 2]
+        )
+        nibbles = pairs >> (row % 2 * 4).to(torch.uint8).view(-1, 1, 1) & 15  # (N, B, 8)
+        fifth = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+        code_words = torch.cat((fifth, low.contiguous().view(torch.uint8)), dim=-1).view(-1, self.code_bytes)
+        scales = packed[:, ends:].view(torch.int16).view(-1, blocks, GROUP)[group, :, row].view(torch.float16)
+        return self.values(code_words).mul_(scales.reshape(-1, 1).float()).view(len(row_ids), columns)
+
+    def _fifth_bits(self, packed: Tensor) -> Tensor:
+        """The fifth bits of all blocks of groups, a view (G, B, 64) uint8."""
+        ends = packed.shape[1] // self.block_bytes * self.code_bytes
+        return packed[:, :ends].unflatten(1, (-1, self.code_bytes * GROUP))[:, :, : 4 * GROUP]
+
+
+def _transpose_nibbles(x: Tensor) -> Tensor:
+    """Matrices (..., R, C/2) uint8 of half bytes, the lower first -> (..., C, R/2)."""
+    nibbles = torch.stack((x & 15, x >> 4), dim=-1).flatten(-2).transpose(-1, -2)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
 
 def extreme(blocks: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from olmoe.errors import CheckpointError, shown
-from olmoe.quant.blocks import Q4_0, Q8_0, BlockFormat, packable
+from olmoe.quant.blocks import Q4_0, Q5_0, Q8_0, BlockFormat, packable
 
 METHOD = "olmoe"
 PLAIN = "bf16"
-BLOCK_FORMATS = ("q8_0", "q4_0")
+BLOCK_FORMATS = ("q8_0", "q5_0", "q4_0")
 # More than any checkpoint has matrices or needs letters; a hostile file cannot keep the matcher busy.
 MAX_OVERRIDES, MAX_PATTERN = 4096, 200
 _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype", "skip_modules", "double_quant"}
@@ -28,7 +28,7 @@ _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype
 
 def make_block_format(name: str) -> BlockFormat:
     """The format of that name, one of `BLOCK_FORMATS`."""
-    return {"q8_0": Q8_0, "q4_0": Q4_0}[name]()
+    return {"q8_0": Q8_0, "q5_0": Q5_0, "q4_0": Q4_0}[name]()
 
 
 @dataclass(frozen=True)

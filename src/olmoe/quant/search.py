@@ -19,13 +19,16 @@ from torch import Tensor
 
 from olmoe.quant.blocks import BLOCK, GROUP, PIECE, BlockFormat, extreme
 
-# Where the extreme value of a block may land, in steps of the grid -8..7 of q4_0: on either end, a bit before, beyond.
-TARGETS = (-8.6, -8.3, -8.0, -7.7, -7.4, -7.1, -6.8, 6.4, 6.7, 7.0, 7.3, 7.6)
+# Where the extreme value of a block may land, as a share of the grid's lower end (-8 of q4_0, -16 of q5_0): on either
+# end, a bit before, beyond.
+TARGETS = tuple(step / 8 for step in (8.6, 8.3, 8.0, 7.7, 7.4, 7.1, 6.8, -6.4, -6.7, -7.0, -7.3, -7.6))
 REFINEMENTS = 2
 # How far all columns are held in place, as a share of the mean variance: calibration text is short, and not the text
 # that the model will meet.
 DAMPING = 0.3
 TINY = 1e-12
+# Weights of whole rows compensated at a time: 16 M in fp32 are 64 MB, and an output head has six times as many.
+COMPENSATED = 2**24
 
 
 def search(format: BlockFormat, blocks: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,13 +45,17 @@ def search(format: BlockFormat, blocks: Tensor, importance: Tensor) -> tuple[Ten
     best = torch.full_like(top, -1.0)
     scales = torch.zeros_like(top)
     for target in TARGETS:
-        q = (blocks * (inverse_top * target).unsqueeze(1)).round_().clamp_(-8, 7)
+        q = (
+            (blocks * (inverse_top * (-format.zero * target)).unsqueeze(1))
+            .round_()
+            .clamp_(-format.zero, format.zero - 1)
+        )
         scale, gain = _fit(q, weighted, importance)
         better = gain > best
         best = torch.where(better, gain, best)
         scales = torch.where(better, scale, scales)
     for _ in range(REFINEMENTS):
-        q = format.round(blocks, scales).float().sub_(8.0)
+        q = format.round(blocks, scales).float().sub_(format.zero)
         scales, _ = _fit(q, weighted, importance)
     rounded = scales.half()
     return format.round(blocks, rounded), rounded
@@ -65,13 +72,16 @@ def _fit(q: Tensor, weighted: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
 def encode(format: BlockFormat, weight: Tensor, covariance: Tensor | None) -> Tensor:
     """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, without a covariance by `search`."""
     rows, columns = weight.shape
-    if covariance is not None and format.name == "q4_0":
-        codes, scales = compensate(format, weight, inverse_factor(covariance))
-        return format.pack(codes, scales, rows)
-    pieces, step = [], max(PIECE // columns // GROUP, 1) * GROUP
+    factor = None if covariance is None or format.name == "q8_0" else inverse_factor(covariance)
+    piece = PIECE if factor is None else COMPENSATED
+    pieces, step = [], max(piece // columns // GROUP, 1) * GROUP
     for start in range(0, rows, step):
-        blocks = weight[start : start + step].float().reshape(-1, BLOCK)
-        pieces.append(format.pack(*search(format, blocks, torch.ones(())), len(blocks) * BLOCK // columns))
+        part = weight[start : start + step]
+        if factor is None:
+            chosen = search(format, part.float().reshape(-1, BLOCK), torch.ones(()))
+        else:
+            chosen = compensate(format, part, factor)
+        pieces.append(format.pack(*chosen, len(part)))
     return torch.cat(pieces)
 
 
@@ -101,9 +111,9 @@ def compensate(format: BlockFormat, weight: Tensor, factor: Tensor) -> tuple[Ten
         inverse = torch.where(wide == 0, 0.0, 1.0 / wide)
         errors, chosen = torch.empty_like(block), torch.empty_like(block)
         for c in range(BLOCK):
-            torch.mul(block[c], inverse, out=chosen[c]).round_().clamp_(-8, 7)
+            torch.mul(block[c], inverse, out=chosen[c]).round_().clamp_(-format.zero, format.zero - 1)
             torch.sub(block[c], chosen[c] * wide, out=errors[c]).div_(u[c, c])
             block[c + 1 :].addr_(u[c, c + 1 :], errors[c], alpha=-1)
-        codes[:, b], scales[:, b] = (chosen.T + 8).to(torch.uint8), scale
+        codes[:, b], scales[:, b] = (chosen.T + format.zero).to(torch.uint8), scale
         w_CR[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return codes.view(-1, BLOCK), scales.view(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from olmoe.quant import BlockFormat, make_block_format
 from olmoe.quant.formats import CODES
 
-FORMATS = ("q4_0", "q8_0")
+FORMATS = ("q4_0", "q5_0", "q8_0")
 
 
 class Packed(NamedTuple):

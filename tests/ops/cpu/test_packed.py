@@ -85,7 +85,7 @@ def test_an_activation_that_is_not_finite_makes_its_own_token_not_finite(format,
 @formats
 def test_codes_and_scales_at_their_limits(format, isa):
     """The largest codes of one sign against activations of one sign sum highest; the smallest ones lowest."""
-    top = 15 if format == "q4_0" else 255
+    top = {"q4_0": 15, "q5_0": 31, "q8_0": 255}[format]
     codes = torch.randint(0, top + 1, (21, 64), generator=torch.Generator().manual_seed(0))
     codes[0], codes[1] = 0, top  # -8 or -128; 7 or 127
     scales = random(21, 2, seed=1)  # of either sign
@@ -157,7 +157,9 @@ def mix(x, weights, ids, gate_up, down):
     return packed_moe(x, weights, ids, gate_up[:2], down[:2], down.values.shape[-1])
 
 
-@pytest.mark.parametrize("formats", [("q4_0", "q4_0"), ("q8_0", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+@pytest.mark.parametrize(
+    "formats", [("q4_0", "q4_0"), ("q8_0", "q8_0"), ("q5_0", "q5_0"), ("q4_0", "q8_0")], ids="/".join
+)
 @pytest.mark.parametrize(("n", "e", "k", "d", "f", "which"), MIXTURES)
 def test_moe(n, e, k, d, f, which, formats, isa):
     x, weights, ids, gate_up, down = mixture(n, e, k, d, f, which, formats)

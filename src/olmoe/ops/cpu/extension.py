@@ -17,7 +17,7 @@ from olmoe.runtime import log
 
 # `Type` of csrc/types.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PACKED_TYPES = {"q8_0": 3, "q4_0": 4}
+PACKED_TYPES = {"q8_0": 3, "q4_0": 4, "q5_0": 5}
 # Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -115,7 +115,7 @@ def float_matrix(weight: Tensor) -> Any:
 
 def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> Any:
     """A matrix of blocks, codes (G, bytes) uint8 or a stack (E, G, bytes), as `olmoe.quant.blocks` lays it out."""
-    block_bytes = {"q8_0": 34, "q4_0": 18}[format_name]
+    block_bytes = {"q8_0": 34, "q5_0": 22, "q4_0": 18}[format_name]
     shape = (-(-rows // 16), columns // 32 * 16 * block_bytes)
     assert columns % 32 == 0
     assert codes.shape[-2:] == shape, (codes.shape, shape)
