@@ -10,7 +10,7 @@ leaves a matrix plain, in whatever floating dtype it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,7 +28,8 @@ _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype
 
 def make_block_format(name: str) -> BlockFormat:
     """The format of that name, one of `BLOCK_FORMATS`."""
-    return {"q8_0": Q8_0, "q5_0": Q5_0, "q4_0": Q4_0}[name]()
+    formats: dict[str, Callable[[], BlockFormat]] = {"q8_0": Q8_0, "q5_0": Q5_0, "q4_0": Q4_0}
+    return formats[name]()
 
 
 @dataclass(frozen=True)
