@@ -125,13 +125,16 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
 
 // One lane's share of kTileRows rows times TOKENS tokens, added to the shares of the lanes before it. Shares are added
 // as a binary counter is: the n-th (from 0) to as many earlier sums as n ends in ones. sums [level][token][kPanelRows].
+// A function of its own, so that its pointers get all registers.
 template <int TOKENS>
-OLMOE_INLINE void lane_tile(const float* panel, int steps, const ActivationRow* x, size_t start, int n, float* sums,
-                            size_t level_size) {
+__attribute__((noinline)) void lane_tile(const float* panel, int steps, const ActivationRow* x, size_t start, int n, float* sums,
+                                         size_t level_size) {
   const float* a[TOKENS];
+#pragma GCC unroll 16
   for (int t = 0; t < TOKENS; t++) a[t] = x[t].lanes + start;
   vf total[TOKENS][2] = {};
-  for (int i = 0; i < steps; i++) {
+  ptrdiff_t i = 0;
+  do {
     const vf b0 = load(panel), b1 = load(panel + W);
     panel += kTileRows;
 #pragma GCC unroll 16
@@ -140,7 +143,7 @@ OLMOE_INLINE void lane_tile(const float* panel, int steps, const ActivationRow* 
       total[t][0] += b0 * v;
       total[t][1] += b1 * v;
     }
-  }
+  } while (++i < steps);
   for (; n & 1; n >>= 1, sums += level_size)
 #pragma GCC unroll 16
     for (int t = 0; t < TOKENS; t++) {
