@@ -2,8 +2,8 @@
 
     python benchmarks/prefill_transformers.py [--isa AVX2] [--tokens 512] [--layers 16]
 
-Speed does not depend on the values of the weights. `--isa AVX2` limits torch's libraries to what a CPU
-without AVX-512 has.
+Speed does not depend on the values of the weights. `--isa AVX2` limits torch's libraries and our kernels to what a
+CPU without AVX-512 has. `--torch-only` measures our network without the C++ kernels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import statistics
 import torch
 from machine import alternate, ceilings, limit_isa, machine
 
+from olmoe import fused
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
-from olmoe.model import CausalLM
+from olmoe.model import CausalLM, set_backend
+from olmoe.ops import cpu
 from olmoe.runtime import keep_freed_memory
 
 
@@ -43,8 +45,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--isa", help="limit the instruction set, for example AVX2")
+    parser.add_argument("--torch-only", action="store_true", help="do not use the C++ kernels")
     arguments = parser.parse_args()
     limit_isa(arguments.isa)
+    kernels = None if arguments.torch_only or not cpu.available() else cpu.isa()
+    if kernels and arguments.isa:
+        cpu.set_isa(kernels := arguments.isa.lower())
 
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -71,6 +77,10 @@ def main() -> None:
     # Buffers stay on the meta device otherwise.
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     theirs.eval()
+    if kernels:
+        fused.fuse(ours)
+    else:
+        set_backend(ours, "torch")
 
     ids = torch.randint(0, 50000, (arguments.tokens,), generator=torch.Generator().manual_seed(1))
     state: dict[str, object] = {}
@@ -106,6 +116,7 @@ def main() -> None:
         "benchmark": "prefill_transformers",
         "tokens": arguments.tokens,
         "layers": arguments.layers,
+        "kernels": kernels,
     }
     with torch.inference_mode():
         for what, count, ours_run, theirs_run in (
