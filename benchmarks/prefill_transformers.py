@@ -3,7 +3,8 @@
     python benchmarks/prefill_transformers.py [--isa AVX2] [--tokens 512] [--layers 16]
 
 Speed does not depend on the values of the weights. `--isa AVX2` limits torch's libraries and our kernels to what a
-CPU without AVX-512 has. `--torch-only` measures our network without the C++ kernels.
+CPU without AVX-512 has. `--torch-only` measures our network without the C++ kernels. `--processor-time` counts the time
+that this process had a core, for a machine that is shared; it is only right for one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 
 import torch
 from machine import alternate, ceilings, limit_isa, machine
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--isa", help="limit the instruction set, for example AVX2")
     parser.add_argument("--torch-only", action="store_true", help="do not use the C++ kernels")
+    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that is not idle")
     arguments = parser.parse_args()
     limit_isa(arguments.isa)
     kernels = None if arguments.torch_only or not cpu.available() else cpu.isa()
@@ -55,7 +58,10 @@ def main() -> None:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     keep_freed_memory()  # for both: it is a property of the process
-    limits = ceilings()
+    if arguments.processor_time and torch.get_num_threads() > 1:
+        parser.error("--processor-time adds up threads; set OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    limits = ceilings(clock)
     config = ModelConfig(num_hidden_layers=arguments.layers)
     active = config.num_active_parameters - config.vocab_size * config.hidden_size * 2  # the head scores one token only
     print(f"ceilings: {limits}")
@@ -117,13 +123,14 @@ def main() -> None:
         "tokens": arguments.tokens,
         "layers": arguments.layers,
         "kernels": kernels,
+        "clock": "processor" if arguments.processor_time else "wall",
     }
     with torch.inference_mode():
         for what, count, ours_run, theirs_run in (
             ("prefill", arguments.tokens, prefill_ours, prefill_theirs),
             ("decode", arguments.decode, decode_ours, decode_theirs),
         ):
-            times = alternate({"ours": ours_run, "transformers": theirs_run}, arguments.repeats)
+            times = alternate({"ours": ours_run, "transformers": theirs_run}, arguments.repeats, clock)
             speed = {name: count / statistics.median(values) for name, values in times.items()}
             ratio = statistics.median(b / a for a, b in zip(times["ours"], times["transformers"], strict=True))
             shown = ", ".join(f"{name} {value:.2f}" for name, value in speed.items())
