@@ -14,40 +14,45 @@ from typing import Any
 import torch
 
 
-def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    """Median wall time of `function` after one warm-up."""
+Clock = Callable[[], float]
+
+
+def seconds(function: Callable[[], Any], repeats: int = 5, clock: Clock = time.perf_counter) -> float:
+    """Median time of `function` after one warm-up."""
     function()
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         function()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return statistics.median(times)
 
 
-def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Wall times of several functions run in turn, after one warm-up each."""
+def alternate(
+    functions: dict[str, Callable[[], Any]], repeats: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Times of several functions run in turn, after one warm-up each."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            started = time.perf_counter()
+            started = clock()
             function()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     return times
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(clock: Clock = time.perf_counter) -> dict[str, float]:
     """Matrix products in GFLOP/s and plain memory reads in GB/s, as torch gets them here."""
     a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
     operations = 2 * 512 * 2048 * 2048 / 1e9
     a_half, b_half = a.bfloat16(), b.bfloat16()
     big = torch.randn(2**28 // 4 * 4)  # 1 GiB, far beyond every cache
     return {
-        "fp32_gflops": round(operations / seconds(lambda: a @ b.T), 1),
-        "bf16_gflops": round(operations / seconds(lambda: a_half @ b_half.T), 1),
-        "read_gb_per_s": round(big.numel() * 4 / 1e9 / seconds(big.sum), 1),
+        "fp32_gflops": round(operations / seconds(lambda: a @ b.T, clock=clock), 1),
+        "bf16_gflops": round(operations / seconds(lambda: a_half @ b_half.T, clock=clock), 1),
+        "read_gb_per_s": round(big.numel() * 4 / 1e9 / seconds(big.sum, clock=clock), 1),
     }
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/prefill_transformers.py [--isa AVX2] [--tokens 512] [--layers 16]
 
-Speed does not depend on the values of the weights. `--isa AVX2` limits torch's libraries to what a CPU
-without AVX-512 has.
+Speed does not depend on the values of the weights. `--isa AVX2` limits torch's libraries and our kernels to what a
+CPU without AVX-512 has. `--torch-only` measures our network without the C++ kernels. `--processor-time` counts the time
+that this process had a core, for a machine that is shared; it is only right for one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 
 import torch
 from machine import alternate, ceilings, limit_isa, machine
 
+from olmoe import fused
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
-from olmoe.model import CausalLM
+from olmoe.model import CausalLM, set_backend
+from olmoe.ops import cpu
 from olmoe.runtime import keep_freed_memory
 
 
@@ -43,13 +47,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--isa", help="limit the instruction set, for example AVX2")
+    parser.add_argument("--torch-only", action="store_true", help="do not use the C++ kernels")
+    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that is not idle")
     arguments = parser.parse_args()
     limit_isa(arguments.isa)
+    kernels = None if arguments.torch_only or not cpu.available() else cpu.isa()
+    if kernels and arguments.isa:
+        cpu.set_isa(kernels := arguments.isa.lower())
 
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     keep_freed_memory()  # for both: it is a property of the process
-    limits = ceilings()
+    if arguments.processor_time and torch.get_num_threads() > 1:
+        parser.error("--processor-time adds up threads; set OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    limits = ceilings(clock)
     config = ModelConfig(num_hidden_layers=arguments.layers)
     active = config.num_active_parameters - config.vocab_size * config.hidden_size * 2  # the head scores one token only
     print(f"ceilings: {limits}")
@@ -71,6 +83,10 @@ def main() -> None:
     # Buffers stay on the meta device otherwise.
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     theirs.eval()
+    if kernels:
+        fused.fuse(ours)
+    else:
+        set_backend(ours, "torch")
 
     ids = torch.randint(0, 50000, (arguments.tokens,), generator=torch.Generator().manual_seed(1))
     state: dict[str, object] = {}
@@ -106,13 +122,15 @@ def main() -> None:
         "benchmark": "prefill_transformers",
         "tokens": arguments.tokens,
         "layers": arguments.layers,
+        "kernels": kernels,
+        "clock": "processor" if arguments.processor_time else "wall",
     }
     with torch.inference_mode():
         for what, count, ours_run, theirs_run in (
             ("prefill", arguments.tokens, prefill_ours, prefill_theirs),
             ("decode", arguments.decode, decode_ours, decode_theirs),
         ):
-            times = alternate({"ours": ours_run, "transformers": theirs_run}, arguments.repeats)
+            times = alternate({"ours": ours_run, "transformers": theirs_run}, arguments.repeats, clock)
             speed = {name: count / statistics.median(values) for name, values in times.items()}
             ratio = statistics.median(b / a for a, b in zip(times["ours"], times["transformers"], strict=True))
             shown = ", ".join(f"{name} {value:.2f}" for name, value in speed.items())

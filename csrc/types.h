@@ -53,10 +53,14 @@ struct Matrix {
   const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }
 };
 
-// What a matrix is multiplied with: rows of int8 blocks for packed matrices, else rows of fp32.
-union ActivationRow {
-  const ActivationBlock* blocks;
-  const float* f32;
+// What a matrix is multiplied with: a row of int8 blocks for packed matrices, else of fp32. Among many, an fp32 row also
+// has its values by column modulo the kernels' `lanes` (see kernels/float_tiles.h); else `lanes` is null.
+struct ActivationRow {
+  union {
+    const ActivationBlock* blocks;
+    const float* f32;
+  };
+  const float* lanes;
 };
 
 // The kernels of one instruction set. Each runs on the calling thread and touches no shared state.
@@ -69,6 +73,13 @@ struct Kernels {
   // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens.
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                int ld);
+  // The same for plain matrices and rows that have `lanes`, with the same bits and faster for many tokens. `scratch`
+  // holds tiles_scratch floats and lies at a multiple of 64 bytes.
+  int lanes;
+  void (*tiles)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+                int ld, float* scratch);
+  // Columns [column, column + count) of a row to its `lanes`. `column` is a multiple of kBlock.
+  void (*split_lanes)(const float* x, int column, int count, int columns, float* lanes);
   // out = silu(gate) * up
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
   // Rotate-half on one head, in place. cos, sin (Dh/2).
@@ -93,6 +104,12 @@ constexpr int kQueryBlock = 64;
 constexpr int kKeyBlock = 64;
 inline size_t attention_scratch(int head_dim) {
   return size_t(kKeyBlock) * (head_dim + kQueryBlock) + size_t(kQueryBlock) * (head_dim + 4) + 64;
+}
+
+// Rows that Kernels::tiles widens at a time, and the scratch that it needs for so many tokens.
+constexpr int kPanelRows = 32;
+inline size_t tiles_scratch(int columns, int tokens) {
+  return size_t(kPanelRows) * (columns + 5 * size_t(tokens)) + 16 * kPanelRows;
 }
 
 const Kernels& scalar_kernels();

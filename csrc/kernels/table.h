@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "float_rows.h"
+#include "float_tiles.h"
 #include "packed_rows.h"
 
 namespace olmoe {
@@ -21,11 +22,24 @@ inline void rows(Type type, const uint8_t* group, int rows, int columns, const A
   }
 }
 
+inline void tiles(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens,
+                  float* out, int ld, float* scratch) {
+  switch (type) {
+    case Type::kBF16: return float_tiles<Type::kBF16>(group, rows, columns, x, tokens, out, ld, scratch);
+    case Type::kF16: return float_tiles<Type::kF16>(group, rows, columns, x, tokens, out, ld, scratch);
+    case Type::kF32: return float_tiles<Type::kF32>(group, rows, columns, x, tokens, out, ld, scratch);
+    default: return;  // packed matrices have their own
+  }
+}
+
 inline Kernels make_table(const char* name) {
   return Kernels{.name = name,
                  .rms_norm = rms_norm,
                  .quantize = quantize,
                  .rows = rows,
+                 .lanes = W,
+                 .tiles = tiles,
+                 .split_lanes = split_lanes,
                  .swiglu = swiglu,
                  .rope = rope,
                  .softmax = softmax,

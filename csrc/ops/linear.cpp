@@ -4,18 +4,31 @@
 #include "ops.h"
 
 namespace olmoe {
+namespace {
+
+// From so many tokens on, widening a panel of weights costs less than it saves.
+constexpr int kManyTokens = 16;
+// Lanes shorter than this are not worth a pass.
+constexpr int kLaneSteps = 8;
+
+}  // namespace
 
 void Activations::reserve(const Matrix& m, int tokens) {
   packed_ = m.packed();
   columns_ = m.columns;
   zero_ = m.packed() ? m.zero() : 0;
   const size_t row_bytes = packed_ ? m.blocks() * sizeof(ActivationBlock) : size_t(columns_) * sizeof(float);
+  split_ = !packed_ && tokens >= kManyTokens && columns_ >= kLaneSteps * kernels().lanes;
   // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
-  const size_t stride = ((row_bytes + 63) / 64 | 1) * 64;
+  const size_t lanes = (row_bytes + 63) / 64 * 64;
+  const size_t stride = ((split_ ? 2 * lanes : lanes) / 64 | 1) * 64;
   if (bytes_.size() < stride * tokens + 64) bytes_.resize(stride * tokens + 64);
   uint8_t* base = bytes_.data() + (64 - reinterpret_cast<uintptr_t>(bytes_.data()) % 64) % 64;
   rows_.resize(tokens);
-  for (int t = 0; t < tokens; t++) rows_[t].blocks = reinterpret_cast<const ActivationBlock*>(base + t * stride);
+  for (int t = 0; t < tokens; t++) {
+    rows_[t].blocks = reinterpret_cast<const ActivationBlock*>(base + t * stride);
+    rows_[t].lanes = split_ ? reinterpret_cast<const float*>(base + t * stride + lanes) : nullptr;
+  }
 }
 
 void Activations::put(int row, int column, const float* x, int count) {
@@ -24,6 +37,7 @@ void Activations::put(int row, int column, const float* x, int count) {
     kernels().quantize(x, count, zero_, reinterpret_cast<ActivationBlock*>(place) + column / kBlock);
   } else {
     std::copy_n(x, count, reinterpret_cast<float*>(place) + column);
+    if (split_) kernels().split_lanes(x, column, count, columns_, const_cast<float*>(rows_[row].lanes));
   }
 }
 
@@ -34,19 +48,32 @@ void Activations::set(const Matrix& m, const float* x, int tokens, int ld, Threa
   });
 }
 
-void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
+int token_block(const Matrix& m) { return m.packed() ? 96 : 256; }
+
+void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld) {
   const Kernels& k = kernels();
-  const int tokens = x.tokens();
-  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream. Many tokens are taken
-  // some at a time, so that their rows stay in the cache while the weights pass by.
-  constexpr int kTokens = 96;
-  const int bands = (m.rows + kBand - 1) / kBand, token_blocks = (tokens + kTokens - 1) / kTokens;
+  const uint8_t* group = m.group(expert, row / kGroup);
+  if (tokens < kManyTokens || m.packed() || !x->lanes)
+    return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld);
+  static thread_local std::vector<float> memory;
+  const int block = std::min(tokens, token_block(m));
+  const size_t size = tiles_scratch(m.columns, block) + 16;
+  if (memory.size() < size) memory.resize(size);
+  float* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+  for (int t = 0; t < tokens; t += block)
+    k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld, scratch);
+}
+
+void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
+  const int tokens = x.tokens(), block = token_block(m);
+  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
+  const int bands = (m.rows + kBand - 1) / kBand, token_blocks = (tokens + block - 1) / block;
   const int grain = std::max(1, int((1 << 14) / m.group_bytes()));
   pool().run(bands * token_blocks, grain, [&](int begin, int end, int) {
     for (int piece = begin; piece < end; piece++) {
       const int r0 = piece % bands * kBand, rows = std::min(kBand, m.rows - r0);
-      const int t0 = piece / bands * kTokens, count = std::min(kTokens, tokens - t0);
-      k.rows(m.type, m.group(0, r0 / kGroup), rows, m.columns, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
+      const int t0 = piece / bands * block, count = std::min(block, tokens - t0);
+      multiply(m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
       for (int t = t0; t < t0 + count && (bias || add); t++)
         for (int r = r0; r < r0 + rows; r++) {
           float& value = y[size_t(t) * ld + r];

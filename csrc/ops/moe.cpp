@@ -64,24 +64,22 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   auto& position_ = position;
   const auto up_pieces = cut(offsets, units, grain_up);
   threads.run(int(up_pieces.size()), 1, [&](int begin, int end, int) {
-    constexpr int kTokens = 64;  // rows at a time, so that gate and up stay in the cache
+    const int block = experts.gate_up.packed() ? 64 : token_block(experts.gate_up);  // gate and up stay in the cache
     static thread_local std::vector<float> products, gated;
-    products.resize(size_t(kTokens) * 2 * per_unit);
+    products.resize(size_t(block) * 2 * per_unit);
     gated.resize(per_unit);
     for (int p = begin; p < end; p++) {
       const Piece& piece = up_pieces[p];
       for (int u = piece.begin; u < piece.end; u++)
-        for (int first = offsets_[piece.expert]; first < offsets_[piece.expert + 1]; first += kTokens) {
-          const int count = std::min(kTokens, offsets_[piece.expert + 1] - first);
+        for (int first = offsets_[piece.expert]; first < offsets_[piece.expert + 1]; first += block) {
+          const int count = std::min(block, offsets_[piece.expert + 1] - first);
           const int ld = 2 * per_unit;
           if (aligned) {
             for (int half = 0; half < 2; half++)
-              kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, (half * width + u * per_unit) / kGroup),
-                          per_unit, experts.gate_up.columns, inputs_.data() + first, count,
-                          products.data() + half * per_unit, ld);
+              multiply(experts.gate_up, piece.expert, half * width + u * per_unit, per_unit, inputs_.data() + first,
+                       count, products.data() + half * per_unit, ld);
           } else {
-            kernel.rows(experts.gate_up.type, experts.gate_up.group(piece.expert, 0), 2 * width,
-                        experts.gate_up.columns, inputs_.data() + first, count, products.data(), ld);
+            multiply(experts.gate_up, piece.expert, 0, 2 * width, inputs_.data() + first, count, products.data(), ld);
           }
           for (int t = 0; t < count; t++) {
             const float* gate = products.data() + size_t(t) * ld;
@@ -101,8 +99,8 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
       const Piece& piece = down_pieces[p];
       const int first = offsets_[piece.expert], count = offsets_[piece.expert + 1] - first;
       for (int r = piece.begin * kBand; r < piece.end * kBand; r += kBand)
-        kernel.rows(experts.down.type, experts.down.group(piece.expert, r / kGroup), std::min(kBand, d - r), width,
-                    hidden_.rows() + first, count, outputs_.data() + size_t(first) * d + r, d);
+        multiply(experts.down, piece.expert, r, std::min(kBand, d - r), hidden_.rows() + first, count,
+                 outputs_.data() + size_t(first) * d + r, d);
     }
   });
 

@@ -31,7 +31,7 @@ class Activations {
   int tokens() const { return int(rows_.size()); }
 
  private:
-  bool packed_ = false;
+  bool packed_ = false, split_ = false;
   int columns_ = 0, zero_ = 0;
   std::vector<uint8_t> bytes_;
   std::vector<ActivationRow> rows_;
@@ -39,6 +39,12 @@ class Activations {
 
 void rms_norm(const float* x, const float* weight, float eps, int tokens, int d, float* out);
 void rope(float* x, const float* cos, const float* sin, int tokens, int heads, int head_dim);
+
+// out[t * ld + r] = m[row + r] . x[t] for some rows, the first of them at a group's border, on the calling thread.
+void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld);
+
+// Tokens at a time, so that their rows stay in the cache while weights pass by, or the other way round.
+int token_block(const Matrix& m);
 
 // y[t * ld + r] (+)= m[r] . x[t]; `add` is null or a matrix like y that is added.
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);

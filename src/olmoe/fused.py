@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, RouterOutput, SparseMoeBlock
 from olmoe.ops.cpu import extension
-from olmoe.ops.cpu.functional import FEW_ROWS
+from olmoe.ops.cpu.functional import FEW_ROWS, many_rows
 from olmoe.ops.dispatch import AUTO
 from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.runtime import log_once
@@ -86,8 +86,9 @@ class FusedDecoderLayer(DecoderLayer):
             object.__setattr__(self, "_prepared", prepared)  # not a module, parameter or buffer
         if prepared.kernel is None or x.shape[-1] != prepared.hidden or x.dtype != prepared.dtype:
             return None
-        if not prepared.packed and not prepared.named and x.numel() > FEW_ROWS * prepared.hidden:
-            return None  # torch's blocked products are faster on many rows
+        few = prepared.packed or prepared.named or x.numel() <= FEW_ROWS * prepared.hidden
+        if not few and not many_rows(prepared.dtype):
+            return None  # torch's products are faster
         if _has_any_global_hook() or (torch.is_grad_enabled() and prepared.needs_gradients()):
             return None
         prepared.refresh()

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
-from olmoe.ops import reference
+from olmoe.ops import dispatch, reference, torch_fast
+from olmoe.ops.cpu import functional
 from olmoe.ops.cpu.functional import cached_attention
 from ops.cpu.matrices import error, random
 from ops.tolerances import forward_tolerance
@@ -57,13 +58,63 @@ def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, isa, set_th
             assert torch.equal(linear(x[:tokens], weight, bias), alone[:tokens])
 
 
+@dtypes
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        pytest.param(1, 128, id="one row of a tile"),
+        pytest.param(15, 129, id="a tile less one, a column more than whole vectors"),
+        pytest.param(17, 159, id="a tile and one, columns of no whole block"),
+        pytest.param(64, 256, id="whole panels"),
+        pytest.param(101, 300, id="panels and a rest, odd both ways"),
+        pytest.param(40, 100, id="lanes long enough on narrow vectors only"),
+    ],
+)
+def test_linear_of_many_tokens_has_the_bits_of_each_alone(rows, columns, dtype, isa, set_threads):
+    """Every number of tokens up to several tiles and a rest, and more than a block of them."""
+    weight, x = random(rows, columns, scale=columns**-0.5).to(dtype), random(600, columns, seed=2)
+    set_threads(1)
+    alone = torch.cat([linear(x[i : i + 1], weight) for i in range(70)])
+    assert error(alone, reference.linear(x[:70], weight, None)) < forward_tolerance("linear", x.dtype)
+    for tokens in range(1, 71):
+        assert torch.equal(linear(x[:tokens], weight), alone[:tokens]), tokens
+    set_threads(3)
+    many = linear(x, weight)
+    assert torch.equal(many[:70], alone)
+    assert error(many, reference.linear(x, weight, None)) < forward_tolerance("linear", x.dtype)
+
+
+def test_prompts_go_where_they_are_faster(isa, monkeypatch):
+    """By instruction set and dtype; few rows are the kernels' always, narrow products of many rows torch's."""
+    native, capability = True, "AVX2"
+    monkeypatch.setattr(functional, "cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    def chosen(dtype, tokens, width=1024):
+        weight, x = torch.zeros(3, width, dtype=dtype), torch.zeros(tokens, width, dtype=dtype)
+        names = {functional.linear: "cpu", torch_fast.linear: "torch"}
+        return names[dispatch.choose("linear", "auto", x, weight, None)]
+
+    prompts = "torch" if isa == "scalar" else "cpu"
+    for dtype in DTYPES:
+        assert chosen(dtype, 8) == "cpu"
+        assert chosen(dtype, 9, width=256) == "torch"
+    assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts, "torch", prompts]
+    native = False
+    assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts] * 3
+    capability = "AVX512"
+    assert chosen(torch.float32, 9) == ("cpu" if isa == "avx512" else "torch")
+
+
+@pytest.mark.parametrize("tokens", [4, 30], ids=["few", "many"])
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e38], ids=str)
-def test_linear_of_extreme_activations(value, isa):
-    weight, x = random(9, 40, scale=10.0), random(4, 40, seed=1)
+def test_linear_of_extreme_activations(value, tokens, isa):
+    weight, x = random(9, 140, scale=10.0), random(tokens, 140, seed=1)
     clean = linear(x, weight)
     x[2, ::3] = value
     ours = linear(x, weight)
-    assert torch.equal(ours[[0, 1, 3]], clean[[0, 1, 3]])
+    others = [0, 1, *range(3, tokens)]
+    assert torch.equal(ours[others], clean[others])
     assert not torch.isfinite(ours[2]).all()
 
 
@@ -157,6 +208,28 @@ def test_moe_of_fp32_with_every_kind_of_weight(n, e, k, d, f, dtype, isa, set_th
         set_threads(threads)
         assert torch.equal(moe(), ours)
     for i in range(min(n, 20)):
+        assert torch.equal(moe(slice(i, i + 1)), ours[i : i + 1])
+
+
+@dtypes
+def test_moe_of_experts_with_no_one_and_many_rows(dtype, isa, set_threads):
+    """Numbers of rows around tiles and beyond a block of tokens, in widths that are no multiple of a tile."""
+    counts, d, f = [0, 1, 5, 16, 19, 0, 300], 140, 133
+    ids = torch.cat([torch.full((count, 1), e) for e, count in enumerate(counts)])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    n, e = len(ids), len(counts)
+    x, weights = random(n, d), random(n, 1, seed=1)
+    matrices = random(e, 2 * f, d, seed=2, scale=d**-0.5).to(dtype), random(e, d, f, seed=3, scale=f**-0.5).to(dtype)
+
+    def moe(tokens=slice(None)):
+        return ops.moe(x[tokens], weights[tokens], ids[tokens], *matrices, F.silu, backend="cpu")
+
+    ours = moe()
+    assert error(ours, reference.moe(x, weights, ids, *matrices, F.silu)) < 2 * forward_tolerance("moe", x.dtype)
+    for threads in (1, 3):
+        set_threads(threads)
+        assert torch.equal(moe(), ours)
+    for i in range(0, n, 7):
         assert torch.equal(moe(slice(i, i + 1)), ours[i : i + 1])
 
 
