@@ -121,6 +121,15 @@ NB_MODULE(_kernels, m) {
              attention_inputs(self, at<float>(x), at<float>(cos), at<float>(sin), tokens, at<float>(q), at<float>(k),
                               at<float>(v));
            })
+      .def("forward",
+           [](const LayerWeights& self, Address x, Address cos, Address sin, const std::vector<int64_t>& tokens,
+              const std::vector<int64_t>& lengths, Address keys, Address values, int type, int64_t capacity, Address y,
+              Address logits, Address weights, Address ids) {
+             Running running;
+             layer(self, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
+                   lengths.data(), Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity}, at<float>(y),
+                   at<float>(logits), at<float>(weights), at<int64_t>(ids));
+           })
       .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
                                   Address logits, Address weights, Address ids) {
         Running running;

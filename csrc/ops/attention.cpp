@@ -24,7 +24,8 @@ void attention(const float* q, const float* k, const float* v, int batch, const 
     starts[b] = total;
     total += tokens[b];
   }
-  pool().run(batch * kv_heads, 1, [&](int begin, int end, int) {
+  // A token of one sequence is stored before another thread would have woken up.
+  pool().run(batch * kv_heads, total > 8 ? 1 : batch * kv_heads, [&](int begin, int end, int) {
     for (int i = begin; i < end; i++) {
       const int b = i / kv_heads, g = i % kv_heads;
       for (int64_t t = 0; t < tokens[b]; t++) {

@@ -1,14 +1,10 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace olmoe {
 namespace {
-
-// Activations for `m`, made anew only if the last ones were for another kind of matrix.
-void prepare(Activations& a, const Matrix& m, const Matrix* last, const float* x, int tokens) {
-  if (!last || last->type != m.type) a.set(m, x, tokens, m.columns, pool());
-}
 
 // QK-norm over the whole width, then clipping, then the rotation of each head.
 void finish_heads(const LayerWeights& w, float* x, const float* norm, int heads, const float* cos, const float* sin,
@@ -36,12 +32,20 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
   normed.resize(size_t(tokens) * w.hidden);
   rms_norm(x, w.input_norm, w.eps, tokens, w.hidden, normed.data());
   const int kv_width = w.kv_heads * w.head_dim;
-  prepare(inputs, w.q, nullptr, normed.data(), tokens);
-  linear(w.q, inputs, w.q_bias, nullptr, q, w.hidden);
-  prepare(inputs, w.k, &w.q, normed.data(), tokens);
-  linear(w.k, inputs, w.k_bias, nullptr, k, kv_width);
-  prepare(inputs, w.v, &w.k, normed.data(), tokens);
-  linear(w.v, inputs, w.v_bias, nullptr, v, kv_width);
+  const Product products[] = {{&w.q, w.q_bias, nullptr, q, w.hidden},
+                              {&w.k, w.k_bias, nullptr, k, kv_width},
+                              {&w.v, w.v_bias, nullptr, v, kv_width}};
+  inputs.set(w.q, normed.data(), tokens, w.hidden, pool());
+  if (w.q.type == w.k.type && w.q.type == w.v.type) {
+    linear({products[0], products[1], products[2]}, inputs);
+  } else {
+    Type last = w.q.type;
+    for (const Product& product : products) {
+      if (product.m->type != last) inputs.set(*product.m, normed.data(), tokens, w.hidden, pool());
+      last = product.m->type;
+      linear({product}, inputs);
+    }
+  }
   finish_heads(w, q, w.q_norm, w.heads, cos, sin, tokens);
   finish_heads(w, k, w.k_norm, w.kv_heads, cos, sin, tokens);
   if (w.clip_qkv > 0)
@@ -60,6 +64,17 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
   linear(w.router, inputs, nullptr, nullptr, logits, w.experts.count);
   route(logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, weights, ids);
   moe(w.experts, normed.data(), weights, ids, tokens, w.top_k, y, y);
+}
+
+void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
+           const int64_t* lengths, const Cache& cache, float* y, float* logits, float* weights, int64_t* ids) {
+  static thread_local std::vector<float> buffer;
+  const size_t total = std::accumulate(tokens, tokens + batch, size_t(0)), kv_width = size_t(w.kv_heads) * w.head_dim;
+  buffer.resize(2 * total * (w.hidden + kv_width));
+  float *q = buffer.data(), *attended = q + total * w.hidden, *k = attended + total * w.hidden, *v = k + total * kv_width;
+  attention_inputs(w, x, cos, sin, int(total), q, k, v);
+  attention(q, k, v, batch, tokens, lengths, w.heads, w.kv_heads, w.head_dim, cache, attended);
+  attention_output(w, x, attended, int(total), y, logits, weights, ids);
 }
 
 }  // namespace olmoe

@@ -1,5 +1,6 @@
-// One decoder layer in two calls, with attention between them left to the caller: what a step of decoding would spend
-// on going back and forth between Python and here, and on tensors in between, is more than its arithmetic.
+// One decoder layer in one call over a KV cache of ours, or in two with attention between them left to the caller: what
+// a step of decoding would spend on going back and forth between Python and here, and on tensors in between, is more
+// than its arithmetic.
 #pragma once
 
 #include "ops.h"
@@ -25,5 +26,9 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
 // weights and ids (N, K).
 void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y, float* logits,
                       float* weights, int64_t* ids);
+
+// Both, and between them attention over a KV cache as `attention` has it, for sequences that lie end to end.
+void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
+           const int64_t* lengths, const Cache& cache, float* y, float* logits, float* weights, int64_t* ids);
 
 }  // namespace olmoe

@@ -64,16 +64,24 @@ void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRo
     k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld, scratch);
 }
 
-void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
-  const int tokens = x.tokens(), block = token_block(m);
+void linear(std::initializer_list<Product> products, const Activations& x) {
+  const Matrix& first = *products.begin()->m;
+  const int tokens = x.tokens(), block = token_block(first);
+  const int token_blocks = (tokens + block - 1) / block;
+  auto bands_of = [](const Matrix& m) { return (m.rows + kBand - 1) / kBand; };
+  int bands = 0;
+  for (const Product& product : products) bands += bands_of(*product.m);
   // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
-  const int bands = (m.rows + kBand - 1) / kBand, token_blocks = (tokens + block - 1) / block;
-  const int grain = std::max(1, int((1 << 14) / m.group_bytes()));
+  const int grain = std::max(1, int((1 << 14) / first.group_bytes()));
   pool().run(bands * token_blocks, grain, [&](int begin, int end, int) {
     for (int piece = begin; piece < end; piece++) {
-      const int r0 = piece % bands * kBand, rows = std::min(kBand, m.rows - r0);
+      int band = piece % bands;
+      const Product* product = products.begin();
+      for (; band >= bands_of(*product->m); product++) band -= bands_of(*product->m);
+      const auto& [m, bias, add, y, ld] = *product;
+      const int r0 = band * kBand, rows = std::min(kBand, m->rows - r0);
       const int t0 = piece / bands * block, count = std::min(block, tokens - t0);
-      multiply(m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
+      multiply(*m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
       for (int t = t0; t < t0 + count && (bias || add); t++)
         for (int r = r0; r < r0 + rows; r++) {
           float& value = y[size_t(t) * ld + r];
@@ -82,6 +90,10 @@ void linear(const Matrix& m, const Activations& x, const float* bias, const floa
         }
     }
   });
+}
+
+void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld) {
+  linear({Product{&m, bias, add, y, ld}}, x);
 }
 
 }  // namespace olmoe

@@ -5,6 +5,7 @@
 // Shapes legend: see ../types.h.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "../threads.h"
@@ -46,7 +47,16 @@ void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRo
 // Tokens at a time, so that their rows stay in the cache while weights pass by, or the other way round.
 int token_block(const Matrix& m);
 
-// y[t * ld + r] (+)= m[r] . x[t]; `add` is null or a matrix like y that is added.
+// y[t * ld + r] = m[r] . x[t], plus bias[r] and add[t * ld + r] where these are not null.
+struct Product {
+  const Matrix* m;
+  const float* bias;
+  const float* add;
+  float* y;
+  int ld;
+};
+// Products with the same inputs, of matrices of one type and as many columns, in one parallel step.
+void linear(std::initializer_list<Product> products, const Activations& x);
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);
 
 // Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort

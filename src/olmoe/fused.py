@@ -1,4 +1,7 @@
-"""Decoder layers computed by the C++ kernels in two calls, in place of some thirty operations.
+"""Decoder layers computed by the C++ kernels in one or two calls, in place of some thirty operations.
+
+One where `attend` says that attention is over a KV cache of ours (it has a method `cached`, see `CachedTokens`), else
+one before and one after attention, which is then the caller's.
 
 `fuse` changes the class of a network's decoder layers, whose modules, parameters and results stay what they are. A
 fused layer decides at every call whether the kernels fit: inference on CPU tensors, plain or block-packed matrices,
@@ -20,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, RouterOutput, SparseMoeBlock
 from olmoe.ops.cpu import extension
-from olmoe.ops.cpu.functional import FEW_ROWS, many_rows
+from olmoe.ops.cpu.functional import FEW_ROWS, CachedTokens, many_rows
 from olmoe.ops.dispatch import AUTO
 from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.runtime import log_once
@@ -50,11 +53,28 @@ class FusedDecoderLayer(DecoderLayer):
         if prepared is None:
             return super().forward(x, rope, attend)
         lead, d, head_dim = x.shape[:-1], x.shape[-1], prepared.head_dim
-        width = prepared.kv_width
+        width, e, top_k = prepared.kv_width, prepared.experts, prepared.top_k
         rows_ND = extension.wide(x).view(-1, d)
         n = len(rows_ND)
         shape = (*lead, head_dim // 2)
         cos, sin = (extension.wide(t if t.shape == shape else t.expand(shape)) for t in rope)
+        y, logits = torch.empty(n, d), torch.empty(n, e)
+        weights, ids = torch.empty(n, top_k), torch.empty(n, top_k, dtype=torch.long)
+        outputs = y.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+        routed = RouterOutput(logits, weights, ids)
+        if (cached := getattr(attend, "cached", None)) is not None:
+            cache: CachedTokens = cached(self.self_attn.layer)
+            cache.check(n, width // head_dim, head_dim)
+            prepared.kernel.forward(
+                rows_ND.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                cache.counts,
+                cache.lengths,
+                *cache.addresses(),
+                *outputs,
+            )
+            return y.to(x.dtype).view(x.shape), routed
         q, k, v = torch.empty(n, d), torch.empty(n, width), torch.empty(n, width)
         prepared.kernel.attention_inputs(
             rows_ND.data_ptr(), cos.data_ptr(), sin.data_ptr(), n, q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -62,19 +82,8 @@ class FusedDecoderLayer(DecoderLayer):
         q, k, v = (t.to(x.dtype).view(*lead, -1, head_dim) for t in (q, k, v))
         attended = extension.wide(attend(q, k, v, self.self_attn.layer))
         assert attended.numel() == n * d
-        e, top_k = prepared.experts, prepared.top_k
-        y, logits = torch.empty(n, d), torch.empty(n, e)
-        weights, ids = torch.empty(n, top_k), torch.empty(n, top_k, dtype=torch.long)
-        prepared.kernel.attention_output(
-            rows_ND.data_ptr(),
-            attended.data_ptr(),
-            n,
-            y.data_ptr(),
-            logits.data_ptr(),
-            weights.data_ptr(),
-            ids.data_ptr(),
-        )
-        return y.to(x.dtype).view(x.shape), RouterOutput(logits, weights, ids)
+        prepared.kernel.attention_output(rows_ND.data_ptr(), attended.data_ptr(), n, *outputs)
+        return y.to(x.dtype).view(x.shape), routed
 
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> _Prepared | None:
         """The kernels' view of this layer, made anew if something in it changed; None where they do not fit."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.config import ModelConfig
-from olmoe.model import CausalLM
+from olmoe.model import Attend, CausalLM
 from olmoe.ops import cpu
-from olmoe.ops.cpu.functional import cached_attention
+from olmoe.ops.cpu.functional import CachedTokens, cached_attention
 from olmoe.quant import PackedModule
 
 
@@ -41,9 +41,11 @@ class KVCache:
         self._kernels = backend in (ops.AUTO, "cpu") and device.type == "cpu" and cpu.available()
         self._mask: Tensor | None = None  # (B, 1, 1, S) of the current decode step
 
-    def attend_prefill(self, prompt_lengths: list[int]) -> PrefillAttend:
+    def attend_prefill(self, prompt_lengths: list[int]) -> Attend:
         """`attend` for whole prompts laid end to end, (N, H, Dh): causal within each, blind to the others."""
-        return PrefillAttend(self._keys, self._values, prompt_lengths, self._kernels)
+        if self._kernels:
+            return KernelAttend(self._keys, self._values, prompt_lengths, [0] * len(prompt_lengths))
+        return PrefillAttend(self._keys, self._values, prompt_lengths)
 
     def start_decode(self) -> None:
         """Prepare one decode step: which cached positions each sequence may see, its new token included."""
@@ -54,11 +56,15 @@ class KVCache:
             places = torch.arange(longest + 1, device=device)
             self._mask = places <= torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1)
 
-    def attend_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    @property
+    def attend_decode(self) -> Attend:
         """`attend` for one new token of each sequence: q (B, H, Dh), k and v (B, G, Dh) -> (B, H, Dh)."""
-        keys, values = self._keys[layer], self._values[layer]
         if self._kernels:
-            return cached_attention(q, k, v, [1] * len(self.lengths), self.lengths, keys, values)
+            return KernelAttend(self._keys, self._values, [1] * len(self.lengths), self.lengths)
+        return self._attend_decode
+
+    def _attend_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
         longest = max(self.lengths)
         for row, length in enumerate(self.lengths):
             keys[row, :, length] = k[row]
@@ -90,17 +96,32 @@ def default_cache_dtype(model: CausalLM) -> torch.dtype:
     return torch.float16 if packed and hidden == torch.float32 else hidden
 
 
-class PrefillAttend:
-    """See `KVCache.attend_prefill`."""
+class KernelAttend:
+    """`attend` by the C++ kernels: `counts` new tokens of each sequence, end to end, after `lengths` cached ones.
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], prompt_lengths: list[int], kernels: bool) -> None:
-        self._keys, self._values, self._lengths, self._kernels = keys, values, prompt_lengths, kernels
+    A fused layer asks where the cache is (`cached`), and attends in its own call.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], counts: list[int], lengths: list[int]) -> None:
+        self._keys, self._values, self._counts, self._lengths = keys, values, counts, lengths
+
+    def cached(self, layer: int) -> CachedTokens:
+        """The cache of a layer."""
+        return CachedTokens(self._keys[layer], self._values[layer], self._counts, self._lengths)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
-        if self._kernels:
-            start = [0] * len(self._lengths)
-            return cached_attention(q, k, v, self._lengths, start, self._keys[layer], self._values[layer])
+        return cached_attention(q, k, v, self._counts, self._lengths, self._keys[layer], self._values[layer])
+
+
+class PrefillAttend:
+    """See `KVCache.attend_prefill`; on torch."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], prompt_lengths: list[int]) -> None:
+        self._keys, self._values, self._lengths = keys, values, prompt_lengths
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
         outputs = []
         pieces = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
         for row, (q_T, k_T, v_T) in enumerate(pieces):  # (T, H or G, Dh) of one prompt

@@ -8,6 +8,9 @@ Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts pe
 
 from __future__ import annotations
 
+from operator import add
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,6 +157,36 @@ def run_moe(
     )
 
 
+class CachedTokens(NamedTuple):
+    """A KV cache of B sequences, to which `counts` new tokens each are to be added after `lengths` that are there.
+
+    keys, values (B, G, capacity, Dh) fp32, bf16 or fp16, contiguous.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: list[int]
+    lengths: list[int]
+
+    def check(self, n: int, kv_heads: int, head_dim: int) -> None:
+        """Assert that `n` new tokens have their places here."""
+        keys, values, counts, lengths = self
+        batch, _, capacity, _ = keys.shape
+        assert keys.shape == values.shape == (batch, kv_heads, capacity, head_dim)
+        assert keys.dtype == values.dtype
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
+        assert len(counts) == len(lengths) == batch
+        assert sum(counts) == n
+        assert min(counts) >= 0
+        assert min(lengths) >= 0
+        assert max(map(add, lengths, counts)) <= capacity
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where keys and values are, their type and capacity, for the kernels."""
+        return self.keys.data_ptr(), self.values.data_ptr(), FLOAT_TYPES[self.keys.dtype], self.keys.shape[2]
+
+
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -162,20 +195,11 @@ def cached_attention(
     Sequence b has `counts[b]` new tokens after `lengths[b]` cached ones; all new tokens lie end to end. q (N, H, Dh),
     k, v (N, G, Dh); keys, values (B, G, capacity, Dh) fp32, bf16 or fp16, written in place -> (N, H, Dh) in q's dtype.
     """
-    batch, kv_heads, capacity, head_dim = keys.shape
-    n, heads, _ = q.shape
+    (n, heads, head_dim), kv_heads = q.shape, k.shape[1]
     assert k.shape == v.shape == (n, kv_heads, head_dim)
-    assert q.shape[2] == head_dim
     assert heads % kv_heads == 0
-    assert values.shape == keys.shape
-    assert values.dtype == keys.dtype
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
-    assert len(counts) == len(lengths) == batch
-    assert sum(counts) == n
-    assert all(
-        length >= 0 and count >= 0 and length + count <= capacity for length, count in zip(lengths, counts, strict=True)
-    )
+    cache = CachedTokens(keys, values, counts, lengths)
+    cache.check(n, kv_heads, head_dim)
     queries, new_keys, new_values, out = wide(q), wide(k), wide(v), torch.empty(n, heads, head_dim)
     kernels().attention(
         queries.data_ptr(),
@@ -186,10 +210,7 @@ def cached_attention(
         heads,
         kv_heads,
         head_dim,
-        keys.data_ptr(),
-        values.data_ptr(),
-        FLOAT_TYPES[keys.dtype],
-        capacity,
+        *cache.addresses(),
         out.data_ptr(),
     )
     return out.to(q.dtype)
