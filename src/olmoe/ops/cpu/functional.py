@@ -15,9 +15,14 @@ from torch import Tensor
 from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels, unsupported, unsupported_weight, wide
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
+from olmoe.runtime import cpu_multiplies_bf16
 
 # Above this many rows torch's matrix products, blocked for caches, are at least as fast.
 FEW_ROWS = 8
+# The same for experts: rows an expert, by the dtype of weights. torch multiplies bf16 fast where the CPU has
+# instructions for it; elsewhere, and in fp16, it has to convert weights first (`CONVERTED_ROWS_PER_EXPERT`).
+ROWS_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 4}
+CONVERTED_ROWS_PER_EXPERT = 16
 
 
 def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -81,16 +86,51 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
     return weights_NK, ids_NK
 
 
-def _moe_unsupported(
-    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+def few_rows_an_expert(rows: int, gate_up: Tensor) -> bool:
+    """Whether the kernels compute `rows` routed rows faster than torch, on average over experts. gate_up (E, 2F, D).
+
+    What counts is how often a weight is used once it is read: with few rows an expert both sides wait for memory, which
+    the kernels read faster; with many torch's product, blocked for caches, wins.
+    """
+    if gate_up.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
+        limit = CONVERTED_ROWS_PER_EXPERT
+    else:
+        limit = ROWS_PER_EXPERT.get(gate_up.dtype, CONVERTED_ROWS_PER_EXPERT)
+    return 0 < rows <= limit * gate_up.shape[0]
+
+
+def _experts_unsupported(
+    x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, activation: Activation, weights_NK: Tensor | None = None
 ) -> str | None:
     if activation is not F.silu:
         return "its experts compute SwiGLU with silu only"
-    reason = unsupported(x, weights_NK, expert_ids_NK)
+    reason = unsupported(x, weights_NK, indices)
     return reason or unsupported_weight(gate_up) or unsupported_weight(down)
 
 
-@register("moe", "cpu", _moe_unsupported, prefer=_few_rows)
+@register(
+    "experts",
+    "cpu",
+    _experts_unsupported,
+    prefer=lambda rows_MD, offsets_E, gate_up, *rest: few_rows_an_expert(len(rows_MD), gate_up),
+)
+def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """See `ops.experts`: `moe` where each row has one expert, of weight 1."""
+    ids_M = torch.repeat_interleave(torch.arange(gate_up.shape[0]), offsets_E.diff(), output_size=len(rows_MD))
+    return moe(rows_MD, torch.ones(len(rows_MD), 1), ids_M.unsqueeze(1), gate_up, down, activation)
+
+
+def _moe_unsupported(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> str | None:
+    return _experts_unsupported(x, expert_ids_NK, gate_up, down, activation, weights_NK)
+
+
+def _moe_preferred(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, *rest: object) -> bool:
+    return few_rows_an_expert(expert_ids_NK.numel(), gate_up) or (expert_ids_NK.numel() > 0 and len(x) <= FEW_ROWS)
+
+
+@register("moe", "cpu", _moe_unsupported, prefer=_moe_preferred)
 def moe(
     x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
