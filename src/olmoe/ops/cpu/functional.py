@@ -19,10 +19,11 @@ from olmoe.runtime import cpu_multiplies_bf16
 
 # Above this many rows torch's matrix products, blocked for caches, are at least as fast.
 FEW_ROWS = 8
-# The same for experts: rows an expert, by the dtype of weights. torch multiplies bf16 fast where the CPU has
-# instructions for it; elsewhere, and in fp16, it has to convert weights first (`CONVERTED_ROWS_PER_EXPERT`).
-ROWS_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 4}
-CONVERTED_ROWS_PER_EXPERT = 16
+# The same for experts, in rows an expert, by the dtype of weights: the crossover measured with two threads, and in fp32
+# the most that was measured (docs/journal.md). torch multiplies bf16 fast where the CPU has instructions for it;
+# elsewhere, and in fp16, it converts weights first.
+ROWS_PER_EXPERT = {torch.float32: 128, torch.bfloat16: 2}
+CONVERTED_ROWS_PER_EXPERT = 12
 
 
 def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -89,8 +90,8 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
 def few_rows_an_expert(rows: int, gate_up: Tensor) -> bool:
     """Whether the kernels compute `rows` routed rows faster than torch, on average over experts. gate_up (E, 2F, D).
 
-    What counts is how often a weight is used once it is read: with few rows an expert both sides wait for memory, which
-    the kernels read faster; with many torch's product, blocked for caches, wins.
+    What counts is how often a weight is used once it is read: with few rows an expert both wait for memory, which the
+    kernels read faster; with many torch's product, blocked for caches, wins.
     """
     if gate_up.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         limit = CONVERTED_ROWS_PER_EXPERT
@@ -127,7 +128,7 @@ def _moe_unsupported(
 
 
 def _moe_preferred(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, *rest: object) -> bool:
-    return few_rows_an_expert(expert_ids_NK.numel(), gate_up) or (expert_ids_NK.numel() > 0 and len(x) <= FEW_ROWS)
+    return few_rows_an_expert(expert_ids_NK.numel(), gate_up)
 
 
 @register("moe", "cpu", _moe_unsupported, prefer=_moe_preferred)
