@@ -17,7 +17,6 @@ from olmoe.runtime import (
     cpu_multiplies_bf16,
     keep_freed_memory,
     log_once,
-    on_huge_pages,
     resolve_device,
     resolve_dtype,
     set_threads,
@@ -233,25 +232,3 @@ def test_the_module_imports_no_torch():
 def test_bf16_is_slow_when_torch_does_not_use_onednn(monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False):
         assert cpu_multiplies_bf16() is False
-
-
-@pytest.mark.parametrize("numbers", [0, 10, 2**21 + 3])
-def test_huge_pages_are_asked_for_inside_large_buffers_only(numbers, monkeypatch):
-    asked = []
-    monkeypatch.setattr(runtime, "_madvise", lambda: lambda *arguments: asked.append(arguments))
-    t = torch.empty(numbers)
-    assert on_huge_pages(t) is t
-    assert len(asked) == (numbers > 10)
-    for start, size, _ in asked:
-        assert start % 4096 == size % 4096 == 0
-        assert t.data_ptr() <= start < start + size <= t.data_ptr() + 4 * numbers
-
-
-def test_huge_pages_change_no_values():
-    t = on_huge_pages(torch.empty(2**21)).fill_(3)
-    assert bool((t == 3).all())
-
-
-def test_a_system_without_huge_pages_does_without(monkeypatch):
-    monkeypatch.setattr(runtime, "_madvise", lambda: None)
-    assert on_huge_pages(torch.zeros(2**21)).shape == (2**21,)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from olmoe.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
 log = logging.getLogger("olmoe")
@@ -126,42 +124,6 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
-
-
-# Smaller buffers have too few pages for the call to pay.
-HUGE_PAGES_FROM = 4 * 2**20
-_MADV_HUGEPAGE = 14  # of Linux' mman.h
-
-
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    """The C library's `madvise`; None outside Linux."""
-    import ctypes
-    import sys
-
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return cast("Callable[..., int]", function)
-
-
-def on_huge_pages(t: torch.Tensor) -> torch.Tensor:
-    """`t` itself, a contiguous tensor just allocated: Linux is asked to give it pages of 2 MB as it is first written.
-
-    A fresh buffer of 400 MB costs 98,000 page faults of 4 kB otherwise, a tenth to a fifth of a backward pass of
-    experts. It is advice: nothing is reported where it is not followed. Only for buffers that are written in whole.
-    """
-    size = t.numel() * t.element_size()
-    madvise = _madvise() if size >= HUGE_PAGES_FROM and t.device.type == "cpu" else None
-    if madvise is not None:
-        page = 4096
-        start = -(-t.data_ptr() // page) * page
-        madvise(start, (t.data_ptr() + size - start) // page * page, _MADV_HUGEPAGE)
-    return t
 
 
 def available_memory_bytes() -> int | None:

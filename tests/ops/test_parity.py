@@ -262,14 +262,6 @@ def test_experts(shape, gradients, backend, dtype, bf16_hardware):
     )
 
 
-@dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.reason)
-def test_experts_one_by_one(shape, dtype, bf16_hardware, monkeypatch):
-    """What inference does where the hidden values of all rows would not fit the cache."""
-    monkeypatch.setattr(torch_fast, "GROUPED_BYTES", 0)
-    test_experts(shape, False, "torch", dtype, bf16_hardware)
-
-
 @pytest.mark.parametrize("frozen", ["rows", "gate_up", "down", "rows and down", "both weights"])
 def test_gradients_of_some_inputs_of_experts_only(frozen):
     """Frozen experts under adapters, or a first layer whose input needs no gradient."""

@@ -27,7 +27,7 @@ from torch.compiler import is_compiling
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
 from olmoe.ops.types import SortedRows
-from olmoe.runtime import cpu_multiplies_bf16, on_huge_pages
+from olmoe.runtime import cpu_multiplies_bf16
 
 # Rows of a weight converted to fp32 at a time: 256 x 2048 fp32 are 2 MB, which stay in the L2/L3 cache.
 CONVERT_ROWS = 256
@@ -35,8 +35,6 @@ CONVERT_ROWS = 256
 CROSS_ENTROPY_TOKENS = 512
 # Tokens whose rows are combined at a time in half precision: 64 x 8 x 2048 fp32 are 4 MB.
 COMBINE_TOKENS = 64
-# Above this many bytes of gate and up of all rows, inference goes expert by expert, so that they stay in the cache.
-GROUPED_BYTES = 4 * 2**20
 # Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
 # converting the weight.
 CONVERT_MIN_ROWS = 5
@@ -226,30 +224,6 @@ def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tenso
     return torch.cat([piece @ weight[e].T for e, piece in enumerate(pieces)])
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """`_grouped_linear` on a CPU, where most of a training step's new memory is the gradient of the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_MI, weight, offsets_E)
-        return _grouped_linear(rows_MI, weight, offsets_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows_MI, weight, offsets_E = ctx.saved_tensors
-        offsets, (need_rows, need_weight) = offsets_E.tolist(), ctx.needs_input_grad[:2]
-        grad_rows = torch.empty_like(rows_MI) if need_rows else None
-        grad_weight = on_huge_pages(torch.empty_like(weight)) if need_weight else None
-        for e in range(weight.shape[0]):
-            piece = slice(offsets[e], offsets[e + 1])
-            if grad_rows is not None and piece.start < piece.stop:
-                torch.mm(grad_MO[piece], weight[e], out=grad_rows[piece])
-            if grad_weight is not None:
-                torch.mm(grad_MO[piece].T, rows_MI[piece], out=grad_weight[e])  # zero without rows
-        return grad_rows, grad_weight, None
-
-
 @torch.library.custom_op("olmoe::grouped_linear", mutates_args=())
 def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
     """`_grouped_linear` as one node of a compiled graph, which could not look at the offsets."""
@@ -296,16 +270,13 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
     if is_compiling():
         gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
         return _grouped_linear_op(activation(gate) * up, down, offsets_E)
-    dtype, on_cpu = rows_MD.dtype, rows_MD.device.type == "cpu"
-    widen = _widen(rows_MD, CONVERT_MIN_ROWS)
-    if not (torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad)):
-        if widen or (on_cpu and rows_MD.shape[0] * gate_up.shape[1] * rows_MD.element_size() > GROUPED_BYTES):
-            return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
-    elif widen:
-        return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
-    grouped = _GroupedLinear.apply if on_cpu else _grouped_linear
-    hidden_MF = _GatedUnit.apply(grouped(rows_MD, gate_up, offsets_E), activation)
-    return grouped(hidden_MF, down, offsets_E)
+    dtype = rows_MD.dtype
+    if _widen(rows_MD, CONVERT_MIN_ROWS):
+        if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
+            return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
+        return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
+    hidden_MF = _GatedUnit.apply(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
+    return _grouped_linear(hidden_MF, down, offsets_E)
 
 
 class _GatedUnit(torch.autograd.Function):
@@ -336,18 +307,14 @@ class _GatedUnit(torch.autograd.Function):
 def _experts_one_by_one(
     rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
-    """Inference on a CPU, one chosen expert at a time; in half precision widened where the CPU multiplies only fp32."""
-    offsets, out = offsets_E.tolist(), on_huge_pages(torch.empty_like(rows_MD))
-    native = not _widen(rows_MD, CONVERT_MIN_ROWS)
+    """Inference in half precision on a CPU that only multiplies fp32 well: chosen experts, one at a time."""
+    offsets, out = offsets_E.tolist(), torch.empty_like(rows_MD)
     for e in range(gate_up.shape[0]):
         start, end = offsets[e], offsets[e + 1]
         if start == end:
             continue
         x = rows_MD[start:end]
-        if native:
-            gate, up = torch.mm(x, gate_up[e].T).chunk(2, dim=-1)
-            torch.mm(activation(gate) * up, down[e].T, out=out[start:end])
-        elif end - start >= CONVERT_MIN_ROWS:
+        if end - start >= CONVERT_MIN_ROWS:
             gate, up = _matmul_widened(x.float(), gate_up[e]).chunk(2, dim=-1)
             out[start:end] = _matmul_widened(activation(gate) * up, down[e])
         else:
