@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import olmoe.hf
 from configurations import VOCAB_SIZE
 from olmoe.errors import BackendUnavailableError
-from olmoe.hf.experts_interface import LAYOUT, check_layout, experts_forward
+from olmoe.hf.experts_interface import LAYOUT, check_layout, experts_forward, plain_activation
+from olmoe.ops import cpu, dispatch
 from sentences import refused
 
 COMMON = {
@@ -51,12 +53,35 @@ def outcome(model, implementation, ids):
     return output.logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Names of the operations of the experts that the C++ kernels compute from here on."""
+    if not cpu.available():
+        pytest.skip(f"{cpu.unavailable()}")
+    calls = []
+    for name in ("moe", "experts"):
+        known = dispatch._REGISTRY[name]["cpu"]
+
+        def noted(*arguments, name=name, function=known.function):
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setitem(dispatch._REGISTRY[name], "cpu", replace(known, function=noted))
+    return calls
+
+
+def stock(name, dtype=torch.float32):
+    """transformers' own model of that family, random."""
+    torch.manual_seed(0)
+    config = MODELS[name]()
+    kind = transformers.OlmoeForCausalLM if name == "olmoe" else None  # registered: the Auto class would give ours
+    model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    return model.to(dtype).eval()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_equal_eager_forward_and_backward(name):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name]())
-    if name == "olmoe":  # registered: the Auto class would give ours
-        model = transformers.OlmoeForCausalLM(MODELS[name]())
+    model = stock(name)
     ids = torch.randint(2, VOCAB_SIZE, (2, 17))
     expected, gradients = outcome(model, "eager", ids)
     calls = []
@@ -69,6 +94,81 @@ def test_whole_models_equal_eager_forward_and_backward(name):
     assert ours.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
         assert relative(ours[parameter], gradient) < 2e-5, parameter
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_reaches_the_kernels_in_every_layer(name, dtype, mode, kernel_calls):
+    """Their parameters require gradients, as those of any loaded model; nobody asks for them here."""
+    model, ids = stock(name, dtype), torch.randint(2, VOCAB_SIZE, (1, 4))
+    model.set_experts_implementation("eager")
+    with mode():
+        expected = model(ids).logits.float()
+        model.set_experts_implementation("olmoe")
+        assert relative(model(ids).logits.float(), expected) < (1e-5 if dtype == torch.float32 else 4e-2)
+    assert kernel_calls == ["moe"] * 2
+
+
+def test_training_does_not_reach_the_kernels(kernel_calls):
+    model, ids = stock("mixtral"), torch.randint(2, VOCAB_SIZE, (1, 4))
+    model.set_experts_implementation("olmoe")
+    model(ids, labels=ids).loss.backward()
+    assert not kernel_calls
+    assert model.model.layers[0].mlp.experts.down_proj.grad.any()
+
+
+def test_a_compiled_graph_reaches_the_kernels_and_trains(kernel_calls):
+    module, x, ids = experts(), torch.randn(3, 16), torch.tensor([[0, 1], [2, 0], [1, 3]])
+    weights = torch.rand(3, 2)
+    expected = module(x, ids, weights)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in module.parameters()]
+    module.config._experts_implementation = "olmoe"
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        kernel_calls.clear()
+        with mode():
+            assert relative(compiled(x, ids, weights), expected) < 1e-5
+        assert kernel_calls == ["moe"]
+    module.zero_grad()
+    compiled(x, ids, weights).square().sum().backward()
+    assert len(kernel_calls) == 1
+    for p, gradient in zip(module.parameters(), gradients, strict=True):
+        assert relative(p.grad, gradient) < 2e-5
+
+
+def test_an_activation_is_silu_only_if_it_is_nothing_else(kernel_calls):
+    class Scaled(torch.nn.SiLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain, scaled, hooked, replaced = torch.nn.SiLU(), Scaled(), torch.nn.SiLU(), torch.nn.SiLU()
+    seen = []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    replaced.forward = torch.relu
+    assert plain_activation(plain) is torch.nn.functional.silu
+    module, x, ids = experts(), torch.randn(2, 16), torch.tensor([[0, 1], [2, 0]])
+    for other in (scaled, hooked, replaced, torch.nn.GELU()):
+        assert plain_activation(other) is other
+        module.act_fn = other
+        with torch.no_grad():
+            expected = module(x, ids, torch.ones(2, 2))
+            seen.clear()
+            assert relative(experts_forward(module, x, ids, torch.ones(2, 2)), expected) < 1e-5
+        assert bool(seen) == (other is hooked)
+    assert not kernel_calls
+
+
+def test_hidden_states_of_another_dtype_than_the_weights():
+    """As transformers' own implementations take them: autocast widens hidden states and not the weights."""
+    module, ids = experts(dtype=torch.bfloat16), torch.randint(0, 4, (40, 1))
+    x, weights = torch.randn(40, 16).bfloat16().float(), torch.rand(40, 1)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = experts_forward(module, x, ids, weights)
+            assert out.dtype == torch.float32
+            assert relative(out, experts_forward(module, x.bfloat16(), ids, weights).float()) < 2e-2
 
 
 def test_it_can_be_asked_for_when_loading(tmp_path):
@@ -137,6 +237,18 @@ def test_expert_parallel_sentinels_contribute_nothing(absent, reason):
         )
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), reason
+
+
+@pytest.mark.parametrize("absent", [3, 12, 0])
+def test_expert_parallel_inference_reaches_the_kernels(absent, kernel_calls):
+    module = experts()
+    module._is_expert_parallel = True
+    ids = torch.randint(0, 4, (6, 2))
+    ids.view(-1)[torch.randperm(12)[:absent]] = 4
+    x, weights = torch.randn(6, 16), torch.rand(6, 2)
+    with torch.no_grad():
+        assert torch.allclose(experts_forward(module, x, ids, weights), module(x, ids, weights), rtol=1e-5, atol=1e-6)
+    assert kernel_calls == ["experts"] * (absent < 12)
 
 
 @pytest.mark.parametrize("flag", LAYOUT)

@@ -262,6 +262,30 @@ def test_experts(shape, gradients, backend, dtype, bf16_hardware):
     )
 
 
+@pytest.mark.parametrize("frozen", ["rows", "gate_up", "down", "rows and down", "both weights"])
+def test_gradients_of_some_inputs_of_experts_only(frozen):
+    """Frozen experts under adapters, or a first layer whose input needs no gradient."""
+    shape = SHAPES[5]
+    rows = ops.sort_by_expert(routed(shape), shape.e)
+    gradients = {}
+    for backend in ("reference", "torch"):
+        leaves = {
+            "rows": random(shape.n * shape.k, shape.d),
+            "gate_up": random(shape.e, 2 * shape.f, shape.d, seed=1),
+            "down": random(shape.e, shape.d, shape.f, seed=2),
+        }
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in frozen.replace("both weights", "gate_up and down"))
+        x, gate_up, down = leaves.values()
+        ops.experts(x, rows.offsets_E, gate_up, down, F.silu, backend=backend).square().sum().backward()
+        gradients[backend] = {name: leaf.grad for name, leaf in leaves.items()}
+    for name, expected in gradients["reference"].items():
+        ours = gradients["torch"][name]
+        assert (ours is None) == (expected is None), name
+        if expected is not None:
+            close(ours, expected, gradient_tolerance("experts", torch.float32), name)
+
+
 @dtypes
 @backends("moe")
 @pytest.mark.parametrize("activation", [F.silu, F.gelu], ids=["silu", "gelu"])

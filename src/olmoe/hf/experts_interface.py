@@ -11,13 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
 
 NAME = "olmoe"
+
+# Modules whose value is `F.silu`. A subclass may compute something else.
+SILU = (SiLUActivation, nn.SiLU)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # What transformers' decorator notes on an experts class, the value we compute, and what the other one means.
 LAYOUT: dict[str, tuple[bool, str]] = {
@@ -37,15 +42,27 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """
     check_layout(module)
     weights = (module.gate_up_proj, module.down_proj)
+    x = hidden_states.to(weights[0].dtype)  # as transformers' own: autocast may widen one and not the other
+    activation = plain_activation(module.act_fn)
     if not getattr(module, "_is_expert_parallel", False):
-        return ops.moe(hidden_states, top_k_weights, top_k_index, *weights, module.act_fn)
+        return ops.moe(x, top_k_weights, top_k_index, *weights, activation).to(hidden_states.dtype)
     count = weights[0].shape[0]
     rows = ops.sort_by_expert(top_k_index.clamp(max=count), count + 1)  # absent rows come last
     present = int(rows.offsets_E[count])
-    gathered = ops.gather_rows(hidden_states, rows)[:present]
-    out = ops.experts(gathered, rows.offsets_E[: count + 1], *weights, module.act_fn)
+    gathered = ops.gather_rows(x, rows)[:present]
+    out = ops.experts(gathered, rows.offsets_E[: count + 1], *weights, activation)
     padded_MD = F.pad(out, (0, 0, 0, top_k_index.numel() - present))  # absent rows add zero, and have zero gradients
-    return ops.combine(padded_MD, top_k_weights, rows)
+    return ops.combine(padded_MD, top_k_weights, rows).to(hidden_states.dtype)
+
+
+def plain_activation(activation: Any) -> Any:
+    """`F.silu`, which the C++ kernels compute, for a module that is nothing but it; every other one as it is.
+
+    Modules with hooks or with a `forward` put into them (transformers' `kernelize`) are called, so that those run.
+    """
+    if type(activation) not in SILU or "forward" in vars(activation):
+        return activation
+    return activation if any(getattr(activation, hooks) for hooks in HOOKS) else F.silu
 
 
 def check_layout(module: Any) -> None:

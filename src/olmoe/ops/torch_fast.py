@@ -16,7 +16,7 @@ M = N*K routed rows, F expert width, V vocabulary.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from olmoe.ops.dispatch import register
+from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
 from olmoe.ops.types import SortedRows
 from olmoe.runtime import cpu_multiplies_bf16
@@ -368,11 +368,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+@torch.library.custom_op("olmoe::moe", mutates_args=())
+def _moe_op(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`ops.moe` with silu as one node of a compiled graph for inference, which so reaches the C++ kernels."""
+    return cast("Tensor", call("moe", AUTO, x, weights_NK, expert_ids_NK, gate_up, down, F.silu))
+
+
+@_moe_op.register_fake
+def _(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @register("moe", "torch")
 def moe(
     x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     """The routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
+    if is_compiling() and not torch.is_grad_enabled() and x.device.type == "cpu" and activation is F.silu:
+        return _moe_op(x, weights_NK, expert_ids_NK, gate_up, down)
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
     out_MD = experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
     return combine(out_MD, weights_NK, rows)

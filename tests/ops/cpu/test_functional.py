@@ -233,6 +233,28 @@ def test_moe_of_experts_with_no_one_and_many_rows(dtype, isa, set_threads):
         assert torch.equal(moe(slice(i, i + 1)), ours[i : i + 1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bf16_instructions", "limit"),
+    [
+        (torch.float32, True, functional.CONVERTED_ROWS_PER_EXPERT),
+        (torch.bfloat16, True, functional.ROWS_PER_EXPERT),
+        (torch.bfloat16, False, functional.CONVERTED_ROWS_PER_EXPERT),
+    ],
+)
+def test_experts_are_chosen_by_rows_an_expert(dtype, bf16_instructions, limit, monkeypatch):
+    """Whatever the tokens: one with 4 experts is as many rows as four with one."""
+    monkeypatch.setattr(functional, "cpu_multiplies_bf16", lambda: bf16_instructions)
+    monkeypatch.setattr(functional, "many_rows", lambda dtype: False)
+    gate_up, down = torch.ones(4, 2, 1, dtype=dtype), torch.ones(4, 1, 1, dtype=dtype)
+    for tokens, k, chosen in [(limit, 4, True), (limit + 1, 4, False), (limit * 4, 1, True), (limit * 4 + 1, 1, False)]:
+        x, ids = torch.ones(tokens, 1, dtype=dtype), torch.zeros(tokens, k, dtype=torch.long)
+        function = dispatch.choose("moe", "auto", x, torch.ones(tokens, k), ids, gate_up, down, F.silu)
+        assert (function is functional.moe) == chosen, (tokens, k)
+        rows, offsets = torch.ones(tokens * k, 1, dtype=dtype), torch.tensor([0, tokens * k, *[tokens * k] * 3])
+        function = dispatch.choose("experts", "auto", rows, offsets, gate_up, down, F.silu)
+        assert (function is functional.experts) == chosen, (tokens, k)
+
+
 def test_gates_far_below_zero_are_closed(isa):
     """silu(-1e30) is 0, whatever it is multiplied with."""
     gate_up, down = torch.ones(1, 2 * 19, 4), torch.ones(1, 4, 19)

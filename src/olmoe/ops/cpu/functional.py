@@ -24,6 +24,11 @@ from olmoe.runtime import cpu_multiplies_bf16
 FEW_ROWS = 8
 # Narrower single products of many rows are torch's: a call of it costs less than ours.
 WIDE_COLUMNS = 1024
+# Experts with up to this many rows each are the kernels', where `many_rows` does not give them all to the kernels: the
+# crossover measured with two threads against a torch that multiplies bf16 by instructions for it, and against one that
+# converts the weights first (docs/journal.md).
+ROWS_PER_EXPERT = 2
+CONVERTED_ROWS_PER_EXPERT = 12
 
 
 def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -105,17 +110,46 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
     return weights_NK, ids_NK
 
 
-def _moe_unsupported(
-    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+def _experts_preferred(rows: int, gate_up: Tensor) -> bool:
+    """Whether the kernels compute `rows` routed rows faster than torch, on average over experts. gate_up (E, 2F, D).
+
+    Where `many_rows` leaves prompts to torch, what counts is how often a weight is used once it is read: with few rows
+    an expert both wait for memory, which the kernels read faster.
+    """
+    by_instructions = gate_up.dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    limit = ROWS_PER_EXPERT if by_instructions else CONVERTED_ROWS_PER_EXPERT
+    return 0 < rows and (rows <= limit * gate_up.shape[0] or many_rows(gate_up.dtype))
+
+
+def _experts_unsupported(
+    x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, activation: Activation, weights_NK: Tensor | None = None
 ) -> str | None:
     if activation is not F.silu:
         return "its experts compute SwiGLU with silu only"
-    reason = unsupported(x, weights_NK, expert_ids_NK)
+    reason = unsupported(x, weights_NK, indices)
     return reason or unsupported_weight(gate_up) or unsupported_weight(down)
 
 
+@register(
+    "experts",
+    "cpu",
+    _experts_unsupported,
+    prefer=lambda rows_MD, offsets_E, gate_up, *rest: _experts_preferred(len(rows_MD), gate_up),
+)
+def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """See `ops.experts`: `moe` where each row has one expert, of weight 1."""
+    ids_M = torch.repeat_interleave(torch.arange(gate_up.shape[0]), offsets_E.diff(), output_size=len(rows_MD))
+    return moe(rows_MD, torch.ones(len(rows_MD), 1), ids_M.unsqueeze(1), gate_up, down, activation)
+
+
+def _moe_unsupported(
+    x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
+) -> str | None:
+    return _experts_unsupported(x, expert_ids_NK, gate_up, down, activation, weights_NK)
+
+
 def _moe_preferred(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, *rest: object) -> bool:
-    return _few_rows(x, gate_up) or (x.numel() > 0 and many_rows(gate_up.dtype))
+    return _experts_preferred(expert_ids_NK.numel(), gate_up)
 
 
 @register("moe", "cpu", _moe_unsupported, prefer=_moe_preferred)
