@@ -262,6 +262,27 @@ def test_gradients_are_those_of_the_plain_layer():
     assert fits(model, random(2, WIDTH))  # with gradients on, but none to compute
 
 
+def test_gradients_through_cached_keys_of_a_frozen_model():
+    gradients = []
+    for fuse in (False, True):
+        model, x, prefix = make_model().requires_grad_(False), random(1, 3, WIDTH), random(1, 2, WIDTH, seed=1)
+        prefix.requires_grad_()
+        if fuse:
+            fused.fuse(model)
+            assert fits(model, x)
+
+        def attend_behind(q, k, v, layer, prefix=prefix):
+            cached = prefix.view(1, 2, *k.shape[2:])
+            scores = torch.einsum("bthd,bshd->bhts", q, torch.cat([cached, k], dim=1)).softmax(dim=-1)
+            return torch.einsum("bhts,bshd->bthd", scores, torch.cat([cached, v], dim=1))
+
+        y, routed = model.model.layers[0](x, rotations(model, x), attend_behind)
+        (y.square().sum() + routed.logits.square().sum()).backward()
+        gradients.append(prefix.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
 def test_compiled_as_one_graph():
     model, x = make_model(), random(2, WIDTH)
     expected = run(model, x)

@@ -80,8 +80,13 @@ class FusedDecoderLayer(DecoderLayer):
             rows_ND.data_ptr(), cos.data_ptr(), sin.data_ptr(), n, q.data_ptr(), k.data_ptr(), v.data_ptr()
         )
         q, k, v = (t.to(x.dtype).view(*lead, -1, head_dim) for t in (q, k, v))
-        attended = extension.wide(attend(q, k, v, self.self_attn.layer))
+        attended = attend(q, k, v, self.self_attn.layer)
         assert attended.numel() == n * d
+        if attended.requires_grad:  # through cached keys and values: prefixes that are trained
+            x = x + self.self_attn.o_proj(attended.reshape(x.shape))
+            out, routed = self.mlp(self.post_attention_layernorm(x))
+            return x + out, routed
+        attended = extension.wide(attended)
         prepared.kernel.attention_output(rows_ND.data_ptr(), attended.data_ptr(), n, *outputs)
         return y.to(x.dtype).view(x.shape), routed
 

@@ -1,9 +1,10 @@
-"""PEFT's LoRA on attention and on routed experts: train, save, load, merge."""
+"""PEFT's LoRA on attention and on routed experts: train, save, load, merge; prefixes in the cache."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import olmoe
 from configurations import VOCAB_SIZE, small_config
@@ -89,3 +90,17 @@ def test_gradient_checkpointing_goes_with_adapters_on_experts(base):
     for name, value in gradients[0].items():
         assert torch.allclose(gradients[1][name], value, atol=1e-6), name
     assert any(value.abs().sum() > 0 for value in gradients[1].values())
+
+
+def test_a_trained_prefix_has_the_gradients_of_transformers(base):
+    """The model is frozen, and gradients come through the cache alone."""
+    ids, gradients = batch()[:1, :4], []  # so few that the kernels would take them
+    for library in (olmoe, transformers):
+        model = library.AutoModelForCausalLM.from_pretrained(base)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from olmoe.hf.cache_name import updated
 from olmoe.hf.config import OlmoeConfig
 from olmoe.hf.growing_cache import growing_layer
 from olmoe.model import Attention, DecoderLayer
@@ -88,8 +89,9 @@ class CachedAttend:
             self.weights.append(None)
             return out
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
+        options = self._options
         if self._cache is not None:
-            k, v = self._cache.update(k, v, layer)
+            k, v, options = updated(self._cache, k, v, layer, options)
         out, weights = self._function(
             module,
             q,
@@ -98,7 +100,7 @@ class CachedAttend:
             self._mask,
             dropout=self._dropout if module.training else 0.0,
             scaling=module.scaling,
-            **self._options,
+            **options,
         )
         self.weights.append(weights)
         return out

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, resolve_hidden_states_indices, selected_hidden_states
 
 from olmoe.fused import FusedDecoderLayer
 from olmoe.hf.attention import CachedAttend, RotaryEmbedding, prepare
+from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, is_paged, one_cache
 from olmoe.hf.config import OlmoeConfig, adopt
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
@@ -55,7 +59,7 @@ class OlmoePreTrainedModel(KernelBackend, SwitchableExperts, PackedLoading, PreT
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("OlmoeDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -128,17 +132,23 @@ class OlmoeModel(OlmoePreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_router_logits: bool | None = None,
         cache_position: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """See transformers' documentation of `OlmoeModel`. input_ids (B, T) or inputs_embeds (B, T, D)."""
+        """See transformers' documentation of `OlmoeModel`. input_ids (B, T) or inputs_embeds (B, T, D).
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        """
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 _warn_once("A cache does not go with gradient checkpointing; continuing without one")
-            use_cache, past_key_values = False, None  # the second forward pass would append to it again
+            use_cache, cache = False, None  # the second forward pass would append to it again
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
@@ -147,25 +157,21 @@ class OlmoeModel(OlmoePreTrainedModel):
                 f"attn_implementation={config._attn_implementation!r} does not return attention probabilities; "
                 "use model.set_attn_implementation('eager') with output_attentions=True."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             if cache_position is not None:
                 position_ids = cache_position.unsqueeze(0)
             else:
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+                seen = 0 if cache is None else cache.get_seq_length()
                 position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = attention_mask
+        if not is_paged(cache):
+            mask = create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
         route_lora(self.layers)
-        attend = CachedAttend(config, self.layers, mask, past_key_values, kwargs)
+        attend = CachedAttend(config, self.layers, mask, cache, kwargs)
         rope = self.rotary_emb(inputs_embeds, position_ids)
         x, hidden_states, routers = inputs_embeds, [], []
         wanted = _wanted_states(self, output_hidden_states)
@@ -177,14 +183,14 @@ class OlmoeModel(OlmoePreTrainedModel):
         hidden_states.append(x if len(self.layers) in wanted else None)
         return MoeModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(w for w in attend.weights if w is not None) if output_attentions else None,
             router_logits=tuple(routers) if output_router_logits else None,
         )
 
 
-class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
+class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
     """OLMoE with its language-model head, and transformers' `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (transformers' protocol)
@@ -214,9 +220,14 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """See transformers' documentation of `OlmoeForCausalLM`. labels (B, T) hold -100 where nothing is learnt."""
+        """See transformers' documentation of `OlmoeForCausalLM`. labels (B, T) hold -100 where nothing is learnt.
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        """
         config = self.config
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         auxiliary = output_router_logits
@@ -231,7 +242,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -251,7 +262,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
@@ -267,6 +278,28 @@ class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreT
         self.model = OlmoeModel(config)
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """See transformers' documentation of sequence classification. labels (B,), or (B, classes) of several.
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        """
+        kept = one_cache(past_key_values, cache)  # by position, which has no name
+        return super().forward(
+            input_ids, attention_mask, position_ids, kept, inputs_embeds, labels=labels, use_cache=use_cache, **kwargs
+        )
 
 
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

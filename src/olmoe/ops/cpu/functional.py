@@ -118,7 +118,7 @@ def _experts_preferred(rows: int, gate_up: Tensor) -> bool:
     """
     by_instructions = gate_up.dtype == torch.bfloat16 and cpu_multiplies_bf16()
     limit = ROWS_PER_EXPERT if by_instructions else CONVERTED_ROWS_PER_EXPERT
-    return 0 < rows and (rows <= limit * gate_up.shape[0] or many_rows(gate_up.dtype))
+    return rows > 0 and (rows <= limit * gate_up.shape[0] or many_rows(gate_up.dtype))
 
 
 def _experts_unsupported(

@@ -1,0 +1,66 @@
+"""The one place that knows what transformers calls the key-value cache: `past_key_values`, from 5.24 on `cache`.
+
+Our classes take both names in either version, keep the documented `past_key_values` at its documented position, and
+never pass a name to transformers that the installed version does not have (or has only for a while, with a warning).
+
+Shapes legend: B batch, T new tokens, S cached tokens, G KV heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import Any, Final
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from olmoe.errors import UserError
+
+CACHE: Final = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
+"""The installed version's name: an argument of `generate` and `forward`, a field of outputs."""
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache that was given, under whichever name; None without one. Raises `UserError` if both were given."""
+    if past_key_values is not None and cache is not None:
+        raise UserError(
+            f"past_key_values ({type(past_key_values).__name__}) and cache ({type(cache).__name__}) are two names of "
+            "one argument; give one of them."
+        )
+    return cache if past_key_values is None else past_key_values
+
+
+def updated(cache: Any, k: Tensor, v: Tensor, layer: int, options: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    """Add k and v (B, G, T, Dh) to the cache: all its keys and values (B, G, S, Dh), and the attention's options.
+
+    The paged cache of continuous batching needs the options and changes them, so a layer gets its own. Until 5.23 it
+    travels among them, and transformers' attention functions update it.
+    """
+    options = dict(options)
+    if CACHE == "cache":
+        return *cache.update(k, v, layer, kwargs=options), options
+    if not is_paged(cache):
+        return *cache.update(k, v, layer), options
+    return k, v, options | {"cache": cache}
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether this is continuous batching's cache, which brings masks of its own and is no `Cache`."""
+    return cache is not None and not isinstance(cache, Cache)
+
+
+class EitherNameGenerationMixin(GenerationMixin):
+    """transformers' `generate`, which takes its cache by either name in every version.
+
+    Its own name must end as it does: by that transformers tells which models generate.
+    """
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+        """See transformers' documentation of `generate`."""
+        if (given := one_cache(past_key_values, cache)) is not None:
+            kwargs[CACHE] = given
+        return super().generate(*args, **kwargs)
