@@ -73,9 +73,10 @@ struct Kernels {
   // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens.
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                int ld);
+  // Lanes of a sum of `rows`, and the number of tokens from which `tiles` are faster, by the type of a plain matrix.
+  int lanes, many[3];
   // The same for plain matrices and rows that have `lanes`, with the same bits and faster for many tokens. `scratch`
   // holds tiles_scratch floats and lies at a multiple of 64 bytes.
-  int lanes;
   void (*tiles)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                 int ld, float* scratch);
   // Columns [column, column + count) of a row to its `lanes`. `column` is a multiple of kBlock.

@@ -6,10 +6,10 @@
 namespace olmoe {
 namespace {
 
-// From so many tokens on, widening a panel of weights costs less than it saves.
-constexpr int kManyTokens = 16;
 // Lanes shorter than this are not worth a pass.
 constexpr int kLaneSteps = 8;
+
+bool many(const Matrix& m, int tokens) { return !m.packed() && tokens >= kernels().many[int(m.type)]; }
 
 }  // namespace
 
@@ -18,7 +18,7 @@ void Activations::reserve(const Matrix& m, int tokens) {
   columns_ = m.columns;
   zero_ = m.packed() ? m.zero() : 0;
   const size_t row_bytes = packed_ ? m.blocks() * sizeof(ActivationBlock) : size_t(columns_) * sizeof(float);
-  split_ = !packed_ && tokens >= kManyTokens && columns_ >= kLaneSteps * kernels().lanes;
+  split_ = many(m, tokens) && columns_ >= kLaneSteps * kernels().lanes;
   // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
   const size_t lanes = (row_bytes + 63) / 64 * 64;
   const size_t stride = ((split_ ? 2 * lanes : lanes) / 64 | 1) * 64;
@@ -53,8 +53,7 @@ int token_block(const Matrix& m) { return m.packed() ? 96 : 256; }
 void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld) {
   const Kernels& k = kernels();
   const uint8_t* group = m.group(expert, row / kGroup);
-  if (tokens < kManyTokens || m.packed() || !x->lanes)
-    return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld);
+  if (!many(m, tokens) || !x->lanes) return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld);
   static thread_local std::vector<float> memory;
   const int block = std::min(tokens, token_block(m));
   const size_t size = tiles_scratch(m.columns, block) + 16;
