@@ -130,6 +130,19 @@ NB_MODULE(_kernels, m) {
                    lengths.data(), Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity}, at<float>(y),
                    at<float>(logits), at<float>(weights), at<int64_t>(ids));
            })
+      .def_static(
+          "forward_all",
+          [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
+             const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths, const std::vector<Address>& keys,
+             const std::vector<Address>& values, int type, int64_t capacity, Address y, Address logits, Address weights,
+             Address ids) {
+            Running running;
+            std::vector<Cache> caches;
+            for (size_t i = 0; i < stack.size(); i++)
+              caches.push_back({at<uint8_t>(keys.at(i)), at<uint8_t>(values.at(i)), Type(type), capacity});
+            layers(stack, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
+                   lengths.data(), caches, at<float>(y), at<float>(logits), at<float>(weights), at<int64_t>(ids));
+          })
       .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
                                   Address logits, Address weights, Address ids) {
         Running running;

@@ -77,4 +77,19 @@ void layer(const LayerWeights& w, const float* x, const float* cos, const float*
   attention_output(w, x, attended, int(total), y, logits, weights, ids);
 }
 
+void layers(const std::vector<const LayerWeights*>& stack, const float* x, const float* cos, const float* sin, int batch,
+            const int64_t* tokens, const int64_t* lengths, const std::vector<Cache>& caches, float* y, float* logits,
+            float* weights, int64_t* ids) {
+  static thread_local std::vector<float> between;
+  const size_t total = std::accumulate(tokens, tokens + batch, size_t(0));
+  for (size_t i = 0; i < stack.size(); i++) {
+    const LayerWeights& w = *stack[i];
+    layer(w, x, cos, sin, batch, tokens, lengths, caches[i], y, logits, weights, ids);
+    logits += total * w.experts.count, weights += total * w.top_k, ids += total * w.top_k;
+    if (i + 1 == stack.size()) break;
+    between.assign(y, y + total * w.hidden);  // o_proj adds its input to its output, so these must be two places
+    x = between.data();
+  }
+}
+
 }  // namespace olmoe

@@ -31,4 +31,10 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
 void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
            const int64_t* lengths, const Cache& cache, float* y, float* logits, float* weights, int64_t* ids);
 
+// Layers one after the other, each with a cache of its own. `y` may not be x; logits, weights and ids have a leading
+// dimension for the layers, which all have as many experts and choose as many.
+void layers(const std::vector<const LayerWeights*>& stack, const float* x, const float* cos, const float* sin, int batch,
+            const int64_t* tokens, const int64_t* lengths, const std::vector<Cache>& caches, float* y, float* logits,
+            float* weights, int64_t* ids);
+
 }  // namespace olmoe

@@ -21,7 +21,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.model import Attend, Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, RouterOutput, SparseMoeBlock
+from olmoe.model import (
+    Attend,
+    Attention,
+    Decoder,
+    DecoderLayer,
+    Experts,
+    Linear,
+    RMSNorm,
+    Router,
+    RouterOutput,
+    SparseMoeBlock,
+)
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import FEW_ROWS, CachedTokens, many_rows
 from olmoe.ops.dispatch import AUTO
@@ -31,6 +42,7 @@ from olmoe.runtime import log_once
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")  # of the layer, then of attention
 _MIXTURE = ("gate", "experts")
+STEP_ROWS = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (
     "forward", "backend", "eps", "top_k", "norm_topk_prob", "head_dim", "clip_qkv", "activation", "formats", "shapes",
@@ -92,9 +104,16 @@ class FusedDecoderLayer(DecoderLayer):
 
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> _Prepared | None:
         """The kernels' view of this layer, made anew if something in it changed; None where they do not fit."""
-        prepared = self._prepared
-        if extension.unsupported(x, *rope) is not None or x.numel() == 0:
+        if not _inputs_fit(x, rope):
             return None
+        prepared = self.current(x)
+        if prepared is not None:
+            prepared.refresh()
+        return prepared
+
+    def current(self, x: Tensor) -> _Prepared | None:
+        """The kernels' view of this layer as it is now; None where the kernels do not fit it, or inputs like `x`."""
+        prepared = self._prepared
         if prepared is None or not prepared.still():
             prepared = _prepare(self)
             object.__setattr__(self, "_prepared", prepared)  # not a module, parameter or buffer
@@ -103,15 +122,71 @@ class FusedDecoderLayer(DecoderLayer):
         few = prepared.packed or prepared.named or x.numel() <= FEW_ROWS * prepared.hidden
         if not few and not many_rows(prepared.dtype):
             return None  # torch's products are faster
-        if _has_any_global_hook() or (torch.is_grad_enabled() and prepared.needs_gradients()):
-            return None
-        prepared.refresh()
-        extension.kernels()  # follows torch's number of threads
-        return prepared
+        return None if torch.is_grad_enabled() and prepared.needs_gradients() else prepared
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which prepare their own kernels."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+class FusedDecoder(Decoder):
+    """`Decoder` whose layers, where all of them fit the kernels and a KV cache of ours, are computed in one call.
+
+    For steps of decoding: between two layers of one sequence, what Python looks at has left the caches for weights, and
+    a tenth of the step was spent on that. Prompts go layer by layer, so that they can be interrupted.
+    """
+
+    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, list[RouterOutput]]:
+        """See `Decoder.blocks`."""
+        cached = getattr(attend, "cached", None)
+        if cached is None or x.numel() > STEP_ROWS * x.shape[-1] or not _inputs_fit(x, rope):
+            return super().blocks(x, rope, attend)
+        stack: list[_Prepared] = []
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            alone = type(layer) is FusedDecoderLayer and "forward" not in vars(layer)
+            prepared = layer.current(x) if alone and not any(getattr(layer, hooks) for hooks in _HOOKS) else None
+            if prepared is None or (stack and prepared.form() != stack[0].form()):
+                return super().blocks(x, rope, attend)
+            stack.append(prepared)
+        if not stack:
+            return super().blocks(x, rope, attend)
+        first, caches = stack[0], [cached(layer.self_attn.layer) for layer in layers]
+        count, shape = len(stack), (*x.shape[:-1], first.head_dim // 2)
+        rows_ND = extension.wide(x).view(-1, first.hidden)
+        n = len(rows_ND)
+        cos, sin = (extension.wide(t.expand(shape)) for t in rope)
+        y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
+        weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
+        for prepared, cache in zip(stack, caches, strict=True):
+            prepared.refresh()
+            cache.check(n, first.kv_width // first.head_dim, first.head_dim)
+            assert cache.like(caches[0])
+        extension.kernels().Layer.forward_all(
+            [prepared.kernel for prepared in stack],
+            rows_ND.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            caches[0].counts,
+            caches[0].lengths,
+            [cache.keys.data_ptr() for cache in caches],
+            [cache.values.data_ptr() for cache in caches],
+            *caches[0].addresses()[2:],
+            y.data_ptr(),
+            logits.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+        )
+        routers = [RouterOutput(*routed) for routed in zip(logits, weights, ids, strict=True)]
+        return y.to(x.dtype).view(x.shape), routers
+
+
+def _inputs_fit(x: Tensor, rope: tuple[Tensor, Tensor]) -> bool:
+    """Whether the kernels may run at all, on such inputs; they then have as many threads as torch."""
+    if extension.unsupported(x, *rope) is not None or x.numel() == 0 or _has_any_global_hook():
+        return False
+    extension.kernels()
+    return True
 
 
 class _Prepared:
@@ -171,6 +246,10 @@ class _Prepared:
             )
         except KeyError:
             return False
+
+    def form(self) -> tuple[object, ...]:
+        """What layers of one stack must have alike."""
+        return self.hidden, self.dtype, self.head_dim, self.kv_width, self.experts, self.top_k
 
     def needs_gradients(self) -> bool:
         """Whether any parameter does."""
@@ -289,15 +368,19 @@ def _matrix(module: nn.Module, name: str) -> Any:
 
 
 def fuse(root: nn.Module) -> None:
-    """Let the decoder layers under `root` use the C++ kernels where these fit."""
+    """Let the decoder layers under `root`, and decoders as a whole, use the C++ kernels where these fit."""
     for module in root.modules():
         if type(module) is DecoderLayer:
             module.__class__ = FusedDecoderLayer
+        elif type(module) is Decoder:
+            module.__class__ = FusedDecoder
 
 
 def unfuse(root: nn.Module) -> None:
-    """Make fused layers plain ones again."""
+    """Make fused layers and decoders plain ones again."""
     for module in root.modules():
+        if type(module) is FusedDecoder:
+            module.__class__ = Decoder  # type: ignore[assignment]
         if type(module) is FusedDecoderLayer:
             module.__dict__.pop("_prepared", None)
             module.__class__ = DecoderLayer  # type: ignore[assignment]

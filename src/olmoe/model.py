@@ -247,12 +247,16 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Output:
         """input_ids and positions (...), see `RotaryEmbedding.forward` for `length` -> hidden states (..., D)."""
-        x, routers = self.embed_tokens(input_ids), []
-        rope = self.rotary(positions, length)
+        x, routers = self.blocks(self.embed_tokens(input_ids), self.rotary(positions, length), attend)
+        return Output(self.norm(x), routers)
+
+    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, list[RouterOutput]]:
+        """All blocks, one after the other: x (..., D) -> (..., D) and what each router decided."""
+        routers = []
         for layer in self.layers:
             x, routed = layer(x, rope, attend)
             routers.append(routed)
-        return Output(self.norm(x), routers)
+        return x, routers
 
 
 class CausalLM(nn.Module):

@@ -216,6 +216,11 @@ class CachedTokens(NamedTuple):
         assert min(lengths) >= 0
         assert max(map(add, lengths, counts)) <= capacity
 
+    def like(self, other: CachedTokens) -> bool:
+        """Whether another layer's cache is for the same sequences and of the same form."""
+        same = self.keys.shape == other.keys.shape and self.keys.dtype == other.keys.dtype
+        return same and self.counts == other.counts and self.lengths == other.lengths
+
     def addresses(self) -> tuple[int, int, int, int]:
         """Where keys and values are, their type and capacity, for the kernels."""
         return self.keys.data_ptr(), self.values.data_ptr(), FLOAT_TYPES[self.keys.dtype], self.keys.shape[2]
