@@ -303,3 +303,12 @@ def test_saved_files_follow_the_umask(tmp_path):
         os.umask(previous)
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "model").iterdir()} == {0o644}
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
+
+
+def test_loading_leaves_the_compilers_algebra_alone():
+    """sympy takes a second to import, and torch's own way from meta tensors to memory needs it."""
+    command = (
+        "import sys; from olmoe import checkpoint, hub; checkpoint.load(hub.SHIPPED); print('sympy' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    assert output == "False\n"

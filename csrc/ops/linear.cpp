@@ -67,7 +67,9 @@ void linear(std::initializer_list<Product> products, const Activations& x) {
   const Matrix& first = *products.begin()->m;
   const int tokens = x.tokens(), block = token_block(first);
   const int token_blocks = (tokens + block - 1) / block;
-  auto bands_of = [](const Matrix& m) { return (m.rows + kBand - 1) / kBand; };
+  // Few rows, as a router has them, would make one piece for one thread.
+  auto band_of = [](const Matrix& m) { return m.rows <= 4 * kBand ? kGroup : kBand; };
+  auto bands_of = [&](const Matrix& m) { return (m.rows + band_of(m) - 1) / band_of(m); };
   int bands = 0;
   for (const Product& product : products) bands += bands_of(*product.m);
   // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
@@ -78,7 +80,7 @@ void linear(std::initializer_list<Product> products, const Activations& x) {
       const Product* product = products.begin();
       for (; band >= bands_of(*product->m); product++) band -= bands_of(*product->m);
       const auto& [m, bias, add, y, ld] = *product;
-      const int r0 = band * kBand, rows = std::min(kBand, m->rows - r0);
+      const int r0 = band * band_of(*m), rows = std::min(band_of(*m), m->rows - r0);
       const int t0 = piece / bands * block, count = std::min(block, tokens - t0);
       multiply(*m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
       for (int t = t0; t < t0 + count && (bias || add); t++)

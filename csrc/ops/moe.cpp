@@ -92,7 +92,7 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
 
   // down: every routed row by itself, so that the sum below has a fixed order.
   outputs.resize(size_t(routed) * d);
-  const int grain_down = std::max(1, int((1 << 14) / experts.down.group_bytes()));
+  const int grain_down = std::max(1, int((1 << 15) / experts.down.group_bytes()));
   const auto down_pieces = cut(offsets, (d + kBand - 1) / kBand, grain_down);
   threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int) {
     for (int p = begin; p < end; p++) {

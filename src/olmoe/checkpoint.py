@@ -32,7 +32,7 @@ from olmoe import hub, packed
 from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
-from olmoe.model import CausalLM, without_values
+from olmoe.model import CausalLM, allocate, without_values
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4 * 10**9
@@ -92,7 +92,7 @@ def load(
         dtype = dominant_dtype(stored)
     model = without_values(config)
     try:
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = allocate(model.to(dtype), device).eval().requires_grad_(False)
     except RuntimeError as error:  # torch's OutOfMemoryError is one
         size = f"{config.num_parameters * dtype.itemsize / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}"
         raise CheckpointError(
@@ -100,7 +100,7 @@ def load(
             "choose a smaller dtype or another device."
         ) from error
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty separates them
+        model.lm_head.weight = model.model.embed_tokens.weight  # now they are two
     parameters = dict(model.named_parameters())
     done = 0
     for file in sorted({tensor.file for name, tensor in stored.items() if name in targets}):

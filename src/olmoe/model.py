@@ -323,6 +323,14 @@ def set_backend(model: nn.Module, backend: str) -> None:
             setattr(module, "backend", backend)  # noqa: B010  (mypy: every module has attributes of any type)
 
 
+def allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
+    """Give the parameters of `without_values` memory on `device`, its values not set.
+
+    What `Module.to_empty` does, whose way over meta tensors imports sympy, a second that loading can do without.
+    """
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
 def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     """`attend` for whole sequences without a cache: q (B, T, H, Dh), k, v (B, T, G, Dh) -> (B, T, H, Dh)."""
     heads_first = (t.transpose(1, 2) for t in (q, k, v))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from olmoe import checkpoint, packed
 from olmoe.config import ModelConfig
-from olmoe.model import CausalLM, without_values
+from olmoe.model import CausalLM, allocate, without_values
 from olmoe.quant import PackedModule
 from olmoe.quant.formats import CODES
 from olmoe.tensor_file import TensorFile
@@ -141,7 +141,7 @@ def _first_row(target: checkpoint.Target) -> int:
 
 def load_model(source: WeightSource, dtype: torch.dtype) -> CausalLM:
     """All weights of a source in an ordinary model, in evaluation mode without gradients."""
-    model = without_values(source.config).to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    model = allocate(without_values(source.config).to(dtype), "cpu").eval().requires_grad_(False)
     if source.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for name, parameter in model.named_parameters():

@@ -188,3 +188,21 @@ def test_a_configuration_round_trips_through_its_file(capsys, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(ModelConfig().to_json("bfloat16"))
     assert info_json(capsys, str(path))["parameters"]["active"] == ACTIVE
+
+
+def test_a_gguf_file_is_described_from_its_header(capsys, folder, tmp_path):
+    from olmoe import hub
+    from olmoe.gguf.to_gguf import to_gguf
+
+    to_gguf(hub.SHIPPED, tmp_path / "m.gguf", "q4_0")
+    facts = info_json(capsys, str(tmp_path / "m.gguf"))
+    assert facts["bytes"]["on_disk"] == (tmp_path / "m.gguf").stat().st_size
+    assert facts["bytes"]["stored_as"] == ["F32", "Q4_0"]
+    shipped = info_json(capsys, str(hub.SHIPPED))
+    same = ("layers", "experts", "vocabulary", "parameters", "rope")
+    assert {key: facts[key] for key in same} == {key: shipped[key] for key in same}
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    code, _, error = info(capsys, str(tmp_path / "m.gguf"))
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
+    assert "not valid JSON" not in error

@@ -25,6 +25,7 @@ from olmoe.train.evaluation import evaluate
 from olmoe.train.loop import Interrupted, train
 from olmoe.train.losses import objective
 from olmoe.train.optim import learning_rate
+from packed_folders import packed_folder
 from sentences import refused
 from training_runs import assert_same_run, fixed, read_metrics, text, write_run
 
@@ -465,3 +466,10 @@ def test_a_checkpoint_of_other_shapes_is_no_start(tmp_path, finished, tokenizer_
     assert "run.initialize_from" in message
     assert "[4, 16]" in message
     assert "[8, 16]" in message
+
+
+def test_a_packed_checkpoint_is_no_start(tmp_path, tokenizer_file):
+    start = str(packed_folder(tmp_path / "packed", "int8"))
+    message = refused(lambda: run(tmp_path / "run", tokenizer_file, run={"initialize_from": start}), ConfigError)
+    assert "is a packed checkpoint" in message
+    assert start in message

@@ -32,6 +32,13 @@ def run(arguments: argparse.Namespace) -> int:
     stored_bytes = stored_dtypes = contents = None
     if name == RELEASED and not Path(name).exists():
         config = ModelConfig()
+    elif name is not None and name.lower().endswith(".gguf"):
+        from olmoe.gguf.source import GGUFSource
+
+        source = GGUFSource(Path(name).expanduser())
+        config = source.config
+        stored_bytes = source.file.path.stat().st_size
+        stored_dtypes = sorted({tensor.kind.name for tensor in source.file.tensors.values()})
     elif name is not None and Path(name).is_file():
         config = ModelConfig.from_file(name)
     else:

@@ -25,7 +25,7 @@ from olmoe import fused, packed
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache, default_cache_dtype
 from olmoe.errors import UserError, shown
-from olmoe.model import CausalLM, Experts, set_backend
+from olmoe.model import CausalLM, Experts, allocate, set_backend
 from olmoe.ops import AUTO, cpu
 from olmoe.ops.cpu.extension import kernels
 from olmoe.packing import RECIPES
@@ -99,7 +99,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
     """
     model = skeleton(config, format, overrides)
     require_memory(sum(p.numel() * p.element_size() for p in model.parameters()), format)
-    model = model.to_empty(device="cpu").requires_grad_(False)
+    model = allocate(model, "cpu").requires_grad_(False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)

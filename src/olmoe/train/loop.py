@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from olmoe import checkpoint
+from olmoe import checkpoint, packed
 from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM, initialize
@@ -186,6 +186,11 @@ def _start(config: TrainConfig, *, resumed: bool) -> CausalLM:
         initialize(model, config.run.seed)
         return model
     folder = config.resolve(config.run.initialize_from)
+    if packed.is_packed(folder):
+        raise ConfigError(
+            f"run.initialize_from {str(folder)!r} is a packed checkpoint, whose weights are rounded; give the one that "
+            "it was packed from."
+        )
     weights = checkpoint.load(folder, dtype=torch.float32).state_dict()
     for name, parameter in model.state_dict().items():
         if name not in weights or weights[name].shape != parameter.shape:
