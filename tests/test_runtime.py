@@ -232,3 +232,32 @@ def test_the_module_imports_no_torch():
 def test_bf16_is_slow_when_torch_does_not_use_onednn(monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False):
         assert cpu_multiplies_bf16() is False
+
+
+def test_large_pages_are_asked_for_whole_pages_inside_the_memory(monkeypatch):
+    calls = []
+
+    class Libc:
+        def madvise(self, start, length, advice):
+            calls.append((start.value, length.value, advice))
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    mega = 2**20
+    runtime.advise_large_pages(3 * mega, 2 * mega)  # reaches into two pages, and holds none
+    runtime.advise_large_pages(4 * mega, 2 * mega - 1)
+    assert calls == []
+    runtime.advise_large_pages(4 * mega, 2 * mega)
+    runtime.advise_large_pages(3 * mega, 6 * mega)
+    assert calls == [(4 * mega, 2 * mega, 14), (4 * mega, 4 * mega, 14)]
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    runtime.advise_large_pages(0, 2**30)
+    assert len(calls) == 2
+
+
+def test_a_system_that_refuses_large_pages_does_no_harm():
+    block = torch.empty(2**21, dtype=torch.int32)
+    runtime.advise_large_pages(block.data_ptr(), 4 * 2**21)
+    block.fill_(7)
+    assert int(block.sum()) == 7 * 2**21
+    runtime.advise_large_pages(2**60, 2**22)  # nobody's memory

@@ -340,8 +340,7 @@ def _prepare(layer: DecoderLayer) -> _Prepared:
         [_matrix(module, "weight") for module in projections],
         [0 if module.bias is None else prepared.wide(module.bias).data_ptr() for module in projections],
         [prepared.wide(norm.weight).data_ptr() for norm in norms],
-        # In fp32, as the policy has it: a product with a bf16 router would round its input.
-        extension.float_matrix(prepared.wide(router.weight)),
+        extension.float_matrix(router.weight),  # whatever its dtype: products and sums are fp32, as the policy has it
         _matrix(moe, "gate_up_proj"),
         _matrix(moe, "down_proj"),
         prepared.experts,

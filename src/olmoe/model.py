@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from olmoe import ops
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.errors import ConfigError
+from olmoe.runtime import advise_large_pages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -328,7 +329,14 @@ def allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
 
     What `Module.to_empty` does, whose way over meta tensors imports sympy, a second that loading can do without.
     """
-    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+    def allocated(t: Tensor) -> Tensor:
+        memory = torch.empty(t.shape, dtype=t.dtype, device=device)
+        if memory.device.type == "cpu":
+            advise_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+        return memory
+
+    return model._apply(allocated)
 
 
 def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from olmoe.errors import UserError
@@ -115,8 +118,6 @@ def keep_freed_memory() -> None:
     A training step allocates and frees the same large tensors over and over; page faults for them cost
     a quarter of a small model's step. Without glibc this does nothing.
     """
-    import ctypes
-
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -150,3 +151,18 @@ def peak_memory_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def advise_large_pages(address: int, size: int) -> None:
+    """Ask the system to back memory that is not written yet with pages of 2 MB; does nothing where there are none.
+
+    Weights of gigabytes in pages of 4 kB have page tables that no cache holds: decoding in bf16 is a tenth faster
+    without (docs/journal.md).
+    """
+    page, advice = 2**21, 14  # MADV_HUGEPAGE of Linux
+    start = -(-address // page) * page
+    length = (address + size) // page * page - start
+    if length <= 0 or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # a refusal changes nothing
