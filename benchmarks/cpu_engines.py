@@ -151,12 +151,14 @@ def shared_weights(config: ModelConfig) -> int:
     os.ftruncate(descriptor, 2 * config.num_parameters)
     state = shared_state(descriptor, config)
     noise = (0.02 * torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))).bfloat16()
-    for tensor in state.values():
+    for name, tensor in state.items():
         if tensor.dim() == 1:
             tensor.fill_(1.0)
             continue
-        for piece in tensor.view(-1).split(len(noise)):
-            piece.copy_(noise[: len(piece)])
+        # Large embeddings keep tokens different through all layers, so that they choose different experts.
+        values = 64 * noise if "embed_tokens" in name else noise
+        for piece in tensor.view(-1).split(len(values)):
+            piece.copy_(values[: len(piece)])
     return descriptor
 
 

@@ -37,6 +37,8 @@ PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # that the command line names; those of `packing.RECIPES` work too
 _NOISE = 2**22 - 3  # odd, so that matrices, whose sizes are powers of two, start at different places of the block
 _SCALE = 0x1000  # 2^-11 as fp16: products of random codes stay small
+# Embeddings are this much larger, so that tokens stay different through all layers and choose different experts.
+_EMBEDDING_SCALE, _EMBEDDING_FACTOR = 0x2C00, 2**7
 _WARM_UP = 16
 
 
@@ -104,21 +106,24 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
         model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_NOISE, generator=generator) * config.initializer_range
-    codes = torch.randint(0, 256, (_NOISE,), generator=generator, dtype=torch.uint8)
+    # Codes spread evenly around that of zero: weights with a mean would make all tokens alike after a layer.
+    low, high = torch.randint(1, 16, (2, _NOISE), generator=generator, dtype=torch.uint8)
+    codes = {"q8_0": torch.randint(1, 256, (_NOISE,), generator=generator, dtype=torch.uint8)}
     start = 0
-    for module in model.modules():
+    for path, module in model.named_modules():
+        embedding = path == "model.embed_tokens"
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             elif parameter.dtype != torch.uint8:
-                start = _fill(parameter, noise.to(parameter.dtype), start)
+                start = _fill(parameter, (noise * (_EMBEDDING_FACTOR if embedding else 1)).to(parameter.dtype), start)
             else:
                 assert isinstance(module, PackedModule)
-                start = _fill(parameter, codes, start)
+                start = _fill(parameter, codes.get(module.formats[name].name, low | high << 4), start)
                 scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
-                parameter[..., -scale_bytes:].view(torch.int16).fill_(_SCALE)
+                parameter[..., -scale_bytes:].view(torch.int16).fill_(_EMBEDDING_SCALE if embedding else _SCALE)
     packed.set_compute_dtype(model, torch.float32)
     return model.eval()
 
