@@ -18,6 +18,9 @@ enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5
 // Bytes of codes of one block of a group. q5 has 8 words of 64 bits, bit 4*r+i of word j the fifth bit of row r and
 // column 4j+i, and then the low four bits as q4 has them.
 constexpr int code_bytes(Type type) { return type == Type::kQ4 ? 256 : type == Type::kQ5 ? 320 : 512; }
+// Bytes of one number of a plain matrix or cache.
+constexpr int sizeof_type(Type type) { return type == Type::kF32 ? 4 : 2; }
+
 constexpr int low_bits_at(Type type) { return type == Type::kQ5 ? 64 : 0; }
 
 // One block of an activation row, quantized to int8: x = d * q. `correction` is -zero * sum(q), where `zero` is

@@ -119,13 +119,14 @@ def test_packed(recipe, changes, dtype, tmp_path, poisoned):
         assert ours[0].dtype == plain[0].dtype == dtype
 
 
+def alone(q, k, v, layer):
+    """Attention of each token to itself."""
+    return v.repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)
+
+
 def test_threads_and_other_tokens_do_not_change_a_bit(tmp_path):
     model = checkpoint.load(packed_folder(tmp_path / "m", "int4", **WHOLE))
     x = random(12, WIDTH)
-
-    def alone(q, k, v, layer):
-        return v.repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)
-
     fused.fuse(model)
     before, expected = torch.get_num_threads(), run(model, x, attend=alone)
     rope = rotations(model, x)
@@ -141,6 +142,15 @@ def test_threads_and_other_tokens_do_not_change_a_bit(tmp_path):
         for i in range(12):
             row = model.model.layers[0](x[i : i + 1], tuple(t[i : i + 1] for t in rope), alone)
             assert torch.equal(row[0], expected[0][i : i + 1])
+
+
+def test_more_tokens_than_experts_take_at_a_time(tmp_path):
+    model = checkpoint.load(packed_folder(tmp_path / "m", "int8", **WHOLE))
+    x = random(1030, WIDTH)
+    fused.fuse(model)
+    whole, parts = run(model, x, attend=alone), [run(model, part, attend=alone) for part in x.split(100)]
+    assert torch.equal(whole[0], torch.cat([y for y, _ in parts]))
+    assert torch.equal(whole[1].expert_ids, torch.cat([routed.expert_ids for _, routed in parts]))
 
 
 # ---- stepping aside ----

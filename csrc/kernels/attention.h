@@ -19,6 +19,9 @@ inline void attend_one(const float* q, const void* keys, const void* values, int
     float block_top = -INFINITY;
     int s = 0;
     for (; s + 4 <= count; s += 4) {
+      // The values of these keys are needed soon, and a short cache ends before the hardware notices what is read.
+      const char* ahead = (const char*)values + size_t(start + s) * head_dim * sizeof_type(T);
+      for (int i = 0; i < 4 * head_dim * sizeof_type(T); i += 64) __builtin_prefetch(ahead + i);
       vf dot[4] = {};
       float rest[4] = {};
       int d = 0;

@@ -87,43 +87,53 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int bloc
   }
 }
 
-// A single token against GROUPS groups: each code is used once, so nothing is kept in registers but the sums.
-template <Type T, int GROUPS>
-OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
-                                float* out) {
+// Few tokens against GROUPS groups side by side: memory is what counts, and several streams of it flow faster than one.
+template <Type T, int GROUPS, int TOKENS>
+OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
+                                 float* out, int ld) {
   constexpr int kBytes = code_bytes(T);
-  __m512 total[GROUPS];
-  for (int g = 0; g < GROUPS; g++) total[g] = _mm512_setzero_ps();
+  __m512 total[GROUPS][TOKENS];
+  const ActivationBlock* a[TOKENS];
+  for (int t = 0; t < TOKENS; t++) {
+    a[t] = x[t].blocks;
+    for (int g = 0; g < GROUPS; g++) total[g][t] = _mm512_setzero_ps();
+  }
   for (int b = 0; b < blocks; b++) {
-    int32_t q[8];
-    std::memcpy(q, a[b].q, sizeof q);
-    const __m512 d = _mm512_set1_ps(a[b].d);
+    int32_t q[TOKENS][8];
+    for (int t = 0; t < TOKENS; t++) std::memcpy(q[t], a[t][b].q, sizeof q[t]);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
-      __m512i even = _mm512_set1_epi32(a[b].correction), odd = _mm512_setzero_si512();
+      __m512i even[TOKENS], odd[TOKENS];
+      for (int t = 0; t < TOKENS; t++) even[t] = _mm512_set1_epi32(a[t][b].correction), odd[t] = _mm512_setzero_si512();
       for (int j = 0; j < 4; j++) {
+        __m512i low, high;
         if constexpr (T != Type::kQ8) {
-          __m512i low, high;
           unpack<T>(codes, j, low, high);
-          even = _mm512_dpbusd_epi32(even, low, _mm512_set1_epi32(q[j]));
-          odd = _mm512_dpbusd_epi32(odd, high, _mm512_set1_epi32(q[4 + j]));
         } else {
-          even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(codes + 64 * j), _mm512_set1_epi32(q[j]));
-          odd = _mm512_dpbusd_epi32(odd, _mm512_loadu_si512(codes + 256 + 64 * j), _mm512_set1_epi32(q[4 + j]));
+          low = _mm512_loadu_si512(codes + 64 * j), high = _mm512_loadu_si512(codes + 256 + 64 * j);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++) {
+          even[t] = _mm512_dpbusd_epi32(even[t], low, _mm512_set1_epi32(q[t][j]));
+          odd[t] = _mm512_dpbusd_epi32(odd[t], high, _mm512_set1_epi32(q[t][4 + j]));
         }
       }
       const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)scales));
-      total[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), _mm512_mul_ps(scale, d), total[g]);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; t++)
+        total[g][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even[t], odd[t])),
+                                      _mm512_mul_ps(scale, _mm512_set1_ps(a[t][b].d)), total[g][t]);
     }
   }
   for (int g = 0; g < GROUPS; g++) {
     const int count = rows - g * kGroup;
     const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
-    _mm512_mask_storeu_ps(out + g * kGroup, mask, total[g]);
+    for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
   }
 }
+constexpr int kStreamedTokens = 8;  // up to so many tokens weights are read faster than they are multiplied with
 
 #elif defined(__AVX2__)
 
@@ -211,9 +221,11 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
 }
 
 // A single token against GROUPS groups, as for AVX-512 above.
-template <Type T, int GROUPS>
-OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationBlock* a,
-                                float* out) {
+template <Type T, int GROUPS, int TOKENS>
+OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
+                                 float* out, int) {
+  static_assert(TOKENS == 1);
+  const ActivationBlock* a = x->blocks;
   constexpr int kBytes = code_bytes(T);
   const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
   __m256 total[GROUPS][2];
@@ -258,6 +270,8 @@ OLMOE_INLINE void packed_vector(const uint8_t* group, size_t group_bytes, int bl
     for (int half = 0; half < 2; half++) _mm256_storeu_ps(sums + g * kGroup + 8 * half, total[g][half]);
   std::memcpy(out, sums, size_t(rows < GROUPS * kGroup ? rows : GROUPS * kGroup) * sizeof(float));
 }
+
+constexpr int kStreamedTokens = 1;
 
 template <Type T, int GROUPS, int TOKENS>
 OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out,
@@ -351,16 +365,27 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
     r += GROUPS * kGroup;
   };
 #if defined(__AVX2__)
-  if (tokens == 1) {
-    // Memory is what counts, and four streams of it flow faster than one.
-    for (; r < rows; r += 4 * kGroup) {
-      const uint8_t* first = group + r / kGroup * group_bytes;
-      if (rows - r > 3 * kGroup)
-        packed_vector<T, 4>(first, group_bytes, blocks, rows - r, x->blocks, out + r);
-      else
-        for (int s = r; s < rows; s += kGroup)
-          packed_vector<T, 1>(group + s / kGroup * group_bytes, group_bytes, blocks, rows - s, x->blocks, out + s);
+  if (tokens <= kStreamedTokens) {
+    auto streams = [&]<int TOKENS>(int t) {
+      for (int r = 0; r < rows; r += 4 * kGroup) {
+        const uint8_t* first = group + r / kGroup * group_bytes;
+        float* place = out + size_t(t) * ld + r;
+        if (rows - r > 3 * kGroup)
+          packed_streams<T, 4, TOKENS>(first, group_bytes, blocks, rows - r, x + t, place, ld);
+        else
+          for (int s = 0; s < rows - r; s += kGroup)
+            packed_streams<T, 1, TOKENS>(first + s / kGroup * group_bytes, group_bytes, blocks, rows - r - s, x + t,
+                                         place + s, ld);
+      }
+    };
+    int t = 0;
+    if constexpr (kStreamedTokens >= 4)
+      for (; t + 4 <= tokens; t += 4) streams.template operator()<4>(t);
+    if constexpr (kStreamedTokens >= 2) {
+      if (tokens - t == 3) return streams.template operator()<3>(t);
+      if (tokens - t == 2) return streams.template operator()<2>(t);
     }
+    if (t < tokens) streams.template operator()<1>(t);
     return;
   }
 #endif

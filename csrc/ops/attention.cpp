@@ -25,7 +25,7 @@ void attention(const float* q, const float* k, const float* v, int batch, const 
     total += tokens[b];
   }
   // A token of one sequence is stored before another thread would have woken up.
-  pool().run(batch * kv_heads, total > 8 ? 1 : batch * kv_heads, [&](int begin, int end, int) {
+  pool().run(batch * kv_heads, total > 1 ? 1 : kv_heads, [&](int begin, int end, int) {
     for (int i = begin; i < end; i++) {
       const int b = i / kv_heads, g = i % kv_heads;
       for (int64_t t = 0; t < tokens[b]; t++) {

@@ -63,7 +63,13 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
   inputs.set(w.router, normed.data(), tokens, w.hidden, pool());
   linear(w.router, inputs, nullptr, nullptr, logits, w.experts.count);
   route(logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, weights, ids);
-  moe(w.experts, normed.data(), weights, ids, tokens, w.top_k, y, y);
+  // Some tokens at a time: the outputs of all their experts are in memory together.
+  constexpr int kTokens = 1024;
+  for (int t = 0; t < tokens; t += kTokens) {
+    const size_t first = size_t(t) * w.hidden, chosen = size_t(t) * w.top_k;
+    moe(w.experts, normed.data() + first, weights + chosen, ids + chosen, std::min(kTokens, tokens - t), w.top_k,
+        y + first, y + first);
+  }
 }
 
 void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
