@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configurations import small_config
 from conftest import make_model
@@ -52,7 +52,7 @@ def no_allocation(monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("memory was allocated before the check")
 
-    monkeypatch.setattr(nn.Module, "to_empty", fail)
+    monkeypatch.setattr(checkpoint, "allocate", fail)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -252,7 +252,7 @@ def test_memory_that_is_not_there_is_said(folder, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(nn.Module, "to_empty", fail)
+    monkeypatch.setattr(checkpoint, "allocate", fail)
     assert "GB as bfloat16" in refused(lambda: checkpoint.load(folder, dtype=torch.bfloat16))
 
 
