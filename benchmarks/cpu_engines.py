@@ -4,7 +4,8 @@
 
 Each engine runs in a process of its own that stays alive, and they take turns: in every round each computes the same
 work while the others wait on a pipe. Weights are random, so that nothing is downloaded; GGUF files of the same shapes
-are yours to bring (their names must begin with their types). What is compared, by `--parts`:
+are yours to bring (their names must begin with their types, and their weights must keep tokens apart as ours do:
+codes around that of zero, and embeddings a hundred times larger). What is compared, by `--parts`:
 
     int4      prefill and decode after a short context; ours and all GGUF files whose names begin with Q4
     context   the same engines decoding after a long context

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_model
-from olmoe import checkpoint, fused, model
+from olmoe import checkpoint, fused
 from olmoe.engine.kv_cache import KVCache
 from olmoe.fused import STEP_ROWS, FusedDecoder
 from olmoe.model import Decoder
@@ -201,5 +201,4 @@ def test_models_without_layers():
     network = make_model(num_hidden_layers=1)
     network.model.layers = torch.nn.ModuleList()
     fused.fuse(network)
-    assert isinstance(network, model.CausalLM)
     assert steps(network, [2], count=1)[-1].routers == []

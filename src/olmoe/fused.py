@@ -42,6 +42,7 @@ from olmoe.runtime import log_once
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")  # of the layer, then of attention
 _MIXTURE = ("gate", "experts")
+# Rows that one call for all layers may take: a step of decoding, for many sequences too, but no long prompt.
 STEP_ROWS = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (

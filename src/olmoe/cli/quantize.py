@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "int8": "8.5 bits a weight, hardly a difference",
     "int4": "4.5 bits, embeddings and output head 5.5; codes chosen on calibration text",
-    "int4-high": "int4 with all but the experts at 8.5 bits: half the loss, a third more bytes to read for a token",
+    "int4-high": "int4 with all but the experts at 8.5 bits: a third of the loss, a quarter more bytes a token",
     "q4_0": "4.5 bits, plain rounding, for comparisons",
 }
 # Tokens that int4 is calibrated on; more cost time, and hardly help.

@@ -108,7 +108,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
     noise = torch.randn(_NOISE, generator=generator) * config.initializer_range
     # Codes spread evenly around that of zero: weights with a mean would make all tokens alike after a layer.
     low, high = torch.randint(1, 16, (2, _NOISE), generator=generator, dtype=torch.uint8)
-    codes = {"q8_0": torch.randint(1, 256, (_NOISE,), generator=generator, dtype=torch.uint8)}
+    nibbles, whole = low | high << 4, torch.randint(1, 256, (_NOISE,), generator=generator, dtype=torch.uint8)
     start = 0
     for path, module in model.named_modules():
         embedding = path == "model.embed_tokens"
@@ -121,7 +121,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
                 start = _fill(parameter, (noise * (_EMBEDDING_FACTOR if embedding else 1)).to(parameter.dtype), start)
             else:
                 assert isinstance(module, PackedModule)
-                start = _fill(parameter, codes.get(module.formats[name].name, low | high << 4), start)
+                start = _fill(parameter, whole if module.formats[name].name == "q8_0" else nibbles, start)
                 scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
                 parameter[..., -scale_bytes:].view(torch.int16).fill_(_EMBEDDING_SCALE if embedding else _SCALE)
     packed.set_compute_dtype(model, torch.float32)

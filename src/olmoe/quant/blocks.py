@@ -157,9 +157,14 @@ class BlockFormat(Format):
         group, row = row_ids // GROUP, row_ids % GROUP
         ends = blocks * GROUP * self.code_bytes
         code_words = packed[:, :ends].view(torch.int32).view(-1, blocks, words, GROUP)[group, :, :, row]
+        code_bytes = code_words.contiguous().view(torch.uint8)  # (N, B, code_bytes)
         scales = packed[:, ends:].view(torch.int16).view(-1, blocks, GROUP)[group, :, row].view(torch.float16)  # (N, B)
-        values = self.values(code_words.contiguous().view(torch.uint8).view(-1, self.code_bytes))
+        values = self.values(self.shared_bits(code_bytes, packed, group, row).view(-1, self.code_bytes))
         return values.mul_(scales.reshape(-1, 1).float()).view(len(row_ids), columns)
+
+    def shared_bits(self, code_bytes: Tensor, packed: Tensor, group: Tensor, row: Tensor) -> Tensor:
+        """Bytes of codes (N, B, code_bytes) with what lies across rows put in: of rows `row` (N) of groups `group`."""
+        return code_bytes
 
     # ---- GGUF ----
 
@@ -274,21 +279,11 @@ class Q5_0(Q4_0):  # noqa: N801  (GGUF's name)
         self._fifth_bits(rows).copy_(_transpose_nibbles(self._fifth_bits(packed).unflatten(-1, (8, 8))).flatten(-2))
         return super().deinterleave(rows, columns)
 
-    def decode_rows(self, parts: dict[str, Tensor], row_ids: Tensor, rows: int, columns: int) -> Tensor:
-        """See `Format.decode_rows`."""
-        packed, blocks = parts[CODES], columns // BLOCK
-        group, row = row_ids // GROUP, row_ids % GROUP
-        ends = blocks * GROUP * self.code_bytes
-        low = packed[:, :ends].view(torch.int32).view(-1, blocks, 5, GROUP)[group, :, 1:, row]  # (N, B, 4)
-        # Two rows share each byte of the words of fifth bits.
-        pairs = (
-            packed[:, :ends].unflatten(1, (blocks, -1))[:, :, : 4 * GROUP].unflatten(-1, (8, 8))[group, :, :, row // 2]
-        )
+    def shared_bits(self, code_bytes: Tensor, packed: Tensor, group: Tensor, row: Tensor) -> Tensor:
+        """See `BlockFormat.shared_bits`: two rows share each byte of the words of fifth bits."""
+        pairs = self._fifth_bits(packed).unflatten(-1, (8, 8))[group, :, :, row // 2]
         nibbles = pairs >> (row % 2 * 4).to(torch.uint8).view(-1, 1, 1) & 15  # (N, B, 8)
-        fifth = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-        code_words = torch.cat((fifth, low.contiguous().view(torch.uint8)), dim=-1).view(-1, self.code_bytes)
-        scales = packed[:, ends:].view(torch.int16).view(-1, blocks, GROUP)[group, :, row].view(torch.float16)
-        return self.values(code_words).mul_(scales.reshape(-1, 1).float()).view(len(row_ids), columns)
+        return torch.cat((nibbles[..., 0::2] | nibbles[..., 1::2] << 4, code_bytes[..., 4:]), dim=-1)
 
     def _fifth_bits(self, packed: Tensor) -> Tensor:
         """The fifth bits of all blocks of groups, a view (G, B, 64) uint8."""
