@@ -23,8 +23,8 @@ struct Running {
   std::lock_guard<std::mutex> lock{one_at_a_time()};
 };
 
-Matrix matrix(Address data, int type, int rows, int columns, size_t stride) {
-  return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride};
+Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
+  return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
 }
 
 }  // namespace
@@ -41,8 +41,8 @@ NB_MODULE(_kernels, m) {
   m.def("get_threads", &get_threads);
 
   nb::class_<Matrix>(m, "Matrix")
-      .def("__init__", [](Matrix* self, Address data, int type, int rows, int columns, size_t stride) {
-        new (self) Matrix(matrix(data, type, rows, columns, stride));
+      .def("__init__", [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
+        new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
       });
 
   m.def("rms_norm", [](Address x, Address weight, float eps, int tokens, int d, Address out) {

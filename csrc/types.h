@@ -39,6 +39,7 @@ struct Matrix {
   Type type = Type::kF32;
   int rows = 0, columns = 0;
   size_t stride = 0;
+  bool bf16_inputs = false;  // a bf16 matrix whose activations may be rounded to bf16, because that is what they were
 
   bool packed() const { return type >= Type::kQ8; }
   int zero() const { return type == Type::kQ4 ? 8 : type == Type::kQ5 ? 16 : 128; }
@@ -56,12 +57,14 @@ struct Matrix {
   const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }
 };
 
-// What a matrix is multiplied with: a row of int8 blocks for packed matrices, else of fp32. Among many, an fp32 row also
-// has its values by column modulo the kernels' `lanes` (see kernels/float_tiles.h); else `lanes` is null.
+// What a matrix is multiplied with: a row of int8 blocks for packed matrices, of bf16 where `Kernels::bf16_rows` multiply,
+// else of fp32. Among many, an fp32 row also has its values by column modulo the kernels' `lanes` (see
+// kernels/float_tiles.h); else `lanes` is null.
 struct ActivationRow {
   union {
     const ActivationBlock* blocks;
     const float* f32;
+    const uint16_t* bf16;
   };
   const float* lanes;
 };
@@ -76,6 +79,8 @@ struct Kernels {
   // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens.
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                int ld);
+  // The same for bf16 matrices with `bf16_inputs`, and x in bf16; null where the CPU has no instruction for it.
+  void (*bf16_rows)(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out, int ld);
   // Lanes of a sum of `rows`, and the number of tokens from which `tiles` are faster, by the type of a plain matrix.
   int lanes, many[3];
   // The same for plain matrices and rows that have `lanes`, with the same bits and faster for many tokens. `scratch`

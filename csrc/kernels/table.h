@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "bf16_rows.h"
 #include "elementwise.h"
 #include "float_rows.h"
 #include "float_tiles.h"
@@ -35,11 +36,18 @@ inline void tiles(Type type, const uint8_t* group, int rows, int columns, const 
   }
 }
 
+#if defined(__AVX512BF16__)
+constexpr auto kBF16Rows = &bf16_rows;
+#else
+constexpr decltype(Kernels::bf16_rows) kBF16Rows = nullptr;
+#endif
+
 inline Kernels make_table(const char* name) {
   return Kernels{.name = name,
                  .rms_norm = rms_norm,
                  .quantize = quantize,
                  .rows = rows,
+                 .bf16_rows = kBF16Rows,
                  .lanes = W,
                  .many = {16, kManyHalf, kManyHalf},
                  .tiles = tiles,

@@ -36,13 +36,14 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
                               {&w.k, w.k_bias, nullptr, k, kv_width},
                               {&w.v, w.v_bias, nullptr, v, kv_width}};
   inputs.set(w.q, normed.data(), tokens, w.hidden, pool());
-  if (w.q.type == w.k.type && w.q.type == w.v.type) {
+  auto alike = [](const Matrix& a, const Matrix& b) { return a.type == b.type && a.bf16_inputs == b.bf16_inputs; };
+  if (alike(w.q, w.k) && alike(w.q, w.v)) {
     linear({products[0], products[1], products[2]}, inputs);
   } else {
-    Type last = w.q.type;
+    const Matrix* last = &w.q;
     for (const Product& product : products) {
-      if (product.m->type != last) inputs.set(*product.m, normed.data(), tokens, w.hidden, pool());
-      last = product.m->type;
+      if (!alike(*product.m, *last)) inputs.set(*product.m, normed.data(), tokens, w.hidden, pool());
+      last = product.m;
       linear({product}, inputs);
     }
   }

@@ -9,7 +9,9 @@ namespace {
 // Lanes shorter than this are not worth a pass.
 constexpr int kLaneSteps = 8;
 
-bool many(const Matrix& m, int tokens) { return !m.packed() && tokens >= kernels().many[int(m.type)]; }
+bool in_bf16(const Matrix& m) { return m.bf16_inputs && kernels().bf16_rows; }
+
+bool many(const Matrix& m, int tokens) { return !m.packed() && !in_bf16(m) && tokens >= kernels().many[int(m.type)]; }
 
 }  // namespace
 
@@ -17,7 +19,9 @@ void Activations::reserve(const Matrix& m, int tokens) {
   packed_ = m.packed();
   columns_ = m.columns;
   zero_ = m.packed() ? m.zero() : 0;
-  const size_t row_bytes = packed_ ? m.blocks() * sizeof(ActivationBlock) : size_t(columns_) * sizeof(float);
+  bf16_ = in_bf16(m);
+  const size_t row_bytes = packed_ ? m.blocks() * sizeof(ActivationBlock)
+                           : size_t(columns_) * (bf16_ ? sizeof(uint16_t) : sizeof(float));
   split_ = many(m, tokens) && columns_ >= kLaneSteps * kernels().lanes;
   // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
   const size_t lanes = (row_bytes + 63) / 64 * 64;
@@ -35,6 +39,8 @@ void Activations::put(int row, int column, const float* x, int count) {
   uint8_t* place = const_cast<uint8_t*>(reinterpret_cast<const uint8_t*>(rows_[row].blocks));
   if (packed_) {
     kernels().quantize(x, count, zero_, reinterpret_cast<ActivationBlock*>(place) + column / kBlock);
+  } else if (bf16_) {
+    kernels().store(x, count, Type::kBF16, reinterpret_cast<uint16_t*>(place) + column);
   } else {
     std::copy_n(x, count, reinterpret_cast<float*>(place) + column);
     if (split_) kernels().split_lanes(x, column, count, columns_, const_cast<float*>(rows_[row].lanes));
@@ -53,6 +59,7 @@ int token_block(const Matrix& m) { return m.packed() ? 96 : 256; }
 void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld) {
   const Kernels& k = kernels();
   const uint8_t* group = m.group(expert, row / kGroup);
+  if (in_bf16(m)) return k.bf16_rows(group, rows, m.columns, x, tokens, out, ld);
   if (!many(m, tokens) || !x->lanes) return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld);
   static thread_local std::vector<float> memory;
   const int block = std::min(tokens, token_block(m));

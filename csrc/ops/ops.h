@@ -32,7 +32,7 @@ class Activations {
   int tokens() const { return int(rows_.size()); }
 
  private:
-  bool packed_ = false, split_ = false;
+  bool packed_ = false, bf16_ = false, split_ = false;
   int columns_ = 0, zero_ = 0;
   std::vector<uint8_t> bytes_;
   std::vector<ActivationRow> rows_;

@@ -239,6 +239,16 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, finished, monk
     assert_same_run(folder / "out", finished)
 
 
+def test_an_interrupted_run_with_dropout_equals_an_uninterrupted_one(tmp_path, tokenizer_file, finished, monkeypatch):
+    dropout = {"regularization": {"residual_dropout": 0.2}}
+    whole = run(tmp_path / "whole" / "run", tokenizer_file, **dropout)
+    assert read_metrics(whole)[0]["cross_entropy"] != read_metrics(finished)[0]["cross_entropy"]
+    at_step(monkeypatch, 5, interrupt)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts" / "run", tokenizer_file, **dropout)
+    assert_same_run(run(tmp_path / "parts" / "run", tokenizer_file, resume=True), whole)
+
+
 def test_terminating_is_interrupting(tmp_path, tokenizer_file, monkeypatch):
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
@@ -375,6 +385,7 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(finished, tmp_pa
         ({"schedule": {"total_tokens": 13 * 64}}, "total_tokens"),
         ({"data": {"train": [{"path": "train.txt"}]}}, "train"),
         ({"run": {"seed": 4}}, "seed"),
+        ({"regularization": {"residual_dropout": 0.1}}, "residual_dropout"),
     ],
 )
 def test_a_changed_configuration_is_not_a_continuation(finished, tmp_path, tokenizer_file, changes, told):

@@ -84,6 +84,13 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegularizationConfig:
+    """Against learning a small corpus by heart (see `dropout`). OLMoE's own training has none of it."""
+
+    residual_dropout: float = 0.0  # share of the embeddings' and each block's outputs that a step leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """Sequences a step: `sequences` at a time, `accumulation` times."""
 
@@ -134,6 +141,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
@@ -154,7 +162,7 @@ class TrainConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
-        sections = ("model", "data", "batch", "optimizer", "schedule", "loss")
+        sections = ("model", "data", "batch", "optimizer", "schedule", "loss", "regularization")
         plain = {name: dataclasses.asdict(getattr(self, name)) for name in sections}
         return plain | {"seed": self.run.seed}
 
@@ -208,6 +216,11 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"{place} must be at least 0 and below 2^63, not {shown(value)}.")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
+    if not 0 <= config.regularization.residual_dropout < 1:
+        raise ConfigError(
+            "regularization.residual_dropout must be from 0 to below 1, not "
+            f"{shown(config.regularization.residual_dropout)}."
+        )
     if not config.run.output:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not data.train:
@@ -227,7 +240,8 @@ def _check(config: TrainConfig) -> None:
         )
     if config.model.attention_dropout:
         raise ConfigError(
-            f"model.attention_dropout is {config.model.attention_dropout}, but OLMoE trains without dropout; remove it."
+            f"model.attention_dropout is {config.model.attention_dropout}, but OLMoE trains without it; remove it, or "
+            "set regularization.residual_dropout."
         )
     if schedule.kind not in ("cosine", "linear"):
         raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")

@@ -34,6 +34,7 @@ from olmoe.train.data import (
     read_documents,
     sha256,
 )
+from olmoe.train.dropout import residual_dropout
 from olmoe.train.evaluation import Evaluation, evaluate
 from olmoe.train.losses import objective
 from olmoe.train.optim import build_optimizer, clip_gradients, learning_rate
@@ -119,13 +120,14 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
             for microbatch in range(microbatches):
                 first = (progress.step * microbatches + microbatch) * sequences
                 windows = np.stack([mixture.window(i) for i in range(first, first + sequences)])
-                losses = objective(
-                    model,
-                    torch.from_numpy(windows).to(device),
-                    config.loss,
-                    positions_in_step=config.tokens_per_step,
-                    microbatches=microbatches,
-                )
+                with residual_dropout(model, config.regularization.residual_dropout, config.run.seed + first):
+                    losses = objective(
+                        model,
+                        torch.from_numpy(windows).to(device),
+                        config.loss,
+                        positions_in_step=config.tokens_per_step,
+                        microbatches=microbatches,
+                    )
                 losses.objective.backward()
                 sums["cross_entropy"] += float(losses.cross_entropy)
                 sums["load_balancing"] += float(losses.load_balancing) / microbatches

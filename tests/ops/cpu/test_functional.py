@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
 from olmoe.ops import dispatch, reference, torch_fast
-from olmoe.ops.cpu import functional
+from olmoe.ops.cpu import extension, functional
 from olmoe.ops.cpu.functional import cached_attention
 from ops.cpu.matrices import error, random
 from ops.tolerances import forward_tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# Weights and inputs: fp32 inputs are never rounded, bf16 by bf16 may have an instruction of its own.
+KINDS = [(dtype, torch.float32) for dtype in DTYPES] + [(torch.bfloat16, torch.bfloat16)]
+kinds = pytest.mark.parametrize(("dtype", "inputs"), KINDS, ids=["float32", "bfloat16", "float16", "bfloat16 twice"])
 
 
 def linear(x, weight, bias=None):
@@ -47,9 +50,10 @@ def test_linear_of_fp32_with_every_kind_of_weight(rows, columns, dtype, isa):
         assert error(linear(x[:tokens], weight, bias), expected[:tokens]) < forward_tolerance("linear", x.dtype)
 
 
-@dtypes
-def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, isa, set_threads):
-    weight, bias, x = random(300, 150).to(dtype), random(300, seed=1), random(20, 150, seed=2)
+@kinds
+def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, inputs, isa, set_threads):
+    weight, x = random(300, 150).to(dtype), random(20, 150, seed=2).to(inputs)
+    bias = random(300, seed=1).to(inputs)
     set_threads(1)
     alone = torch.cat([linear(x[i : i + 1], weight, bias) for i in range(20)])
     for threads in (1, 2, 3, 5):
@@ -58,7 +62,31 @@ def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, isa, set_th
             assert torch.equal(linear(x[:tokens], weight, bias), alone[:tokens])
 
 
-@dtypes
+@pytest.mark.parametrize("rows", [1, 4, 8, 15, 67])
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 300, 520])
+def test_bf16_by_bf16_is_summed_in_fp32(rows, columns, isa):
+    """Every number of rows and tokens of a tile, and rests of columns: exact products, sums to the accuracy of fp32."""
+    weight, x = random(rows, columns, scale=columns**-0.5).bfloat16(), random(14, columns, seed=2).bfloat16().float()
+    expected = reference.linear(x, weight.float(), None)
+    matrix = extension.float_matrix(weight, torch.bfloat16)
+    for tokens in (*range(1, 9), 13, 14):
+        out = torch.full((tokens, rows), math.nan)
+        extension.kernels().linear(matrix, x.data_ptr(), tokens, 0, out.data_ptr())
+        assert (out - expected[:tokens]).abs().max() < forward_tolerance("linear", torch.float32) * expected.abs().max()
+
+
+def test_what_is_multiplied_by_bf16_is_rounded_to_nearest_and_only_where_it_was_bf16(isa):
+    weight, x = torch.ones(5, 40, dtype=torch.bfloat16), torch.ones(2, 40)
+    x[0, 0], x[1, 39] = 1 + 3 * 2**-9, 1 + 2**-8  # to the next one up; a tie, to even
+    assert linear(x, weight).tolist() == [[40 + 3 * 2**-9] * 5, [40 + 2**-8] * 5]
+    out = torch.empty(2, 5)
+    matrix = extension.float_matrix(weight, torch.bfloat16)
+    extension.kernels().linear(matrix, x.data_ptr(), 2, 0, out.data_ptr())
+    by_instruction = isa == "avx512"
+    assert out.tolist() == ([[40 + 2**-7] * 5, [40.0] * 5] if by_instruction else linear(x, weight).tolist())
+
+
+@kinds
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [
@@ -70,9 +98,9 @@ def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, isa, set_th
         pytest.param(40, 100, id="lanes long enough on narrow vectors only"),
     ],
 )
-def test_linear_of_many_tokens_has_the_bits_of_each_alone(rows, columns, dtype, isa, set_threads):
+def test_linear_of_many_tokens_has_the_bits_of_each_alone(rows, columns, dtype, inputs, isa, set_threads):
     """Every number of tokens up to several tiles and a rest, and more than a block of them."""
-    weight, x = random(rows, columns, scale=columns**-0.5).to(dtype), random(600, columns, seed=2)
+    weight, x = random(rows, columns, scale=columns**-0.5).to(dtype), random(600, columns, seed=2).to(inputs)
     set_threads(1)
     alone = torch.cat([linear(x[i : i + 1], weight) for i in range(70)])
     assert error(alone, reference.linear(x[:70], weight, None)) < forward_tolerance("linear", x.dtype)
@@ -99,7 +127,10 @@ def test_prompts_go_where_they_are_faster(isa, monkeypatch):
     for dtype in DTYPES:
         assert chosen(dtype, 8) == "cpu"
         assert chosen(dtype, 9, width=256) == "torch"
-    assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts, "torch", prompts]
+    for tiles in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        half = "cpu" if isa == "avx512" and not tiles else "torch"
+        assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts, half, prompts]
     native = False
     assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts] * 3
     capability = "AVX512"
@@ -182,7 +213,7 @@ def test_very_distant_logits(isa):
 # ---- routed experts ----
 
 
-@dtypes
+@kinds
 @pytest.mark.parametrize(
     ("n", "e", "k", "d", "f"),
     [
@@ -193,9 +224,9 @@ def test_very_distant_logits(isa):
         pytest.param(90, 3, 1, 16, 32, id="more than 64 rows of an expert"),
     ],
 )
-def test_moe_of_fp32_with_every_kind_of_weight(n, e, k, d, f, dtype, isa, set_threads):
+def test_moe_with_every_kind_of_weight(n, e, k, d, f, dtype, inputs, isa, set_threads):
     """And, bit for bit, for any number of threads and one token at a time."""
-    x, weights = random(n, d), random(n, k, seed=1)
+    x, weights = random(n, d).to(inputs), random(n, k, seed=1)
     ids = torch.stack([torch.randperm(e, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
     matrices = random(e, 2 * f, d, seed=2, scale=d**-0.5).to(dtype), random(e, d, f, seed=3, scale=f**-0.5).to(dtype)
 
@@ -211,14 +242,14 @@ def test_moe_of_fp32_with_every_kind_of_weight(n, e, k, d, f, dtype, isa, set_th
         assert torch.equal(moe(slice(i, i + 1)), ours[i : i + 1])
 
 
-@dtypes
-def test_moe_of_experts_with_no_one_and_many_rows(dtype, isa, set_threads):
+@kinds
+def test_moe_of_experts_with_no_one_and_many_rows(dtype, inputs, isa, set_threads):
     """Numbers of rows around tiles and beyond a block of tokens, in widths that are no multiple of a tile."""
     counts, d, f = [0, 1, 5, 16, 19, 0, 300], 140, 133
     ids = torch.cat([torch.full((count, 1), e) for e, count in enumerate(counts)])
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     n, e = len(ids), len(counts)
-    x, weights = random(n, d), random(n, 1, seed=1)
+    x, weights = random(n, d).to(inputs), random(n, 1, seed=1)
     matrices = random(e, 2 * f, d, seed=2, scale=d**-0.5).to(dtype), random(e, d, f, seed=3, scale=f**-0.5).to(dtype)
 
     def moe(tokens=slice(None)):

@@ -104,13 +104,18 @@ def wide(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
 
 
-def float_matrix(weight: Tensor) -> Any:
-    """A contiguous matrix (R, C), or a stack (E, R, C), for the kernels. The caller keeps `weight` alive."""
+def float_matrix(weight: Tensor, inputs: torch.dtype = torch.float32) -> Any:
+    """A contiguous matrix (R, C), or a stack (E, R, C), for the kernels. The caller keeps `weight` alive.
+
+    `inputs` is the dtype of what it is multiplied with. bf16 weights take bf16 inputs, and what the kernels compute
+    between the products of one call, in bf16, where the CPU has an instruction for it; fp32 inputs are never rounded.
+    """
     rows, columns = weight.shape[-2:]
     assert weight.is_contiguous()
     assert weight.device.type == "cpu", weight.device
     stride = rows * columns * weight.element_size()
-    return kernels().Matrix(weight.data_ptr(), FLOAT_TYPES[weight.dtype], rows, columns, stride)
+    both_bf16 = weight.dtype == inputs == torch.bfloat16
+    return kernels().Matrix(weight.data_ptr(), FLOAT_TYPES[weight.dtype], rows, columns, stride, both_bf16)
 
 
 def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> Any:
@@ -122,4 +127,4 @@ def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> A
     assert codes.dtype == torch.uint8
     assert codes.is_contiguous()
     assert codes.device.type == "cpu", codes.device
-    return kernels().Matrix(codes.data_ptr(), PACKED_TYPES[format_name], rows, columns, shape[0] * shape[1])
+    return kernels().Matrix(codes.data_ptr(), PACKED_TYPES[format_name], rows, columns, shape[0] * shape[1], False)

@@ -44,12 +44,13 @@ def many_rows(dtype: torch.dtype) -> bool:
 
     Measured against torch 2.13 on one core of a Zen 4, 2048 columns, 16 to 512 rows, also with all libraries limited
     to AVX2: a single product in fp32 1.0 to 1.2 times as fast, in bf16 without bf16 instructions (torch then widens
-    pieces of the weight) 1.05 to 1.3 times, routed experts 1.1 to 1.7 times. But oneDNN's product by bf16
-    instructions is twice as fast as ours, which multiplies in fp32. AVX2 kernels leave prompts to a torch that has
-    AVX-512, whose vectors are twice as wide; kernels for no known vectors leave all of them.
+    pieces of the weight) 1.05 to 1.3 times, routed experts 1.1 to 1.7 times. With AVX512-BF16 a single product is 0.9
+    to 1.1 times as fast as oneDNN's, routed experts 1.1 to 1.8 times; AMX, which ours do not use, is left to torch.
+    AVX2 kernels leave prompts to a torch that has AVX-512, whose vectors are twice as wide; kernels for no known
+    vectors leave all of them.
     """
     if dtype == torch.bfloat16 and cpu_multiplies_bf16():
-        return False
+        return isa() == "avx512" and not torch.cpu._is_amx_tile_supported()
     return isa() == "avx512" or (isa() == "avx2" and "AVX512" not in torch.backends.cpu.get_cpu_capability())
 
 
@@ -67,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty(len(rows_NC), weight.shape[0])
     offset = None if bias is None else wide(bias)
     kernels().linear(
-        float_matrix(weight),
+        float_matrix(weight, x.dtype),
         rows_NC.data_ptr(),
         len(rows_NC),
         0 if offset is None else offset.data_ptr(),
@@ -161,7 +162,8 @@ def moe(
     assert down.shape == (count, d, doubled // 2)
     assert x.shape[1] == d
     out = torch.empty(x.shape)
-    run_moe(float_matrix(gate_up), float_matrix(down), count, doubled // 2, x, weights_NK, expert_ids_NK, out)
+    matrices = float_matrix(gate_up, x.dtype), float_matrix(down, x.dtype)
+    run_moe(*matrices, count, doubled // 2, x, weights_NK, expert_ids_NK, out)
     return out.to(x.dtype)
 
 
