@@ -16,7 +16,7 @@ Clock = Callable[[], float]
 
 
 def quickest(function: Callable[[], Any], repeats: int = 20, clock: Clock = time.perf_counter) -> float:
-    """The shortest time of `function` after one warm-up: for ceilings, which a median on a shared machine falls below."""
+    """The shortest time of `function` after one warm-up: for ceilings, below which a shared machine's median falls."""
     function()
     times = []
     for _ in range(repeats):
