@@ -24,6 +24,7 @@ import olmoe
 from olmoe import fused, packed
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache, default_cache_dtype
+from olmoe.engine.prefill import prefill
 from olmoe.errors import UserError, shown
 from olmoe.model import CausalLM, Experts, allocate, set_backend
 from olmoe.ops import AUTO, cpu
@@ -226,15 +227,10 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, cache: KVCache, length: int) -> float:
         """Seconds for a prompt of `length` random ids for every sequence of an empty cache, to the last logits."""
-        batch = len(cache.lengths)
-        ids, positions = self._ids(batch * length), torch.arange(length).repeat(batch)
+        prompts = [self._ids(length).tolist() for _ in cache.lengths]
         started = time.perf_counter()
-        end = torch.tensor(length)
-        hidden = self.model(ids, positions, cache.attend_prefill([length] * batch), end).hidden
-        self.model.logits(hidden[length - 1 :: length])
-        seconds = time.perf_counter() - started
-        cache.advance([length] * batch)
-        return seconds
+        prefill(self.model, cache, prompts)
+        return time.perf_counter() - started
 
     @torch.inference_mode()
     def decode(self, cache: KVCache) -> float:

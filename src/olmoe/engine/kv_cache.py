@@ -41,11 +41,20 @@ class KVCache:
         self._kernels = backend in (ops.AUTO, "cpu") and device.type == "cpu" and cpu.available()
         self._mask: Tensor | None = None  # (B, 1, 1, S) of the current decode step
 
-    def attend_prefill(self, prompt_lengths: list[int]) -> Attend:
-        """`attend` for whole prompts laid end to end, (N, H, Dh): causal within each, blind to the others."""
+    @property
+    def continues(self) -> bool:
+        """Whether `attend_prefill` can be called again, for further tokens of the same prompts."""
+        return self._kernels
+
+    def attend_prefill(self, counts: list[int]) -> Attend:
+        """`attend` for prompts, or `counts` further tokens of each, laid end to end, (N, H, Dh).
+
+        Each token sees those before it in its own sequence. Unless the cache `continues`, it must be empty.
+        """
         if self._kernels:
-            return KernelAttend(self._keys, self._values, prompt_lengths, [0] * len(prompt_lengths))
-        return PrefillAttend(self._keys, self._values, prompt_lengths)
+            return KernelAttend(self._keys, self._values, counts, self.lengths)
+        assert not any(self.lengths)
+        return PrefillAttend(self._keys, self._values, counts)
 
     def start_decode(self) -> None:
         """Prepare one decode step: which cached positions each sequence may see, its new token included."""

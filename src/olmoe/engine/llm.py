@@ -13,6 +13,7 @@ from torch import Tensor
 from olmoe import checkpoint, fused, hub
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache, default_cache_dtype
+from olmoe.engine.prefill import prefill
 from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
 from olmoe.engine.sampler import Sampler
 from olmoe.engine.text_stream import TextStream
@@ -131,7 +132,7 @@ class LLM:
             device=self.device,
             backend=self.backend,
         )
-        logits = self._prefill(requests, cache)
+        logits = prefill(self.model, cache, [request.prompt_ids for request in requests])
         statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         statistics.prefill_seconds += time.perf_counter() - started
         yield from self._steps(requests, streams, statistics, samplers, cache, logits)
@@ -185,19 +186,6 @@ class LLM:
             request.finish_reason = "length"
             text += stream.finish()
         return text
-
-    def _prefill(self, requests: list[Request], cache: KVCache) -> Tensor:
-        """All prompts end to end through the network -> logits (B, V) of each prompt's last token."""
-        lengths = [len(request.prompt_ids) for request in requests]
-        ids_N = torch.tensor([i for request in requests for i in request.prompt_ids], device=self.device)
-        positions_N = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        length_N = torch.repeat_interleave(
-            torch.tensor(lengths, device=self.device), torch.tensor(lengths, device=self.device)
-        )
-        hidden_ND = self.model(ids_N, positions_N, cache.attend_prefill(lengths), length_N).hidden
-        cache.advance(lengths)
-        last_B = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self.model.logits(hidden_ND[last_B])
 
     def _decode(self, token_ids: list[int], cache: KVCache) -> Tensor:
         """One new id of each sequence through the network -> logits (B, V)."""
