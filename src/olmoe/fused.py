@@ -338,12 +338,12 @@ def _prepare(layer: DecoderLayer) -> _Prepared:
         layer.input_layernorm.eps,
         attention.clip_qkv or 0.0,
         router.norm_topk_prob,
-        [_matrix(module, "weight", prepared.dtype) for module in projections],
+        [kernel_matrix(module, "weight", prepared.dtype) for module in projections],
         [0 if module.bias is None else prepared.wide(module.bias).data_ptr() for module in projections],
         [prepared.wide(norm.weight).data_ptr() for norm in norms],
         extension.float_matrix(router.weight),  # whatever its dtype: products and sums are fp32, as the policy has it
-        _matrix(moe, "gate_up_proj", prepared.dtype),
-        _matrix(moe, "down_proj", prepared.dtype),
+        kernel_matrix(moe, "gate_up_proj", prepared.dtype),
+        kernel_matrix(moe, "down_proj", prepared.dtype),
         prepared.experts,
         _shape(moe, "down_proj")[-1],
     )
@@ -357,7 +357,7 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     return (*weight.shape[: weight.dim() - 2], *shapes[name]) if name in shapes else tuple(weight.shape)
 
 
-def _matrix(module: nn.Module, name: str, inputs: torch.dtype) -> Any:
+def kernel_matrix(module: nn.Module, name: str, inputs: torch.dtype) -> Any:
     """A matrix, or stack of matrices, of a plain or packed module for the kernels, and for hidden states of a dtype."""
     weight = getattr(module, name)
     formats = getattr(module, "formats", {})
