@@ -4,7 +4,7 @@
 
 Random weights of the released shapes. An operation runs on one layer after the other, so that weights come from memory
 as they do in a step, and each pass has new random experts. `--tokens 1` is a step of decoding after `--context` tokens;
-more are a prompt. For each operation: bytes of weights and cache that it reads, operations (2 a weight and token), time,
+more are a prompt. For each operation: bytes of weights and cache that it reads, operations (2 a weight and token), time
 and cycles of all cores (of --gigahertz; by default what the system says, which may not be what they run at).
 """
 

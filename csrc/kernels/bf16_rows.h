@@ -92,7 +92,7 @@ inline void dot_vector(const uint16_t* weight, int columns, const uint16_t* x, f
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const uint16_t* row = weight + size_t(r) * columns + i;
-      __builtin_prefetch(row + size_t(kRows) * columns);
+      _mm_prefetch((const char*)(row + size_t(kRows) * columns), _MM_HINT_T1);
       total[r] = _mm512_dpbf16_ps(total[r], (__m512bh)_mm512_loadu_si512(row), v);
     }
   }
