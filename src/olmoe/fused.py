@@ -1,7 +1,7 @@
 """Decoder layers computed by the C++ kernels in one or two calls, in place of some thirty operations.
 
 One where `attend` says that attention is over a KV cache of ours (it has a method `cached`, see `CachedTokens`), else
-one before and one after attention, which is then the caller's.
+one before and one after attention, which is then the caller's. `all_layers` computes all of a decoder in one call.
 
 `fuse` changes the class of a network's decoder layers, whose modules, parameters and results stay what they are. A
 fused layer decides at every call whether the kernels fit: inference on CPU tensors, plain or block-packed matrices,
@@ -12,6 +12,7 @@ Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -140,46 +141,66 @@ class FusedDecoder(Decoder):
     def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, list[RouterOutput]]:
         """See `Decoder.blocks`."""
         cached = getattr(attend, "cached", None)
-        if cached is None or x.numel() > STEP_ROWS * x.shape[-1] or not _inputs_fit(x, rope):
+        if cached is None or x.numel() > STEP_ROWS * x.shape[-1]:
             return super().blocks(x, rope, attend)
-        stack: list[_Prepared] = []
         layers: list[Any] = list(self.layers)
-        for layer in layers:
-            alone = type(layer) is FusedDecoderLayer and "forward" not in vars(layer)
-            prepared = layer.current(x) if alone and not any(getattr(layer, hooks) for hooks in _HOOKS) else None
-            if prepared is None or (stack and prepared.form() != stack[0].form()):
-                return super().blocks(x, rope, attend)
-            stack.append(prepared)
-        if not stack:
-            return super().blocks(x, rope, attend)
-        first, caches = stack[0], [cached(layer.self_attn.layer) for layer in layers]
-        count, shape = len(stack), (*x.shape[:-1], first.head_dim // 2)
-        rows_ND = extension.wide(x).view(-1, first.hidden)
-        n = len(rows_ND)
-        cos, sin = (extension.wide(t.expand(shape)) for t in rope)
-        y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
-        weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
-        for prepared, cache in zip(stack, caches, strict=True):
-            prepared.refresh()
-            cache.check(n, first.kv_width // first.head_dim, first.head_dim)
-            assert cache.like(caches[0])
-        extension.kernels().Layer.forward_all(
-            [prepared.kernel for prepared in stack],
-            rows_ND.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            caches[0].counts,
-            caches[0].lengths,
-            [cache.keys.data_ptr() for cache in caches],
-            [cache.values.data_ptr() for cache in caches],
-            *caches[0].addresses()[2:],
-            y.data_ptr(),
-            logits.data_ptr(),
-            weights.data_ptr(),
-            ids.data_ptr(),
+        whole = all_layers(
+            layers, FusedDecoderLayer, x, rope, lambda: [cached(layer.self_attn.layer) for layer in layers]
         )
-        routers = [RouterOutput(*routed) for routed in zip(logits, weights, ids, strict=True)]
-        return y.to(x.dtype).view(x.shape), routers
+        return whole or super().blocks(x, rope, attend)
+
+
+def all_layers(
+    layers: list[Any],
+    kind: type,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    reserve: Callable[[], list[CachedTokens] | None],
+) -> tuple[Tensor, list[RouterOutput]] | None:
+    """All `layers` in one call of the kernels: x (..., D) -> (..., D) and what each router decided.
+
+    `reserve` gives room for the new tokens in the cache of each layer, or None; it is called if all else fits. Layers
+    of another type than `kind` might do something else. None, and nothing done, where anything does not fit.
+    """
+    if not layers or not _inputs_fit(x, rope):
+        return None
+    stack: list[_Prepared] = []
+    for layer in layers:
+        alone = type(layer) is kind and "forward" not in vars(layer)
+        prepared = layer.current(x) if alone and not any(getattr(layer, hooks) for hooks in _HOOKS) else None
+        if prepared is None or (stack and prepared.form() != stack[0].form()):
+            return None
+        stack.append(prepared)
+    first, caches = stack[0], reserve()
+    if caches is None:
+        return None
+    count, shape = len(stack), (*x.shape[:-1], first.head_dim // 2)
+    rows_ND = extension.wide(x).view(-1, first.hidden)
+    n = len(rows_ND)
+    cos, sin = (extension.wide(t.expand(shape)) for t in rope)
+    y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
+    weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
+    for prepared, cache in zip(stack, caches, strict=True):
+        prepared.refresh()
+        cache.check(n, first.kv_width // first.head_dim, first.head_dim)
+        assert cache.like(caches[0])
+    extension.kernels().Layer.forward_all(
+        [prepared.kernel for prepared in stack],
+        rows_ND.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        caches[0].counts,
+        caches[0].lengths,
+        [cache.keys.data_ptr() for cache in caches],
+        [cache.values.data_ptr() for cache in caches],
+        *caches[0].addresses()[2:],
+        y.data_ptr(),
+        logits.data_ptr(),
+        weights.data_ptr(),
+        ids.data_ptr(),
+    )
+    routers = [RouterOutput(*routed) for routed in zip(logits, weights, ids, strict=True)]
+    return y.to(x.dtype).view(x.shape), routers
 
 
 def _inputs_fit(x: Tensor, rope: tuple[Tensor, Tensor]) -> bool:

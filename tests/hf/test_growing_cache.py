@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM
+from olmoe.hf import attention
 from olmoe.hf.growing_cache import GrowingLayer, growing_layer
 from olmoe.ops.cpu import extension
 
@@ -191,9 +192,9 @@ def test_only_plain_dynamic_caches_are_changed():
 
 def ours(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    attention = changes.pop("attention", "sdpa")
+    implementation = changes.pop("attention", "sdpa")
     return (
-        OlmoeForCausalLM(OlmoeConfig(**small_config(**changes).to_dict(), attn_implementation=attention))
+        OlmoeForCausalLM(OlmoeConfig(**small_config(**changes).to_dict(), attn_implementation=implementation))
         .to(dtype)
         .eval()
     )
@@ -203,7 +204,7 @@ def ours(dtype=torch.float32, **changes):
 def attended(monkeypatch):
     """Numbers of new tokens for which the kernels computed attention."""
     counts: list[int] = []
-    original = GrowingLayer.attend
+    original, filled = GrowingLayer.attend, GrowingLayer.filled
 
     def record(layer, q, k, v):
         out = original(layer, q, k, v)
@@ -211,7 +212,28 @@ def attended(monkeypatch):
             counts.append(q.shape[1])
         return out
 
+    def record_one(layer):
+        filled(layer)
+        counts.append(1)
+
     monkeypatch.setattr(GrowingLayer, "attend", record)
+    monkeypatch.setattr(GrowingLayer, "filled", record_one)
+    return counts
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The number of layers of each step that went through all of them in one call."""
+    counts: list[int] = []
+    original = attention.all_layers
+
+    def record(layers, *arguments):
+        out = original(layers, *arguments)
+        if out is not None:
+            counts.append(len(layers))
+        return out
+
+    monkeypatch.setattr(attention, "all_layers", record)
     return counts
 
 
@@ -230,6 +252,84 @@ def test_prompts_and_steps_are_those_of_torch(attended, heads, dtype):
     assert attended == [5] * 2 + [1] * 4
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_step_is_one_call_and_gives_what_layers_one_by_one_give(steps, heads):
+    model = ours(num_key_value_heads=heads, num_hidden_layers=3)
+    results = []
+    for backend in ("auto", "torch"):
+        model.set_kernel_backend(backend)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(IDS, past_key_values=cache)
+            outputs = [model(IDS[:, i : i + 1], past_key_values=cache, output_router_logits=True) for i in (3, 0, 4, 4)]
+        results.append((cache.layers[2].keys, *((out.logits, *out.router_logits) for out in outputs)))
+    assert steps == [3] * 4
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def cropped(model, cache):
+    cache.crop(-6)
+
+
+def reordered(model, cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("change", [cropped, reordered])
+def test_steps_go_on_from_what_other_methods_leave(steps, change):
+    model, results = ours(), []
+    for backend in ("auto", "torch"):
+        model.set_kernel_backend(backend)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(IDS, past_key_values=cache)
+            model(IDS[:, :1], past_key_values=cache)
+            change(model, cache)
+            results.append([model(IDS[:, i : i + 1], past_key_values=cache).logits for i in (2, 3)])
+    assert len(steps) == 3
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def hooked(model, cache):
+    model.model.layers[0].register_forward_hook(lambda module, arguments, output: None)
+
+
+def hooked_inside(model, cache):
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda module, arguments, output: None)
+
+
+def replaced(model, cache):
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+
+
+def one_layer_ahead(model, cache):
+    cache.layers[1].update(*torch.zeros(2, 2, *cache.layers[1].keys.shape[1:2], 1, cache.layers[1].keys.shape[3]))
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_inside, replaced, one_layer_ahead])
+def test_what_one_call_would_pass_over_goes_layer_by_layer(steps, change):
+    model = ours(num_hidden_layers=2)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        change(model, cache)
+        before = [layer.get_seq_length() for layer in cache.layers]
+        model(IDS[:, :1], past_key_values=cache)
+    assert steps == []
+    assert [layer.get_seq_length() for layer in cache.layers] == [length + 1 for length in before]
+
+
+def test_hidden_states_are_collected_layer_by_layer(steps):
+    model = ours()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        out = model(IDS[:, :1], past_key_values=cache, output_hidden_states=True)
+    assert steps == []
+    assert len(out.hidden_states) == 1 + len(model.model.layers)
 
 
 def test_generation_gives_the_same_text_in_every_way(attended):

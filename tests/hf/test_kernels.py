@@ -11,6 +11,7 @@ import torch
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
 from olmoe.errors import BackendUnavailableError
+from olmoe.hf import attention
 from olmoe.hf.model import OlmoeDecoderLayer
 from olmoe.ops.cpu import extension
 from olmoe.quant import PackedExperts, PackedModule
@@ -30,16 +31,23 @@ def ours(dtype=torch.float32, kind=OlmoeForCausalLM, **changes):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether the kernels took the layer, one entry for each call of a decoder layer."""
+    """Whether the kernels took the layer, one entry for each call of a decoder layer, alone or with all others."""
     taken: list[bool] = []
-    original = OlmoeDecoderLayer._fitting
+    original, together = OlmoeDecoderLayer._fitting, attention.all_layers
 
     def record(layer, *arguments):
         kernel = original(layer, *arguments)
         taken.append(kernel is not None)
         return kernel
 
+    def record_all(layers, *arguments):
+        out = together(layers, *arguments)
+        if out is not None:
+            taken.extend([True] * len(layers))
+        return out
+
     monkeypatch.setattr(OlmoeDecoderLayer, "_fitting", record)
+    monkeypatch.setattr(attention, "all_layers", record_all)
     return taken
 
 

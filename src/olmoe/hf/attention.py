@@ -13,12 +13,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from olmoe.fused import STEP_ROWS, all_layers
 from olmoe.hf.cache_name import updated
 from olmoe.hf.config import OlmoeConfig
-from olmoe.hf.growing_cache import growing_layer
-from olmoe.model import Attention, DecoderLayer
+from olmoe.hf.growing_cache import GrowingLayer, growing_layer
+from olmoe.model import Attention, DecoderLayer, RouterOutput
 from olmoe.ops import AUTO
 from olmoe.ops.cpu import extension
+from olmoe.ops.cpu.functional import CachedTokens
 
 
 class RotaryEmbedding(nn.Module):
@@ -105,12 +107,57 @@ class CachedAttend:
         self.weights.append(weights)
         return out
 
+    def step(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kind: type[DecoderLayer]
+    ) -> tuple[Tensor, list[RouterOutput]] | None:
+        """One new token of each sequence through all layers, of type `kind`, in one call of the C++ kernels.
+
+        x (B, 1, D) -> (B, 1, D) and what each router decided; None, and nothing done, where they do not fit.
+        """
+        batch, count = x.shape[:2]
+        if (
+            not self._plain
+            or count > 1
+            or batch > STEP_ROWS
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        caches: list[GrowingLayer] = []
+
+        def reserve() -> list[CachedTokens] | None:
+            rooms: list[CachedTokens] = []
+            for index, layer in enumerate(self._layers):
+                module: Any = layer.self_attn
+                cache = self._growing(module, index)
+                kv_heads = module.k_norm.weight.shape[0] // module.head_dim
+                room = None if cache is None else cache.room(batch, kv_heads, module.head_dim, x.dtype)
+                if cache is None or room is None or (rooms and not room.like(rooms[0])):
+                    return None
+                caches.append(cache)
+                rooms.append(room)
+            return rooms
+
+        whole = all_layers(list(self._layers), kind, x, rope, reserve)
+        if whole is not None:
+            for cache in caches:
+                cache.filled()
+            self.weights = [None] * len(caches)
+        return whole
+
+    def _growing(self, module: Any, layer: int) -> GrowingLayer | None:
+        """The layer of the cache that the kernels may extend; None where attention is not what they compute."""
+        cache = growing_layer(self._cache, layer)  # also where attention is not computed here
+        if module.scaling != module.head_dim**-0.5 or (module.training and self._dropout):
+            return None
+        return cache
+
     def _kernels(self, module: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor | None:
         """A whole prompt, or one new token, by the C++ kernels; None where they do not fit."""
         if module.backend not in (AUTO, "cpu") or extension.unsupported(q, k, v) is not None or torch.is_grad_enabled():
             return None
-        cache = growing_layer(self._cache, layer)  # also where attention is not computed here
-        if cache is None or module.scaling != q.shape[-1] ** -0.5 or (module.training and self._dropout):
+        cache = self._growing(module, layer)
+        if cache is None:
             return None
         if q.shape[1] > 1 and (cache.get_seq_length() or not module.is_causal):
             return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from olmoe.ops.cpu.functional import cached_attention
+from olmoe.ops.cpu.functional import CachedTokens, cached_attention
 
 _LEAST_ROOM = 64
 
@@ -51,6 +51,21 @@ class GrowingLayer(DynamicLayer):
         out = cached_attention(q_N, k_N, v_N, [count] * batch, [length] * batch, keys, values)
         self._show(length + count)
         return out.view(q.shape)
+
+    def room(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> CachedTokens | None:
+        """Room for one more token of each sequence, which `filled` then shows.
+
+        None where this layer is empty, or holds something else than keys and values of those shapes.
+        """
+        token = torch.empty((batch, kv_heads, 1, head_dim), dtype=dtype)
+        if self.get_seq_length() == 0 or not self._can_grow(token, token):
+            return None
+        length, (keys, values) = self._reserve(token)
+        return CachedTokens(keys, values, [1] * batch, [length] * batch)
+
+    def filled(self) -> None:
+        """The token that `room` was for has been written there."""
+        self._show(self.get_seq_length() + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the room, in which two of them would write over each other."""

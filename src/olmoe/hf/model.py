@@ -175,10 +175,14 @@ class OlmoeModel(OlmoePreTrainedModel):
         rope = self.rotary_emb(inputs_embeds, position_ids)
         x, hidden_states, routers = inputs_embeds, [], []
         wanted = _wanted_states(self, output_hidden_states)
-        for i, layer in enumerate(self.layers):
-            hidden_states.append(x if i in wanted else None)
-            x, router_logits = layer(x, rope, attend)
-            routers.append(router_logits)
+        step = None if wanted else attend.step(x, rope, OlmoeDecoderLayer)
+        if step is not None:
+            x, routers = step[0], [routed.logits for routed in step[1]]
+        else:
+            for i, layer in enumerate(self.layers):
+                hidden_states.append(x if i in wanted else None)
+                x, router_logits = layer(x, rope, attend)
+                routers.append(router_logits)
         x = self.norm(x)
         hidden_states.append(x if len(self.layers) in wanted else None)
         return MoeModelOutputWithPast(
