@@ -26,6 +26,7 @@ from machine import machine
 from olmoe.config import ModelConfig
 from olmoe.engine.benchmark import FORMATS, Runner, random_model, read_bandwidth
 from olmoe.fused import kernel_matrix
+from olmoe.ops import cpu
 from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels
 from olmoe.runtime import keep_freed_memory, set_threads
 
@@ -133,7 +134,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="in memory; the step that is added up has 16")
     parser.add_argument("--gigahertz", type=float, default=nominal_gigahertz())
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--isa", help="instruction set of the kernels (default: the best that this CPU has)")
     arguments = parser.parse_args()
+    if arguments.isa is not None:
+        cpu.set_isa(arguments.isa)
     set_threads(arguments.threads)
     keep_freed_memory()
     bandwidth, threads = read_bandwidth() / 1e9, torch.get_num_threads()
@@ -182,6 +186,7 @@ def main() -> None:
         "format": arguments.format,
         "tokens": arguments.tokens,
         "context": context,
+        "isa": cpu.isa(),
         "read_gb_per_s": round(bandwidth, 2),
         "gigahertz": arguments.gigahertz,
         "milliseconds_a_step": round(step * 1e3, 3),

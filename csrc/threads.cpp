@@ -26,6 +26,7 @@ inline void relax() {
 }
 
 constexpr int kSpins = 2000;    // some 20 to 50 microseconds
+constexpr int kPieces = 3;      // a thread takes this part of its share of what is left
 constexpr int kYields = 1000;   // other threads that want this core get it here
 
 std::mutex pool_mutex;
@@ -92,10 +93,15 @@ void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
 }
 
 void ThreadPool::take_pieces(int thread) {
-  for (;;) {
-    const int begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= count_) return;
-    call_(work_, begin, std::min(begin + grain_, count_), thread);
+  // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all threads
+  // end together.
+  const int share = kPieces * threads();
+  int begin = next_.load(std::memory_order_relaxed);
+  while (begin < count_) {
+    const int end = std::min(begin + std::max(grain_, (count_ - begin) / share), count_);
+    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    call_(work_, begin, end, thread);
+    begin = next_.load(std::memory_order_relaxed);
   }
 }
 

@@ -10,6 +10,16 @@
 namespace olmoe {
 namespace {
 
+#if defined(__AVX2__)
+// Fetch block `b` of the group `ahead` bytes further on into the second cache. Where few tokens make memory what counts,
+// the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of each group.
+template <Type T>
+OLMOE_INLINE void fetch(const uint8_t* codes, const uint8_t* scales, int b, size_t ahead) {
+  for (int line = 0; line < code_bytes(T); line += 64) _mm_prefetch((const char*)(codes + ahead + line), _MM_HINT_T1);
+  if (b % 2 == 0) _mm_prefetch((const char*)(scales + ahead), _MM_HINT_T1);  // of two blocks
+}
+#endif
+
 // TOKENS columns of activations against GROUPS groups `group_bytes` apart, `rows` rows in all. `scales` follow the
 // codes of each group (see Matrix).
 #if defined(__AVX512VNNI__)
@@ -105,6 +115,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
+      fetch<T>(codes, scales, b, GROUPS * group_bytes);
       __m512i even[TOKENS], odd[TOKENS];
       for (int t = 0; t < TOKENS; t++) even[t] = _mm512_set1_epi32(a[t][b].correction), odd[t] = _mm512_setzero_si512();
       for (int j = 0; j < 4; j++) {
@@ -136,6 +147,13 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
 constexpr int kStreamedTokens = 8;  // up to so many tokens weights are read faster than they are multiplied with
 
 #elif defined(__AVX2__)
+
+// Four activations for all rows. Read one by one: of a copy of all 32, GCC makes a detour over the stack.
+OLMOE_INLINE __m256i four(const int8_t* q) {
+  int32_t v;
+  std::memcpy(&v, q, 4);
+  return _mm256_set1_epi32(v);
+}
 
 // The codes of columns 4j..4j+3 (`low`) and 16+4j..16+4j+3 of 8 rows, half a group, of a block in 4 or 5 bits.
 template <Type T>
@@ -172,7 +190,8 @@ OLMOE_INLINE __m256i sum16(__m256i s0, __m256i s1) {
 
 // Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64.
 template <Type T, int TOKENS>
-OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, __m256* total) {
+OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, __m256* out) {
+  __m256 total[TOKENS];
   constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes + 16 * half;
   const __m256i ones = _mm256_set1_epi16(1);
@@ -186,13 +205,11 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; t++) {
         const ActivationBlock& block = a[t][b];
-        int32_t q[8];
-        std::memcpy(q, block.q, sizeof q);
-        __m256i s0 = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(q[0]));
-        __m256i s1 = _mm256_maddubs_epi16(w[1], _mm256_set1_epi32(q[1]));
+        __m256i s0 = _mm256_maddubs_epi16(w[0], four(block.q));
+        __m256i s1 = _mm256_maddubs_epi16(w[1], four(block.q + 4));
         for (int j = 2; j < 8; j += 2) {
-          s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(w[j], _mm256_set1_epi32(q[j])));
-          s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(w[j + 1], _mm256_set1_epi32(q[j + 1])));
+          s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(w[j], four(block.q + 4 * j)));
+          s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(w[j + 1], four(block.q + 4 * j + 4)));
         }
         __m256i s = sum16<T>(s0, s1);
         s = _mm256_add_epi32(s, _mm256_set1_epi32(block.correction));
@@ -207,17 +224,16 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; t++) {
         const ActivationBlock& block = a[t][b];
-        int32_t q[8];
-        std::memcpy(q, block.q, sizeof q);
         __m256i s = _mm256_setzero_si256();
         for (int j = 0; j < 8; j++) {
-          __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(_mm256_set1_epi32(q[j]), w[j]));
+          __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(four(block.q + 4 * j), w[j]));
           s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
         }
         total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(scale, _mm256_set1_ps(block.d)), total[t]);
       }
     }
   }
+  for (int t = 0; t < TOKENS; t++) out[t] = total[t];
 }
 
 // A single token against GROUPS groups, as for AVX-512 above.
@@ -231,8 +247,6 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
   __m256 total[GROUPS][2];
   for (int g = 0; g < GROUPS; g++) total[g][0] = total[g][1] = _mm256_setzero_ps();
   for (int b = 0; b < blocks; b++) {
-    int32_t q[8];
-    std::memcpy(q, a[b].q, sizeof q);
     const __m256 d = _mm256_set1_ps(a[b].d);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++)
@@ -241,14 +255,15 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
         const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
         const uint8_t* scales =
             group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
+        if (half == 0) fetch<T>(codes, scales, b, GROUPS * group_bytes);
         __m256i s;
         if constexpr (T != Type::kQ8) {
           __m256i s0 = _mm256_setzero_si256(), s1 = _mm256_setzero_si256();
           for (int j = 0; j < 4; j++) {
             __m256i low, high;
             unpack<T>(codes, half, j, low, high);
-            s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(low, _mm256_set1_epi32(q[j])));
-            s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(high, _mm256_set1_epi32(q[4 + j])));
+            s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(low, four(a[b].q + 4 * j)));
+            s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(high, four(a[b].q + 16 + 4 * j)));
           }
           s = sum16<T>(s0, s1);
           s = _mm256_add_epi32(s, _mm256_set1_epi32(a[b].correction));
@@ -257,7 +272,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
           for (int j = 0; j < 8; j++) {
             const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j + 32 * half)), offset);
             const __m256i p =
-                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(q[j]), w));
+                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four(a[b].q + 4 * j), w));
             s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
           }
         }
