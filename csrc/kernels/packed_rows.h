@@ -42,8 +42,8 @@ OLMOE_INLINE void unpack(const uint8_t* codes, int j, __m512i& low, __m512i& hig
 }
 
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
-                              float* out, int ld) {
+OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, bool, int blocks, int rows,
+                              const ActivationRow* x, float* out, int ld) {
   constexpr int kBytes = code_bytes(T);
   __m512 total[GROUPS][TOKENS];
   const ActivationBlock* a[TOKENS];
@@ -144,7 +144,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
     for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
   }
 }
-constexpr int kStreamedTokens = 8;  // up to so many tokens weights are read faster than they are multiplied with
+constexpr int kFetchedTokens = 0, kStreamedTokens = 8;  // up to so many tokens weights are read faster than they are multiplied with
 
 #elif defined(__AVX2__)
 
@@ -189,8 +189,10 @@ OLMOE_INLINE __m256i sum16(__m256i s0, __m256i s1) {
 }
 
 // Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64.
+// The group after this one is fetched where it is `ahead`, 0 for not.
 template <Type T, int TOKENS>
-OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, __m256* out) {
+OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, size_t ahead,
+                              __m256* out) {
   __m256 total[TOKENS];
   constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes + 16 * half;
@@ -199,6 +201,7 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
   for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps(), a[t] = x[t].blocks;
   for (int b = 0; b < blocks; b++) {
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + b * 2 * kGroup)));
+    if (ahead) fetch<T>(codes + size_t(b) * kBytes, scales + b * 2 * kGroup, b, ahead);
     if constexpr (T != Type::kQ8) {
       __m256i w[8];
       for (int j = 0; j < 4; j++) unpack<T>(codes + size_t(b) * kBytes, half, j, w[j], w[4 + j]);
@@ -286,16 +289,17 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
   std::memcpy(out, sums, size_t(rows < GROUPS * kGroup ? rows : GROUPS * kGroup) * sizeof(float));
 }
 
-constexpr int kStreamedTokens = 1;
+// Up to so many tokens the next group is fetched; among more, products take longer than memory does.
+constexpr int kFetchedTokens = 8, kStreamedTokens = 1;
 
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out,
-                              int ld) {
+OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t group_bytes, bool fetch_next, int blocks, int rows,
+                              const ActivationRow* x, float* out, int ld) {
   static_assert(GROUPS == 1);
   __m256 total[TOKENS];
   float spilled[8];
   for (int half = 0; half < 2 && 8 * half < rows; half++) {
-    packed_half<T, TOKENS>(codes, blocks, half, x, total);
+    packed_half<T, TOKENS>(codes, blocks, half, x, fetch_next && half == 0 ? group_bytes : 0, total);
     const int count = rows - 8 * half;
     for (int t = 0; t < TOKENS; t++) {
       float* place = out + size_t(t) * ld + 8 * half;
@@ -311,8 +315,11 @@ OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, int blocks, int rows
 
 #else
 
+constexpr int kFetchedTokens = 0;
+
 template <Type T, int GROUPS, int TOKENS>
-inline void packed_tile(const uint8_t* codes, size_t, int blocks, int rows, const ActivationRow* x, float* out, int ld) {
+inline void packed_tile(const uint8_t* codes, size_t, bool, int blocks, int rows, const ActivationRow* x, float* out,
+                        int ld) {
   static_assert(GROUPS == 1);
   constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes;
@@ -358,7 +365,8 @@ inline void packed_band(const uint8_t* group, size_t group_bytes, int blocks, in
   constexpr int kTile = W < 16 ? 4 : GROUPS > 1 ? 6 : 8;
   int t = 0;
   auto tile = [&]<int TOKENS>() {
-    packed_tile<T, GROUPS, TOKENS>(group, group_bytes, blocks, rows, x + t, out + size_t(t) * ld, ld);
+    const bool fetch_next = tokens <= kFetchedTokens && t == 0;
+    packed_tile<T, GROUPS, TOKENS>(group, group_bytes, fetch_next, blocks, rows, x + t, out + size_t(t) * ld, ld);
     t += TOKENS;
   };
   while (t + kTile <= tokens) tile.template operator()<kTile>();
