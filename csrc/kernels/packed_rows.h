@@ -144,7 +144,8 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
     for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
   }
 }
-constexpr int kFetchedTokens = 0, kStreamedTokens = 8;  // up to so many tokens weights are read faster than they are multiplied with
+// Up to so many tokens weights are read in several streams, which fetch; tiles are for more, and need not.
+constexpr int kStreamedTokens = 8, kFetchedTokens = 0;
 
 #elif defined(__AVX2__)
 
@@ -188,8 +189,8 @@ OLMOE_INLINE __m256i sum16(__m256i s0, __m256i s1) {
   return _mm256_add_epi32(_mm256_madd_epi16(s0, ones), _mm256_madd_epi16(s1, ones));
 }
 
-// Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64.
-// The group after this one is fetched where it is `ahead`, 0 for not.
+// Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64. What lies `ahead` bytes further on is
+// fetched, unless that is 0.
 template <Type T, int TOKENS>
 OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, size_t ahead,
                               __m256* out) {

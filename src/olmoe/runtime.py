@@ -101,6 +101,13 @@ def cpu_multiplies_bf16() -> bool:
     return bool(torch.backends.mkldnn.enabled) and _bf16_instructions()
 
 
+def cpu_has_amx() -> bool:
+    """Whether the CPU multiplies tiles of bf16 matrices (AMX), which torch uses and our kernels do not."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 @functools.cache
 def _bf16_instructions() -> bool:
     """Whether the CPU has bf16 matrix instructions that oneDNN is allowed to use."""
@@ -109,7 +116,7 @@ def _bf16_instructions() -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit and "BF16" not in limit and "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
         return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or cpu_has_amx())
 
 
 def keep_freed_memory() -> None:

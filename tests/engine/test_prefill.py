@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -57,7 +55,7 @@ def test_pieces_give_what_each_prompt_alone_gives(size, fuse, rope, backend, mon
 
     alone = [torch.cat(part) for part in zip(*(logits([prompt]) for prompt in PROMPTS), strict=True)]
     monkeypatch.setattr(module, "PIECE_TOKENS", size)
-    for a, b in itertools.zip_longest(logits(PROMPTS), alone):
+    for a, b in zip(logits(PROMPTS), alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

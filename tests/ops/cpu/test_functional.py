@@ -128,7 +128,7 @@ def test_prompts_go_where_they_are_faster(isa, monkeypatch):
         assert chosen(dtype, 8) == "cpu"
         assert chosen(dtype, 9, width=256) == "torch"
     for tiles in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(functional, "cpu_has_amx", lambda tiles=tiles: tiles)
         half = "cpu" if isa == "avx512" and not tiles else "torch"
         assert [chosen(dtype, 9) for dtype in DTYPES] == [prompts, half, prompts]
     native = False

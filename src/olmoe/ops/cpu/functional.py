@@ -18,7 +18,7 @@ from torch import Tensor
 from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, isa, kernels, unsupported, unsupported_weight, wide
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
-from olmoe.runtime import cpu_multiplies_bf16
+from olmoe.runtime import cpu_has_amx, cpu_multiplies_bf16
 
 # Up to this many rows the kernels are taken whatever torch can do: the weights' way from memory is what counts.
 FEW_ROWS = 8
@@ -50,7 +50,7 @@ def many_rows(dtype: torch.dtype) -> bool:
     vectors leave all of them.
     """
     if dtype == torch.bfloat16 and cpu_multiplies_bf16():
-        return isa() == "avx512" and not torch.cpu._is_amx_tile_supported()
+        return isa() == "avx512" and not cpu_has_amx()
     return isa() == "avx512" or (isa() == "avx2" and "AVX512" not in torch.backends.cpu.get_cpu_capability())
 
 
