@@ -73,14 +73,12 @@ NB_MODULE(_kernels, m) {
   m.def("read", [](Address data, size_t bytes) {
     Running running;
     ThreadPool& threads = pool();
-    std::vector<uint64_t> sums(threads.threads(), 0);
+    std::atomic<uint64_t> total = 0;
     constexpr size_t kPiece = 1 << 20;
-    threads.run(int(bytes / kPiece), 4, [&](int begin, int end, int thread) {
-      sums[thread] ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kPiece, size_t(end - begin) * kPiece);
+    threads.run(int(bytes / kPiece), 4, [&](int begin, int end, int) {
+      total ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kPiece, size_t(end - begin) * kPiece);
     });
-    uint64_t total = 0;
-    for (uint64_t v : sums) total ^= v;
-    return total;
+    return total.load();
   });
   m.def("embed", [](const Matrix& w, Address ids, int tokens, Address out) {
     Running running;

@@ -27,6 +27,7 @@ inline void relax() {
 
 constexpr int kSpins = 2000;    // some 20 to 50 microseconds
 constexpr int kPieces = 3;      // a thread takes this part of its share of what is left
+constexpr int kKept = 1;        // so many pieces for each thread are not taken ahead
 constexpr int kYields = 1000;   // other threads that want this core get it here
 
 std::mutex pool_mutex;
@@ -67,7 +68,7 @@ int available() {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
+  for (int i = 1; i < threads; i++) helpers_.emplace_back([this] { help(); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -83,7 +84,7 @@ void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
   busy_.store(int(helpers_.size()), std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  take_pieces(0);
+  work_on_pieces();
   for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) {
     if (spins < kSpins)
       relax();
@@ -92,20 +93,30 @@ void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
   }
 }
 
-void ThreadPool::take_pieces(int thread) {
+bool ThreadPool::take_piece(int& begin, int& end) {
   // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all threads
   // end together.
   const int share = kPieces * threads();
-  int begin = next_.load(std::memory_order_relaxed);
+  begin = next_.load(std::memory_order_relaxed);
   while (begin < count_) {
-    const int end = std::min(begin + std::max(grain_, (count_ - begin) / share), count_);
-    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-    call_(work_, begin, end, thread);
-    begin = next_.load(std::memory_order_relaxed);
+    end = std::min(begin + std::max(grain_, (count_ - begin) / share), count_);
+    if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return true;
+  }
+  return false;
+}
+
+void ThreadPool::work_on_pieces() {
+  int begin, end, next = -1, next_end = 0;
+  for (bool more = take_piece(begin, end); more; begin = next, end = next_end) {
+    // The next piece is taken before this one is done, so that it can be fetched meanwhile; not the last ones, which an
+    // idle thread should get.
+    const bool ahead = count_ - next_.load(std::memory_order_relaxed) > kKept * threads() && take_piece(next, next_end);
+    call_(work_, begin, end, ahead ? next : -1);
+    more = ahead || take_piece(next, next_end);
   }
 }
 
-void ThreadPool::help(int thread) {
+void ThreadPool::help() {
   uint32_t seen = 0;
   for (;;) {
     uint32_t now = generation_.load(std::memory_order_acquire);
@@ -122,7 +133,7 @@ void ThreadPool::help(int thread) {
     }
     seen = now;
     if (stopping_) return;
-    take_pieces(thread);
+    work_on_pieces();
     busy_.fetch_sub(1, std::memory_order_release);
   }
 }

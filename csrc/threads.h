@@ -20,25 +20,27 @@ class ThreadPool {
 
   int threads() const { return int(helpers_.size()) + 1; }
 
-  // Run `work(begin, end, thread)` over [0, count) in pieces of `grain`, which threads take as they become free.
-  // Which thread takes a piece is not fixed, so a piece must write only what is its own.
+  // Run `work(begin, end, next)` over [0, count) in pieces of at least `grain`, which threads take as they become free.
+  // Which thread takes a piece is not fixed, so a piece must write only what is its own. `next` is where this thread
+  // goes on after this piece, so that it can fetch what it needs there, or -1.
   template <typename Work>
   void run(int count, int grain, const Work& work) {
     if (count <= 0) return;
     if (helpers_.empty() || count <= grain) {
-      work(0, count, 0);
+      work(0, count, -1);
       return;
     }
-    run_pieces(count, grain, [](const void* w, int begin, int end, int thread) {
-      (*static_cast<const Work*>(w))(begin, end, thread);
+    run_pieces(count, grain, [](const void* w, int begin, int end, int next) {
+      (*static_cast<const Work*>(w))(begin, end, next);
     }, &work);
   }
 
  private:
-  using Call = void (*)(const void* work, int begin, int end, int thread);
+  using Call = void (*)(const void* work, int begin, int end, int next);
   void run_pieces(int count, int grain, Call call, const void* work);
-  void take_pieces(int thread);
-  void help(int thread);
+  bool take_piece(int& begin, int& end);
+  void work_on_pieces();
+  void help();
 
   std::vector<std::thread> helpers_;
   // One job at a time. `generation_` announces it; helpers count themselves out in `busy_`.

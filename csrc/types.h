@@ -76,9 +76,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int d, float* out);
   // Blocks of 32 values to int8 with a scale of max|x| / 127.
   void (*quantize)(const float* x, int columns, int zero, ActivationBlock* out);
-  // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens.
+  // out[t * ld + r] = <row r, x[t]> for any number of rows, of groups that follow each other, and of tokens. `next` is
+  // the group of such a matrix that the thread reads after these, to be fetched meanwhile, or null.
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
-               int ld);
+               int ld, const uint8_t* next);
   // The same for bf16 matrices with `bf16_inputs`, and x in bf16; null where the CPU has no instruction for it.
   void (*bf16_rows)(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out, int ld);
   // Lanes of a sum of `rows`, and the number of tokens from which `tiles` are faster, by the type of a plain matrix.

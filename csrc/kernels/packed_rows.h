@@ -14,7 +14,7 @@ namespace {
 // Fetch block `b` of the group `ahead` bytes further on into the second cache. Where few tokens make memory what counts,
 // the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of each group.
 template <Type T>
-OLMOE_INLINE void fetch(const uint8_t* codes, const uint8_t* scales, int b, size_t ahead) {
+OLMOE_INLINE void fetch(const uint8_t* codes, const uint8_t* scales, int b, ptrdiff_t ahead) {
   for (int line = 0; line < code_bytes(T); line += 64) _mm_prefetch((const char*)(codes + ahead + line), _MM_HINT_T1);
   if (b % 2 == 0) _mm_prefetch((const char*)(scales + ahead), _MM_HINT_T1);  // of two blocks
 }
@@ -42,7 +42,7 @@ OLMOE_INLINE void unpack(const uint8_t* codes, int j, __m512i& low, __m512i& hig
 }
 
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, bool, int blocks, int rows,
+OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, ptrdiff_t, int blocks, int rows,
                               const ActivationRow* x, float* out, int ld) {
   constexpr int kBytes = code_bytes(T);
   __m512 total[GROUPS][TOKENS];
@@ -99,8 +99,8 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, bool, in
 
 // Few tokens against GROUPS groups side by side: memory is what counts, and several streams of it flow faster than one.
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
-                                 float* out, int ld) {
+OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdiff_t ahead, int blocks, int rows,
+                                 const ActivationRow* x, float* out, int ld) {
   constexpr int kBytes = code_bytes(T);
   __m512 total[GROUPS][TOKENS];
   const ActivationBlock* a[TOKENS];
@@ -115,7 +115,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
-      fetch<T>(codes, scales, b, GROUPS * group_bytes);
+      fetch<T>(codes, scales, b, ahead);
       __m512i even[TOKENS], odd[TOKENS];
       for (int t = 0; t < TOKENS; t++) even[t] = _mm512_set1_epi32(a[t][b].correction), odd[t] = _mm512_setzero_si512();
       for (int j = 0; j < 4; j++) {
@@ -192,7 +192,7 @@ OLMOE_INLINE __m256i sum16(__m256i s0, __m256i s1) {
 // Half a group: 8 rows, in the lower (half = 0) or upper 32 bytes of each 64. What lies `ahead` bytes further on is
 // fetched, unless that is 0.
 template <Type T, int TOKENS>
-OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, size_t ahead,
+OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const ActivationRow* x, ptrdiff_t ahead,
                               __m256* out) {
   __m256 total[TOKENS];
   constexpr int kBytes = code_bytes(T);
@@ -242,8 +242,8 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
 
 // A single token against GROUPS groups, as for AVX-512 above.
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
-                                 float* out, int) {
+OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdiff_t ahead, int blocks, int rows,
+                                 const ActivationRow* x, float* out, int) {
   static_assert(TOKENS == 1);
   const ActivationBlock* a = x->blocks;
   constexpr int kBytes = code_bytes(T);
@@ -259,7 +259,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
         const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
         const uint8_t* scales =
             group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
-        if (half == 0) fetch<T>(codes, scales, b, GROUPS * group_bytes);
+        if (half == 0) fetch<T>(codes, scales, b, ahead);
         __m256i s;
         if constexpr (T != Type::kQ8) {
           __m256i s0 = _mm256_setzero_si256(), s1 = _mm256_setzero_si256();
@@ -294,13 +294,13 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, int b
 constexpr int kFetchedTokens = 8, kStreamedTokens = 1;
 
 template <Type T, int GROUPS, int TOKENS>
-OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t group_bytes, bool fetch_next, int blocks, int rows,
+OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, ptrdiff_t ahead, int blocks, int rows,
                               const ActivationRow* x, float* out, int ld) {
   static_assert(GROUPS == 1);
   __m256 total[TOKENS];
   float spilled[8];
   for (int half = 0; half < 2 && 8 * half < rows; half++) {
-    packed_half<T, TOKENS>(codes, blocks, half, x, fetch_next && half == 0 ? group_bytes : 0, total);
+    packed_half<T, TOKENS>(codes, blocks, half, x, half == 0 ? ahead : 0, total);
     const int count = rows - 8 * half;
     for (int t = 0; t < TOKENS; t++) {
       float* place = out + size_t(t) * ld + 8 * half;
@@ -319,8 +319,8 @@ OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t group_bytes, bool fet
 constexpr int kFetchedTokens = 0;
 
 template <Type T, int GROUPS, int TOKENS>
-inline void packed_tile(const uint8_t* codes, size_t, bool, int blocks, int rows, const ActivationRow* x, float* out,
-                        int ld) {
+inline void packed_tile(const uint8_t* codes, size_t, ptrdiff_t, int blocks, int rows, const ActivationRow* x,
+                        float* out, int ld) {
   static_assert(GROUPS == 1);
   constexpr int kBytes = code_bytes(T);
   const uint8_t* scales = codes + size_t(blocks) * kBytes;
@@ -360,14 +360,15 @@ inline void packed_tile(const uint8_t* codes, size_t, bool, int blocks, int rows
 #endif
 
 template <Type T, int GROUPS>
-inline void packed_band(const uint8_t* group, size_t group_bytes, int blocks, int rows, const ActivationRow* x,
-                        int tokens, float* out, int ld) {
+inline void packed_band(const uint8_t* group, size_t group_bytes, ptrdiff_t ahead, int blocks, int rows,
+                        const ActivationRow* x, int tokens, float* out, int ld) {
   // As many tokens as there are registers for their sums.
   constexpr int kTile = W < 16 ? 4 : GROUPS > 1 ? 6 : 8;
   int t = 0;
   auto tile = [&]<int TOKENS>() {
     const bool fetch_next = tokens <= kFetchedTokens && t == 0;
-    packed_tile<T, GROUPS, TOKENS>(group, group_bytes, fetch_next, blocks, rows, x + t, out + size_t(t) * ld, ld);
+    packed_tile<T, GROUPS, TOKENS>(group, group_bytes, fetch_next ? ahead : 0, blocks, rows, x + t,
+                                   out + size_t(t) * ld, ld);
     t += TOKENS;
   };
   while (t + kTile <= tokens) tile.template operator()<kTile>();
@@ -379,12 +380,17 @@ inline void packed_band(const uint8_t* group, size_t group_bytes, int blocks, in
 
 template <Type T>
 inline void packed_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
-                        int ld) {
+                        int ld, const uint8_t* next) {
   const int blocks = columns / kBlock;
   const size_t group_bytes = size_t(blocks) * (code_bytes(T) + 2 * kGroup);
   int r = 0;
+  // How far it is from the `count` groups from row r on to what comes after them; 0 where that is not known.
+  auto ahead = [&](int r, int count) {
+    const uint8_t* here = group + r / kGroup * group_bytes;
+    return rows - r > count * kGroup ? ptrdiff_t(count * group_bytes) : next ? next - here : 0;
+  };
   auto band = [&]<int GROUPS>() {
-    packed_band<T, GROUPS>(group + r / kGroup * group_bytes, group_bytes, blocks,
+    packed_band<T, GROUPS>(group + r / kGroup * group_bytes, group_bytes, ahead(r, GROUPS), blocks,
                            rows - r < GROUPS * kGroup ? rows - r : GROUPS * kGroup, x, tokens, out + r, ld);
     r += GROUPS * kGroup;
   };
@@ -395,11 +401,11 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
         const uint8_t* first = group + r / kGroup * group_bytes;
         float* place = out + size_t(t) * ld + r;
         if (rows - r > 3 * kGroup)
-          packed_streams<T, 4, TOKENS>(first, group_bytes, blocks, rows - r, x + t, place, ld);
+          packed_streams<T, 4, TOKENS>(first, group_bytes, ahead(r, 4), blocks, rows - r, x + t, place, ld);
         else
           for (int s = 0; s < rows - r; s += kGroup)
-            packed_streams<T, 1, TOKENS>(first + s / kGroup * group_bytes, group_bytes, blocks, rows - r - s, x + t,
-                                         place + s, ld);
+            packed_streams<T, 1, TOKENS>(first + s / kGroup * group_bytes, group_bytes, ahead(r + s, 1), blocks,
+                                         rows - r - s, x + t, place + s, ld);
       }
     };
     int t = 0;

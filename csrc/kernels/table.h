@@ -12,11 +12,11 @@ namespace olmoe {
 namespace {
 
 inline void rows(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
-                 int ld) {
+                 int ld, const uint8_t* next) {
   switch (type) {
-    case Type::kQ4: return packed_rows<Type::kQ4>(group, rows, columns, x, tokens, out, ld);
-    case Type::kQ5: return packed_rows<Type::kQ5>(group, rows, columns, x, tokens, out, ld);
-    case Type::kQ8: return packed_rows<Type::kQ8>(group, rows, columns, x, tokens, out, ld);
+    case Type::kQ4: return packed_rows<Type::kQ4>(group, rows, columns, x, tokens, out, ld, next);
+    case Type::kQ5: return packed_rows<Type::kQ5>(group, rows, columns, x, tokens, out, ld, next);
+    case Type::kQ8: return packed_rows<Type::kQ8>(group, rows, columns, x, tokens, out, ld, next);
     case Type::kBF16: return float_rows<Type::kBF16>(group, rows, columns, x, tokens, out, ld);
     case Type::kF16: return float_rows<Type::kF16>(group, rows, columns, x, tokens, out, ld);
     case Type::kF32: return float_rows<Type::kF32>(group, rows, columns, x, tokens, out, ld);

@@ -56,11 +56,12 @@ void Activations::set(const Matrix& m, const float* x, int tokens, int ld, Threa
 
 int token_block(const Matrix& m) { return m.packed() ? 96 : 256; }
 
-void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld) {
+void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld,
+              const uint8_t* next) {
   const Kernels& k = kernels();
   const uint8_t* group = m.group(expert, row / kGroup);
   if (in_bf16(m)) return k.bf16_rows(group, rows, m.columns, x, tokens, out, ld);
-  if (!many(m, tokens) || !x->lanes) return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld);
+  if (!many(m, tokens) || !x->lanes) return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld, next);
   static thread_local std::vector<float> memory;
   const int block = std::min(tokens, token_block(m));
   const size_t size = tiles_scratch(m.columns, block) + 16;
@@ -81,15 +82,24 @@ void linear(std::initializer_list<Product> products, const Activations& x) {
   for (const Product& product : products) bands += bands_of(*product.m);
   // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
   const int grain = std::max(1, int((1 << 14) / first.group_bytes()));
-  pool().run(bands * token_blocks, grain, [&](int begin, int end, int) {
+  // The product and the first row of a band.
+  auto place = [&](int band) {
+    const Product* product = products.begin();
+    for (; band >= bands_of(*product->m); product++) band -= bands_of(*product->m);
+    return std::pair(product, band * band_of(*product->m));
+  };
+  pool().run(bands * token_blocks, grain, [&](int begin, int end, int next) {
     for (int piece = begin; piece < end; piece++) {
-      int band = piece % bands;
-      const Product* product = products.begin();
-      for (; band >= bands_of(*product->m); product++) band -= bands_of(*product->m);
+      const auto [product, r0] = place(piece % bands);
       const auto& [m, bias, add, y, ld] = *product;
-      const int r0 = band * band_of(*m), rows = std::min(band_of(*m), m->rows - r0);
+      const int rows = std::min(band_of(*m), m->rows - r0);
       const int t0 = piece / bands * block, count = std::min(block, tokens - t0);
-      multiply(*m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld);
+      const uint8_t* after = nullptr;
+      if (const int following = piece + 1 < end ? piece + 1 : next; following >= 0) {
+        const auto [other, row] = place(following % bands);
+        after = other->m->group(0, row / kGroup);
+      }
+      multiply(*m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld, after);
       for (int t = t0; t < t0 + count && (bias || add); t++)
         for (int r = r0; r < r0 + rows; r++) {
           float& value = y[size_t(t) * ld + r];

@@ -22,6 +22,14 @@ std::vector<Piece> cut(const std::vector<int>& offsets, int units, int grain) {
   return pieces;
 }
 
+// The weights that are read after unit `u` of `piece`, where the thread goes on with `pieces[next]`, or null.
+// `place(expert, unit)` is where a unit begins.
+template <typename Place>
+const uint8_t* following(const std::vector<Piece>& pieces, const Piece& piece, int u, int next, const Place& place) {
+  if (u + 1 < piece.end) return place(piece.expert, u + 1);
+  return next < 0 ? nullptr : place(pieces[next].expert, pieces[next].begin);
+}
+
 }  // namespace
 
 void moe(const Experts& experts, const float* x, const float* weights, const int64_t* ids, int tokens, int k,
@@ -62,22 +70,26 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   auto& outputs_ = outputs;
   auto& hidden_ = hidden;
   auto& position_ = position;
+  // Where the weights of a unit begin.
+  auto gate = [&](int e, int u) { return experts.gate_up.group(e, u * per_unit / kGroup); };
+  auto up = [&](int e, int u) { return experts.gate_up.group(e, (width + u * per_unit) / kGroup); };
   const auto up_pieces = cut(offsets, units, grain_up);
-  threads.run(int(up_pieces.size()), 1, [&](int begin, int end, int) {
+  threads.run(int(up_pieces.size()), 1, [&](int begin, int end, int next) {
     const int block = experts.gate_up.packed() ? 64 : token_block(experts.gate_up);  // gate and up stay in the cache
     static thread_local std::vector<float> products, gated;
     products.resize(size_t(block) * 2 * per_unit);
     gated.resize(per_unit);
     for (int p = begin; p < end; p++) {
       const Piece& piece = up_pieces[p];
-      for (int u = piece.begin; u < piece.end; u++)
+      for (int u = piece.begin; u < piece.end; u++) {
+        const uint8_t* after = following(up_pieces, piece, u, p + 1 < end ? p + 1 : next, gate);
         for (int first = offsets_[piece.expert]; first < offsets_[piece.expert + 1]; first += block) {
           const int count = std::min(block, offsets_[piece.expert + 1] - first);
           const int ld = 2 * per_unit;
           if (aligned) {
             for (int half = 0; half < 2; half++)
               multiply(experts.gate_up, piece.expert, half * width + u * per_unit, per_unit, inputs_.data() + first,
-                       count, products.data() + half * per_unit, ld);
+                       count, products.data() + half * per_unit, ld, half == 0 ? up(piece.expert, u) : after);
           } else {
             multiply(experts.gate_up, piece.expert, 0, 2 * width, inputs_.data() + first, count, products.data(), ld);
           }
@@ -87,20 +99,25 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
             hidden_.put(first + t, u * per_unit, gated.data(), per_unit);
           }
         }
+      }
     }
   });
 
   // down: every routed row by itself, so that the sum below has a fixed order.
   outputs.resize(size_t(routed) * d);
   const int grain_down = std::max(1, int((1 << 15) / experts.down.group_bytes()));
+  auto down = [&](int e, int band) { return experts.down.group(e, band * (kBand / kGroup)); };
   const auto down_pieces = cut(offsets, (d + kBand - 1) / kBand, grain_down);
-  threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int) {
+  threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int next) {
     for (int p = begin; p < end; p++) {
       const Piece& piece = down_pieces[p];
       const int first = offsets_[piece.expert], count = offsets_[piece.expert + 1] - first;
-      for (int r = piece.begin * kBand; r < piece.end * kBand; r += kBand)
+      for (int band = piece.begin; band < piece.end; band++) {
+        const int r = band * kBand;
+        const uint8_t* after = following(down_pieces, piece, band, p + 1 < end ? p + 1 : next, down);
         multiply(experts.down, piece.expert, r, std::min(kBand, d - r), hidden_.rows() + first, count,
-                 outputs_.data() + size_t(first) * d + r, d);
+                 outputs_.data() + size_t(first) * d + r, d, after);
+      }
     }
   });
 

@@ -41,8 +41,10 @@ class Activations {
 void rms_norm(const float* x, const float* weight, float eps, int tokens, int d, float* out);
 void rope(float* x, const float* cos, const float* sin, int tokens, int heads, int head_dim);
 
-// out[t * ld + r] = m[row + r] . x[t] for some rows, the first of them at a group's border, on the calling thread.
-void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld);
+// out[t * ld + r] = m[row + r] . x[t] for some rows, the first of them at a group's border, on the calling thread, which
+// reads the group `next` of `m` after these, if that is known.
+void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld,
+              const uint8_t* next = nullptr);
 
 // Tokens at a time, so that their rows stay in the cache while weights pass by, or the other way round.
 int token_block(const Matrix& m);
