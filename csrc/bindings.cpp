@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "ops/layer.h"
+#include "watch.h"
 
 namespace nb = nanobind;
 using namespace olmoe;
@@ -30,6 +31,7 @@ Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  m.def("unchanged", &unchanged);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* name : isas()) names.emplace_back(name);

@@ -22,7 +22,7 @@ E experts, K experts per token, F expert width, V vocabulary; `...` any leading 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -73,7 +73,7 @@ class Output(NamedTuple):
     """What the network returns: `hidden` (..., D) after the final norm, and each layer's `RouterOutput`."""
 
     hidden: Tensor
-    routers: list[RouterOutput]
+    routers: Sequence[RouterOutput]
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
         x, routers = self.blocks(self.embed_tokens(input_ids), self.rotary(positions, length), attend)
         return Output(self.norm(x), routers)
 
-    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, list[RouterOutput]]:
+    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Sequence[RouterOutput]]:
         """All blocks, one after the other: x (..., D) -> (..., D) and what each router decided."""
         routers = []
         for layer in self.layers:

@@ -13,7 +13,7 @@ from olmoe import ops
 from olmoe.config import ModelConfig
 from olmoe.model import Attend, CausalLM
 from olmoe.ops import cpu
-from olmoe.ops.cpu.functional import CachedTokens, cached_attention
+from olmoe.ops.cpu.functional import CachedLayers, CachedTokens, cached_attention
 from olmoe.quant import PackedModule
 
 
@@ -40,6 +40,7 @@ class KVCache:
         self.lengths = [0] * batch
         self._kernels = backend in (ops.AUTO, "cpu") and device.type == "cpu" and cpu.available()
         self._mask: Tensor | None = None  # (B, 1, 1, S) of the current decode step
+        self._places: CachedLayers | None = None  # of `_keys` and `_values`
 
     @property
     def continues(self) -> bool:
@@ -69,7 +70,10 @@ class KVCache:
     def attend_decode(self) -> Attend:
         """`attend` for one new token of each sequence: q (B, H, Dh), k and v (B, G, Dh) -> (B, H, Dh)."""
         if self._kernels:
-            return KernelAttend(self._keys, self._values, [1] * len(self.lengths), self.lengths)
+            counts = [1] * len(self.lengths)
+            if self._places is None:
+                self._places = CachedLayers(self._keys, self._values, counts, self.lengths)
+            return KernelAttend(self._keys, self._values, counts, self.lengths, self._places.at(counts, self.lengths))
         return self._attend_decode
 
     def _attend_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -96,6 +100,7 @@ class KVCache:
         self._keys = [k.index_select(0, index) for k in self._keys]
         self._values = [v.index_select(0, index) for v in self._values]
         self.lengths = [self.lengths[row] for row in rows]
+        self._places = None
 
 
 def default_cache_dtype(model: CausalLM) -> torch.dtype:
@@ -108,11 +113,20 @@ def default_cache_dtype(model: CausalLM) -> torch.dtype:
 class KernelAttend:
     """`attend` by the C++ kernels: `counts` new tokens of each sequence, end to end, after `lengths` cached ones.
 
-    A fused layer asks where the cache is (`cached`), and attends in its own call.
+    A fused layer asks where the cache is (`cached`), and attends in its own call; a fused decoder does so for all
+    layers where there is `all_cached`.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], counts: list[int], lengths: list[int]) -> None:
+    def __init__(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        counts: list[int],
+        lengths: list[int],
+        all_cached: CachedLayers | None = None,
+    ) -> None:
         self._keys, self._values, self._counts, self._lengths = keys, values, counts, lengths
+        self.all_cached = all_cached
 
     def cached(self, layer: int) -> CachedTokens:
         """The cache of a layer."""

@@ -5,6 +5,7 @@ Shapes legend: B batch, T sequence, S cached sequence, H heads, G KV heads, Dh h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class CachedAttend:
 
     def step(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kind: type[DecoderLayer]
-    ) -> tuple[Tensor, list[RouterOutput]] | None:
+    ) -> tuple[Tensor, Sequence[RouterOutput]] | None:
         """One new token of each sequence through all layers, of type `kind`, in one call of the C++ kernels.
 
         x (B, 1, D) -> (B, 1, D) and what each router decided; None, and nothing done, where they do not fit.

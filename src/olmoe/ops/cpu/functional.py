@@ -8,6 +8,7 @@ Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import add
 from typing import NamedTuple
 
@@ -226,6 +227,48 @@ class CachedTokens(NamedTuple):
     def addresses(self) -> tuple[int, int, int, int]:
         """Where keys and values are, their type and capacity, for the kernels."""
         return self.keys.data_ptr(), self.values.data_ptr(), FLOAT_TYPES[self.keys.dtype], self.keys.shape[2]
+
+
+class CachedLayers:
+    """The KV caches of all layers of a decoder, alike in form, for one call of the kernels.
+
+    `keys` and `values` are their addresses; see `CachedTokens` for the rest.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], counts: list[int], lengths: list[int]) -> None:
+        """Raises nothing: that all are contiguous and of one shape and dtype is asserted."""
+        self._kept = [*keys, *values]
+        self.shape, dtype = self._kept[0].shape, self._kept[0].dtype
+        assert all(t.shape == self.shape and t.dtype == dtype and t.is_contiguous() for t in self._kept)
+        self.keys, self.values = [t.data_ptr() for t in keys], [t.data_ptr() for t in values]
+        self.type, self.capacity = FLOAT_TYPES[dtype], self.shape[2]
+        self.counts, self.lengths = counts, lengths
+
+    @classmethod
+    def of(cls, layers: Sequence[CachedTokens]) -> CachedLayers:
+        """Of the caches of each layer, which are for the same tokens."""
+        first = layers[0]
+        assert all(layer.counts == first.counts and layer.lengths == first.lengths for layer in layers)
+        return cls([c.keys for c in layers], [c.values for c in layers], first.counts, first.lengths)
+
+    def at(self, counts: list[int], lengths: list[int]) -> CachedLayers:
+        """The same caches with other new tokens."""
+        other = object.__new__(CachedLayers)
+        other.__dict__.update(self.__dict__, counts=counts, lengths=lengths)
+        return other
+
+    def fit(self, n: int, layers: int, kv_heads: int, head_dim: int) -> bool:
+        """Whether `n` new tokens of so many layers have their places here."""
+        batch, counts, lengths = self.shape[0], self.counts, self.lengths
+        return (
+            len(self.keys) == len(self.values) == layers
+            and self.shape == (batch, kv_heads, self.capacity, head_dim)
+            and len(counts) == len(lengths) == batch
+            and sum(counts) == n
+            and min(counts) >= 0
+            and min(lengths) >= 0
+            and max(map(add, lengths, counts)) <= self.capacity
+        )
 
 
 def cached_attention(

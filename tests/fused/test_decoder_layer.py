@@ -10,7 +10,7 @@ from conftest import make_model
 from fused_layers import WIDTH, attend, both, fits, random, rotations, run, same
 from olmoe import checkpoint, fused
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.fused import FusedDecoderLayer
+from olmoe.fused import FusedDecoderLayer, prepared_layer
 from olmoe.model import DecoderLayer, Linear, set_backend
 from olmoe.ops import cpu
 from packed_folders import WHOLE, packed_folder
@@ -158,7 +158,7 @@ def test_more_tokens_than_experts_take_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("many", [True, False], ids=["prompts too", "few rows only"])
 def test_the_kernels_take_what_they_should(many, monkeypatch):
-    monkeypatch.setattr(fused, "many_rows", lambda dtype: many and dtype == torch.float32)
+    monkeypatch.setattr(prepared_layer, "many_rows", lambda dtype: many and dtype == torch.float32)
     model = make_model()
     fused.fuse(model)
     layer = model.model.layers[0]

@@ -1,0 +1,15 @@
+// Whether Python objects are what they were, for the views that kernels have of a model's layers: asked at every step,
+// when weights have pushed all of these objects out of the caches.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace olmoe {
+
+// dicts[i][keys[i]] is values[i], type(objects[i]) is types[i] and len(counted[i]) == counts[i], for all i. `dicts` and
+// `counted` hold dicts. Holds no references: the lists stay with Python, whose garbage collector sees them.
+bool unchanged(const nanobind::list& dicts, const nanobind::list& keys, const nanobind::list& values,
+               const nanobind::list& objects, const nanobind::list& types, const nanobind::list& counted,
+               const nanobind::list& counts);
+
+}  // namespace olmoe

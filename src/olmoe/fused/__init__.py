@@ -1,0 +1,63 @@
+"""Decoder layers computed by the C++ kernels in one or two calls, in place of some thirty operations.
+
+One where `attend` says that attention is over a KV cache of ours (it has a method `cached`, see `CachedTokens`), else
+one before and one after attention, which is then the caller's. `all_layers` computes all of a decoder in one call, and
+a step of decoding in the engine (where `attend` has `all_cached`) is little more than that call.
+
+`fuse` changes the class of a network's decoder layers, whose modules, parameters and results stay what they are. A
+fused layer decides at every call whether the kernels fit: inference on CPU tensors, plain or block-packed matrices,
+no hooks, adapters or replaced modules inside. Otherwise, and for training, it is the layer that it was.
+
+Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.fused.decoder import STEP_ROWS, FusedDecoder, all_layers
+from olmoe.fused.decoder_layer import FusedDecoderLayer
+from olmoe.fused.prepared_layer import kernel_matrix
+from olmoe.model import Decoder, DecoderLayer
+from olmoe.ops.cpu import extension
+from olmoe.ops.dispatch import AUTO
+
+__all__ = [
+    "STEP_ROWS",
+    "FusedDecoder",
+    "FusedDecoderLayer",
+    "all_layers",
+    "fuse",
+    "kernel_matrix",
+    "require",
+    "unfuse",
+]
+
+
+def fuse(root: nn.Module) -> None:
+    """Let the decoder layers under `root`, and decoders as a whole, use the C++ kernels where these fit."""
+    for module in root.modules():
+        if type(module) is DecoderLayer:
+            module.__class__ = FusedDecoderLayer
+        elif type(module) is Decoder:
+            module.__class__ = FusedDecoder
+
+
+def unfuse(root: nn.Module) -> None:
+    """Make fused layers and decoders plain ones again."""
+    for module in root.modules():
+        if type(module) is FusedDecoder:
+            module.__dict__.pop("_whole", None)
+            module.__class__ = Decoder  # type: ignore[assignment]
+        if type(module) is FusedDecoderLayer:
+            module.__dict__.pop("_prepared", None)
+            module.__class__ = DecoderLayer  # type: ignore[assignment]
+
+
+def require(backend: str) -> None:
+    """Raise unless `backend` is one of auto, cpu, torch and reference, and can run here."""
+    if backend not in (AUTO, "cpu", "torch", "reference"):
+        raise UserError(f"Unknown backend {backend!r}; choose one of auto, cpu, torch, reference.")
+    if backend == "cpu" and (reason := extension.unavailable()) is not None:
+        raise BackendUnavailableError(f"Backend 'cpu' cannot run here: {reason}; use the backend torch.")

@@ -1,0 +1,123 @@
+"""The kernels' view of a whole decoder, for steps of decoding: layers, embeddings, final norm and rotary angles.
+
+Shapes legend: N tokens, D hidden, Dh head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olmoe.fused.prepared_layer import PreparedLayer, kernel_matrix
+from olmoe.fused.watch import Watch, has_hooks
+from olmoe.model import Decoder, RMSNorm, RotaryEmbedding
+from olmoe.ops.cpu import extension
+from olmoe.ops.dispatch import AUTO
+from olmoe.quant import PackedEmbedding
+
+_FIRST_POSITIONS = 256
+_AROUND = ("embed_tokens", "norm", "rotary")
+_SETTINGS = (
+    "forward", "backend", "eps", "rope", "head_dim", "max_positions", "max_norm", "formats", "shapes", "compute_dtype",
+)  # fmt: skip
+
+
+class PreparedDecoder:
+    """All that a step needs, for one state of a decoder; `layers` is empty where the kernels do not fit."""
+
+    def __init__(self, decoder: Decoder, layers: list[PreparedLayer]) -> None:
+        """`layers` are the views of all its layers; none where the kernels fit only some."""
+        self.watch = Watch()
+        for name in ("layers", *_AROUND):
+            self.watch.child(decoder, name)
+        for name in _AROUND:
+            self.watch.module(getattr(decoder, name), _SETTINGS)
+        self.watch.module(decoder.layers)
+        for name, layer in decoder.layers.named_children():
+            self.watch.child(decoder.layers, name)
+            self.watch.module(layer)
+            if (prepared := vars(layer).get("_prepared")) is not None:
+                self.watch.include(prepared.watch)
+        self.layers = layers if layers and _fits(decoder, layers) else []
+        if not self.layers:
+            return
+        embedding, norm = decoder.embed_tokens, decoder.norm
+        self._decoder = decoder
+        self.vocab_size = embedding.num_embeddings
+        self._embedding = kernel_matrix(embedding, "weight", torch.float32)
+        self._norm, self._eps = norm.weight.detach(), norm.eps
+        self.kernels = [layer.kernel for layer in layers]
+        self._copied = [layer for layer in layers if layer.copied]
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def still(self) -> bool:
+        """Whether the decoder is what it was."""
+        return self.watch.still()
+
+    def refresh(self) -> None:
+        """See `PreparedLayer.refresh`."""
+        for layer in self._copied:
+            layer.refresh()
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Contiguous ids (N,), each of them below `vocab_size` -> (N, D)."""
+        x = torch.empty(len(ids_N), self.layers[0].hidden)
+        extension.kernels().embed(self._embedding, ids_N.data_ptr(), len(ids_N), x.data_ptr())
+        return x
+
+    def angles(self, positions_N: Tensor, last: int, length: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos, sin (N, Dh/2) of contiguous positions (N,), none beyond `last`. `length` as in `RotaryEmbedding`.
+
+        Where angles depend on the position alone they are computed once, by the network's own module, and looked up.
+        """
+        rotary = self._decoder.rotary
+        if rotary.rope.rope_type == "dynamic":
+            cos, sin = rotary(positions_N, length)
+            return cos.contiguous(), sin.contiguous()
+        if self._angles is None or last >= len(self._angles[0]):
+            count = _FIRST_POSITIONS
+            while count <= last:
+                count *= 2
+            cos, sin = rotary(torch.arange(count))
+            self._angles = cos.contiguous(), sin.contiguous()
+        found = torch.empty(2, len(positions_N), self._angles[0].shape[1])
+        for table, rows in zip(self._angles, found, strict=True):
+            matrix = extension.float_matrix(table)
+            extension.kernels().embed(matrix, positions_N.data_ptr(), len(positions_N), rows.data_ptr())
+        return found[0], found[1]
+
+    def norm(self, x_ND: Tensor) -> Tensor:
+        """The final norm: contiguous (N, D) -> (N, D)."""
+        out = torch.empty(x_ND.shape)
+        extension.kernels().rms_norm(
+            x_ND.data_ptr(), self._norm.data_ptr(), self._eps, len(x_ND), x_ND.shape[1], out.data_ptr()
+        )
+        return out
+
+
+def _fits(decoder: Decoder, layers: list[PreparedLayer]) -> bool:
+    """Whether all layers are alike, and what is around them is the network's own, in fp32, and for the kernels."""
+    embedding, norm, rotary = (getattr(decoder, name) for name in _AROUND)
+    types: tuple[tuple[nn.Module, tuple[type, ...]], ...] = (
+        (embedding, (nn.Embedding, PackedEmbedding)), (norm, (RMSNorm,)), (rotary, (RotaryEmbedding,)),
+    )  # fmt: skip
+    for module, allowed in types:
+        if type(module) not in allowed or "forward" in vars(module) or has_hooks(module):
+            return False
+        if getattr(module, "backend", AUTO) not in (AUTO, "cpu"):
+            return False
+    formats: dict[str, Any] = getattr(embedding, "formats", {})
+    if any(format.name not in extension.PACKED_TYPES for format in formats.values()):
+        return False
+    if embedding.max_norm is not None or getattr(embedding, "compute_dtype", None) not in (None, torch.float32):
+        return False
+    plain = [norm.weight] if formats else [norm.weight, embedding.weight]
+    if any(type(p) is not nn.Parameter or p.dtype != torch.float32 for p in plain):
+        return False
+    if any(not p.is_contiguous() or p.device.type != "cpu" for p in (norm.weight, embedding.weight)):
+        return False
+    hidden = layers[0].hidden
+    shapes = norm.weight.shape == (hidden,) and embedding.embedding_dim == hidden
+    return shapes and all(layer.kernel is not None and layer.form() == layers[0].form() for layer in layers)

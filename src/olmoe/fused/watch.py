@@ -1,0 +1,84 @@
+"""Whether what a view of some modules depends on is still what it was.
+
+Modules change without telling: hooks, adapters and settings come and go, and weights are replaced. So it is asked at
+every call, in C++, because a step of decoding has pushed all of these objects out of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from olmoe.ops.cpu import extension
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of somebody else's runs before or after it."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+class Watch:
+    """Remembers modules as they are; `still` says whether they are that yet.
+
+    Everything lies in lists of Python's, through which its garbage collector finds the way back to the modules.
+    """
+
+    def __init__(self) -> None:
+        self._dicts: list[dict[str, Any]] = []  # where something is found, under which name, and what it is
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._types: list[type] = []
+        self._counted: list[dict[Any, Any]] = []  # attributes and hooks, with their number
+        self._counts: list[int] = []
+        self.parameters: list[Tensor] = []
+        self._layout: list[tuple[object, ...]] = []
+
+    def child(self, owner: nn.Module, name: str) -> None:
+        """Watch which module `owner` has under `name`."""
+        self._entry(owner._modules, name)
+
+    def module(self, module: nn.Module, settings: Iterable[str] = ()) -> None:
+        """Watch the type of `module`, its hooks, parameters and number of attributes, and those named in `settings`."""
+        attributes = vars(module)
+        self._modules.append(module)
+        self._types.append(type(module))
+        for counted in (attributes, *(getattr(module, hooks) for hooks in HOOKS)):
+            self._counted.append(counted)
+            self._counts.append(len(counted))
+        for name in (*HOOKS, *settings):
+            if name in attributes:
+                self._entry(attributes, name)
+        for name, parameter in module._parameters.items():
+            self._entry(module._parameters, name)
+            if parameter is not None:
+                self.parameters.append(parameter)
+                self._layout.append(_layout(parameter))
+
+    def include(self, other: Watch) -> None:
+        """Watch all that `other` does as well."""
+        for name, mine in vars(self).items():
+            mine.extend(getattr(other, name))
+
+    def still(self) -> bool:
+        """Whether nothing changed."""
+        same: bool = extension.kernels().unchanged(
+            self._dicts, self._names, self._values, self._modules, self._types, self._counted, self._counts
+        )
+        return same and list(map(_layout, self.parameters)) == self._layout
+
+    def _entry(self, where: dict[str, Any], name: str) -> None:
+        self._dicts.append(where)
+        self._names.append(name)
+        self._values.append(where[name])
+
+
+def _layout(p: Tensor) -> tuple[object, ...]:
+    """Where and how a parameter lies: an assignment of `data` changes neither the parameter nor its version, and an
+    address may be used again, for values of another dtype or for a part of the old ones.
+    """  # fmt: skip
+    return p.data_ptr(), p.dtype, p.shape, p.is_contiguous()
