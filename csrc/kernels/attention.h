@@ -7,10 +7,17 @@
 namespace olmoe {
 namespace {
 
-// One query: scores by dot products along the head, no copies of keys.
+// Fetch some bytes: what is looked at next, before the hardware notices what is being read.
+inline void fetch_ahead(const char* place, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(place + i, 0, 2);
+}
+
+// One query: scores by dot products along the head, no copies of keys. While it looks at keys it fetches their values, and
+// meanwhile the keys after them, of which `next` are those that the thread looks at after this head, if that is known.
 template <Type T>
 inline void attend_one(const float* q, const void* keys, const void* values, int visible, int head_dim, float scale,
-                       float* out, float* scratch) {
+                       float* out, float* scratch, const void* next) {
+  const size_t row_bytes = size_t(head_dim) * sizeof_type(T);
   float* scores = scratch;
   float top = -INFINITY, total = 0;
   for (int d = 0; d < head_dim; d++) out[d] = 0;
@@ -19,9 +26,7 @@ inline void attend_one(const float* q, const void* keys, const void* values, int
     float block_top = -INFINITY;
     int s = 0;
     for (; s + 4 <= count; s += 4) {
-      // The values of these keys are needed soon, and a short cache ends before the hardware notices what is read.
-      const char* ahead = (const char*)values + size_t(start + s) * head_dim * sizeof_type(T);
-      for (int i = 0; i < 4 * head_dim * sizeof_type(T); i += 64) __builtin_prefetch(ahead + i);
+      fetch_ahead((const char*)values + size_t(start + s) * row_bytes, 4 * row_bytes);
       vf dot[4] = {};
       float rest[4] = {};
       int d = 0;
@@ -51,13 +56,17 @@ inline void attend_one(const float* q, const void* keys, const void* values, int
     for (s = 0; s + W <= count; s += W) store(scores + s, vexp(load(scores + s) - top));
     for (; s < count; s++) scores[s] = exp_one(scores[s] - top);
     for (s = 0; s < count; s++) total += scores[s];
+    const bool last = start + kKeyBlock >= visible;
+    const char* keys_ahead = last ? (const char*)next : (const char*)keys + size_t(start + kKeyBlock) * row_bytes;
     int d = 0;
     for (; d + 4 * W <= head_dim; d += 4 * W) {
       vf sums[4];
       for (int j = 0; j < 4; j++) sums[j] = load(out + d + j * W);
-      for (s = 0; s < count; s++)
+      for (s = 0; s < count; s++) {
+        if (d == 0 && keys_ahead) fetch_ahead(keys_ahead + s * row_bytes, row_bytes);
         for (int j = 0; j < 4; j++)
           sums[j] += load_as<T>(values, size_t(start + s) * head_dim + d + j * W) * scores[s];
+      }
       for (int j = 0; j < 4; j++) store(out + d + j * W, sums[j]);
     }
     for (; d + W <= head_dim; d += W) {
@@ -202,21 +211,21 @@ inline void attend_block(const float* q, int queries, int ld, const void* keys, 
 
 template <Type T>
 inline void attend_type(const float* q, int queries, int ld, const void* keys, const void* values, int first,
-                        int head_dim, float scale, float* out, float* scratch) {
+                        int head_dim, float scale, float* out, float* scratch, const void* next) {
   if (queries == 1)
-    attend_one<T>(q, keys, values, first, head_dim, scale, out, scratch);
+    attend_one<T>(q, keys, values, first, head_dim, scale, out, scratch, next);
   else
     attend_block<T>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
 }
 
 inline void attention(const float* q, int queries, int ld, const void* keys, const void* values, Type cache, int first,
-                      int head_dim, float scale, float* out, float* scratch) {
+                      int head_dim, float scale, float* out, float* scratch, const void* next) {
   if (cache == Type::kF32)
-    attend_type<Type::kF32>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
+    attend_type<Type::kF32>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
   else if (cache == Type::kBF16)
-    attend_type<Type::kBF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
+    attend_type<Type::kBF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
   else
-    attend_type<Type::kF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
+    attend_type<Type::kF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
 }
 
 }  // namespace

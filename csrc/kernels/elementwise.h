@@ -92,11 +92,12 @@ inline uint64_t read(const uint8_t* data, size_t n) {
 inline void store_as(const float* x, int n, Type type, void* out) {
   if (type == Type::kF32) {
     std::memcpy(out, x, size_t(n) * 4);
-  } else if (type == Type::kBF16) {
-    for (int i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(x[i]);
-  } else {
-    for (int i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_half(x[i]);
+    return;
   }
+  uint16_t* half = (uint16_t*)out;
+  int i = 0;
+  for (; i + W <= n; i += W) type == Type::kBF16 ? store_bf16(half + i, load(x + i)) : store_f16(half + i, load(x + i));
+  for (; i < n; i++) half[i] = type == Type::kBF16 ? float_to_bf16(x[i]) : float_to_half(x[i]);
 }
 
 inline void load_from(const void* x, int n, Type type, float* out) {
@@ -134,6 +135,17 @@ inline void quantize(const float* x, int columns, int zero, ActivationBlock* out
     _mm_storeu_si128((__m128i*)out->q, _mm512_cvtsepi32_epi8(low));
     _mm_storeu_si128((__m128i*)(out->q + 16), _mm512_cvtsepi32_epi8(high));
     total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+#elif defined(__AVX2__)
+    __m256i q[4], sums = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      q[i] = _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8 * i) * inverse);
+      sums = _mm256_add_epi32(sums, q[i]);
+    }
+    // Packing works within halves of 128 bits, so words of four bytes have to be put in order.
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)out->q, _mm256_permutevar8x32_epi32(packed, order));
+    for (int i = 0; i < 8; i++) total += ((vi)sums)[i];
 #else
     for (int i = 0; i < kBlock; i++) {
       int q = int(std::nearbyint(x[i] * inverse));

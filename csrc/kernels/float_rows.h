@@ -54,7 +54,7 @@ inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, con
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const uint8_t* row = weight + r * row_bytes;
-      __builtin_prefetch(row + kRows * row_bytes + size_t(i) * kElement);
+      __builtin_prefetch(row + kRows * row_bytes + size_t(i) * kElement, 0, 2);
 #pragma GCC unroll 8
       for (int j = 0; j < kStep; j += W) total[r] += load_as<T>(row, i + j) * load(x + i + j);
     }

@@ -11,12 +11,11 @@ namespace olmoe {
 namespace {
 
 #if defined(__AVX2__)
-// Fetch block `b` of the group `ahead` bytes further on into the second cache. Where few tokens make memory what counts,
-// the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of each group.
-template <Type T>
-OLMOE_INLINE void fetch(const uint8_t* codes, const uint8_t* scales, int b, ptrdiff_t ahead) {
-  for (int line = 0; line < code_bytes(T); line += 64) _mm_prefetch((const char*)(codes + ahead + line), _MM_HINT_T1);
-  if (b % 2 == 0) _mm_prefetch((const char*)(scales + ahead), _MM_HINT_T1);  // of two blocks
+// Fetch some bytes into the second cache. Where few tokens make memory what counts, the hardware's own prefetching is too
+// late: it stops at the ends of pages and at the scales of each group. So while a thread reads some groups, it fetches
+// those that it reads next, in one stream from end to end, block by block the part that takes as long.
+OLMOE_INLINE void fetch(const uint8_t* place, int bytes) {
+  for (int line = 0; line < bytes; line += 64) _mm_prefetch((const char*)(place + line), _MM_HINT_T1);
 }
 #endif
 
@@ -109,13 +108,13 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
     for (int g = 0; g < GROUPS; g++) total[g][t] = _mm512_setzero_ps();
   }
   for (int b = 0; b < blocks; b++) {
+    fetch(group + ahead + size_t(b) * GROUPS * (kBytes + 2 * kGroup), GROUPS * (kBytes + 2 * kGroup));
     int32_t q[TOKENS][8];
     for (int t = 0; t < TOKENS; t++) std::memcpy(q[t], a[t][b].q, sizeof q[t]);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
-      fetch<T>(codes, scales, b, ahead);
       __m512i even[TOKENS], odd[TOKENS];
       for (int t = 0; t < TOKENS; t++) even[t] = _mm512_set1_epi32(a[t][b].correction), odd[t] = _mm512_setzero_si512();
       for (int j = 0; j < 4; j++) {
@@ -202,7 +201,7 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
   for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps(), a[t] = x[t].blocks;
   for (int b = 0; b < blocks; b++) {
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + b * 2 * kGroup)));
-    if (ahead) fetch<T>(codes + size_t(b) * kBytes, scales + b * 2 * kGroup, b, ahead);
+    if (ahead) fetch(codes + ahead + size_t(b) * (kBytes + 2 * kGroup), kBytes + 2 * kGroup);
     if constexpr (T != Type::kQ8) {
       __m256i w[8];
       for (int j = 0; j < 4; j++) unpack<T>(codes + size_t(b) * kBytes, half, j, w[j], w[4 + j]);
@@ -251,6 +250,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
   __m256 total[GROUPS][2];
   for (int g = 0; g < GROUPS; g++) total[g][0] = total[g][1] = _mm256_setzero_ps();
   for (int b = 0; b < blocks; b++) {
+    fetch(group + ahead + size_t(b) * GROUPS * (kBytes + 2 * kGroup), GROUPS * (kBytes + 2 * kGroup));
     const __m256 d = _mm256_set1_ps(a[b].d);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++)
@@ -259,7 +259,6 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
         const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
         const uint8_t* scales =
             group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
-        if (half == 0) fetch<T>(codes, scales, b, ahead);
         __m256i s;
         if constexpr (T != Type::kQ8) {
           __m256i s0 = _mm256_setzero_si256(), s1 = _mm256_setzero_si256();

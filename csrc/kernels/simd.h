@@ -127,6 +127,23 @@ inline float bf16_to_float(uint16_t h) {
   return f;
 }
 
+// As float_to_half and float_to_bf16, W at a time.
+OLMOE_INLINE void store_f16(uint16_t* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int i = 0; i < W; i++) p[i] = float_to_half(v[i]);
+#endif
+}
+OLMOE_INLINE void store_bf16(uint16_t* p, vf v) {
+  const vi bits = (vi)v;
+  const vi rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  const vh h = __builtin_convertvector((v == v ? rounded : quiet) >> 16, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
 template <Type T>
 OLMOE_INLINE vf load_as(const void* p, size_t i) {
   if constexpr (T == Type::kF32) return load((const float*)p + i);

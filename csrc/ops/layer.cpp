@@ -6,19 +6,20 @@
 namespace olmoe {
 namespace {
 
-// QK-norm over the whole width, then clipping, then the rotation of each head.
-void finish_heads(const LayerWeights& w, float* x, const float* norm, int heads, const float* cos, const float* sin,
-                  int tokens) {
-  const Kernels& k = kernels();
-  const int width = heads * w.head_dim, half = w.head_dim / 2;
-  pool().run(tokens, 8, [&](int begin, int end, int) {
-    for (int t = begin; t < end; t++) {
-      float* row = x + size_t(t) * width;
-      k.rms_norm(row, norm, w.eps, width, row);
+// QK-norm over the whole width, then clipping, then the rotation of each head; of queries and of keys.
+void finish_heads(const LayerWeights& w, float* q, float* k, const float* cos, const float* sin, int tokens) {
+  const Kernels& kernel = kernels();
+  const int half = w.head_dim / 2;
+  pool().run(2 * tokens, std::min(tokens, 8), [&](int begin, int end, int) {
+    for (int i = begin; i < end; i++) {
+      const bool queries = i < tokens;
+      const int t = queries ? i : i - tokens, heads = queries ? w.heads : w.kv_heads, width = heads * w.head_dim;
+      float* row = (queries ? q : k) + size_t(t) * width;
+      kernel.rms_norm(row, queries ? w.q_norm : w.k_norm, w.eps, width, row);
       if (w.clip_qkv > 0)
-        for (int i = 0; i < width; i++) row[i] = std::clamp(row[i], -w.clip_qkv, w.clip_qkv);
+        for (int j = 0; j < width; j++) row[j] = std::clamp(row[j], -w.clip_qkv, w.clip_qkv);
       for (int h = 0; h < heads; h++)
-        k.rope(row + h * w.head_dim, cos + size_t(t) * half, sin + size_t(t) * half, w.head_dim);
+        kernel.rope(row + h * w.head_dim, cos + size_t(t) * half, sin + size_t(t) * half, w.head_dim);
     }
   });
 }
@@ -47,8 +48,7 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
       linear({product}, inputs);
     }
   }
-  finish_heads(w, q, w.q_norm, w.heads, cos, sin, tokens);
-  finish_heads(w, k, w.k_norm, w.kv_heads, cos, sin, tokens);
+  finish_heads(w, q, k, cos, sin, tokens);
   if (w.clip_qkv > 0)
     for (size_t i = 0; i < size_t(tokens) * kv_width; i++) v[i] = std::clamp(v[i], -w.clip_qkv, w.clip_qkv);
 }

@@ -12,6 +12,7 @@ and against the file before anything is mapped.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -63,10 +64,19 @@ class TensorFile:
             with path.open("rb") as file:
                 self.entries, self.metadata = read_header(file, path)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._ask_for_large_pages()
         except FileNotFoundError:
             raise CheckpointError(f"There is no file {path}; check that the checkpoint folder is complete.") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file.") from None
+
+    def _ask_for_large_pages(self) -> None:
+        """Let what is read from disk come in pages of 2 MB: weights are read a tenth faster (docs/journal.md).
+
+        Which pages the system's cache holds is decided when a file is first read. Some systems refuse.
+        """
+        with contextlib.suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def tensor(self, name: str) -> Tensor:
         """A view of one tensor. A copy only where the file, written by others, starts it at an odd place."""
