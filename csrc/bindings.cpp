@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <numeric>
+
 #include "ops/layer.h"
 #include "watch.h"
 
@@ -32,6 +34,7 @@ Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool
 
 NB_MODULE(_kernels, m) {
   m.def("unchanged", &unchanged);
+  m.def("layout", &layout);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* name : isas()) names.emplace_back(name);
@@ -135,13 +138,17 @@ NB_MODULE(_kernels, m) {
           [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
              const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths, const std::vector<Address>& keys,
              const std::vector<Address>& values, int type, int64_t capacity, Address y, Address logits, Address weights,
-             Address ids) {
+             Address ids, Address norm, float eps) {
             Running running;
             std::vector<Cache> caches;
             for (size_t i = 0; i < stack.size(); i++)
               caches.push_back({at<uint8_t>(keys.at(i)), at<uint8_t>(values.at(i)), Type(type), capacity});
             layers(stack, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
                    lengths.data(), caches, at<float>(y), at<float>(logits), at<float>(weights), at<int64_t>(ids));
+            if (norm) {
+              const size_t total = std::accumulate(tokens.begin(), tokens.end(), size_t(0));
+              rms_norm(at<float>(y), at<float>(norm), eps, int(total), stack.at(0)->hidden, at<float>(y));
+            }
           })
       .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
                                   Address logits, Address weights, Address ids) {

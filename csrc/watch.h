@@ -12,4 +12,8 @@ bool unchanged(const nanobind::list& dicts, const nanobind::list& keys, const na
                const nanobind::list& objects, const nanobind::list& types, const nanobind::list& counted,
                const nanobind::list& counts);
 
+// Where tensors lie, their dtypes, shapes and strides, as bytes to compare; None where one of them cannot be described.
+// `api` is the capsule of DLPack's C exchange API, which the type of all of the tensors offers.
+nanobind::object layout(const nanobind::capsule& api, const nanobind::list& tensors);
+
 }  // namespace olmoe

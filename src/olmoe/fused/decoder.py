@@ -87,10 +87,8 @@ class FusedDecoder(Decoder):
         if min(ids) < 0 or max(ids) >= whole.vocab_size:
             raise IndexError(f"ids from {min(ids)} to {max(ids)} are not all below {whole.vocab_size}")
         whole.refresh()
-        y, routers = _call(
-            first, whole.kernels, whole.embed(input_ids), whole.angles(positions, max(places), length), caches
-        )
-        return Output(whole.norm(y), routers)
+        x, angles = whole.embed(input_ids), whole.angles(positions, max(places), length)
+        return Output(*_call(first, whole.kernels, x, angles, caches, whole.norm))
 
     def _prepared_whole(self, rows: int) -> PreparedDecoder | None:
         """The kernels' view of all of this decoder as it is now; None where they do not fit it, or so many rows."""
@@ -145,9 +143,17 @@ def all_layers(
 
 
 def _call(
-    first: PreparedLayer, stack: list[Any], x_ND: Tensor, rope: tuple[Tensor, Tensor], caches: CachedLayers
+    first: PreparedLayer,
+    stack: list[Any],
+    x_ND: Tensor,
+    rope: tuple[Tensor, Tensor],
+    caches: CachedLayers,
+    norm: tuple[int, float] = (0, 0.0),
 ) -> tuple[Tensor, StackedRouters]:
-    """The one call, on contiguous fp32: x (N, D), cos, sin (N, Dh/2) -> (N, D) and what each router decided."""
+    """The one call, on contiguous fp32: x (N, D), cos, sin (N, Dh/2) -> (N, D) and what each router decided.
+
+    `norm`: address of the weight and epsilon of a norm for what comes out.
+    """
     n, count = len(x_ND), len(stack)
     y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
     weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
@@ -166,6 +172,7 @@ def _call(
         logits.data_ptr(),
         weights.data_ptr(),
         ids.data_ptr(),
+        *norm,
     )
     return y, StackedRouters(logits, weights, ids)
 

@@ -40,6 +40,7 @@ class PreparedDecoder:
             self.watch.module(layer)
             if (prepared := vars(layer).get("_prepared")) is not None:
                 self.watch.include(prepared.watch)
+        self.watch.complete()
         self.layers = layers if layers and _fits(decoder, layers) else []
         if not self.layers:
             return
@@ -47,10 +48,14 @@ class PreparedDecoder:
         self._decoder = decoder
         self.vocab_size = embedding.num_embeddings
         self._embedding = kernel_matrix(embedding, "weight", torch.float32)
-        self._norm, self._eps = norm.weight.detach(), norm.eps
+        self._norm_weight = norm.weight.detach()
+        self.norm = self._norm_weight.data_ptr(), norm.eps  # the final norm, as the kernels take it
         self.kernels = [layer.kernel for layer in layers]
         self._copied = [layer for layer in layers if layer.copied]
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._angles: tuple[
+            Tensor, ...
+        ] = ()  # cosines and sines of the first positions, and the kernels' views of them
+        self._tables: list[Any] = []
 
     def still(self) -> bool:
         """Whether the decoder is what it was."""
@@ -76,25 +81,17 @@ class PreparedDecoder:
         if rotary.rope.rope_type == "dynamic":
             cos, sin = rotary(positions_N, length)
             return cos.contiguous(), sin.contiguous()
-        if self._angles is None or last >= len(self._angles[0]):
+        if not self._angles or last >= len(self._angles[0]):
             count = _FIRST_POSITIONS
             while count <= last:
                 count *= 2
-            cos, sin = rotary(torch.arange(count))
-            self._angles = cos.contiguous(), sin.contiguous()
-        found = torch.empty(2, len(positions_N), self._angles[0].shape[1])
-        for table, rows in zip(self._angles, found, strict=True):
-            matrix = extension.float_matrix(table)
-            extension.kernels().embed(matrix, positions_N.data_ptr(), len(positions_N), rows.data_ptr())
-        return found[0], found[1]
-
-    def norm(self, x_ND: Tensor) -> Tensor:
-        """The final norm: contiguous (N, D) -> (N, D)."""
-        out = torch.empty(x_ND.shape)
-        extension.kernels().rms_norm(
-            x_ND.data_ptr(), self._norm.data_ptr(), self._eps, len(x_ND), x_ND.shape[1], out.data_ptr()
-        )
-        return out
+            self._angles = tuple(t.contiguous() for t in rotary(torch.arange(count)))
+            self._tables = list(map(extension.float_matrix, self._angles))
+        n, half, call = len(positions_N), self._angles[0].shape[1], extension.kernels()
+        cos, sin = torch.empty(n, half), torch.empty(n, half)
+        call.embed(self._tables[0], positions_N.data_ptr(), n, cos.data_ptr())
+        call.embed(self._tables[1], positions_N.data_ptr(), n, sin.data_ptr())
+        return cos, sin
 
 
 def _fits(decoder: Decoder, layers: list[PreparedLayer]) -> bool:

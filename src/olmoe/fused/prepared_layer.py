@@ -57,6 +57,7 @@ class PreparedLayer:
                 if owner is not None and module is not None:
                     self.watch.child(owner, name)
                     self.watch.module(module, _SETTINGS)
+        self.watch.complete()
 
     def form(self) -> tuple[object, ...]:
         """What layers of one stack must have alike."""

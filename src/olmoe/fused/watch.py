@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from olmoe.ops.cpu import extension
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others have no part in inference
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -22,7 +22,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Watch:
-    """Remembers modules as they are; `still` says whether they are that yet.
+    """Remembers modules as they are, until it is `complete`; `still` says whether they are that yet.
 
     Everything lies in lists of Python's, through which its garbage collector finds the way back to the modules.
     """
@@ -36,7 +36,7 @@ class Watch:
         self._counted: list[dict[Any, Any]] = []  # attributes and hooks, with their number
         self._counts: list[int] = []
         self.parameters: list[Tensor] = []
-        self._layout: list[tuple[object, ...]] = []
+        self._layout: object = None  # of all parameters
 
     def child(self, owner: nn.Module, name: str) -> None:
         """Watch which module `owner` has under `name`."""
@@ -57,19 +57,23 @@ class Watch:
             self._entry(module._parameters, name)
             if parameter is not None:
                 self.parameters.append(parameter)
-                self._layout.append(_layout(parameter))
 
     def include(self, other: Watch) -> None:
         """Watch all that `other` does as well."""
         for name, mine in vars(self).items():
-            mine.extend(getattr(other, name))
+            if isinstance(mine, list):
+                mine.extend(getattr(other, name))
+
+    def complete(self) -> None:
+        """Called once, when all is watched: where the parameters lie from now on."""
+        self._layout = _layout(self.parameters)
 
     def still(self) -> bool:
-        """Whether nothing changed."""
+        """Whether nothing changed since `complete`."""
         same: bool = extension.kernels().unchanged(
             self._dicts, self._names, self._values, self._modules, self._types, self._counted, self._counts
         )
-        return same and list(map(_layout, self.parameters)) == self._layout
+        return same and _layout(self.parameters) == self._layout
 
     def _entry(self, where: dict[str, Any], name: str) -> None:
         self._dicts.append(where)
@@ -77,8 +81,10 @@ class Watch:
         self._values.append(where[name])
 
 
-def _layout(p: Tensor) -> tuple[object, ...]:
-    """Where and how a parameter lies: an assignment of `data` changes neither the parameter nor its version, and an
+def _layout(parameters: list[Tensor]) -> object:
+    """Where and how parameters lie: an assignment of `data` changes neither the parameter nor its version, and an
     address may be used again, for values of another dtype or for a part of the old ones.
     """  # fmt: skip
-    return p.data_ptr(), p.dtype, p.shape, p.is_contiguous()
+    described = extension.kernels().layout(Tensor.__dlpack_c_exchange_api__, parameters)
+    # Distributed and fake tensors, and some subclasses, cannot be described.
+    return described or [(p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in parameters]
