@@ -10,6 +10,7 @@
 #include "watch.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace olmoe;
 
 namespace {
@@ -48,7 +49,9 @@ NB_MODULE(_kernels, m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__", [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
         new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
-      });
+      })
+      .def_ro("rows", &Matrix::rows)
+      .def_ro("columns", &Matrix::columns);
 
   m.def("rms_norm", [](Address x, Address weight, float eps, int tokens, int d, Address out) {
     Running running;
@@ -138,18 +141,23 @@ NB_MODULE(_kernels, m) {
           [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
              const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths, const std::vector<Address>& keys,
              const std::vector<Address>& values, int type, int64_t capacity, Address y, Address logits, Address weights,
-             Address ids, Address norm, float eps) {
+             Address ids, Address norm, float eps, const Matrix* head, Address scores) {
             Running running;
             std::vector<Cache> caches;
             for (size_t i = 0; i < stack.size(); i++)
               caches.push_back({at<uint8_t>(keys.at(i)), at<uint8_t>(values.at(i)), Type(type), capacity});
             layers(stack, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
                    lengths.data(), caches, at<float>(y), at<float>(logits), at<float>(weights), at<int64_t>(ids));
-            if (norm) {
-              const size_t total = std::accumulate(tokens.begin(), tokens.end(), size_t(0));
-              rms_norm(at<float>(y), at<float>(norm), eps, int(total), stack.at(0)->hidden, at<float>(y));
-            }
-          })
+            const int total = int(std::accumulate(tokens.begin(), tokens.end(), int64_t(0)));
+            const int hidden = stack.at(0)->hidden;
+            if (norm) rms_norm(at<float>(y), at<float>(norm), eps, total, hidden, at<float>(y));
+            if (!head) return;
+            static thread_local Activations inputs;
+            inputs.set(*head, at<float>(y), total, hidden, pool());
+            linear(*head, inputs, nullptr, nullptr, at<float>(scores), head->rows);
+          },
+          "stack"_a, "x"_a, "cos"_a, "sin"_a, "tokens"_a, "lengths"_a, "keys"_a, "values"_a, "type"_a, "capacity"_a,
+          "y"_a, "logits"_a, "weights"_a, "ids"_a, "norm"_a, "eps"_a, "head"_a.none(), "scores"_a)
       .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
                                   Address logits, Address weights, Address ids) {
         Running running;

@@ -283,6 +283,10 @@ class CausalLM(nn.Module):
         """hidden (..., D) -> (..., V)."""
         return self.lm_head(hidden)
 
+    def step(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Tensor:
+        """The logits (..., V) of all positions and nothing else: a step of decoding. Arguments as for `forward`."""
+        return self.logits(self(input_ids, positions, attend, length).hidden)
+
 
 def initialize(model: CausalLM, seed: int) -> None:
     """Fill the weights as OLMoE's training did: every matrix truncated normal (3 sigma), norms 1, biases 0.

@@ -240,8 +240,7 @@ class Runner:
         started = time.perf_counter()
         positions = torch.tensor(cache.lengths)
         cache.start_decode()
-        hidden = self.model(ids, positions, cache.attend_decode, positions + 1).hidden
-        self.model.logits(hidden).argmax(-1).tolist()
+        self.model.step(ids, positions, cache.attend_decode, positions + 1).argmax(-1).tolist()
         seconds = time.perf_counter() - started
         cache.advance([1] * batch)
         return seconds

@@ -192,9 +192,9 @@ class LLM:
         positions_B = torch.tensor(cache.lengths, device=self.device)
         cache.start_decode()
         ids_B = torch.tensor(token_ids, device=self.device)
-        hidden_BD = self.model(ids_B, positions_B, cache.attend_decode, positions_B + 1).hidden
+        logits_BV = self.model.step(ids_B, positions_B, cache.attend_decode, positions_B + 1)
         cache.advance([1] * len(token_ids))
-        return self.model.logits(hidden_BD)
+        return logits_BV
 
     # ---- checking what the caller gave ----
 

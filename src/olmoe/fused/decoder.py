@@ -58,8 +58,8 @@ class FusedDecoder(Decoder):
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Output:
         """See `Decoder.forward`."""
         caches = getattr(attend, "all_cached", None)
-        step = None if caches is None else self._step(input_ids, positions, caches, length)
-        return super().forward(input_ids, positions, attend, length) if step is None else step
+        step = None if caches is None else self.step(input_ids, positions, caches, length)
+        return super().forward(input_ids, positions, attend, length) if step is None else Output(*step[:2])
 
     def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Sequence[RouterOutput]]:
         """See `Decoder.blocks`."""
@@ -72,13 +72,19 @@ class FusedDecoder(Decoder):
         )
         return whole or super().blocks(x, rope, attend)
 
-    def _step(self, input_ids: Tensor, positions: Tensor, caches: CachedLayers, length: Tensor | None) -> Output | None:
-        """`forward` with as little as possible around the one call; None, and nothing done, where it does not fit."""
+    def step(
+        self, input_ids: Tensor, positions: Tensor, caches: CachedLayers, length: Tensor | None, head: Any = None
+    ) -> tuple[Tensor, Sequence[RouterOutput], Tensor] | None:
+        """`forward` with as little as possible around the one call; None, and nothing done, where it does not fit.
+
+        ids and positions (N,) -> hidden states (N, D), what each router decided, and products with the kernels' matrix
+        `head` (R, D): (N, R), with no rows if there is none.
+        """
         n = input_ids.numel()
         if not 0 < n <= STEP_ROWS or not _plain_ids(input_ids, positions) or _has_any_global_hook():
             return None
         whole = self._prepared_whole(n)
-        if whole is None:
+        if whole is None or (head is not None and head.columns != whole.layers[0].hidden):
             return None
         first = whole.layers[0]
         ids, places = input_ids.tolist(), positions.tolist()
@@ -88,7 +94,7 @@ class FusedDecoder(Decoder):
             raise IndexError(f"ids from {min(ids)} to {max(ids)} are not all below {whole.vocab_size}")
         whole.refresh()
         x, angles = whole.embed(input_ids), whole.angles(positions, max(places), length)
-        return Output(*_call(first, whole.kernels, x, angles, caches, whole.norm))
+        return _call(first, whole.kernels, x, angles, caches, whole.norm, head)
 
     def _prepared_whole(self, rows: int) -> PreparedDecoder | None:
         """The kernels' view of all of this decoder as it is now; None where they do not fit it, or so many rows."""
@@ -138,7 +144,7 @@ def all_layers(
     assert fit
     for prepared in stack:
         prepared.refresh()
-    y, routers = _call(first, [prepared.kernel for prepared in stack], rows_ND, (cos, sin), caches)
+    y, routers, _ = _call(first, [prepared.kernel for prepared in stack], rows_ND, (cos, sin), caches)
     return y.to(x.dtype).view(x.shape), routers
 
 
@@ -149,14 +155,16 @@ def _call(
     rope: tuple[Tensor, Tensor],
     caches: CachedLayers,
     norm: tuple[int, float] = (0, 0.0),
-) -> tuple[Tensor, StackedRouters]:
-    """The one call, on contiguous fp32: x (N, D), cos, sin (N, Dh/2) -> (N, D) and what each router decided.
+    head: Any = None,
+) -> tuple[Tensor, StackedRouters, Tensor]:
+    """The one call, on contiguous fp32: x (N, D), cos, sin (N, Dh/2); see `FusedDecoder.step` for what it gives.
 
-    `norm`: address of the weight and epsilon of a norm for what comes out.
+    `norm`: address of the weight and epsilon of a norm for what comes out of the layers; 0 for none.
     """
     n, count = len(x_ND), len(stack)
     y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
     weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
+    scores = torch.empty(n, 0 if head is None else head.rows)
     extension.kernels().Layer.forward_all(
         stack,
         x_ND.data_ptr(),
@@ -173,8 +181,10 @@ def _call(
         weights.data_ptr(),
         ids.data_ptr(),
         *norm,
+        head,
+        scores.data_ptr(),
     )
-    return y, StackedRouters(logits, weights, ids)
+    return y, StackedRouters(logits, weights, ids), scores
 
 
 def _alone(layer: Any, kind: type) -> bool:

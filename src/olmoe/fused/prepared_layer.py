@@ -124,14 +124,14 @@ def _unfit(layer: DecoderLayer) -> str | None:
             if format.name not in extension.PACKED_TYPES:
                 return f"matrices in the format {format.name}"
     d, width, e = layer.input_layernorm.weight.numel(), attention.k_norm.weight.numel(), router.weight.shape[0]
-    f = _shape(moe, "down_proj")[-1]
+    f = matrix_shape(moe, "down_proj")[-1]
     shapes = {
         "self_attn.q_proj": (d, d), "self_attn.k_proj": (width, d), "self_attn.v_proj": (width, d),
         "self_attn.o_proj": (d, d), "self_attn.q_norm": (d,), "self_attn.k_norm": (width,),
         "post_attention_layernorm": (d,), "mlp.gate": (e, d),
     }  # fmt: skip
-    fits = all(_shape(layer.get_submodule(name), "weight") == shape for name, shape in shapes.items())
-    fits &= _shape(moe, "gate_up_proj") == (e, 2 * f, d) and _shape(moe, "down_proj") == (e, d, f)
+    fits = all(matrix_shape(layer.get_submodule(name), "weight") == shape for name, shape in shapes.items())
+    fits &= matrix_shape(moe, "gate_up_proj") == (e, 2 * f, d) and matrix_shape(moe, "down_proj") == (e, d, f)
     for name, rows in zip(_PROJECTIONS, (d, width, width, d), strict=True):
         bias = getattr(attention, name).bias
         fits &= bias is None or bias.shape == (rows,)
@@ -170,12 +170,12 @@ def prepare(layer: DecoderLayer) -> PreparedLayer:
         kernel_matrix(moe, "gate_up_proj", prepared.dtype),
         kernel_matrix(moe, "down_proj", prepared.dtype),
         prepared.experts,
-        _shape(moe, "down_proj")[-1],
+        matrix_shape(moe, "down_proj")[-1],
     )
     return prepared
 
 
-def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+def matrix_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of a matrix, or stack of matrices, of a plain or packed module, or of a vector."""
     shapes = getattr(module, "shapes", {})
     weight = getattr(module, name)
