@@ -1,7 +1,7 @@
 """Run the tests of the C++ kernels with sanitizers: `make sanitize`.
 
 Builds the extension module with the address and undefined-behaviour sanitizers in build/sanitize, and runs
-tests/ops/cpu and tests/test_fused*.py with it in the place of the installed one. Also builds and runs the thread
+tests/ops/cpu and tests/fused with it in the place of the installed one. Also builds and runs the thread
 pool's own test (csrc/tests/threads.cpp) with the thread sanitizer. Needs GCC, CMake and nanobind.
 
 Arguments after the script's name are given to pytest. As a pytest plugin (`-p sanitize`) this file loads the module
@@ -79,10 +79,7 @@ def main() -> None:
     """Build, then run everything."""
     module = build()
     check_threads()
-    tests = sys.argv[1:] or [
-        "tests/ops/cpu",
-        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_fused*.py")),
-    ]
+    tests = sys.argv[1:] or ["tests/ops/cpu", "tests/fused"]
     run(
         sys.executable, "-m", "pytest", "-p", "sanitize", *tests,
         # libstdc++ too: the address sanitizer must find its exceptions when it starts.

@@ -8,44 +8,21 @@ import pytest
 import torch
 
 from conftest import make_model
+from kernel_calls import watched
 from olmoe import checkpoint, fused
 from olmoe.engine.kv_cache import KVCache
 from olmoe.fused import STEP_ROWS, FusedDecoder
 from olmoe.model import Decoder
 from olmoe.ops import cpu
-from olmoe.ops.cpu import extension
 from packed_folders import packed_folder
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
 
 
-class Spy:
-    """The compiled module, or something in it, noting how many layers each whole step had."""
-
-    def __init__(self, real, counts):
-        self._real, self._counts = real, counts
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def __call__(self, *arguments):
-        return self._real(*arguments)
-
-    @property
-    def Layer(self):  # noqa: N802
-        return Spy(self._real.Layer, self._counts)
-
-    def forward_all(self, stack, *rest):
-        self._counts.append(len(stack))
-        return self._real.forward_all(stack, *rest)
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers each call for a whole step computed."""
-    counts, real = [], extension.kernels
-    monkeypatch.setattr(extension, "kernels", lambda: Spy(real(), counts))
-    return counts
+    """The arguments of each call for a whole step."""
+    return watched(monkeypatch)
 
 
 @pytest.fixture
@@ -111,7 +88,7 @@ def test_plain(changes, lengths, calls):
     network = make_model(**changes)
     both(network, lengths, 1e-5)
     layers = network.config.num_hidden_layers
-    assert calls == [layers] * 4  # the short prompt, too
+    assert [len(stack) for stack, *_ in calls] == [layers] * 4  # the short prompt, too
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
@@ -121,7 +98,7 @@ def test_packed(recipe, cache_dtype, calls, tmp_path):
     network = checkpoint.load(packed_folder(tmp_path / "m", recipe, hidden_size=64, intermediate_size=32))
     fused.fuse(network)
     whole = steps(network, [4, 6], cache_dtype=cache_dtype)
-    assert calls == [network.config.num_hidden_layers] * 4
+    assert [len(stack) for stack, *_ in calls] == [network.config.num_hidden_layers] * 4
     network.model.__class__ = Decoder
     one_by_one = steps(network, [4, 6], cache_dtype=cache_dtype)
     assert len(calls) == 4
@@ -171,7 +148,7 @@ def test_long_prompts_can_be_interrupted_between_layers(calls):
     steps(network, [STEP_ROWS + 1], count=0)
     assert calls == []
     steps(network, [STEP_ROWS], count=0)
-    assert calls == [network.config.num_hidden_layers]
+    assert [len(stack) for stack, *_ in calls] == [network.config.num_hidden_layers]
 
 
 def test_threads_do_not_change_a_bit(set_threads):
