@@ -11,11 +11,16 @@ namespace olmoe {
 namespace {
 
 #if defined(__AVX2__)
-// Fetch some bytes into the second cache. Where few tokens make memory what counts, the hardware's own prefetching is too
-// late: it stops at the ends of pages and at the scales of each group. So while a thread reads some groups, it fetches
-// those that it reads next, in one stream from end to end, block by block the part that takes as long.
-OLMOE_INLINE void fetch(const uint8_t* place, int bytes) {
-  for (int line = 0; line < bytes; line += 64) _mm_prefetch((const char*)(place + line), _MM_HINT_T1);
+// Fetch a part of `bytes` into the second cache, the lines of slot number `slot` of `slots`. Where few tokens make memory
+// what counts, the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of each group.
+// So while a thread reads some groups, it fetches those that it reads next, in one stream from end to end, block by
+// block the part that takes as long. Spread over the block's work, because the CPU drops some of many at once; `sum`, which
+// each seems to change, keeps the compiler from gathering them.
+template <typename Vector>
+OLMOE_INLINE void fetch(const uint8_t* place, int bytes, int slot, int slots, Vector& sum) {
+  const int lines = (bytes + 63) / 64;
+  for (int line = slot * lines / slots; line < (slot + 1) * lines / slots; line++)
+    asm volatile("prefetcht1 %1" : "+v"(sum) : "m"(place[64 * line]));
 }
 #endif
 
@@ -108,7 +113,8 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
     for (int g = 0; g < GROUPS; g++) total[g][t] = _mm512_setzero_ps();
   }
   for (int b = 0; b < blocks; b++) {
-    fetch(group + ahead + size_t(b) * GROUPS * (kBytes + 2 * kGroup), GROUPS * (kBytes + 2 * kGroup));
+    constexpr int kSoon = GROUPS * (kBytes + 2 * kGroup);
+    const uint8_t* soon = group + ahead + size_t(b) * kSoon;
     int32_t q[TOKENS][8];
     for (int t = 0; t < TOKENS; t++) std::memcpy(q[t], a[t][b].q, sizeof q[t]);
 #pragma GCC unroll 4
@@ -117,7 +123,9 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
       const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup;
       __m512i even[TOKENS], odd[TOKENS];
       for (int t = 0; t < TOKENS; t++) even[t] = _mm512_set1_epi32(a[t][b].correction), odd[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
+        fetch(soon, kSoon, 4 * g + j, 4 * GROUPS, even[0]);
         __m512i low, high;
         if constexpr (T != Type::kQ8) {
           unpack<T>(codes, j, low, high);
@@ -201,7 +209,7 @@ OLMOE_INLINE void packed_half(const uint8_t* codes, int blocks, int half, const 
   for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps(), a[t] = x[t].blocks;
   for (int b = 0; b < blocks; b++) {
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + b * 2 * kGroup)));
-    if (ahead) fetch(codes + ahead + size_t(b) * (kBytes + 2 * kGroup), kBytes + 2 * kGroup);
+    if (ahead) fetch(codes + ahead + size_t(b) * (kBytes + 2 * kGroup), kBytes + 2 * kGroup, 0, 1, total[0]);
     if constexpr (T != Type::kQ8) {
       __m256i w[8];
       for (int j = 0; j < 4; j++) unpack<T>(codes + size_t(b) * kBytes, half, j, w[j], w[4 + j]);
@@ -250,7 +258,8 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
   __m256 total[GROUPS][2];
   for (int g = 0; g < GROUPS; g++) total[g][0] = total[g][1] = _mm256_setzero_ps();
   for (int b = 0; b < blocks; b++) {
-    fetch(group + ahead + size_t(b) * GROUPS * (kBytes + 2 * kGroup), GROUPS * (kBytes + 2 * kGroup));
+    constexpr int kSoon = GROUPS * (kBytes + 2 * kGroup);
+    const uint8_t* soon = group + ahead + size_t(b) * kSoon;
     const __m256 d = _mm256_set1_ps(a[b].d);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++)
@@ -259,6 +268,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
         const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
         const uint8_t* scales =
             group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
+        fetch(soon, kSoon, 2 * g + half, 2 * GROUPS, total[g][half]);
         __m256i s;
         if constexpr (T != Type::kQ8) {
           __m256i s0 = _mm256_setzero_si256(), s1 = _mm256_setzero_si256();
