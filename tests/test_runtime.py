@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import logging
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from olmoe.runtime import (
     MAX_THREADS,
     _bf16_instructions,
     cpu_multiplies_bf16,
+    garbage_collection_paused,
     keep_freed_memory,
     log_once,
     resolve_device,
@@ -261,3 +264,18 @@ def test_a_system_that_refuses_large_pages_does_no_harm():
     block.fill_(7)
     assert int(block.sum()) == 7 * 2**21
     runtime.advise_large_pages(2**60, 2**22)  # nobody's memory
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was_after_a_pause(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with garbage_collection_paused():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+        with contextlib.suppress(ZeroDivisionError), garbage_collection_paused():
+            raise ZeroDivisionError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

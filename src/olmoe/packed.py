@@ -27,6 +27,7 @@ from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import BlockFormat, PackedEmbedding, PackedExperts, PackedLayout, PackedLinear, PackedModule
+from olmoe.runtime import garbage_collection_paused
 from olmoe.tensor_file import Entry, TensorFile, TensorWriter
 
 FILE_NAME = "model.safetensors"
@@ -61,10 +62,16 @@ def load(
     `dtype` is that of hidden states and products (None: fp32). `progress(done, total)` is called after each tensor.
     Raises `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files.
     """
+    with garbage_collection_paused():
+        return _load(folder, dtype or torch.float32, device, progress)
+
+
+def _load(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
+) -> CausalLM:
     config, layout = read_layout(folder)
     file = TensorFile(folder / FILE_NAME)
     model = check(config, layout, file.entries, file.path)
-    dtype = dtype or torch.float32
     set_compute_dtype(model, dtype)
     parameters = dict(model.named_parameters())
     for done, (name, parameter) in enumerate(parameters.items(), start=1):
