@@ -26,6 +26,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 #define OLMOE_INLINE inline __attribute__((always_inline))
@@ -138,8 +139,8 @@ OLMOE_INLINE void store_f16(uint16_t* p, vf v) {
 #endif
 }
 OLMOE_INLINE void store_bf16(uint16_t* p, vf v) {
-  const vi bits = (vi)v;
-  const vi rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  const vu bits = (vu)v;
+  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
   const vh h = __builtin_convertvector((v == v ? rounded : quiet) >> 16, vh);
   std::memcpy(p, &h, sizeof h);
 }
