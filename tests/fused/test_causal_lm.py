@@ -199,6 +199,21 @@ def test_ids_outside_the_vocabulary():
                 network.step(torch.tensor([wrong]), torch.tensor([1]), cache.attend_decode)
 
 
+def test_embeddings_that_were_replaced_by_fewer():
+    """The module's own count is still the old one, and would let a kernel read beyond the new weight."""
+    network = make_model()
+    fused.fuse(network)
+    embedding = network.model.embed_tokens
+    embedding.weight = nn.Parameter(embedding.weight.detach()[:5].clone())
+    assert embedding.num_embeddings > 5
+    cache = KVCache(network.config, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        network(torch.tensor([1]), torch.tensor([0]), cache.attend_prefill([1]))
+        cache.advance([1])
+        with pytest.raises(IndexError, match="5"):
+            network.step(torch.tensor([5]), torch.tensor([1]), cache.attend_decode)
+
+
 def test_copies_and_pickles_leave_the_kernels_views_behind(calls):
     network = make_model()
     fused.fuse(network)

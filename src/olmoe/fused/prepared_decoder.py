@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olmoe.fused.prepared_layer import PreparedLayer, kernel_matrix
+from olmoe.fused.prepared_layer import PreparedLayer, kernel_matrix, matrix_shape
 from olmoe.fused.watch import Watch, has_hooks
 from olmoe.model import Decoder, RMSNorm, RotaryEmbedding
 from olmoe.ops.cpu import extension
@@ -46,15 +46,16 @@ class PreparedDecoder:
             return
         embedding, norm = decoder.embed_tokens, decoder.norm
         self._decoder = decoder
-        self.vocab_size = embedding.num_embeddings
         self._embedding = kernel_matrix(embedding, "weight", torch.float32)
+        self.vocab_size: int = (
+            self._embedding.rows
+        )  # of the weight itself, which may be another than the module's first
         self._norm_weight = norm.weight.detach()
         self.norm = self._norm_weight.data_ptr(), norm.eps  # the final norm, as the kernels take it
         self.kernels = [layer.kernel for layer in layers]
         self._copied = [layer for layer in layers if layer.copied]
-        self._angles: tuple[
-            Tensor, ...
-        ] = ()  # cosines and sines of the first positions, and the kernels' views of them
+        # Cosines and sines of the first positions, and the kernels' views of them.
+        self._angles: tuple[Tensor, ...] = ()
         self._tables: list[Any] = []
 
     def still(self) -> bool:
@@ -116,5 +117,5 @@ def _fits(decoder: Decoder, layers: list[PreparedLayer]) -> bool:
     if any(not p.is_contiguous() or p.device.type != "cpu" for p in (norm.weight, embedding.weight)):
         return False
     hidden = layers[0].hidden
-    shapes = norm.weight.shape == (hidden,) and embedding.embedding_dim == hidden
+    shapes = norm.weight.shape == (hidden,) and matrix_shape(embedding, "weight")[1:] == (hidden,)
     return shapes and all(layer.kernel is not None and layer.form() == layers[0].form() for layer in layers)
