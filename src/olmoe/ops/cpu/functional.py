@@ -194,6 +194,21 @@ def run_moe(
     )
 
 
+def _places_fit(
+    shape: Sequence[int], counts: list[int], lengths: list[int], n: int, kv_heads: int, head_dim: int
+) -> bool:
+    """Whether a cache of `shape` has places for `n` tokens, `counts` of each sequence after `lengths` cached ones."""
+    batch, _, capacity, _ = shape
+    return (
+        tuple(shape) == (batch, kv_heads, capacity, head_dim)
+        and len(counts) == len(lengths) == batch
+        and sum(counts) == n
+        and min(counts) >= 0
+        and min(lengths) >= 0
+        and max(map(add, lengths, counts)) <= capacity
+    )
+
+
 class CachedTokens(NamedTuple):
     """A KV cache of B sequences, to which `counts` new tokens each are to be added after `lengths` that are there.
 
@@ -208,16 +223,12 @@ class CachedTokens(NamedTuple):
     def check(self, n: int, kv_heads: int, head_dim: int) -> None:
         """Assert that `n` new tokens have their places here."""
         keys, values, counts, lengths = self
-        batch, _, capacity, _ = keys.shape
-        assert keys.shape == values.shape == (batch, kv_heads, capacity, head_dim)
+        assert keys.shape == values.shape
         assert keys.dtype == values.dtype
         assert keys.is_contiguous()
         assert values.is_contiguous()
-        assert len(counts) == len(lengths) == batch
-        assert sum(counts) == n
-        assert min(counts) >= 0
-        assert min(lengths) >= 0
-        assert max(map(add, lengths, counts)) <= capacity
+        fit = _places_fit(keys.shape, counts, lengths, n, kv_heads, head_dim)
+        assert fit, (keys.shape, counts, lengths, n, kv_heads, head_dim)
 
     def like(self, other: CachedTokens) -> bool:
         """Whether another layer's cache is for the same sequences and of the same form."""
@@ -259,16 +270,8 @@ class CachedLayers:
 
     def fit(self, n: int, layers: int, kv_heads: int, head_dim: int) -> bool:
         """Whether `n` new tokens of so many layers have their places here."""
-        batch, counts, lengths = self.shape[0], self.counts, self.lengths
-        return (
-            len(self.keys) == len(self.values) == layers
-            and self.shape == (batch, kv_heads, self.capacity, head_dim)
-            and len(counts) == len(lengths) == batch
-            and sum(counts) == n
-            and min(counts) >= 0
-            and min(lengths) >= 0
-            and max(map(add, lengths, counts)) <= self.capacity
-        )
+        alike = len(self.keys) == len(self.values) == layers
+        return alike and _places_fit(self.shape, self.counts, self.lengths, n, kv_heads, head_dim)
 
 
 def cached_attention(
