@@ -104,12 +104,29 @@ def test_nothing_of_ours_uses_a_deprecated_name(monkeypatch):
         warnings.simplefilter("always")
         model = build().train()
         model(IDS, labels=IDS).loss.backward()
-        model.eval().generate(IDS, past_key_values=transformers.DynamicCache(config=model.config), **GREEDY)
-        for name in NAMES:
-            cache = transformers.DynamicCache(config=model.config)
-            build(OlmoeForSequenceClassification)(IDS, **{name: cache})
+        model.eval().generate(IDS, cache=transformers.DynamicCache(config=model.config), **GREEDY)
+        for kind in CLASSES:
+            build(kind)(IDS, cache=transformers.DynamicCache(config=model.config))
+            build(kind)(IDS, None, None, transformers.DynamicCache(config=model.config))
     said += [warning.message for warning in warned]
     assert not [text for text in said if "past_key_values" in str(text)]
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="transformers before 5.24 has only the old name")
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_the_old_name_is_taken_with_one_warning_as_in_transformers(kind):
+    model = build(kind)
+    calls = [lambda **given: model(IDS, **given)]
+    if kind is OlmoeForCausalLM:
+        calls.append(lambda **given: model.generate(IDS, **given, **GREEDY))
+    for call in calls:
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated") as warned:
+            call(past_key_values=transformers.DynamicCache(config=model.config))
+        assert len(warned) == 1
+        assert kind.__name__ in str(warned[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            call(past_key_values=None)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -1,7 +1,8 @@
 """The one place that knows what transformers calls the key-value cache: `past_key_values`, from 5.24 on `cache`.
 
 Our classes take both names in either version, keep the documented `past_key_values` at its documented position, and
-never pass a name to transformers that the installed version does not have (or has only for a while, with a warning).
+never pass a name to transformers that the installed version does not have. Like transformers, they warn of a name that
+transformers is giving up.
 
 Shapes legend: B batch, T new tokens, S cached tokens, G KV heads, Dh head dim.
 """
@@ -9,9 +10,12 @@ Shapes legend: B batch, T new tokens, S cached tokens, G KV heads, Dh head dim.
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -31,6 +35,26 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
             "one argument; give one of them."
         )
     return cache if past_key_values is None else past_key_values
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def warns_of_old_name(call: _Call) -> _Call:
+    """A method that says so where the cache is given to it by a name that the installed transformers is giving up."""
+
+    @functools.wraps(call)
+    def warning(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if CACHE == "cache" and kwargs.get("past_key_values") is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "`past_key_values` is deprecated since transformers 5.24, which calls it `cache` and will drop the old "
+                f"name; {type(self).__name__} takes both.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return call(self, *args, **kwargs)
+
+    return warning  # type: ignore[return-value]
 
 
 def updated(cache: Any, k: Tensor, v: Tensor, layer: int, options: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
@@ -58,6 +82,7 @@ class EitherNameGenerationMixin(GenerationMixin):
     Its own name must end as it does: by that transformers tells which models generate.
     """
 
+    @warns_of_old_name
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> Any:
         """See transformers' documentation of `generate`."""

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, resolve_hidden_s
 
 from olmoe.fused import FusedDecoderLayer
 from olmoe.hf.attention import CachedAttend, RotaryEmbedding, prepare
-from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, is_paged, one_cache
+from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, is_paged, one_cache, warns_of_old_name
 from olmoe.hf.config import OlmoeConfig, adopt
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
@@ -119,6 +119,7 @@ class OlmoeModel(OlmoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @warns_of_old_name
     @can_return_tuple
     def forward(
         self,
@@ -209,6 +210,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @warns_of_old_name
     @can_return_tuple
     def forward(
         self,
@@ -246,7 +248,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
+            **{CACHE: one_cache(past_key_values, cache)},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -283,6 +285,7 @@ class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreT
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @warns_of_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
