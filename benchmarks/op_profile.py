@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import machine
+from machine import limit_isa, machine
 
 from olmoe.config import ModelConfig
 from olmoe.engine.benchmark import FORMATS, Runner, random_model, read_bandwidth
@@ -134,10 +134,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="in memory; the step that is added up has 16")
     parser.add_argument("--gigahertz", type=float, default=nominal_gigahertz())
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--isa", help="instruction set of the kernels (default: the best that this CPU has)")
+    parser.add_argument("--isa", help="limit the instruction set, for example AVX2 (default: the best that this CPU has)")
     arguments = parser.parse_args()
     if arguments.isa is not None:
-        cpu.set_isa(arguments.isa)
+        limit_isa(arguments.isa.upper())  # torch's too, which decides what is left to the kernels
+        cpu.set_isa(arguments.isa.lower())
     set_threads(arguments.threads)
     keep_freed_memory()
     bandwidth, threads = read_bandwidth() / 1e9, torch.get_num_threads()

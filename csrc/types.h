@@ -85,9 +85,9 @@ struct Kernels {
   // Lanes of a sum of `rows`, and the number of tokens from which `tiles` are faster, by the type of a plain matrix.
   int lanes, many[3];
   // The same for plain matrices and rows that have `lanes`, with the same bits and faster for many tokens. `scratch`
-  // holds tiles_scratch floats and lies at a multiple of 64 bytes.
+  // holds tiles_scratch floats and lies at a multiple of 64 bytes. `next` as above.
   void (*tiles)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
-                int ld, float* scratch);
+                int ld, float* scratch, const uint8_t* next);
   // Columns [column, column + count) of a row to its `lanes`. `column` is a multiple of kBlock.
   void (*split_lanes)(const float* x, int column, int count, int columns, float* lanes);
   // out = silu(gate) * up

@@ -6,6 +6,10 @@
 // passes are added in the same pairs. So the result is the same to the last bit, whichever of the two computes it.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <utility>
+
 #include "simd.h"
 
 namespace olmoe {
@@ -96,6 +100,39 @@ inline void split_lanes(const float* x, int column, int count, int columns, floa
 // sets of the cache.
 inline size_t lane_stride(int steps) { return size_t(steps) * kTileRows + 16; }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Two steps of eight rows of bf16: transposed as they are, which takes half the shuffles, and widened where they go.
+OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_size, float* place) {
+  __m256i a[8], b[8];
+#pragma GCC unroll 4
+  for (int j = 0; j < 8; j += 2) {
+    const __m256i u = _mm256_loadu_si256((const __m256i*)(rows + j * row_bytes));
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(rows + (j + 1) * row_bytes));
+    a[j] = _mm256_unpacklo_epi16(u, v), a[j + 1] = _mm256_unpackhi_epi16(u, v);
+  }
+  // b[4 i + m]: columns 2 m and 2 m + 1 of rows 4 i to 4 i + 3; of each step in a half.
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int m = 0; m < 2; m++) {
+      b[i + 2 * m] = _mm256_unpacklo_epi32(a[i + m], a[i + 2 + m]);
+      b[i + 2 * m + 1] = _mm256_unpackhi_epi32(a[i + m], a[i + 2 + m]);
+    }
+#pragma GCC unroll 8
+  for (int l = 0; l < 8; l++) {
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i column = l % 2 ? _mm256_unpackhi_epi64(b[l / 2], b[4 + l / 2])
+                                 : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
+    const __m256i low = _mm256_unpacklo_epi16(zero, column), high = _mm256_unpackhi_epi16(zero, column);
+    float* lane = place + l * lane_size;
+    _mm_storeu_si128((__m128i*)lane, _mm256_castsi256_si128(low));
+    _mm_storeu_si128((__m128i*)(lane + 4), _mm256_castsi256_si128(high));
+    _mm_storeu_si128((__m128i*)(lane + kTileRows), _mm256_extracti128_si256(low, 1));
+    _mm_storeu_si128((__m128i*)(lane + kTileRows + 4), _mm256_extracti128_si256(high, 1));
+  }
+}
+#endif
+
 // Up to kPanelRows rows, widened: [tile of rows][lane][step][row of the tile]. Rows that do not exist are zeros.
 template <Type T>
 inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int steps, float* panel) {
@@ -104,7 +141,12 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
     float* place = panel + r / kTileRows * W * stride + r % kTileRows;
     const uint8_t* first = weight + r * row_bytes;
     const int count = rows - r < W ? rows - r : W;
-    for (int i = 0; i < steps; i++) {
+    int i = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (T == Type::kBF16 && count == W)
+      for (; i + 2 <= steps; i += 2) pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, place + size_t(i) * kTileRows);
+#endif
+    for (; i < steps; i++) {
       vf v[W];
       if (count == W) {
 #pragma GCC unroll 16
@@ -157,20 +199,41 @@ __attribute__((noinline)) void lane_tile(const float* panel, int steps, const Ac
   }
 }
 
-// lane_tile for all tokens.
-template <int TOKENS>
-inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, int tokens, size_t start, int n,
-                       float* sums, size_t level_size) {
-  for (; tokens >= TOKENS; tokens -= TOKENS, x += TOKENS, sums += TOKENS * kPanelRows)
-    lane_tile<TOKENS>(panel, steps, x, start, n, sums, level_size);
-  if constexpr (TOKENS > 1) {
-    if (tokens) lane_tiles<TOKENS - 1>(panel, steps, x, tokens, start, n, sums, level_size);
+template <int... I>
+constexpr auto lane_tile_by_tokens(std::integer_sequence<int, I...>) {
+  return std::array{&lane_tile<I + 1>...};
+}
+
+// Lines of weights that are needed next, fetched into the second cache in so many parts.
+struct Ahead {
+  const uint8_t* place;
+  size_t lines;
+  int part, parts;
+
+  void fetch() {
+    if (!place) return;
+    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(place + 64 * i, 0, 2);
+    part++;
+  }
+};
+
+inline int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
+
+// lane_tile for all tokens. The last two tiles are about equal: with few sums at a time a tile waits for their latency.
+inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, int tokens, size_t start, int n, float* sums,
+                       size_t level_size, Ahead& ahead) {
+  static constexpr auto kTiles = lane_tile_by_tokens(std::make_integer_sequence<int, kTileTokens>());
+  while (tokens > 0) {
+    const int count = tokens <= kTileTokens || tokens >= 2 * kTileTokens ? std::min(tokens, kTileTokens) : (tokens + 1) / 2;
+    ahead.fetch();
+    kTiles[count - 1](panel, steps, x, start, n, sums, level_size);
+    tokens -= count, x += count, sums += count * kPanelRows;
   }
 }
 
 template <Type T>
 inline void float_tiles(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
-                        int ld, float* scratch) {
+                        int ld, float* scratch, const uint8_t* next) {
   const size_t row_bytes = size_t(columns) * (T == Type::kF32 ? 4 : 2);
   const int steps = columns / W;
   const size_t stride = lane_stride(steps), level_size = size_t(tokens) * kPanelRows;
@@ -180,11 +243,15 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
     const int count = rows - r0 < kPanelRows ? rows - r0 : kPanelRows;
     const uint8_t* weight = group + r0 * row_bytes;
     pack_panel<T>(weight, row_bytes, count, steps, panel);
+    const bool more = r0 + kPanelRows < rows;
+    const int after = more ? std::min(rows - r0 - kPanelRows, kPanelRows) : kPanelRows;
+    Ahead ahead{more ? weight + kPanelRows * row_bytes : next, after * row_bytes / 64, 0,
+                W * ((count + kTileRows - 1) / kTileRows) * tiles_of(tokens)};
     int lane = 0, levels = 0;
     for (int n = 0; n < W; n++) {
       for (int r = 0; r < count; r += kTileRows)
-        lane_tiles<kTileTokens>(panel + (r / kTileRows * W + lane) * stride, steps, x, tokens, size_t(lane) * steps, n,
-                                sums + r, level_size);
+        lane_tiles(panel + (r / kTileRows * W + lane) * stride, steps, x, tokens, size_t(lane) * steps, n, sums + r,
+                   level_size, ahead);
       int bit = W / 2;  // the next lane: a counter whose highest bit counts first, as halves of a vector are added
       for (; lane & bit; bit /= 2) lane ^= bit;
       lane ^= bit;
@@ -192,11 +259,10 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
     for (int w = W; w > 1; w /= 2) levels++;
     for (int t = 0; t < tokens; t++) {
       const float* total = sums + levels * level_size + size_t(t) * kPanelRows;
-      for (int r = 0; r < count; r++) {
-        float s = total[r];
-        for (int c = steps * W; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
-        out[size_t(t) * ld + r0 + r] = s;
-      }
+      float* y = out + size_t(t) * ld + r0;
+      std::copy_n(total, count, y);
+      for (int c = steps * W; c < columns; c++)
+        for (int r = 0; r < count; r++) y[r] += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
     }
   }
 }

@@ -28,11 +28,11 @@ constexpr bool kHalfTiles = W < 16;
 constexpr int kNever = 1 << 30, kManyHalf = kHalfTiles ? 12 : kNever;
 
 inline void tiles(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens,
-                  float* out, int ld, float* scratch) {
-  if (type == Type::kF32) return float_tiles<Type::kF32>(group, rows, columns, x, tokens, out, ld, scratch);
+                  float* out, int ld, float* scratch, const uint8_t* next) {
+  if (type == Type::kF32) return float_tiles<Type::kF32>(group, rows, columns, x, tokens, out, ld, scratch, next);
   if constexpr (kHalfTiles) {
-    if (type == Type::kBF16) return float_tiles<Type::kBF16>(group, rows, columns, x, tokens, out, ld, scratch);
-    if (type == Type::kF16) return float_tiles<Type::kF16>(group, rows, columns, x, tokens, out, ld, scratch);
+    if (type == Type::kBF16) return float_tiles<Type::kBF16>(group, rows, columns, x, tokens, out, ld, scratch, next);
+    if (type == Type::kF16) return float_tiles<Type::kF16>(group, rows, columns, x, tokens, out, ld, scratch, next);
   }
 }
 

@@ -68,7 +68,8 @@ void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRo
   if (memory.size() < size) memory.resize(size);
   float* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
   for (int t = 0; t < tokens; t += block)
-    k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld, scratch);
+    k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld, scratch,
+            t + block < tokens ? group : next);
 }
 
 void linear(std::initializer_list<Product> products, const Activations& x) {
