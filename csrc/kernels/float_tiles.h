@@ -260,9 +260,15 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
     for (int t = 0; t < tokens; t++) {
       const float* total = sums + levels * level_size + size_t(t) * kPanelRows;
       float* y = out + size_t(t) * ld + r0;
-      std::copy_n(total, count, y);
-      for (int c = steps * W; c < columns; c++)
-        for (int r = 0; r < count; r++) y[r] += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
+      if (columns % W == 0) {
+        std::copy_n(total, count, y);
+        continue;
+      }
+      for (int r = 0; r < count; r++) {
+        float s = total[r];
+        for (int c = steps * W; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
+        y[r] = s;
+      }
     }
   }
 }
