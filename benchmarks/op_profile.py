@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="in memory; the step that is added up has 16")
     parser.add_argument("--gigahertz", type=float, default=nominal_gigahertz())
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--isa", help="limit the instruction set, for example AVX2 (default: the best that this CPU has)")
+    parser.add_argument("--isa", help="limit the instruction set, for example AVX2")
     arguments = parser.parse_args()
     if arguments.isa is not None:
         limit_isa(arguments.isa.upper())  # torch's too, which decides what is left to the kernels

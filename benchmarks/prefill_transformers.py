@@ -20,7 +20,7 @@ from machine import alternate, ceilings, limit_isa, machine
 from olmoe import fused
 from olmoe.config import ModelConfig
 from olmoe.engine.kv_cache import KVCache
-from olmoe.model import CausalLM, set_backend
+from olmoe.model import CausalLM, allocate, set_backend
 from olmoe.ops import cpu
 from olmoe.runtime import keep_freed_memory
 
@@ -76,7 +76,7 @@ def main() -> None:
     with torch.device("meta"):
         ours = CausalLM(config)
         theirs = OlmoeForCausalLM(OlmoeConfig(**config.to_dict(), attn_implementation="sdpa"))
-    ours = ours.bfloat16().to_empty(device="cpu").eval().requires_grad_(False)
+    ours = allocate(ours.bfloat16(), "cpu").eval().requires_grad_(False)  # as `checkpoint.load` does
     fill(ours)
     theirs = theirs.bfloat16()
     theirs.load_state_dict(ours.state_dict(), assign=True)
