@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import importlib
+import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe.model import CausalLM, initialize
+from olmoe.ops.cpu import extension
+from olmoe.runtime import log_once
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.vocabulary import train_vocabulary
 
@@ -49,3 +56,26 @@ def olmoe_tokenizer_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("olmoe") / "tokenizer.json"
     path.write_bytes(gzip.decompress(packed.read_bytes()))
     return path
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """`torch.empty` gives NaN, so that an output which a kernel does not write shows."""
+    with torch.device("meta"):
+        torch.empty(1)  # here torch remembers, for good, what makes tensors: let it not remember the one below
+    empty = torch.empty
+
+    def poison(*shape, **options):
+        t = empty(*shape, **options)
+        return t.fill_(math.nan) if t.is_floating_point() else t.fill_(77)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """As on a machine where the kernels were not compiled."""
+    monkeypatch.setattr(extension, "_load", functools.cache(extension._load.__wrapped__))
+    monkeypatch.setitem(sys.modules, "olmoe.ops.cpu._kernels", None)
+    monkeypatch.delattr(importlib.import_module("olmoe.ops.cpu"), "_kernels", raising=False)
+    log_once.cache_clear()

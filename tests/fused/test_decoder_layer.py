@@ -19,20 +19,6 @@ from sentences import refused
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """`torch.empty` gives NaN, so that an output which a kernel does not write shows."""
-    with torch.device("meta"):
-        torch.empty(1)  # here torch remembers, for good, what makes tensors: let it not remember the one below
-    empty = torch.empty
-
-    def poison(*shape, **options):
-        t = empty(*shape, **options)
-        return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
 CONFIGURATIONS = [
     pytest.param({}, id="released"),
     pytest.param({"clip_qkv": 0.5}, id="clipping that bites"),

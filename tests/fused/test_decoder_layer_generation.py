@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import signal
-import sys
 import threading
 
 import pytest
@@ -21,8 +18,6 @@ from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.fused import FusedDecoderLayer
 from olmoe.model import DecoderLayer
 from olmoe.ops import cpu
-from olmoe.ops.cpu import extension
-from olmoe.runtime import log_once
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
@@ -176,15 +171,6 @@ def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
 
 
 # ---- without a compiler ----
-
-
-@pytest.fixture
-def absent(monkeypatch):
-    """As on a machine where the kernels were not compiled."""
-    monkeypatch.setattr(extension, "_load", functools.cache(extension._load.__wrapped__))
-    monkeypatch.setitem(sys.modules, "olmoe.ops.cpu._kernels", None)
-    monkeypatch.delattr(importlib.import_module("olmoe.ops.cpu"), "_kernels", raising=False)
-    log_once.cache_clear()
 
 
 def test_without_kernels_torch_generates_and_one_line_says_so(folder, plain, absent, caplog):

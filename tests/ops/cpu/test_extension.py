@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 import os
-import sys
 import threading
 
 import pytest
@@ -16,7 +13,6 @@ from olmoe import ops
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
-from olmoe.runtime import log_once
 from ops.cpu.matrices import random
 from sentences import refused
 
@@ -110,15 +106,6 @@ def wait(child: int, seconds: float = 20.0) -> int:
     status = os.waitpid(child, 0)[1]
     timer.cancel()
     return os.waitstatus_to_exitcode(status)
-
-
-@pytest.fixture
-def absent(monkeypatch):
-    """As on a machine where nothing was compiled."""
-    monkeypatch.setattr(extension, "_load", functools.cache(extension._load.__wrapped__))
-    monkeypatch.setitem(sys.modules, "olmoe.ops.cpu._kernels", None)
-    monkeypatch.delattr(importlib.import_module("olmoe.ops.cpu"), "_kernels", raising=False)
-    log_once.cache_clear()
 
 
 def test_without_the_module_torch_computes_and_one_line_says_so(absent, caplog):
