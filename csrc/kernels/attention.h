@@ -7,11 +7,6 @@
 namespace olmoe {
 namespace {
 
-// Fetch some bytes: what is looked at next, before the hardware notices what is being read.
-inline void fetch_ahead(const char* place, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(place + i, 0, 2);
-}
-
 // One query: scores by dot products along the head, no copies of keys. While it looks at keys it fetches their values, and
 // meanwhile the keys after them, of which `next` are those that the thread looks at after this head, if that is known.
 template <Type T>

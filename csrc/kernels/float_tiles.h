@@ -6,10 +6,6 @@
 // passes are added in the same pairs. So the result is the same to the last bit, whichever of the two computes it.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <utility>
-
 #include "simd.h"
 
 namespace olmoe {
@@ -125,10 +121,8 @@ OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_s
                                  : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
     const __m256i low = _mm256_unpacklo_epi16(zero, column), high = _mm256_unpackhi_epi16(zero, column);
     float* lane = place + l * lane_size;
-    _mm_storeu_si128((__m128i*)lane, _mm256_castsi256_si128(low));
-    _mm_storeu_si128((__m128i*)(lane + 4), _mm256_castsi256_si128(high));
-    _mm_storeu_si128((__m128i*)(lane + kTileRows), _mm256_extracti128_si256(low, 1));
-    _mm_storeu_si128((__m128i*)(lane + kTileRows + 4), _mm256_extracti128_si256(high, 1));
+    store(lane, (vf)_mm256_permute2x128_si256(low, high, 0x20));
+    store(lane + kTileRows, (vf)_mm256_permute2x128_si256(low, high, 0x31));
   }
 }
 #endif
@@ -199,9 +193,12 @@ __attribute__((noinline)) void lane_tile(const float* panel, int steps, const Ac
   }
 }
 
-template <int... I>
-constexpr auto lane_tile_by_tokens(std::integer_sequence<int, I...>) {
-  return std::array{&lane_tile<I + 1>...};
+// lane_tile for `count` tokens, up to TOKENS.
+template <int TOKENS>
+inline void lane_tile_of(int count, const float* panel, int steps, const ActivationRow* x, size_t start, int n, float* sums,
+                         size_t level_size) {
+  if (count == TOKENS) return lane_tile<TOKENS>(panel, steps, x, start, n, sums, level_size);
+  if constexpr (TOKENS > 1) lane_tile_of<TOKENS - 1>(count, panel, steps, x, start, n, sums, level_size);
 }
 
 // Lines of weights that are needed next, fetched into the second cache in so many parts.
@@ -212,8 +209,8 @@ struct Ahead {
 
   void fetch() {
     if (!place) return;
-    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(place + 64 * i, 0, 2);
-    part++;
+    const size_t begin = lines * part / parts, end = lines * ++part / parts;
+    fetch_ahead(place + 64 * begin, 64 * (end - begin));
   }
 };
 
@@ -222,11 +219,10 @@ inline int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileToken
 // lane_tile for all tokens. The last two tiles are about equal: with few sums at a time a tile waits for their latency.
 inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, int tokens, size_t start, int n, float* sums,
                        size_t level_size, Ahead& ahead) {
-  static constexpr auto kTiles = lane_tile_by_tokens(std::make_integer_sequence<int, kTileTokens>());
   while (tokens > 0) {
-    const int count = tokens <= kTileTokens || tokens >= 2 * kTileTokens ? std::min(tokens, kTileTokens) : (tokens + 1) / 2;
+    const int count = tokens <= kTileTokens ? tokens : tokens < 2 * kTileTokens ? (tokens + 1) / 2 : kTileTokens;
     ahead.fetch();
-    kTiles[count - 1](panel, steps, x, start, n, sums, level_size);
+    lane_tile_of<kTileTokens>(count, panel, steps, x, start, n, sums, level_size);
     tokens -= count, x += count, sums += count * kPanelRows;
   }
 }
@@ -244,7 +240,7 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
     const uint8_t* weight = group + r0 * row_bytes;
     pack_panel<T>(weight, row_bytes, count, steps, panel);
     const bool more = r0 + kPanelRows < rows;
-    const int after = more ? std::min(rows - r0 - kPanelRows, kPanelRows) : kPanelRows;
+    const int left = rows - r0 - kPanelRows, after = more && left < kPanelRows ? left : kPanelRows;
     Ahead ahead{more ? weight + kPanelRows * row_bytes : next, after * row_bytes / 64, 0,
                 W * ((count + kTileRows - 1) / kTileRows) * tiles_of(tokens)};
     int lane = 0, levels = 0;
@@ -261,7 +257,7 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
       const float* total = sums + levels * level_size + size_t(t) * kPanelRows;
       float* y = out + size_t(t) * ld + r0;
       if (columns % W == 0) {
-        std::copy_n(total, count, y);
+        std::memcpy(y, total, size_t(count) * sizeof(float));
         continue;
       }
       for (int r = 0; r < count; r++) {

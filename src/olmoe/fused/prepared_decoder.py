@@ -47,9 +47,8 @@ class PreparedDecoder:
         embedding, norm = decoder.embed_tokens, decoder.norm
         self._decoder = decoder
         self._embedding = kernel_matrix(embedding, "weight", torch.float32)
-        self.vocab_size: int = (
-            self._embedding.rows
-        )  # of the weight itself, which may be another than the module's first
+        # Of the weight itself, which may be another than the module's first.
+        self.vocab_size: int = self._embedding.rows
         self._norm_weight = norm.weight.detach()
         self.norm = self._norm_weight.data_ptr(), norm.eps  # the final norm, as the kernels take it
         self.kernels = [layer.kernel for layer in layers]
