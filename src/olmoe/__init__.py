@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from olmoe.config import ModelConfig, RopeParameters
     from olmoe.engine.llm import LLM
-    from olmoe.engine.request import SamplingParams
+    from olmoe.engine.request import Completion, SamplingParams
+    from olmoe.engine.stream import Stream
     from olmoe.errors import UserError
     from olmoe.hf import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
     from olmoe.hf.auto import (
@@ -38,6 +39,7 @@ _HOMES = {
     "AutoTokenizer": "olmoe.hf.auto",
     "BitsAndBytesConfig": "olmoe.hf.auto",
     "CausalLM": "olmoe.model",
+    "Completion": "olmoe.engine.request",
     "LLM": "olmoe.engine.llm",
     "ModelConfig": "olmoe.config",
     "OlmoeConfig": "olmoe.hf",
@@ -46,6 +48,7 @@ _HOMES = {
     "OlmoeModel": "olmoe.hf",
     "RopeParameters": "olmoe.config",
     "SamplingParams": "olmoe.engine.request",
+    "Stream": "olmoe.engine.stream",
     "Tokenizer": "olmoe.tokenizer",
     "UserError": "olmoe.errors",
     "infer_device": "olmoe.hf.auto",
@@ -60,6 +63,7 @@ __all__ = [
     "AutoTokenizer",
     "BitsAndBytesConfig",
     "CausalLM",
+    "Completion",
     "ModelConfig",
     "OlmoeConfig",
     "OlmoeForCausalLM",
@@ -67,6 +71,7 @@ __all__ = [
     "OlmoeModel",
     "RopeParameters",
     "SamplingParams",
+    "Stream",
     "Tokenizer",
     "UserError",
     "__version__",

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import gc
 import logging
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -86,9 +87,13 @@ def set_threads(count: int | None) -> int:
 
     if count is not None:
         # OpenMP ends the process when the system grants it no more threads, so the number is bounded here.
-        if not 1 <= count <= MAX_THREADS:
-            raise UserError(f"The number of threads must be from 1 to {MAX_THREADS}, not {count}.")
-        torch.set_num_threads(count)
+        try:
+            number = operator.index(count)
+        except TypeError:
+            number = 0
+        if isinstance(count, bool) or not 1 <= number <= MAX_THREADS:
+            raise UserError(f"The number of threads must be from 1 to {MAX_THREADS}, not {count!r}.")
+        torch.set_num_threads(number)
     return torch.get_num_threads()
 
 

@@ -50,11 +50,12 @@ class KVCache:
     def attend_prefill(self, counts: list[int]) -> Attend:
         """`attend` for prompts, or `counts` further tokens of each, laid end to end, (N, H, Dh).
 
-        Each token sees those before it in its own sequence. Unless the cache `continues`, it must be empty.
+        Each token sees those before it in its own sequence. Unless the cache `continues`, all of a prompt must come at
+        once.
         """
         if self._kernels:
             return KernelAttend(self._keys, self._values, counts, self.lengths)
-        assert not any(self.lengths)
+        assert not any(length for length, count in zip(self.lengths, counts, strict=True) if count)
         return PrefillAttend(self._keys, self._values, counts)
 
     def start_decode(self) -> None:
@@ -97,8 +98,9 @@ class KVCache:
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`, in that order."""
         index = torch.tensor(rows, device=self._keys[0].device)
-        self._keys = [k.index_select(0, index) for k in self._keys]
-        self._values = [v.index_select(0, index) for v in self._values]
+        for tensors in (self._keys, self._values):  # one after the other, so that no second cache is needed
+            for layer, t in enumerate(tensors):
+                tensors[layer] = t.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
         self._places = None
 
@@ -108,6 +110,11 @@ def default_cache_dtype(model: CausalLM) -> torch.dtype:
     packed = any(isinstance(module, PackedModule) for module in model.modules())
     hidden: torch.dtype = model.model.norm.weight.dtype
     return torch.float16 if packed and hidden == torch.float32 else hidden
+
+
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 class KernelAttend:
@@ -148,6 +155,8 @@ class PrefillAttend:
         outputs = []
         pieces = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
         for row, (q_T, k_T, v_T) in enumerate(pieces):  # (T, H or G, Dh) of one prompt
+            if not len(q_T):
+                continue
             heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q_T, k_T, v_T)]  # (1, H or G, T, Dh)
             self._keys[layer][row, :, : k_T.shape[0]] = heads_first[1][0]
             self._values[layer][row, :, : v_T.shape[0]] = heads_first[2][0]

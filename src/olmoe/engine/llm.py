@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from olmoe import checkpoint, fused, hub
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache, default_cache_dtype
+from olmoe.engine.kv_cache import KVCache, default_cache_dtype, token_bytes
 from olmoe.engine.prefill import prefill
-from olmoe.engine.request import Completion, Request, SamplingParams, Statistics
-from olmoe.engine.sampler import Sampler
+from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
+from olmoe.engine.request import Completion, Request, SamplingParams, Statistics, in_batch, whole_number
+from olmoe.engine.sampler import Sampler, token_logprob
+from olmoe.engine.stream import Stream
 from olmoe.engine.text_stream import TextStream
+from olmoe.engine.waves import waves
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.model import CausalLM, set_backend
 from olmoe.ops import AUTO
-from olmoe.runtime import log, resolve_device, resolve_dtype
+from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+# Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
+# them are hardly faster, and each needs its logits.
+CACHE_BYTES = 2**31
+MOST_SEQUENCES = 256
+# So many prompts take long enough for a bar.
+_MANY = 32
 
 
 class LLM:
@@ -44,12 +55,17 @@ class LLM:
         token: str | None = None,
         local_files_only: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        threads: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
         `backend` is how operations are computed: "auto" (C++ kernels where they fit, else torch), "cpu" (the kernels,
-        or an error where they are not installed), "torch" or "reference".
+        or an error where they are not installed), "torch" or "reference". `threads` is the number of CPU threads of
+        the whole process, torch's included (None: as it is, which is all cores unless something chose otherwise).
+        `cache_bytes` bounds the keys and values that `generate` holds at once.
         """
+        self._limit(threads, cache_bytes)
         fused.require(backend)
         folder = hub.resolve(
             hub.SHIPPED if model_id is None else model_id,
@@ -68,13 +84,26 @@ class LLM:
         self._assemble(model, tokenizer, backend)
 
     @classmethod
-    def from_parts(cls, model: CausalLM, tokenizer: Tokenizer, *, backend: str = AUTO) -> LLM:
+    def from_parts(
+        cls,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        *,
+        backend: str = AUTO,
+        threads: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
         fused.require(backend)
         llm = cls.__new__(cls)
+        llm._limit(threads, cache_bytes)
         llm.device = next(model.parameters()).device
         llm._assemble(model, tokenizer, backend)
         return llm
+
+    def _limit(self, threads: int | None, cache_bytes: int) -> None:
+        set_threads(threads)
+        self.cache_bytes = whole_number("cache_bytes", cache_bytes, least=1)
 
     def _assemble(self, model: CausalLM, tokenizer: Tokenizer, backend: str) -> None:
         config = model.config
@@ -90,89 +119,181 @@ class LLM:
         self.context_length = int(config.max_position_embeddings * config.rope.factor)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        show_progress: bool = True,
     ) -> list[Completion]:
-        """Complete one prompt or several (texts, or lists of ids), together in one batch.
+        """Complete one prompt or several, each into the text that it would get alone.
 
-        A batch gives each prompt the text that it would get alone. Raises `UserError` for an empty prompt,
-        ids outside the vocabulary, or a prompt that leaves no room in the context.
+        A prompt is a text; a list of integer ids, or a one-dimensional integer array of numpy or torch; a list of chat
+        messages, which goes through the chat template; or an encoding of a transformers tokenizer (a dict with
+        `input_ids`), whose padding is left out as its `attention_mask` says. Several prompts are a list or another
+        iterable of these, an array of two dimensions, or an encoding of such. `params` are for all prompts, or one for
+        each.
+
+        Texts are generated together in waves, the longest first: as many as have room for their keys and values in
+        `cache_bytes` (2 GiB unless chosen otherwise), 256 at most, and always one. Memory thus stays the same for
+        thousands of prompts. For more than 32 a bar is shown on stderr if that is a terminal, unless `show_progress`
+        is False.
+
+        Raises `UserError` for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
+        and whatever else is no prompt, before anything is generated; it names the prompt if there are several.
         """
-        batch = self._as_batch(prompts)
-        all_params = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
-        if len(all_params) != len(batch):
-            raise UserError(f"{len(all_params)} sampling parameters were given for {len(batch)} prompts.")
-        requests = [self._request(prompt, p) for prompt, p in zip(batch, all_params, strict=True)]
-        streams = [TextStream(self.tokenizer, request.params.stop) for request in requests]
-        for _ in self._run(requests, streams, Statistics()):
-            pass
-        return [_completion(request, stream) for request, stream in zip(requests, streams, strict=True)]
+        return self._complete(read_prompts(prompts), params, show_progress=show_progress)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        show_progress: bool = True,
+    ) -> list[Completion]:
+        """The assistant's answer to one conversation or to several; otherwise as `generate`.
+
+        A conversation is a list of messages such as `{"role": "user", "content": "Hello"}`. They go through the
+        checkpoint's chat template, or OLMoE-Instruct's where it has none.
+        """
+        return self._complete(list(read_chats(messages)), params, show_progress=show_progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once."""
-        request = self._request(prompt, params or SamplingParams())
-        return Stream(self, request)
+        (request,) = self._requests([read_prompt(prompt)], params)
+        text, statistics = TextStream(self.tokenizer, request.params.stop), Statistics()
+        return Stream(request, text, self._run([request], [text], statistics), statistics)
+
+    def _complete(self, prompts: list[Read], params: object, *, show_progress: bool) -> list[Completion]:
+        requests = self._requests(prompts, params)
+        streams = [TextStream(self.tokenizer, request.params.stop) for request in requests]
+        statistics, hidden = Statistics(), not show_progress or len(requests) <= _MANY or sys.stderr is None
+        with tqdm(total=len(requests), desc="generate", unit="prompt", disable=hidden or None) as bar:
+            for _ in self._run(requests, streams, statistics):
+                bar.update(statistics.finished - bar.n)
+            bar.update(statistics.finished - bar.n)
+        return [request.completion(stream.text) for request, stream in zip(requests, streams, strict=True)]
+
+    # ---- from what the caller gave to requests ----
+
+    def _requests(self, prompts: list[Read], params: object) -> list[Request]:
+        """The requests of a batch. Raises `UserError` for a prompt that cannot be continued."""
+        requests = []
+        for place, (prompt, each) in enumerate(zip(prompts, read_params(params, len(prompts)), strict=True)):
+            where = f"prompts[{place}]" if len(prompts) > 1 else ""
+            try:
+                requests.append(self._request(prompt, each, where))
+            except UserError as error:
+                raise in_batch(error, where) from None
+        cut = [request for request in requests if request.limit < request.params.max_new_tokens]
+        if cut:
+            others = f" ({cut[0].where} and {len(cut) - 1} more)" if len(cut) > 1 else ""
+            log.warning(
+                "only %d of %d new tokens fit the context of %d%s",
+                cut[0].limit,
+                cut[0].params.max_new_tokens,
+                self.context_length,
+                others or (f" ({cut[0].where})" if cut[0].where else ""),
+            )
+        return requests
+
+    def _request(self, prompt: Read, params: SamplingParams, where: str) -> Request:
+        ids = prompt_ids(prompt, self.tokenizer)
+        if not ids:
+            raise UserError("The prompt is empty; give at least one character.")
+        foreign = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if foreign:
+            raise UserError(
+                f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}."
+            )
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise UserError(
+                f"The prompt has {len(ids)} tokens, but the model's context ends at {self.context_length}; shorten it."
+            )
+        return Request(ids, params, min(params.max_new_tokens, room), where)
 
     # ---- the inner loop ----
 
     @torch.inference_mode()
     def _run(
         self, requests: list[Request], streams: list[TextStream], statistics: Statistics
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Generator[tuple[int, str], None, None]:
         """Generate until every request has finished, yielding (request number, new text)."""
-        if not requests:
-            return
-        samplers = [Sampler(request.params, self.tokenizer.vocab_size) for request in requests]
-        started = time.perf_counter()
-        capacity = max(len(request.prompt_ids) + request.limit for request in requests)
-        cache = KVCache(
-            self.config,
-            len(requests),
-            capacity,
-            dtype=default_cache_dtype(self.model),
-            device=self.device,
-            backend=self.backend,
-        )
-        logits = prefill(self.model, cache, [request.prompt_ids for request in requests])
-        statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
-        statistics.prefill_seconds += time.perf_counter() - started
-        yield from self._steps(requests, streams, statistics, samplers, cache, logits)
+        called = time.perf_counter()
+        dtype = default_cache_dtype(self.model)
+        needs = [len(request.prompt_ids) + request.limit for request in requests]
+        for wave in waves(needs, self.cache_bytes // token_bytes(self.config, dtype), MOST_SEQUENCES):
+            started = time.perf_counter()
+            members = [requests[number] for number in wave]
+            cache = KVCache(
+                self.config,
+                len(wave),
+                needs[wave[0]],
+                dtype=dtype,
+                device=self.device,
+                backend=self.backend,
+            )
+            logits = prefill(self.model, cache, [request.prompt_ids for request in members])
+            seconds = time.perf_counter() - started
+            statistics.prompt_tokens += sum(len(request.prompt_ids) for request in members)
+            statistics.prefill_seconds += seconds
+            for request in members:
+                request.timings.queue_seconds, request.timings.prefill_seconds = started - called, seconds
+            for row, text in self._steps(members, [streams[number] for number in wave], statistics, cache, logits):
+                yield wave[row], text
 
     def _steps(
         self,
         requests: list[Request],
         streams: list[TextStream],
         statistics: Statistics,
-        samplers: list[Sampler],
         cache: KVCache,
         logits: Tensor,
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Generator[tuple[int, str], None, None]:
         """Choose and decode until every request has finished. `logits` (B, V) are those after the prompts."""
+        samplers = [Sampler(request.params, self.tokenizer.vocab_size) for request in requests]
         active = list(range(len(requests)))
-        first = True
         while active:
             started = time.perf_counter()
             pieces: list[tuple[int, str]] = []
             for row, number in enumerate(active):
-                request, stream = requests[number], streams[number]
-                token_id = samplers[number].choose(logits[row], request.prompt_ids + request.token_ids)
-                request.token_ids.append(token_id)
-                statistics.new_tokens += 1
-                statistics.decode_tokens += not first
-                text = self._accept(request, stream, token_id)
+                text = self._choose(requests[number], streams[number], samplers[number], logits[row], statistics)
                 if text:
                     pieces.append((number, text))
-            first = False
-            statistics.decode_seconds += time.perf_counter() - started
+            self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
             yield from pieces  # what the reader does with them is not our time
             started = time.perf_counter()
             unfinished = [row for row, number in enumerate(active) if requests[number].finish_reason is None]
+            statistics.finished += len(active) - len(unfinished)
             if len(unfinished) < len(active):
                 active = [active[row] for row in unfinished]
                 if active:
                     cache.keep(unfinished)
             if active:
                 logits = self._decode([requests[number].token_ids[-1] for number in active], cache)
-            statistics.decode_seconds += time.perf_counter() - started
+            self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
+
+    def _choose(
+        self, request: Request, stream: TextStream, sampler: Sampler, logits: Tensor, statistics: Statistics
+    ) -> str:
+        """The next token of one request, from logits (V,) -> the text that it makes certain."""
+        try:
+            token_id = sampler.choose(logits, request.prompt_ids + request.token_ids)
+        except UserError as error:
+            raise in_batch(error, request.where) from None
+        statistics.decode_tokens += bool(request.token_ids)
+        statistics.new_tokens += 1
+        request.token_ids.append(token_id)
+        if request.params.logprobs is not None:
+            logprob = token_logprob(logits, token_id, request.params.logprobs, self.tokenizer.vocab_size)
+            request.logprobs.append(logprob)
+        return self._accept(request, stream, token_id)
+
+    @staticmethod
+    def _took(seconds: float, requests: list[Request], statistics: Statistics) -> None:
+        statistics.decode_seconds += seconds
+        for request in requests:
+            request.timings.decode_seconds += seconds
 
     def _accept(self, request: Request, stream: TextStream, token_id: int) -> str:
         """Add a chosen id to its text and decide whether the request has finished."""
@@ -195,56 +316,6 @@ class LLM:
         logits_BV = self.model.step(ids_B, positions_B, cache.attend_decode, positions_B + 1)
         cache.advance([1] * len(token_ids))
         return logits_BV
-
-    # ---- checking what the caller gave ----
-
-    def _as_batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        if isinstance(prompts, str):
-            return [prompts]
-        if prompts and all(isinstance(item, int) for item in prompts):
-            return [prompts]  # type: ignore[list-item]
-        return list(prompts)  # type: ignore[arg-type]
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise UserError("The prompt is empty; give at least one character.")
-        foreign = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if foreign:
-            raise UserError(
-                f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}."
-            )
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens, but the model's context ends at {self.context_length}; shorten it."
-            )
-        if params.max_new_tokens > room:
-            log.warning(
-                "only %d of %d new tokens fit the context of %d", room, params.max_new_tokens, self.context_length
-            )
-        return Request(ids, params, min(params.max_new_tokens, room))
-
-
-class Stream:
-    """An iterator over the pieces of one text; `statistics` fills as it goes, `completion` is there at its end."""
-
-    def __init__(self, llm: LLM, request: Request) -> None:
-        self.statistics = Statistics()
-        self.completion: Completion | None = None
-        self._request = request
-        self._text = TextStream(llm.tokenizer, request.params.stop)
-        self._pieces = llm._run([request], [self._text], self.statistics)
-
-    def __iter__(self) -> Iterator[str]:
-        for _, piece in self._pieces:
-            yield piece
-        self.completion = _completion(self._request, self._text)
-
-
-def _completion(request: Request, stream: TextStream) -> Completion:
-    assert request.finish_reason is not None
-    return Completion(stream.text, request.token_ids, request.finish_reason, len(request.prompt_ids))
 
 
 def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.request import SamplingParams, TokenLogprob
 from olmoe.errors import UserError
 
 
@@ -40,6 +40,13 @@ class Sampler:
             return int(scores.argmax())
         probabilities = filtered(scores, self._params).softmax(dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def token_logprob(logits: Tensor, token_id: int, count: int, allowed: int) -> TokenLogprob:
+    """How probable `token_id` and the `count` likeliest tokens were. logits (V,), of which `allowed` are tokens."""
+    logprobs = logits.float().cpu()[:allowed].log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprob(token_id, float(logprobs[token_id]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def penalize(scores: Tensor, history: list[int], penalty: float) -> None:

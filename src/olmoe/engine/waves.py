@@ -1,0 +1,19 @@
+"""Which sequences are generated together, so that many of them need no more memory than a few. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+def waves(needs: Sequence[int], budget: int, most: int) -> Iterator[list[int]]:
+    """Numbers of the sequences of each wave, the longest first, since a cache has room for its longest in every row.
+
+    `needs` are the tokens that each sequence may grow to. A wave has at most `most` sequences, and its cache room for
+    at most `budget` tokens, unless a single sequence needs more.
+    """
+    order = sorted(range(len(needs)), key=needs.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        count = max(1, min(most, budget // needs[order[start]]))
+        yield order[start : start + count]
+        start += count

@@ -1,0 +1,285 @@
+"""What completions tell beside their text, which prompt an error is about, and batches larger than the memory."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from configurations import VOCAB_SIZE
+from conftest import make_model
+from olmoe.engine import llm as llm_module
+from olmoe.engine import prefill as prefill_module
+from olmoe.engine.kv_cache import KVCache, token_bytes
+from olmoe.engine.llm import LLM
+from olmoe.engine.request import SamplingParams
+from olmoe.errors import UserError
+from olmoe.model import causal_attend
+from olmoe.ops import cpu
+
+kernels = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}"))
+PROMPTS = ["Once upon a time", "O", "The dog ran to the park. They were very happy.", "the girl"]
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer) -> LLM:
+    return LLM.from_parts(make_model(), tokenizer)
+
+
+# ---- log-probabilities ----
+
+
+@torch.inference_mode()
+def distributions(model, ids: list[int], new: list[int], allowed: int = VOCAB_SIZE) -> torch.Tensor:
+    """Log-probabilities (tokens, V) in the place of each new id, by one pass over the whole sequence."""
+    batch = torch.tensor([ids + new])
+    hidden = model(batch, torch.arange(batch.shape[1])[None], causal_attend).hidden
+    return model.logits(hidden[0, len(ids) - 1 : -1])[:, :allowed].log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 0.8, "seed": 1, "top_k": 3}, {"temperature": 1.5, "seed": 2, "repetition_penalty": 1.7}],
+    ids=str,
+)
+def test_logprobs_are_the_models_own(llm, tokenizer, changes):
+    params = SamplingParams(max_new_tokens=12, logprobs=4, ignore_eos=True, **changes)
+    for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
+        expected = distributions(llm.model, tokenizer.encode(prompt), completion.token_ids)
+        assert [each.token_id for each in completion.logprobs] == completion.token_ids
+        for each, row in zip(completion.logprobs, expected, strict=True):
+            assert each.logprob == pytest.approx(float(row[each.token_id]), abs=1e-4)
+            assert list(each.top.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+            for token, logprob in each.top.items():
+                assert logprob == pytest.approx(float(row[token]), abs=1e-4)
+            if not changes:
+                assert next(iter(each.top.items())) == (each.token_id, each.logprob)
+        (alone,) = llm.generate(prompt, params)
+        assert alone.logprobs == completion.logprobs
+        assert alone.text == completion.text
+
+
+def test_logprobs_are_asked_for(llm):
+    assert llm.generate("dog", SamplingParams(max_new_tokens=3))[0].logprobs is None
+    (completion,) = llm.generate("dog", SamplingParams(max_new_tokens=3, logprobs=0, ignore_eos=True))
+    assert [each.top for each in completion.logprobs] == [{}] * 3
+    (completion,) = llm.generate("dog", SamplingParams(max_new_tokens=1, logprobs=10**6))
+    assert len(completion.logprobs[0].top) == VOCAB_SIZE
+    assert sum(map(math.exp, completion.logprobs[0].top.values())) == pytest.approx(1, abs=1e-5)
+
+
+def test_logprobs_leave_padding_rows_out_and_come_with_streams(tokenizer):
+    model = make_model(vocab_size=VOCAB_SIZE + 8)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB_SIZE:] *= 100.0
+    stream = LLM.from_parts(model, tokenizer).stream("dog", SamplingParams(max_new_tokens=5, logprobs=2))
+    next(stream)
+    stream.close()
+    (*_, last) = stream.completion.logprobs
+    assert len(stream.completion.logprobs) == len(stream.completion.token_ids)
+    ids = stream.completion.token_ids
+    expected = distributions(model, tokenizer.encode("dog"), ids)[-1]
+    assert last.logprob == pytest.approx(float(expected[ids[-1]]), abs=1e-4)
+
+
+# ---- timings ----
+
+
+def test_timings_of_a_completion_are_those_of_its_text(llm, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(llm_module, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(llm_module, "MOST_SEQUENCES", 2)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 6, 3, 9)]
+    timings = [c.timings for c in llm.generate(["dog"] * 4, params)]
+    assert all(each.prefill_seconds == 1 for each in timings)
+    waiting = [each.queue_seconds for each in timings]
+    assert waiting[1] == waiting[3] == 1  # the longest texts come first
+    assert waiting[0] == waiting[2] > 9
+    # Two intervals a token: choosing it, and what goes before the next one; a finished text waits for nobody.
+    assert [each.decode_seconds for each in timings] == [1, 11, 5, 17]
+
+
+def test_timings_are_wall_seconds(llm):
+    stream = llm.stream("dog", SamplingParams(max_new_tokens=5, ignore_eos=True))
+    list(stream)
+    timings, statistics = stream.completion.timings, stream.statistics
+    assert timings.prefill_seconds == statistics.prefill_seconds > 0
+    assert 0 < timings.decode_seconds <= statistics.decode_seconds
+    assert 0 <= timings.queue_seconds < timings.total_seconds
+
+
+# ---- which prompt ----
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        (["dog", ""], r"^The prompt is empty; give at least one character \(prompts\[1\]\)\.$"),
+        ([[5], [6], [VOCAB_SIZE]], rf"id {VOCAB_SIZE}, outside the vocabulary of {VOCAB_SIZE} \(prompts\[2\]\)\.$"),
+        ([[5] * 200, "dog"], r"context ends at 128; shorten it \(prompts\[0\]\)\.$"),
+        (["dog", "\udcff"], r"^The text is not valid Unicode.*\(prompts\[1\]\)\.$"),
+        (np.array([[5, 6], [5, -1]]), r"\(prompts\[1\]\)\.$"),
+        ([""], r"^The prompt is empty; give at least one character\.$"),
+    ],
+)
+def test_an_error_names_the_prompt(llm, prompts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        llm.generate(prompts)
+
+
+def test_a_broken_model_names_the_prompt_that_met_it(tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    with pytest.raises(UserError, match=r"^The model's logits are not finite.* \(prompts\[2\]\)\.$"):
+        LLM.from_parts(model, tokenizer).generate([[5], [6], [7]], SamplingParams(max_new_tokens=1))
+
+
+def test_the_warning_of_the_context_comes_once_and_names_prompts(llm, caplog):
+    params = SamplingParams(max_new_tokens=50, ignore_eos=True)
+    with caplog.at_level(logging.WARNING, logger="olmoe"):
+        llm.generate([[5] * 10, [5] * 120], params)
+        llm.generate([[5] * 10, [5] * 120, [5] * 100], params)
+    assert [r.getMessage() for r in caplog.records] == [
+        "only 8 of 50 new tokens fit the context of 128 (prompts[1])",
+        "only 8 of 50 new tokens fit the context of 128 (prompts[1] and 1 more)",
+    ]
+
+
+# ---- threads ----
+
+
+def test_threads_are_those_of_the_process(tokenizer, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    LLM.from_parts(make_model(), tokenizer)
+    LLM.from_parts(make_model(), tokenizer, threads=3)
+    LLM.from_parts(make_model(), tokenizer, threads=np.int64(2))
+    assert seen == [3, 2]
+    for threads in (0, -1, 2.5, True, "4", 10**9):
+        with pytest.raises(UserError, match=r"^The number of threads must be from 1 to 1024, not "):
+            LLM.from_parts(make_model(), tokenizer, threads=threads)
+        with pytest.raises(UserError, match=r"^The number of threads must be from 1 to 1024, not "):
+            LLM("nowhere", threads=threads)
+
+
+# ---- batches larger than the memory ----
+
+
+class Recorded(KVCache):
+    """A cache that notes its bytes."""
+
+    sizes: list[int]
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.sizes.append(sum(t.numel() * t.element_size() for t in (*self._keys, *self._values)))
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    Recorded.sizes = []
+    monkeypatch.setattr(llm_module, "KVCache", Recorded)
+    return Recorded.sizes
+
+
+@pytest.mark.parametrize("backend", [kernels, "torch"])
+def test_a_large_batch_keeps_within_its_bytes_and_gives_the_same_texts(tokenizer, sizes, backend):
+    model = make_model(num_key_value_heads=2)
+    per_token = token_bytes(model.config, torch.float32)
+    prompts = [[5 + (i * 7 + j) % 200 for j in range(1 + i * 13 % 90)] for i in range(60)]
+    params = [
+        SamplingParams(max_new_tokens=1 + i % 11, temperature=0.9 * (i % 2), seed=i, logprobs=1) for i in range(60)
+    ]
+    bounded = LLM.from_parts(model, tokenizer, backend=backend, cache_bytes=250 * per_token)
+    found = bounded.generate(prompts, params)
+    assert len(sizes) > 5
+    assert max(sizes) <= 250 * per_token
+    sizes.clear()
+    unbounded = LLM.from_parts(model, tokenizer, backend=backend)
+    together = unbounded.generate(prompts, params)
+    assert len(sizes) == 1
+    alone = [unbounded.generate(prompt, p)[0] for prompt, p in zip(prompts, params, strict=True)]
+    assert [c.token_ids for c in found] == [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [c.text for c in found] == [c.text for c in alone]
+    if backend == "cpu":
+        assert found == together == alone
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(tokenizer, sizes):
+    model = make_model()
+    llm = LLM.from_parts(model, tokenizer, cache_bytes=400 * token_bytes(model.config, torch.float32))
+    largest = []
+    for count in (10, 300):
+        sizes.clear()
+        assert len(llm.generate([[5] * 90] * count, SamplingParams(max_new_tokens=2))) == count
+        largest.append(max(sizes))
+    assert largest[0] == largest[1]
+
+
+def test_a_text_that_needs_more_than_the_bytes_is_generated_alone(tokenizer, sizes):
+    model = make_model()
+    llm = LLM.from_parts(model, tokenizer, cache_bytes=1)
+    params = SamplingParams(max_new_tokens=4)
+    assert llm.generate(PROMPTS, params) == LLM.from_parts(model, tokenizer).generate(PROMPTS, params)
+    assert len(sizes) == len(PROMPTS) + 1
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
+def test_bytes_of_the_cache_are_a_whole_number(tokenizer, value):
+    with pytest.raises(UserError, match=r"^cache_bytes must be a whole number, at least 1, not "):
+        LLM.from_parts(make_model(), tokenizer, cache_bytes=value)
+
+
+def test_sequences_that_finish_free_their_room_without_a_second_cache(llm, monkeypatch):
+    cache = KVCache(llm.config, 4, 10, dtype=torch.float32, device=torch.device("cpu"))
+    keep, total = cache.keep, sum(t.numel() for t in (*cache._keys, *cache._values))
+    largest = []
+    select = torch.Tensor.index_select
+
+    def counting(self, *arguments):
+        new = select(self, *arguments)
+        largest.append(sum(t.numel() for t in (*cache._keys, *cache._values)) + new.numel())
+        return new
+
+    monkeypatch.setattr(torch.Tensor, "index_select", counting)
+    keep([0, 1, 2])
+    assert max(largest) < 1.5 * total
+
+
+def test_prompts_without_continuing_kernels_go_through_in_bounded_numbers(tokenizer, monkeypatch):
+    monkeypatch.setattr(prefill_module, "WHOLE_TOKENS", 20)
+    model, seen = make_model(), []
+    llm = LLM.from_parts(model, tokenizer, backend="torch")
+    prompts = [[5] * 12, [6] * 8, [7] * 30, [8], [9] * 19, [10] * 2]
+    expected = [llm.generate(prompt, SamplingParams(max_new_tokens=6))[0].token_ids for prompt in prompts]
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].numel()))
+    found = llm.generate(prompts, SamplingParams(max_new_tokens=6))
+    assert [c.token_ids for c in found] == expected
+    assert seen[:5] == [30, 19, 12 + 8, 2 + 1, len(prompts)]  # the last one decodes
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_shown_for_many_prompts_on_a_terminal(llm, monkeypatch, capsys):
+    params = SamplingParams(max_new_tokens=1)
+    for count, options, shown in ((40, {}, True), (3, {}, False), (40, {"show_progress": False}, False)):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        llm.generate(["dog"] * count, params, **options)
+        assert ("40/40" in terminal.getvalue()) == shown
+        assert bool(terminal.getvalue()) == shown
+    monkeypatch.setattr(sys, "stderr", None)
+    llm.generate(["dog"] * 40, params)
+    monkeypatch.undo()
+    llm.generate(["dog"] * 40, params)
+    assert capsys.readouterr() == ("", "")
