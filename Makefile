@@ -39,7 +39,7 @@ $(VENV)/dev: $(VENV)/run
 setup: $(VENV)/run
 
 generate: $(VENV)/run
-	@$(BIN)/olmoe generate "$(PROMPT)"
+	@$(BIN)/olmoe generate "$(PROMPT)" --temperature 0.7 --top-p 0.95
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

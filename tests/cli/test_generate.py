@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -48,7 +51,14 @@ def test_stdout_is_prompt_and_continuation_and_nothing_else(capsys, folder, llm)
     (expected,) = llm.generate(PROMPT, SamplingParams(max_new_tokens=20, ignore_eos=True))
     assert (code, out) == (0, f"{PROMPT}{expected.text}\n")
     (line,) = err.splitlines()
-    for part in ("import ", "load ", f"prompt {expected.prompt_tokens} tokens at ", "generated 20 tokens at ", " MB"):
+    for part in (
+        "import ",
+        "load ",
+        f"prompt {expected.prompt_tokens} tokens at ",
+        "generated 20 tokens at ",
+        " MB",
+        "finish reason length",
+    ):
         assert part in line
 
 
@@ -61,7 +71,7 @@ def test_quiet_leaves_stderr_empty(capsys, folder):
 @pytest.mark.parametrize(
     ("arguments", "changes"),
     [
-        ([], {"max_new_tokens": 100}),  # defaults but for the context of the test model
+        ([], {"max_new_tokens": 100}),
         (["--temperature", "1.3"], {"temperature": 1.3}),
         (["--top-k", "3"], {"top_k": 3}),
         (["--top-p", "0.2"], {"top_p": 0.2}),
@@ -75,10 +85,25 @@ def test_quiet_leaves_stderr_empty(capsys, folder):
 )
 def test_every_option_reaches_the_sampler(capsys, folder, llm, arguments, changes):
     defaults = {"temperature": 0.7, "top_p": 0.95, "seed": 5, "max_new_tokens": 25}
+    drawn = ["--temperature", "0.7", "--top-p", "0.95"]
     limit = [] if "--max-new-tokens" in arguments else ["--max-new-tokens", str(changes.get("max_new_tokens", 25))]
-    code, out, _ = generate(capsys, PROMPT, "--model", str(folder), "--seed", "5", *limit, *arguments)
+    code, out, _ = generate(capsys, PROMPT, "--model", str(folder), "--seed", "5", *drawn, *limit, *arguments)
     (expected,) = llm.generate(PROMPT, SamplingParams(**(defaults | changes)))
     assert (code, out) == (0, f"{PROMPT}{expected.text}\n")
+
+
+def test_the_defaults_are_those_of_sampling_params(capsys, monkeypatch, folder):
+    seen = []
+    stream = LLM.stream
+    monkeypatch.setattr(LLM, "stream", lambda self, prompt, params: seen.append(params) or stream(self, prompt, params))
+    assert generate(capsys, PROMPT, "--model", str(folder))[0] == 0
+    assert seen == [SamplingParams()]
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, value in vars(SamplingParams()).items():
+        if name not in ("seed", "stop", "ignore_eos", "logprobs"):
+            assert re.search(rf"--{name.replace('_', '-')} [^-]*\({value}\)", shown), name
 
 
 def test_text_streams_piece_by_piece(monkeypatch, folder):
@@ -212,3 +237,164 @@ def test_an_interrupt_leaves_the_cursor_on_a_new_line(capsys, monkeypatch, folde
 
     monkeypatch.setattr(llm_module.Stream, "__iter__", interrupted)
     assert generate(capsys, PROMPT, "--model", str(folder)) == (130, f"{PROMPT} there was\n", "olmoe: interrupted\n")
+
+
+# ---- prompt files ----
+
+
+def test_the_prompt_may_come_from_a_file_as_it_is(capsys, folder, llm, tmp_path):
+    prompt, file = "Das Mädchen\r\n\tthe dog\n", tmp_path / "prompt.txt"
+    options = ["--model", str(folder), "--max-new-tokens", "10"]
+    expected = prompt + llm.generate(prompt, SamplingParams(max_new_tokens=10))[0].text + "\n"
+    for content in (prompt.encode(), b"\xef\xbb\xbf" + prompt.encode()):  # a byte order mark is no text
+        file.write_bytes(content)
+        code, out, _ = generate(capsys, "--prompt-file", str(file), *options)
+        assert (code, out) == (0, expected)
+
+
+def test_a_byte_order_mark_on_stdin_is_no_text(capsys, monkeypatch, folder):
+    outputs = []
+    for source, content in (("-", b"\xef\xbb\xbfdog"), ("-", b"dog")):
+        give_stdin(monkeypatch, content)
+        outputs.append(generate(capsys, source, "--model", str(folder), "--max-new-tokens", "5")[1])
+    give_stdin(monkeypatch, b"dog")
+    outputs.append(generate(capsys, "--prompt-file", "-", "--model", str(folder), "--max-new-tokens", "5")[1])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_prompt_files_that_cannot_be_read_are_one_sentence(capsys, folder, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_bytes(b"")
+    for name, sentence in (
+        ("nowhere", "There is no prompt file "),
+        ("latin", "The prompt in "),
+        ("empty", "The prompt is empty; give"),
+        ("", "The prompt file "),
+        ("latin/x", "The prompt file "),
+        ("nul\0", "The prompt file "),
+    ):
+        code, out, err = generate(capsys, "--prompt-file", str(tmp_path / name), "--model", str(folder))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"olmoe: {sentence}")
+
+
+# ---- chats ----
+
+
+def test_a_chat_goes_through_the_template_and_shows_the_answer_alone(capsys, folder, llm):
+    options = ["--model", str(folder), "--max-new-tokens", "12"]
+    code, out, err = generate(capsys, PROMPT, "--chat", *options)
+    (expected,) = llm.chat([{"role": "user", "content": PROMPT}], SamplingParams(max_new_tokens=12))
+    assert expected.text != llm.generate(PROMPT, SamplingParams(max_new_tokens=12))[0].text
+    assert (code, out) == (0, expected.text + "\n")
+    assert f"prompt {expected.prompt_tokens} tokens" in err
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_an_empty_answer_says_why(capsys, caplog, tmp_path, tokenizer_file, llm, chat, quiet):
+    prompt = [{"role": "user", "content": PROMPT}] if chat else PROMPT
+    first = llm.generate(prompt if chat else [prompt], SamplingParams(max_new_tokens=1))[0].token_ids
+    target = tmp_path / "model"
+    files = {"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")}
+    checkpoint.save(make_model(), target, extra_files=files)
+    # The model's likeliest first token ends texts, but only as generation_config.json says: templates know the other.
+    config = json.loads((target / "generation_config.json").read_text(encoding="utf-8"))
+    ids = [config["eos_token_id"], *first]
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    code, out, _ = generate(capsys, PROMPT, "--model", str(target), *chat, *quiet)
+    what = "answer" if chat else "continuation"
+    assert (code, out) == (0, "\n" if chat else PROMPT + "\n")
+    assert f"the {what} is empty: the model ended the text with its end-of-text token" in caplog.text
+
+
+# ---- JSON ----
+
+
+def test_json_has_all_of_a_completion(capsys, folder, llm):
+    options = ["--model", str(folder), "--max-new-tokens", "9", "--ignore-eos", "--json"]
+    for more, count in ([], 0), (["--logprobs", "3"], 3):
+        code, out, _ = generate(capsys, PROMPT, *options, *more)
+        facts = json.loads(out)
+        params = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=count)
+        (expected,) = llm.generate(PROMPT, params)
+        assert (code, out.count("\n")) == (0, 1)
+        for name in ("text", "token_ids", "finish_reason", "prompt_tokens"):
+            assert facts[name] == getattr(expected, name)
+        assert facts["prompt"] == PROMPT
+        for each, theirs in zip(facts["logprobs"], expected.logprobs, strict=True):
+            assert (each["token_id"], each["logprob"]) == (theirs.token_id, theirs.logprob)
+            assert {top["token_id"]: top["logprob"] for top in each["top"]} == theirs.top
+        assert min(facts["timings"].values()) >= 0
+        assert facts["timings"].keys() == {"import_seconds", "load_seconds", "prefill_seconds", "decode_seconds"}
+
+
+def test_logprobs_need_json(capsys, folder):
+    code, out, err = generate(capsys, PROMPT, "--model", str(folder), "--logprobs", "2")
+    assert (code, out, err) == (2, "", "olmoe: --logprobs 2 needs --json, which shows them; add it.\n")
+
+
+# ---- output files ----
+
+
+def test_output_is_what_would_go_to_stdout(capsys, folder, tmp_path):
+    options = [PROMPT, "--model", str(folder), "--max-new-tokens", "9"]
+    for more in ([], ["--chat"]):
+        _, expected, _ = generate(capsys, *options, *more)
+        target = tmp_path / "new" / f"out{len(more)}.txt"
+        code, out, err = generate(capsys, *options, *more, "--output", str(target))
+        assert (code, out, target.read_text(encoding="utf-8")) == (0, "", expected)
+        assert "finish reason length" in err
+    code, out, _ = generate(capsys, *options, "--json", "--output", str(tmp_path / "out.json"))
+    assert (code, out) == (0, "")
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["finish_reason"] == "length"
+    assert generate(capsys, *options, "--output", "-")[1].startswith(PROMPT)
+
+
+def test_an_existing_file_is_replaced_only_if_told_so(capsys, folder, tmp_path, monkeypatch):
+    target = tmp_path / "out.txt"
+    target.write_text("precious")
+    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
+    options = [PROMPT, "--model", str(folder), "--max-new-tokens", "3", "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda *a, **o: pytest.fail("the model was loaded"))
+        for place in (target, tmp_path / "dangling"):
+            code, out, err = generate(capsys, *options, str(place))
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert "exists already; choose another name, or replace it with --overwrite." in err
+    assert target.read_text() == "precious"
+    assert generate(capsys, *options, str(target), "--overwrite")[0] == 0
+    assert target.read_text().startswith(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("", "--output needs the name of a file, not an empty one."),
+        (".", " is not a regular file, so --output cannot replace it; choose another name."),
+        (os.devnull, " is not a regular file, so --output cannot replace it; choose another name."),
+        ("file/out.txt", " cannot be written, because "),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_at_once(capsys, folder, tmp_path, monkeypatch, output, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **o: pytest.fail("the model was loaded"))
+    code, out, err = generate(capsys, PROMPT, "--model", str(folder), "--output", output, "--overwrite")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    code, _, err = generate(capsys, PROMPT, "--model", str(folder), "--overwrite")
+    assert (code, err) == (2, "olmoe: --overwrite is about the file of --output, which was not given; add it.\n")
+
+
+def test_an_interrupt_leaves_no_file(capsys, monkeypatch, folder, tmp_path):
+    def interrupted(self):
+        yield " there was"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm_module.Stream, "__iter__", interrupted)
+    for more in ([], ["--json"]):
+        options = ["--model", str(folder), "--output", str(tmp_path / "out"), *more]
+        assert generate(capsys, PROMPT, *options) == (130, "", "olmoe: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import olmoe
 from conftest import make_model
 from olmoe import checkpoint
 from olmoe.cli.main import COMMANDS, main
+from olmoe.cli.version import version_text
 from olmoe.errors import CheckpointError
+from olmoe.ops import cpu
 
 COMMAND = [sys.executable, "-m", "olmoe.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,7 +50,6 @@ def endless(tmp_path_factory, tokenizer_file) -> Path:
     "arguments",
     [
         ["--help"],
-        ["--version"],
         *([name, "--help"] for name in COMMANDS),
         ["generate", "--no-such-option"],
         ["generate", "x", "--temperature", "-1"],
@@ -77,10 +80,31 @@ def test_help_explains_and_succeeds(capsys, arguments):
         assert all(name in shown.out and summary in shown.out for name, summary in COMMANDS.items())
 
 
-def test_version(capsys):
+def test_version_names_all_that_decides_how_it_computes(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
-    assert (caught.value.code, capsys.readouterr().out) == (0, f"olmoe {olmoe.__version__}\n")
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0
+    assert (first, second) == (f"olmoe {olmoe.__version__}", f"torch {torch.__version__}")
+    assert third == f"C++ kernels: {cpu.isa()} (also {', '.join(cpu.isas()[1:])})" or not cpu.available()
+    assert fourth.startswith(f"Python {platform.python_version()}, ")
+
+
+def test_version_without_kernels_and_without_torch_says_so(capsys, absent, monkeypatch):
+    assert "C++ kernels: none (the C++ kernels are not installed (" in version_text()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "\ntorch: cannot be imported (" in version_text()
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["info", "1b-7b"], ["generate", ""]], ids=" ".join)
+def test_the_package_runs_as_a_module(arguments):
+    environment = ENVIRONMENT | {"COLUMNS": "80"}
+    ours, theirs = (
+        subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, env=environment, timeout=LIMIT)
+        for name in ("olmoe", "olmoe.cli.main")
+    )
+    assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+    assert ours.stdout + ours.stderr
 
 
 def test_no_command_shows_the_help_and_fails(capsys):
@@ -108,6 +132,50 @@ def test_command_lines_that_do_not_parse_exit_with_2(capsys, arguments, complain
     shown = capsys.readouterr()
     assert shown.out == ""
     assert complaint in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["generate", "x", "--no-such-option"], "usage: olmoe generate "),
+        (["generate", "x", "y"], "usage: olmoe generate "),
+        (["generate"], "usage: olmoe generate "),
+        (["generate", "x", "--prompt-file", "y"], "usage: olmoe generate "),
+        (["info", "--no-such-option"], "usage: olmoe info "),
+        (["train", "x", "y", "z"], "usage: olmoe train "),
+        (["--quiet", "convert", "a", "b", "--nope", "generate"], "usage: olmoe convert "),
+        (["quantize", "a"], "usage: olmoe quantize "),
+        (["--no-such-option", "info"], "usage: olmoe [-h] "),
+        (["--no-such-option"], "usage: olmoe [-h] "),
+        (["dance"], "usage: olmoe [-h] "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_show_the_usage_of_their_command(capsys, arguments, usage):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(usage)
+
+
+@pytest.mark.parametrize("option", ["verbose", "quiet"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, name, option):
+    seen = []
+    monkeypatch.setattr(
+        importlib.import_module(f"olmoe.cli.{name}"), "run", lambda a: seen.append(vars(a)[option]) or 0
+    )
+    rest = {"info": [], "bench": [], "generate": ["x"], "train": ["x"], "convert": ["x", "y"], "quantize": ["x", "y"]}
+    flag = f"--{option}"
+    for arguments in (
+        [flag, name, *rest[name]],
+        [name, flag, *rest[name]],
+        [name, *rest[name], flag],
+        [flag, name, flag, *rest[name]],
+    ):
+        assert main(arguments) == 0
+    assert main([name, *rest[name]]) == 0
+    assert seen == [True, True, True, True, False]
 
 
 def fail_with(monkeypatch, error: BaseException) -> None:

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     step = benchmark.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
     ceiling = benchmark.Ceiling(bandwidth, step, arguments.batch)
     say(_ceiling_text(ceiling, arguments.context))
-    with tqdm(desc=f"{name} {stored}", unit="step", disable=None) as bar:
+    with tqdm(desc=f"{name} {stored}", unit="step", disable=arguments.quiet or None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

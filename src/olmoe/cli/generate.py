@@ -1,45 +1,84 @@
-"""Continue a prompt: the text streams to stdout; speed, load time and memory go to stderr."""
+"""Continue a prompt: the text streams to stdout; speed, load time and memory go to stderr.
+
+Sampling has the defaults of `SamplingParams` in Python: greedy, so that the same prompt gives the same text. Stories
+become livelier with --temperature 0.7 --top-p 0.95.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from typing import TYPE_CHECKING, Any
+
+from olmoe.engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from olmoe.engine.llm import LLM
+    from olmoe.engine.request import Completion
+    from olmoe.engine.stream import Stream
+
+# Options that are fields of `SamplingParams`; what is not given is its default.
+SAMPLING = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "logprobs",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe generate`."""
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from stdin")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the text to continue from a UTF-8 file, as it is")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message to the assistant: it goes through the chat template; only the answer is shown",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FILE", help="write what would go to stdout to a new file, once complete")
+    output.add_argument("--overwrite", action="store_true", help="replace the --output file if it exists")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object: text, ids, log-probabilities, finish reason, timings"
+    )
+    output.add_argument("--quiet", action="store_true", help="no speed, memory and finish reason on stderr")
     add_model_arguments(parser)
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens (%(default)s)")
-    sampling.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (%(default)s)")
-    sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all (%(default)s)"
+    _add_sampling_arguments(parser.add_argument_group("sampling"))
+    parser.set_defaults(usage_error=parser.error)
+
+
+def _add_sampling_arguments(group: Any) -> None:
+    default = SamplingParams()
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"at most N tokens ({default.max_new_tokens})")
+    group.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({default.temperature})")
+    group.add_argument("--top-k", type=int, metavar="K", help=f"only the K likeliest tokens; 0: all ({default.top_k})")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help=f"the fewest tokens of total probability P ({default.top_p})"
     )
-    sampling.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="the fewest tokens of total probability P (%(default)s)"
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help=f"tokens at least P times as likely as the likeliest ({default.min_p})"
     )
-    sampling.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="tokens at least P times as likely as the likeliest (%(default)s)",
-    )
-    sampling.add_argument(
+    group.add_argument(
         "--repetition-penalty",
         type=float,
-        default=1.0,
         metavar="X",
-        help="above 1 discourages repetition (%(default)s)",
+        help=f"above 1 discourages repetition ({default.repetition_penalty})",
     )
-    sampling.add_argument("--seed", type=int, help="the same seed gives the same text")
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens in each place as well (0)"
     )
-    sampling.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
-    parser.add_argument("--quiet", action="store_true", help="no speed and memory on stderr")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,43 +99,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
-def _read_stdin() -> str:
-    """All of stdin, as it is. Raises `UserError` if there is none or if it is not UTF-8."""
-    from olmoe.errors import UserError
-
-    if sys.stdin is None:
-        raise UserError("The prompt was to come from stdin, which is closed; pipe a text into it.")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on stdin is not UTF-8 ({error}); convert it first.") from None
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and stream one text."""
-    from olmoe.engine.request import SamplingParams
     from olmoe.errors import UserError
 
-    params = SamplingParams(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
-    )
-    prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
+    params = _params(arguments)
+    target = _target(arguments)
+    prompt = _prompt(arguments)
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
 
     started = time.perf_counter()
     from olmoe.engine.llm import LLM
-    from olmoe.runtime import keep_freed_memory, peak_memory_bytes, set_threads
+    from olmoe.runtime import keep_freed_memory
 
-    set_threads(arguments.threads)
     keep_freed_memory()
     imported = time.perf_counter()
     llm = LLM(
@@ -106,26 +122,187 @@ def run(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         revision=arguments.revision,
         local_files_only=arguments.offline,
+        threads=arguments.threads,
     )
-    loaded = time.perf_counter()
-    stream = llm.stream(prompt, params)
-    try:
-        print(prompt, end="", flush=True)
-        for piece in stream:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)  # what follows on a terminal starts on its own line
-        raise
-    print(flush=True)
+    seconds = {"import_seconds": imported - started, "load_seconds": time.perf_counter() - imported}
+    stream = llm.stream([{"role": "user", "content": prompt}] if arguments.chat else prompt, params)
+    completion = _generate(stream, "" if arguments.chat else prompt, show=target is None and not arguments.json)
+    if arguments.json:
+        import json
+
+        _deliver(json.dumps(_facts(llm, prompt, completion, seconds)), target)
+    elif target is not None:
+        _deliver(("" if arguments.chat else prompt) + completion.text, target)
+    _explain_empty(completion, "answer" if arguments.chat else "continuation")
     if not arguments.quiet:
-        statistics = stream.statistics
-        prefill = statistics.prompt_tokens / statistics.prefill_seconds
-        decode = statistics.decode_tokens / statistics.decode_seconds if statistics.decode_tokens else 0.0
-        print(
-            f"import {imported - started:.2f} s | load {loaded - imported:.2f} s | "
-            f"prompt {statistics.prompt_tokens} tokens at {prefill:.0f} tokens/s | "
-            f"generated {statistics.new_tokens} tokens at {decode:.1f} tokens/s | "
-            f"peak memory {peak_memory_bytes() / 1e6:.0f} MB",
-            file=sys.stderr,
-        )
+        print(_summary(stream, completion, seconds), file=sys.stderr)
     return 0
+
+
+# ---- what was asked for ----
+
+
+def _params(arguments: argparse.Namespace) -> SamplingParams:
+    from olmoe.errors import UserError
+
+    if arguments.logprobs is not None and not arguments.json:
+        raise UserError(f"--logprobs {arguments.logprobs} needs --json, which shows them; add it.")
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLING}
+    if arguments.json and arguments.logprobs is None:
+        given["logprobs"] = 0
+    return SamplingParams(**given, ignore_eos=arguments.ignore_eos)
+
+
+def _target(arguments: argparse.Namespace) -> Path | None:
+    """The file to write, refused before there is a text that could be lost."""
+    from pathlib import Path
+
+    from olmoe.errors import UserError
+
+    if arguments.output in (None, "-"):
+        if arguments.overwrite:
+            raise UserError("--overwrite is about the file of --output, which was not given; add it.")
+        return None
+    if not arguments.output:
+        raise UserError("--output needs the name of a file, not an empty one.")
+    target = Path(os.path.expanduser(arguments.output))
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise UserError(f"{target} is not a regular file, so --output cannot replace it; choose another name.")
+    if os.path.lexists(target) and not arguments.overwrite:
+        raise UserError(f"{target} exists already; choose another name, or replace it with --overwrite.")
+    folder = os.path.dirname(os.path.realpath(target))
+    while not os.path.lexists(folder):  # what is missing will be made
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{target} cannot be written, because {folder} is no folder that can; choose another place.")
+    return target
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The text to continue. Raises `UserError` if it cannot be read."""
+    if (arguments.prompt is None) == (arguments.prompt_file is None):
+        both = arguments.prompt is not None
+        arguments.usage_error(
+            "argument --prompt-file: not allowed with argument PROMPT"
+            if both
+            else "the following arguments are required: PROMPT (or --prompt-file FILE)"
+        )
+    if "-" in (arguments.prompt, arguments.prompt_file):
+        return _read_stdin()
+    return arguments.prompt if arguments.prompt_file is None else _read_file(arguments.prompt_file)
+
+
+def _read_file(name: str) -> str:
+    from olmoe.errors import UserError, shown
+
+    path = os.path.expanduser(name)
+    try:
+        with open(path, "rb") as file:
+            return _decode(file.read(), f"in {path}")
+    except FileNotFoundError:
+        raise UserError(f"There is no prompt file {shown(path)}; check its name, or give a text by itself.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The prompt file {path} cannot be read ({reason}); give another one.") from None
+
+
+def _read_stdin() -> str:
+    """All of stdin, as it is. Raises `UserError` if there is none or if it is not UTF-8."""
+    from olmoe.errors import UserError
+
+    if sys.stdin is None:
+        raise UserError("The prompt was to come from stdin, which is closed; pipe a text into it.")
+    return _decode(sys.stdin.buffer.read(), "on stdin")
+
+
+def _decode(content: bytes, where: str) -> str:
+    """UTF-8, as it is but for a byte order mark, which editors put before a text and which is none of it."""
+    from olmoe.errors import UserError
+
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt {where} is not UTF-8 ({error}); convert it first.") from None
+
+
+# ---- what comes out ----
+
+
+def _generate(stream: Stream, prompt: str, *, show: bool) -> Completion:
+    """The whole text; on stdout as it comes, after the prompt, if it is to be shown."""
+    try:
+        if show:
+            print(prompt, end="", flush=True)
+        for piece in stream:
+            if show:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if show:
+            print(flush=True)  # what follows on a terminal starts on its own line
+        raise
+    if show:
+        print(flush=True)
+    assert stream.completion is not None
+    return stream.completion
+
+
+def _deliver(text: str, target: Path | None) -> None:
+    from olmoe import atomic
+
+    if target is None:
+        print(text, flush=True)
+    else:
+        atomic.write_text(target, text + "\n")
+
+
+def _facts(llm: LLM, prompt: str, completion: Completion, seconds: dict[str, float]) -> dict[str, Any]:
+    """All about a completion, for JSON."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        text = llm.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+        return {"token_id": token_id, "token": text, "logprob": logprob}
+
+    timings = completion.timings
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "token_ids": completion.token_ids,
+        "logprobs": [
+            token(each.token_id, each.logprob) | {"top": [token(*pair) for pair in each.top.items()]}
+            for each in completion.logprobs or ()
+        ],
+        "timings": seconds | {"prefill_seconds": timings.prefill_seconds, "decode_seconds": timings.decode_seconds},
+    }
+
+
+def _explain_empty(completion: Completion, what: str) -> None:
+    """Say why there is nothing to read, where there is nothing."""
+    from olmoe.runtime import log
+
+    if completion.text.strip():
+        return
+    reasons = {
+        "eos": "the model ended the text with its end-of-text token; --ignore-eos goes on, a temperature draws others",
+        "stop": "it began with a --stop text",
+        "length": f"its {len(completion.token_ids)} tokens hold no visible text; allow more with --max-new-tokens",
+    }
+    log.warning("the %s is empty: %s", what, reasons[completion.finish_reason])
+
+
+def _summary(stream: Stream, completion: Completion, seconds: dict[str, float]) -> str:
+    from olmoe.runtime import peak_memory_bytes
+
+    statistics = stream.statistics
+    prefill = statistics.prompt_tokens / statistics.prefill_seconds
+    decode = statistics.decode_tokens / statistics.decode_seconds if statistics.decode_tokens else 0.0
+    return (
+        f"import {seconds['import_seconds']:.2f} s | load {seconds['load_seconds']:.2f} s | "
+        f"prompt {statistics.prompt_tokens} tokens at {prefill:.0f} tokens/s | "
+        f"generated {statistics.new_tokens} tokens at {decode:.1f} tokens/s | "
+        f"finish reason {completion.finish_reason} | "
+        f"peak memory {peak_memory_bytes() / 1e6:.0f} MB"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import io
@@ -10,8 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from olmoe import __version__
 from olmoe.errors import UserError
 
 # Module of this package -> the line `olmoe --help` shows. Each has `configure(parser)` and `run(arguments)`.
@@ -23,6 +24,9 @@ COMMANDS = {
     "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
+
+_VERBOSE = "log what was chosen automatically, to stderr"
+_QUIET = "no progress bar and no statistics on stderr"
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -57,30 +61,65 @@ def _run(argv: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows ? in its place; the text goes on.
         sys.stdout.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(
-        prog="olmoe",
-        description="OLMoE, the open sparse mixture-of-experts language model.",
-        epilog='example: olmoe generate "Once upon a time" --max-new-tokens 100',
-    )
-    parser.add_argument("--version", action="version", version=f"olmoe {__version__}")
-    parser.add_argument("--verbose", action="store_true", help="log what was chosen automatically, to stderr")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"olmoe.cli.{name}")
-        module.configure(subparsers.add_parser(name, help=summary, description=module.__doc__))
     try:
-        arguments = parser.parse_args(argv)
+        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     except SystemExit:  # after --help, --version or a mistake; the help must reach its reader while we can still react
         if sys.stdout is not None:
             sys.stdout.flush()
         raise
-    if arguments.command is None:
-        parser.print_help()
+    if arguments is None:
         return EXIT_USER_ERROR
     logging.basicConfig(format="olmoe: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("olmoe").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
     code: int = importlib.import_module(f"olmoe.cli.{arguments.command}").run(arguments)
     return code
+
+
+def _parse(argv: list[str]) -> argparse.Namespace | None:
+    """The arguments of a command; None, after the help, if there is no command."""
+    parser = argparse.ArgumentParser(
+        prog="olmoe",
+        description="OLMoE, the open sparse mixture-of-experts language model.",
+        epilog='example: olmoe generate "Once upon a time" --max-new-tokens 100',
+    )
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show the versions of olmoe and torch, and the kernels in use"
+    )
+    # Both may stand before the command or after it. A command's own values would hide those of the same name here.
+    parser.add_argument("--verbose", dest="verbose_first", action="store_true", help=_VERBOSE)
+    parser.add_argument("--quiet", dest="quiet_first", action="store_true", help=_QUIET)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = {}
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"olmoe.cli.{name}")
+        commands[name] = subparsers.add_parser(name, help=summary, description=module.__doc__)
+        module.configure(commands[name])
+        commands[name].add_argument("--verbose", action="store_true", help=_VERBOSE)
+        with contextlib.suppress(argparse.ArgumentError):  # most say themselves what they leave out
+            commands[name].add_argument("--quiet", action="store_true", help=_QUIET)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen = commands.get(arguments.command, parser)
+        if chosen is not parser and unknown[0] in argv[: argv.index(arguments.command)]:
+            chosen = parser  # it stands before the command
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.command is None:
+        parser.print_help()
+        return None
+    arguments.verbose |= arguments.verbose_first
+    arguments.quiet |= arguments.quiet_first
+    return arguments
+
+
+class _ShowVersion(argparse.Action):
+    """`--version`, which imports torch to name it, and therefore only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and end."""
+        from olmoe.cli.version import version_text
+
+        print(version_text())
+        parser.exit()
 
 
 def _discard_stdout() -> None:
