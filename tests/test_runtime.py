@@ -60,6 +60,10 @@ def test_named_devices(gpus):
     assert resolve_device("cpu:3") == torch.device("cpu")  # torch has one CPU device, whatever the number
     assert resolve_device("cuda") == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        assert resolve_device(device) == device
+    assert "'meta'" in refused(lambda: resolve_device(torch.device("meta")))
+    assert "None" in refused(lambda: resolve_device(None))
 
 
 @pytest.mark.parametrize(

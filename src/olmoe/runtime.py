@@ -29,20 +29,22 @@ def log_once(message: str) -> None:
     log.info(message)
 
 
-def resolve_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one and the CPU elsewhere; a name is taken at its word.
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """`auto` is CUDA where there is one and the CPU elsewhere; a name, or torch's object, is taken at its word.
 
     Raises `UserError` for an unknown name or for a device that this machine lacks.
     """
     import torch
 
+    if isinstance(name, torch.device):
+        name = str(name)
     if name == "auto":
         chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         log_once(f"device: {chosen} (chosen automatically)")
         return chosen
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or str(device) != name:  # torch reads cuda:256 as cuda:0
         raise UserError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.")

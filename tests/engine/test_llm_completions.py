@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -174,18 +175,21 @@ def test_threads_are_those_of_the_process(tokenizer, monkeypatch):
 
 
 class Recorded(KVCache):
-    """A cache that notes its bytes."""
+    """A cache that notes the bytes of all that there are when it is made."""
 
     sizes: list[int]
+    alive: weakref.WeakSet[KVCache]
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
-        self.sizes.append(sum(t.numel() * t.element_size() for t in (*self._keys, *self._values)))
+        self.alive.add(self)
+        tensors = [t for cache in self.alive for t in (*cache._keys, *cache._values)]
+        self.sizes.append(sum(t.numel() * t.element_size() for t in tensors))
 
 
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
-    Recorded.sizes = []
+    Recorded.sizes, Recorded.alive = [], weakref.WeakSet()
     monkeypatch.setattr(llm_module, "KVCache", Recorded)
     return Recorded.sizes
 

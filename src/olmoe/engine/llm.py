@@ -49,7 +49,7 @@ class LLM:
         model_id: str | Path | None = None,
         *,
         dtype: str | torch.dtype | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         backend: str = AUTO,
         revision: str | None = None,
         token: str | None = None,
@@ -220,27 +220,32 @@ class LLM:
     ) -> Generator[tuple[int, str], None, None]:
         """Generate until every request has finished, yielding (request number, new text)."""
         called = time.perf_counter()
-        dtype = default_cache_dtype(self.model)
-        needs = [len(request.prompt_ids) + request.limit for request in requests]
-        for wave in waves(needs, self.cache_bytes // token_bytes(self.config, dtype), MOST_SEQUENCES):
-            started = time.perf_counter()
+        room = self.cache_bytes // token_bytes(self.config, default_cache_dtype(self.model))
+        for wave in waves([request.most_tokens for request in requests], room, MOST_SEQUENCES):
             members = [requests[number] for number in wave]
-            cache = KVCache(
-                self.config,
-                len(wave),
-                needs[wave[0]],
-                dtype=dtype,
-                device=self.device,
-                backend=self.backend,
-            )
-            logits = prefill(self.model, cache, [request.prompt_ids for request in members])
-            seconds = time.perf_counter() - started
-            statistics.prompt_tokens += sum(len(request.prompt_ids) for request in members)
-            statistics.prefill_seconds += seconds
-            for request in members:
-                request.timings.queue_seconds, request.timings.prefill_seconds = started - called, seconds
-            for row, text in self._steps(members, [streams[number] for number in wave], statistics, cache, logits):
+            for row, text in self._wave(members, [streams[number] for number in wave], statistics, called):
                 yield wave[row], text
+
+    def _wave(
+        self, requests: list[Request], streams: list[TextStream], statistics: Statistics, called: float
+    ) -> Generator[tuple[int, str], None, None]:
+        """As `_run`, all at once. Its cache goes when it ends: two waves never hold one at the same time."""
+        started = time.perf_counter()
+        cache = KVCache(
+            self.config,
+            len(requests),
+            max(request.most_tokens for request in requests),
+            dtype=default_cache_dtype(self.model),
+            device=self.device,
+            backend=self.backend,
+        )
+        logits = prefill(self.model, cache, [request.prompt_ids for request in requests])
+        seconds = time.perf_counter() - started
+        statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
+        statistics.prefill_seconds += seconds
+        for request in requests:
+            request.timings.queue_seconds, request.timings.prefill_seconds = started - called, seconds
+        yield from self._steps(requests, streams, statistics, cache, logits)
 
     def _steps(
         self,

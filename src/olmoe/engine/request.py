@@ -198,6 +198,11 @@ class Request:
     finish_reason: FinishReason | None = None
     timings: Timings = field(default_factory=Timings)
 
+    @property
+    def most_tokens(self) -> int:
+        """How long the sequence can grow, its prompt included."""
+        return len(self.prompt_ids) + self.limit
+
     def completion(self, text: str) -> Completion:
         """What has become of it; "cancelled" if it has not finished."""
         return Completion(
