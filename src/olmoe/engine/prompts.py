@@ -184,30 +184,39 @@ def _encoding_rows(encoding: Mapping[str, Any]) -> list[list[int]]:
     if "input_ids" not in encoding:
         hint = "; put the message into a list" if "role" in encoding else ""
         raise UserError(f"{_WHAT}, not a dict of {', '.join(map(str, encoding)) or 'nothing'}{hint}.")
-    rows = _nested_rows(encoding["input_ids"])
-    mask = encoding.get("attention_mask")
-    if mask is None:
+    rows = _nested(encoding["input_ids"])
+    if encoding.get("attention_mask") is None:
         return rows
-    kept = _nested_rows(mask, flags=True)
+    kept = _mask(encoding["attention_mask"])
     if [len(row) for row in kept] != [len(row) for row in rows]:
         raise UserError("input_ids and attention_mask differ in shape; take both from one call of the tokenizer.")
     return [[i for i, keep in zip(row, keeps, strict=True) if keep] for row, keeps in zip(rows, kept, strict=True)]
 
 
-def _nested_rows(value: object, *, flags: bool = False) -> list[list[int]]:
-    """Rows of ids, or of an attention mask (`flags`), from an array, a list, or a list of rows."""
-    if isinstance(value, np.ndarray | Tensor) and not flags:
+def _nested(value: object) -> list[list[int]]:
+    """Rows of ids, from an array, a list, or a list of rows."""
+    if isinstance(value, np.ndarray | Tensor):
         return _rows(value, _listed(value))
     items = _items(value)
     nested = bool(items) and not _is_number(items[0])
-    rows = [_items(item) for item in items] if nested else [items]
-    if not flags:
-        return [_ids(row) for row in rows]
-    found = [[_listed(item) if isinstance(item, np.ndarray | Tensor) else item for item in row] for row in rows]
-    strange = [item for row in found for item in row if not _is_number(item) or item not in (0, 1)]
+    return [_ids(_items(item)) for item in items] if nested else [_ids(items)]
+
+
+def _mask(value: object) -> list[list[Any]]:
+    """Rows of zeros and ones, whatever type they have."""
+
+    def plain(item: object) -> Any:
+        return _listed(item) if isinstance(item, np.ndarray | Tensor) else item
+
+    listed = plain(value)
+    rows = [plain(row) for row in listed] if isinstance(listed, list | tuple) else [listed]
+    if not rows or not isinstance(rows[0], list | tuple):
+        rows = [rows]
+    flags = [[plain(item) for item in row] if isinstance(row, list | tuple) else [row] for row in rows]
+    strange = [item for row in flags for item in row if not _is_number(item) or item not in (0, 1)]
     if strange:
         raise UserError(f"An attention_mask has a 0 or a 1 for each id, not {_typed(strange[0])}.")
-    return found
+    return flags
 
 
 def _rows(array: np.ndarray | Tensor, listed: Any) -> list[list[int]]:
