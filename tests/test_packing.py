@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -137,6 +138,16 @@ class Blocks(FolderSource):
         weight = super().read(parameter, expert)
         codes = Q4_0().encode(weight)[CODES]
         return Q4_0().to_gguf(codes, *weight.shape).numpy()
+
+
+def test_chat_templates_travel(plain, tmp_path):
+    source = shutil.copytree(plain, tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "chat_template.jinja").write_text("D", encoding="utf-8")
+    (source / "additional_chat_templates/rag.jinja").write_text("R", encoding="utf-8")
+    pack(FolderSource(source), tmp_path / "m", RECIPES["int8"])
+    assert (tmp_path / "m/chat_template.jinja").read_text(encoding="utf-8") == "D"
+    assert (tmp_path / "m/additional_chat_templates/rag.jinja").read_text(encoding="utf-8") == "R"
 
 
 def test_blocks_of_the_source_travel_without_rounding_again(plain, tmp_path):

@@ -283,6 +283,22 @@ def test_chat_template_jinja_comes_first(folder):
     assert rendered(folder) == "jinja Ü 1"
 
 
+def test_templates_besides_the_default_one(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": "D", "tool_use": "T"}}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.render_chat(MESSAGE) == tokenizer.render_chat(MESSAGE, chat_template="default") == "D"
+    assert tokenizer.render_chat(MESSAGE, tools=[]) == tokenizer.render_chat(MESSAGE, chat_template="tool_use") == "T"
+    assert tokenizer.render_chat(MESSAGE, chat_template="text {{ messages|length }}") == "text 1"
+    written = json.loads(tokenizer.transformers_config(64))["chat_template"]
+    assert written == [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("R", encoding="utf-8")
+    (folder / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfJ\r\nJ")  # files come before the configuration
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.render_chat(MESSAGE, tools=[]) == "J\nJ"
+    assert tokenizer.render_chat(MESSAGE, chat_template="rag") == "R"
+
+
 def test_broken_template_files_are_one_sentence(folder):
     for content in (b"{", b"[]", b"\xff"):
         (folder / "tokenizer_config.json").write_bytes(content)
@@ -376,7 +392,9 @@ def test_a_chat_without_eos_ids_has_no_marks(tokenizer_file):
         ([{"role": "user", "content": None}], "A chat message needs a role and a text content"),
         ([{"role": "user", "content": [{"type": "text"}]}], "A chat message needs a role and a text content"),
         ([{"content": "Hi"}], "Unknown chat role None; use system, user or assistant."),
-        ([{"role": "tool", "content": "Hi"}], "Unknown chat role 'tool'; use system, user or assistant."),
+        ([{"role": 3, "content": "Hi"}], "Unknown chat role 3; use system, user or assistant."),
+        ({"role": "user", "content": "Hi"}, "A chat is a list of messages with role and content, not dict."),
+        ("Hi", "A chat is a list of messages with role and content, not str."),
     ],
 )
 def test_wrong_messages_are_one_sentence(released, messages, sentence):
@@ -385,10 +403,20 @@ def test_wrong_messages_are_one_sentence(released, messages, sentence):
             call(messages)
 
 
-def test_the_marks_that_stand_for_eos_cannot_be_smuggled_in(released):
-    with pytest.raises(TokenizerError, match=r"U\+E0F0 U\+E0F1"):
-        released.encode_chat([{"role": "user", "content": "a\ue0f0\ue0f1b"}])
-    assert EOS not in released.encode_chat([{"role": "user", "content": "\ue0f1\ue0f0"}])[1:]
+def test_private_use_characters_are_text_like_any_other(released, raw):
+    chat = [{"role": "user", "content": "a\ue0f0\ue0f1b"}]
+    ids = released.encode_chat(chat)
+    assert ids == raw.encode(released.render_chat(chat), add_special_tokens=False).ids
+    assert EOS not in ids[1:]
+
+
+def test_a_role_that_olmoe_does_not_know_is_left_out_with_a_warning(released, caplog):
+    chat = [{"role": "developer", "content": "D"}, {"role": "user", "content": "U"}, {"role": "tool", "content": "22"}]
+    assert released.render_chat(chat) == "<|endoftext|><|user|>\nU\n<|assistant|>\n"  # as transformers renders it
+    warned = [record.getMessage() for record in caplog.records]
+    assert warned == [
+        f"OLMoE's chat template leaves out messages of the role '{role}'" for role in ("developer", "tool")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def pack(
         with packed.writer(temporary / packed.FILE_NAME, packer.tensors) as writer:
             packer.run(writer, calibration if recipe.searches else None)
         for name, text in source.files().items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         norms = packer.tensors["model.norm.weight"][1]
         text = packed.config_text(source.config, recipe.layout(), norms)

@@ -9,45 +9,46 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
 from olmoe.errors import TokenizerError
+from olmoe.text_file import read_text
 
-# Stands for the BOS and EOS tokens while a chat template is rendered; a private-use character pair that
-# no message may contain. Ids take its place afterwards.
-_MARK = "\ue0f0\ue0f1"
+# The tokens that a tokenizer may name, and a chat template see, under transformers' names.
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# OLMoE-Instruct's own template, for checkpoints that bring none (facts: identical in 0924 and 0125).
-OLMOE_CHAT_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
-{% if message['role'] == 'system' %}
-{{ '<|system|>\\n' + message['content'] }}
-{% elif message['role'] == 'user' %}
-{{ '<|user|>\\n' + message['content'] }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}
-"""
+# Where a checkpoint keeps templates besides the default one, each in a file of its name.
+TEMPLATES_FOLDER = "additional_chat_templates"
+
+_log = logging.getLogger("olmoe")
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer and the ids that end and pad a text.
 
-    `eos_ids` and `pad_id` come from the model's configuration. The first of `eos_ids` stands where a chat
-    template writes BOS or EOS.
+    `eos_ids` and `pad_id` come from the model's configuration. `chat_template` is the checkpoint's own, None if it
+    brings none, and `named_templates` are what it has besides ("tool_use" is taken where tools are given). `named` are
+    the special tokens that the checkpoint names itself; where it does not name the end of a text, the first of
+    `eos_ids` is what a chat template writes as BOS and EOS.
     """
 
     def __init__(
-        self, backend: Any, *, eos_ids: Sequence[int] = (), pad_id: int | None = None, chat_template: str | None = None
+        self,
+        backend: Any,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+        named_templates: Mapping[str, str] | None = None,
+        named: Mapping[str, str | None] | None = None,
     ) -> None:
         self._backend = backend
         self.eos_ids, self.pad_id, self.chat_template = tuple(eos_ids), pad_id, chat_template
+        self.named_templates, self._named = dict(named_templates or {}), dict(named or {})
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = frozenset(i for i, token in added.items() if token.special) | set(self.eos_ids)
@@ -62,7 +63,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"There is no {path}; a checkpoint folder needs a tokenizer.json.")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
             decoder = json.loads(text).get("decoder") or {}
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exception for whatever it dislikes
@@ -76,10 +77,18 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> Tokenizer:
-        """Read `tokenizer.json` and the chat template of a checkpoint folder."""
+        """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder."""
         folder = Path(folder)
+        files = _read_template_files(folder)
+        settings = _read_object(folder / "tokenizer_config.json")
+        templates = files or _templates_of(settings)
         return cls.from_file(
-            folder / "tokenizer.json", eos_ids=eos_ids, pad_id=pad_id, chat_template=_read_chat_template(folder)
+            folder / "tokenizer.json",
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            chat_template=templates.pop("default", None),
+            named_templates=templates,
+            named=_read_named(folder, settings),
         )
 
     @functools.cached_property
@@ -127,16 +136,18 @@ class Tokenizer:
             return token.encode()
 
     def special_tokens(self) -> dict[str, str]:
-        """The texts that transformers must take for EOS, BOS, unknown and padding: those of the ids.
+        """The texts that transformers must take for EOS, BOS, unknown and padding: those of the ids, unless named.
 
         Byte-level text is never unknown; transformers' class of this tokenizer wants a token all the same.
         """
-        texts: dict[str, str] = {}
-        if self.eos_ids and (eos := self._backend.id_to_token(self.eos_ids[0])) is not None:
-            texts = {"eos_token": eos, "bos_token": eos, "unk_token": eos}
-        if self.pad_id is not None and self.pad_id >= 0 and (pad := self._backend.id_to_token(self.pad_id)) is not None:
-            texts["pad_token"] = pad
-        return texts
+        texts: dict[str, str | None] = {}
+        if "eos_token" not in self._named:
+            if self.eos_ids and (eos := self._backend.id_to_token(self.eos_ids[0])) is not None:
+                texts = {"bos_token": eos, "eos_token": eos, "unk_token": eos}
+            if self.pad_id is not None and self.pad_id >= 0:
+                texts["pad_token"] = self._backend.id_to_token(self.pad_id)
+        texts |= self._named
+        return {name: text for name in SPECIAL_NAMES if (text := texts.get(name)) is not None}
 
     def transformers_config(self, max_length: int) -> str:
         """The `tokenizer_config.json` with which transformers reads `tokenizer.json` as it is, ends by id."""
@@ -145,63 +156,76 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
+            "chat_template": self._template(None, False),
         }
-        if self.chat_template is not None:
-            values["chat_template"] = self.chat_template
+        if self.named_templates:
+            every = {"default": values["chat_template"]} | self.named_templates
+            values["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
         return json.dumps(values | self.special_tokens(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Any],
         *,
-        add_generation_prompt: bool = True,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
-        """The chat template applied to `messages` (each with `role` and `content`).
+        """The chat template applied to `messages`, as `apply_chat_template` of transformers does it.
 
-        BOS and EOS appear as the text of the EOS id unless given. Raises `TokenizerError` for no messages,
-        messages without role or content, unknown roles, or a template that refuses them.
+        The text ends where the assistant begins to answer, unless `add_generation_prompt` is False or the final
+        message is to be continued. `chat_template` is a template, or the name of one that the checkpoint has;
+        `variables` are what else the template sees, over the special tokens. Raises `TokenizerError` for no
+        messages, messages without a role, or a template that refuses them.
         """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        template = self._template(chat_template, tools is not None)
+        seen: dict[str, Any] = {}
+        if template == OLMOE_CHAT_TEMPLATE:  # it writes the end of a text even where the model has none
+            seen = {"bos_token": "", "eos_token": ""}
+            _warn_of_roles(messages)
+        return render(
+            template,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=seen | self.special_tokens() | variables,
+        )
 
-        if not messages:
-            raise TokenizerError("A chat needs at least one message.")
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-                raise TokenizerError(f"A chat message needs a role and a text content, not {message!r}.")
-            if message.get("role") not in ("system", "user", "assistant"):
-                raise TokenizerError(f"Unknown chat role {message.get('role')!r}; use system, user or assistant.")
-        eos_text = self._added.get(self.eos_ids[0], "") if self.eos_ids else ""
+    def encode_chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
+        """Ids of a chat; `options` are those of `render_chat`."""
+        text = self.render_chat(messages, **options)
+        _check_unicode(text)
+        return list(self._chat_backend.encode(text, add_special_tokens=False).ids)
 
-        def refuse(reason: str) -> None:
-            raise TemplateError(reason)
+    def _template(self, wanted: str | None, tools: bool) -> str:
+        """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""
+        if wanted is not None:
+            own = self.chat_template if wanted == "default" else None
+            return self.named_templates.get(wanted, own or wanted)
+        if tools and "tool_use" in self.named_templates:
+            return self.named_templates["tool_use"]
+        return self.chat_template or OLMOE_CHAT_TEMPLATE
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        try:
-            return environment.from_string(self.chat_template or OLMOE_CHAT_TEMPLATE).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=eos_text if bos_token is None else bos_token,
-                eos_token=eos_text if eos_token is None else eos_token,
-            )
-        except Exception as error:  # a template is a program: it can fail in any way
-            reason = str(error).rstrip(".")
-            raise TokenizerError(f"The chat template refuses these messages: {reason}.") from None
+    @functools.cached_property
+    def _chat_backend(self) -> Any:
+        """The backend with every special token that a template writes: some are ordinary entries of the vocabulary."""
+        from tokenizers import AddedToken
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a chat, with BOS and EOS written as the EOS id whatever its name is in this tokenizer."""
-        if any(isinstance(message, Mapping) and _MARK in str(message.get("content", "")) for message in messages):
-            raise TokenizerError("A chat message contains the private-use characters U+E0F0 U+E0F1; remove them.")
-        marks = {"bos_token": _MARK, "eos_token": _MARK} if self.eos_ids else {"bos_token": "", "eos_token": ""}
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **marks)
-        pieces = text.split(_MARK)
-        ids = self.encode(pieces[0])
-        for piece in pieces[1:]:
-            ids += [self.eos_ids[0], *self.encode(piece)]
-        return ids
+        added = set(self._added.values())
+        texts = dict.fromkeys(text for text in self.special_tokens().values() if text not in added)
+        known = [text for text in texts if self._backend.token_to_id(text) is not None]
+        if not known:
+            return self._backend
+        backend = type(self._backend).from_str(self._backend.to_str())
+        backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in known])
+        return backend
 
 
 class IncrementalDetokenizer:
@@ -225,25 +249,59 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _read_chat_template(folder: Path) -> str | None:
-    """The template of `chat_template.jinja` or `tokenizer_config.json`, if there is one."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path} is not UTF-8 text ({error}).") from None
-    path = folder / "tokenizer_config.json"
+def _warn_of_roles(messages: Sequence[Any]) -> None:
+    """Say which messages OLMoE's template leaves out without a word."""
+    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+    for role in dict.fromkeys(role for role in roles if isinstance(role, str)):
+        if role not in ("system", "user", "assistant"):
+            _log.warning("OLMoE's chat template leaves out messages of the role %r", role)
+
+
+def _read_template_files(folder: Path) -> dict[str, str]:
+    """Chat templates by name that have files of their own, which come before those of `tokenizer_config.json`."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    found = {}
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                found[name] = read_text(path)
+            except UnicodeDecodeError as error:
+                raise TokenizerError(f"{path} is not UTF-8 text ({error}).") from None
+    return found
+
+
+def _templates_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name that `tokenizer_config.json` holds: one, a list of named ones, or an object of them."""
+    given = settings.get("chat_template")
+    entries: list[Any] = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    if isinstance(given, dict):
+        entries = [{"name": name, "template": text} for name, text in given.items()]
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+
+
+def _read_named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """The special tokens that a checkpoint folder names; None where it says that there is none."""
+    named = {name: settings[name] for name in SPECIAL_NAMES if name in settings}
+    if "added_tokens_decoder" not in settings:  # older folders keep the names in a file of their own
+        older = _read_object(folder / "special_tokens_map.json")
+        named |= {name: older[name] for name in SPECIAL_NAMES if name in older}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    return {name: text for name, text in texts.items() if text is None or isinstance(text, str)}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
     if not path.is_file():
-        return None
+        return {}
     try:
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError) as error:
+        values = json.loads(read_text(path))
+    except ValueError as error:
         raise TokenizerError(f"{path} is not a JSON object ({error}).") from None
-    if isinstance(template, list):  # named templates: take the default one
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return template if isinstance(template, str) else None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} is not a JSON object (it is {type(values).__name__}).")
+    return values
 
 
 def _check_unicode(text: str) -> None:

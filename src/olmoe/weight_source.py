@@ -21,6 +21,8 @@ from olmoe.model import CausalLM, allocate, without_values
 from olmoe.quant import PackedModule
 from olmoe.quant.formats import CODES
 from olmoe.tensor_file import TensorFile
+from olmoe.text_file import read_text
+from olmoe.tokenizer import TEMPLATES_FOLDER
 
 # Text files of a checkpoint folder that go where its weights go.
 TRAVELLING = (
@@ -104,7 +106,9 @@ class FolderSource:
     def files(self) -> dict[str, str]:
         """See `WeightSource.files`."""
         found = {name: self._folder / name for name in TRAVELLING}
-        return {name: path.read_text(encoding="utf-8") for name, path in found.items() if path.is_file()}
+        for path in sorted((self._folder / TEMPLATES_FOLDER).glob("*.jinja")):
+            found[f"{TEMPLATES_FOLDER}/{path.name}"] = path
+        return {name: read_text(path) for name, path in found.items() if path.is_file()}
 
     def _whole(self, name: str) -> Tensor:
         return self._counted(self._handle(self._stored[name].file).get_tensor(name))

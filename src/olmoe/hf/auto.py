@@ -19,6 +19,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from olmoe.chat_template import OLMOE_CHAT_TEMPLATE
 from olmoe.errors import CheckpointError
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
@@ -117,24 +118,29 @@ class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassi
 
 
 class AutoTokenizer(transformers.AutoTokenizer):
-    """`transformers.AutoTokenizer`, which knows an OLMoE checkpoint's special tokens by id.
+    """`transformers.AutoTokenizer`, which knows an OLMoE checkpoint's special tokens by id, and its chat template.
 
-    transformers takes them by name where a folder has no `tokenizer_config.json`, and adds the name to the
-    vocabulary where the tokenizer does not have it.
+    transformers takes the tokens by name where a folder has no `tokenizer_config.json`, and adds the name to the
+    vocabulary where the tokenizer does not have it. A checkpoint without a template gets that of OLMoE-Instruct, whose
+    generation marks say which tokens are the assistant's; `save_pretrained` writes it.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
         """As transformers documents it."""
-        by_id = _special_tokens(str(pretrained_model_name_or_path), kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **(by_id | kwargs))
+        name = str(pretrained_model_name_or_path)
+        if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(name, _hub(kwargs)) != MODEL_TYPE:
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        by_id = _special_tokens(name, kwargs)
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *inputs, **(by_id | kwargs))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = OLMOE_CHAT_TEMPLATE
+        return tokenizer
 
 
 def _special_tokens(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens of an OLMoE checkpoint whose `tokenizer_config.json` does not name its own; else nothing."""
     hub = _hub(kwargs)
-    if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(name, hub) != MODEL_TYPE:
-        return {}
     named = get_tokenizer_config(name, **hub)
     file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
     if "eos_token" in named or file is None:
