@@ -63,7 +63,8 @@ TEMPLATES = {
     "loops": "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}"
     "{% if loop.index0 == 3 %}{% break %}{% endif %}\n  {{ m.role }}{{ m.content }}\n{% endfor %}\n",
     "generation": "{% for m in messages %}{{ m.role }}\n{% generation %}\n{% set z = 1 %}{{ m.content }}"
-    "{{ eos_token }}\n{% endgeneration %}\n{{ z is defined }}\n{%- generation -%} x {%- endgeneration -%}\n{% endfor %}",
+    "{{ eos_token }}\n{% endgeneration %}\n{{ z is defined }}\n"
+    "{%- generation -%} x {%- endgeneration -%}\n{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}"
     "{{ messages|tojson(sort_keys=true, ensure_ascii=true, separators=(',',':')) }}",
     "parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
