@@ -33,6 +33,7 @@ from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM, allocate, without_values
+from olmoe.text_file import read_text
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4 * 10**9
@@ -367,7 +368,7 @@ def _check_range(name: str, value: Tensor, converted: Tensor) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name. Only files of the same folder can be named."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

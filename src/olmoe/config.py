@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe.errors import ConfigError, shown
+from olmoe.text_file import read_text
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
@@ -225,7 +226,7 @@ class ModelConfig:
         """Read a `config.json`. Raises `ConfigError` if it is missing, not JSON, or invalid."""
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
         except FileNotFoundError:
             raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
         except OSError as error:

@@ -29,6 +29,7 @@ from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import BlockFormat, PackedEmbedding, PackedExperts, PackedLayout, PackedLinear, PackedModule
 from olmoe.runtime import garbage_collection_paused
 from olmoe.tensor_file import Entry, TensorFile, TensorWriter
+from olmoe.text_file import read_text
 
 FILE_NAME = "model.safetensors"
 CONFIG_KEY = "quantization_config"
@@ -239,7 +240,7 @@ def weights_of(module: nn.Module, leaf: str) -> int:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
     except OSError as error:

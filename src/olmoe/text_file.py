@@ -28,5 +28,9 @@ def decode(data: bytes) -> str:
 
 def read_text(path: str | Path) -> str:
     r"""The text of a file, every line end as `\n`. Raises `OSError` and `UnicodeDecodeError`, as `Path.read_text`."""
-    text = decode(Path(path).read_bytes())
+    return unified_line_ends(decode(Path(path).read_bytes()))
+
+
+def unified_line_ends(text: str) -> str:
+    r"""`text` with the line ends of every system as `\n`."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -97,11 +97,6 @@ def test_broken_token_files_are_refused(tmp_path, tokenizer_file, content, told)
     assert told in refused(lambda: prepare(tmp_path / "x.npy", tokenizer_file, tmp_path, EOS), ConfigError)
 
 
-def test_numpys_own_format_is_not_read_as_tokens(tmp_path, tokenizer_file):
-    np.save(tmp_path / "x.npy", np.arange(100, dtype=np.uint16))
-    assert "numpy.save" in refused(lambda: prepare(tmp_path / "x.npy", tokenizer_file, tmp_path, EOS), ConfigError)
-
-
 def test_texts_that_hold_nothing_are_refused(tmp_path, tokenizer_file):
     path = write(tmp_path / "empty.txt", "\n<|endoftext|>\n\n")
     assert "empty.txt" in refused(lambda: prepare(path, tokenizer_file, tmp_path, EOS), ConfigError)

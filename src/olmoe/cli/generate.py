@@ -220,9 +220,10 @@ def _read_stdin() -> str:
 def _decode(content: bytes, where: str) -> str:
     """UTF-8, as it is but for a byte order mark, which editors put before a text and which is none of it."""
     from olmoe.errors import UserError
+    from olmoe.text_file import decode
 
     try:
-        return content.decode("utf-8-sig")
+        return decode(content)
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt {where} is not UTF-8 ({error}); convert it first.") from None
 

@@ -27,6 +27,7 @@ from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.model import CausalLM, set_backend
 from olmoe.ops import AUTO
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
+from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
@@ -338,7 +339,7 @@ def _generation_eos(folder: Path) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        value = json.loads(read_text(path)).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a JSON object ({error}).") from None
     if isinstance(value, int):

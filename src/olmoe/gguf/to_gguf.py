@@ -15,6 +15,7 @@ from olmoe.gguf.names import DOWN, EMBEDDING, GATE_UP, HEAD, tensor_names, tenso
 from olmoe.gguf.packed_source import PackedSource
 from olmoe.gguf.reader import Value
 from olmoe.gguf.writer import PlannedTensor, write
+from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 from olmoe.weight_source import FolderSource
 
@@ -58,7 +59,7 @@ def to_gguf(folder: Path, target: str | Path, type_name: str | None = None, prog
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     metadata |= keys.to_metadata(config)
-    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    text = read_text(folder / "tokenizer.json")
     metadata |= vocabulary.to_metadata(text, config.vocab_size, tokenizer.chat_template)
     total, done = sum(piece.tensor.num_bytes for piece in pieces), 0
 

@@ -23,6 +23,7 @@ from olmoe.chat_template import OLMOE_CHAT_TEMPLATE
 from olmoe.errors import CheckpointError
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 
 __all__ = [
@@ -206,7 +207,7 @@ def _base(name: str, hub: Mapping[str, Any]) -> str:
     file = find_adapter_config_file(name, **{k: v for k, v in hub.items() if k in ("cache_dir", "revision", "token")})
     if file is None:
         return name
-    return str(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return str(json.loads(read_text(file))["base_model_name_or_path"])
 
 
 def _model_type(name: str, hub: Mapping[str, Any]) -> str | None:

@@ -15,20 +15,22 @@ from typing import Any
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
+from olmoe.text_file import read_text
 
 _LIMIT = 2**63  # of every number: what a seed or a file size can be
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A text file (documents separated by lines of `<|endoftext|>`) or a token file (`.npy`, raw uint16).
+    """Text (documents separated by lines of `<|endoftext|>`), JSONL (`text` or `messages`), or token ids (`.npy`).
 
     `repeat` is how often an epoch passes over it; a fraction takes that share of its windows, drawn anew
-    each epoch.
+    each epoch. `dtype` says what the ids of a token file without a header are, where they are not uint16.
     """
 
     path: str
     repeat: float = 1.0
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,9 @@ class TrainConfig:
         """What must not change between an interrupted run and its continuation."""
         sections = ("model", "data", "batch", "optimizer", "schedule", "loss", "regularization")
         plain = {name: dataclasses.asdict(getattr(self, name)) for name in sections}
+        for source in [s for group in ("train", "valid", "measure") for s in plain["data"][group]]:
+            if source["dtype"] is None:  # unknown to older versions, whose runs must go on
+                del source["dtype"]
         return plain | {"seed": self.run.seed}
 
 
@@ -171,7 +176,7 @@ def load_config(path: str | Path) -> TrainConfig:
     """Read and check a TOML file. Raises `ConfigError` with the offending place and value."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"There is no training configuration {path}.") from None
     except (OSError, UnicodeDecodeError):

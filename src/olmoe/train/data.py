@@ -1,4 +1,4 @@
-"""Text files to token files to training windows.
+"""Text and JSONL files to token files to training windows.
 
 A token file is what `dolma tokens` writes and OLMoE was trained on: raw little-endian uint16 ids without
 a header (though named `.npy`), one EOS after each document. Windows are cut from the packed stream;
@@ -21,14 +21,17 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from olmoe import documents
 from olmoe.atomic import atomic_file, write_text
+from olmoe.documents import Chat
 from olmoe.errors import ConfigError
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import Source
+from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
 
-SEPARATOR = "<|endoftext|>"
-NUMPY_MAGIC = b"\x93NUMPY"
-Tokens = npt.NDArray[np.uint16]
+SEPARATOR = documents.SEPARATOR
+READER = 2  # 1 took byte order marks for text, blanks after separators for words, and JSONL for text
+Tokens = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class TokenFile:
     eos_id: int | None = None
     source_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    template_sha256: str | None = None
+    reader: int = 1  # version of what turned the text into documents
+    dtype: str = "<u2"
+    offset: int = 0  # bytes before the ids
 
 
 def name_files(paths: Iterable[Path]) -> dict[Path, str]:
@@ -66,45 +73,45 @@ def name_files(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: next(n for n in candidates[absolute] if uses[n] == 1) for path, absolute in whole.items()}
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a text file, which lines holding only `<|endoftext|>` separate. Empty ones are skipped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"The data file {path} does not exist.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"The data file {path} is not UTF-8 text ({error}).") from None
-    document: list[str] = []
-    for line in text.split("\n"):  # not splitlines, to which a form feed inside a line is an end as well
-        if line == SEPARATOR:
-            yield from _whole(document)
-            document = []
-        else:
-            document.append(line)
-    yield from _whole(document)
+def read_documents(path: Path) -> Iterator[str | Chat]:
+    """The documents of a text or JSONL file; see `olmoe.documents`. Raises `ConfigError` for what is no such file."""
+    return documents.read_documents(path, "The data file", ConfigError)
 
 
-def _whole(lines: list[str]) -> Iterator[str]:
-    text = "\n".join(lines).strip("\n")
-    if text:
-        yield text
+def plain_text(document: str | Chat) -> str:
+    """The text that a vocabulary is trained on: of a chat, what its messages say."""
+    if isinstance(document, str):
+        return document
+    return "\n".join(m["content"] for m in document if isinstance(m.get("content"), str))
 
 
-def prepare(path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: str | None = None) -> TokenFile:
+def is_token_file(path: Path, dtype: str | None = None) -> bool:
+    """Whether a data file holds ids rather than text: by its name, or because the configuration says so."""
+    return dtype is not None or path.suffix.lower() == ".npy"
+
+
+def prepare(
+    path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: str | None = None, dtype: str | None = None
+) -> TokenFile:
     """The token file of `path`, made anew unless `folder` holds one of the same text, tokenizer and EOS.
 
     It is kept as `name`, by default what `name_files` calls `path` alone. A `.npy` path is taken as a token
-    file as it is. Raises `ConfigError` for missing or unreadable files and for a vocabulary that does not
-    fit uint16.
+    file as it is, and any path if `dtype` says what its ids are. Raises `ConfigError` for missing or unreadable
+    files and for a vocabulary that does not fit uint16.
     """
     name = name or name_files([path])[path]
-    if path.suffix == ".npy":
-        return _foreign(name, path)
+    if is_token_file(path, dtype):
+        layout = read_layout(path, dtype)
+        return TokenFile(name, str(path), layout.count, dtype=layout.dtype, offset=layout.offset)
+    tokenizer = _tokenizer(tokenizer_path, eos_id)
     wanted: dict[str, Any] = {
         "source_sha256": sha256(path),
         "tokenizer_sha256": sha256(tokenizer_path),
         "eos_id": eos_id,
+        "reader": READER,
     }
+    if path.suffix.lower() in documents.OBJECTS:  # they may hold chats
+        wanted["template_sha256"] = _template_sha256(tokenizer)
     # Not with_suffix: a name may hold dots.
     target, description = folder / f"{name}.npy", folder / f"{name}.json"
     known = _described(description)
@@ -115,36 +122,45 @@ def prepare(path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: s
     ):
         # The folder may be reached by another path than when the description was written.
         return TokenFile(**known | {"name": name, "path": str(target)})
-    tokenizer = Tokenizer.from_file(tokenizer_path)
     if tokenizer.vocab_size > 2**16:
         raise ConfigError(f"A vocabulary of {tokenizer.vocab_size} ids does not fit the uint16 token format.")
-    documents = list(read_documents(path))
-    if not documents:
+    found = list(read_documents(path))
+    if not found:
         raise ConfigError(f"The data file {path} holds no text.")
     stream: list[int] = []
-    for ids in tokenizer.encode_batch(documents):
+    for ids in encode_documents(found, tokenizer):
         stream += [*ids, eos_id]
     with atomic_file(target) as temporary:
         temporary.write_bytes(np.asarray(stream, dtype="<u2").tobytes())  # tofile hides why a write failed
         description.unlink(missing_ok=True)  # before the rename, so that it never describes another file's tokens
-    text_bytes = sum(len(document.encode()) for document in documents)
-    made = TokenFile(name, str(target), len(stream), len(documents), text_bytes, **wanted)
+    texts = (x if isinstance(x, str) else tokenizer.render_chat(x, add_generation_prompt=False) for x in found)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    made = TokenFile(name, str(target), len(stream), len(found), text_bytes, **wanted)
     write_text(description, json.dumps(asdict(made), indent=2) + "\n")
     return made
 
 
-def _foreign(name: str, path: Path) -> TokenFile:
-    """A token file that something else wrote. Raises `ConfigError` if it cannot be one."""
-    size = path.stat().st_size
-    if size % 2 or size < 4:
-        raise ConfigError(f"The token file {path} has {size} bytes, which is not two or more ids of 2 bytes each.")
-    with path.open("rb") as handle:
-        if handle.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-            raise ConfigError(
-                f"{path} was written by numpy.save, but a token file is raw uint16 without a header: "
-                "write it with array.astype('<u2').tofile(path)."
-            )
-    return TokenFile(name, str(path), size // 2)
+def encode_documents(found: list[str | Chat], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Ids of each document; a chat's are those of the whole chat, without a prompt for what comes next."""
+    texts = iter(tokenizer.encode_batch([document for document in found if isinstance(document, str)]))
+    for document in found:
+        if isinstance(document, str):
+            yield next(texts)
+        else:
+            yield tokenizer.encode_chat(document, add_generation_prompt=False)
+
+
+def _tokenizer(path: Path, eos_id: int) -> Tokenizer:
+    """A tokenizer file, with the chat template that lies beside it."""
+    if path.name == "tokenizer.json":
+        return Tokenizer.from_folder(path.parent, eos_ids=(eos_id,))
+    return Tokenizer.from_file(path, eos_ids=(eos_id,))
+
+
+def _template_sha256(tokenizer: Tokenizer) -> str:
+    """What the ids of a chat depend on besides the tokenizer file."""
+    parts = [tokenizer.chat_template, tokenizer.named_templates, tokenizer.special_tokens()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _described(description: Path) -> dict[str, Any]:
@@ -158,10 +174,14 @@ def _described(description: Path) -> dict[str, Any]:
 
 def open_tokens(file: TokenFile, vocab_size: int) -> Tokens:
     """Map a token file into memory, read-only. Raises `ConfigError` for ids beyond the model's vocabulary."""
-    tokens: Tokens = np.memmap(file.path, dtype="<u2", mode="r")
-    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
-    if largest >= vocab_size:
-        raise ConfigError(f"{file.path} holds the id {largest}, beyond the model's vocabulary of {vocab_size}.")
+    layout = Layout(file.dtype, file.offset, file.tokens)
+    tokens: Tokens = map_ids(file.path, layout)
+    parts = [tokens[i : i + 2**24] for i in range(0, len(tokens), 2**24)]
+    largest, smallest = max(int(part.max()) for part in parts), min(int(part.min()) for part in parts)
+    if largest >= vocab_size or smallest < 0:
+        wrong = largest if largest >= vocab_size else smallest
+        hint = "" if file.source_sha256 else f"; if its ids are not {np.dtype(file.dtype)}, set dtype beside its path"
+        raise ConfigError(f"{file.path} holds the id {wrong}, beyond the model's vocabulary of {vocab_size}{hint}.")
     return tokens
 
 
@@ -184,8 +204,8 @@ class Mixture:
         for (tokens, repeat), windows, parts in zip(sources, self._windows, self._parts, strict=True):
             if windows < 1:
                 raise ConfigError(
-                    f"{_origin(tokens)} holds {len(tokens)} tokens, too few for windows of {length}; "
-                    "use a longer file or a shorter data.sequence_length."
+                    f"{_origin(tokens)} holds {len(tokens)} tokens, but windows of {length} need at least "
+                    f"{2 * length}; use a longer file or a data.sequence_length of at most {len(tokens) // 2}."
                 )
             if sum(parts) == 0:
                 raise ConfigError(f"repeat {repeat} of {_origin(tokens)} leaves none of its windows; raise it.")

@@ -20,6 +20,7 @@ from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM, initialize
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
+from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 from olmoe.train import state
 from olmoe.train.config import TrainConfig
@@ -27,9 +28,11 @@ from olmoe.train.data import (
     Mixture,
     TokenFile,
     Tokens,
+    is_token_file,
     load_sources,
     name_files,
     open_tokens,
+    plain_text,
     prepare,
     read_documents,
     sha256,
@@ -63,14 +66,18 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     device = resolve_device(config.run.device)
 
     # ---- data: text -> token files -> one deterministic sequence of windows ----
-    paths = [[config.resolve(s.path) for s in x] for x in (config.data.train, config.data.valid, config.data.measure)]
-    names = name_files(path for group in paths for path in group)
+    groups = [
+        [(config.resolve(s.path), s.dtype) for s in sources]
+        for sources in (config.data.train, config.data.valid, config.data.measure)
+    ]
+    names = name_files(path for group in groups for path, _ in group)
     tokenizer_path = config.resolve(config.tokenizer.path)
     _ensure_tokenizer(config, tokenizer_path)
     eos_id = _eos_id(config, tokenizer_path)
     tokens_folder, vocab_size = config.resolve(config.data.tokens_folder), config.model.vocab_size
     train_files, valid_files, measured_files = (
-        [prepare(path, tokenizer_path, tokens_folder, eos_id, names[path]) for path in group] for group in paths
+        [prepare(path, tokenizer_path, tokens_folder, eos_id, names[path], dtype) for path, dtype in group]
+        for group in groups
     )
     length = config.data.sequence_length
     mixture = Mixture(load_sources(config.data.train, train_files, vocab_size), length, config.run.seed)
@@ -90,7 +97,7 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
         log.info("resumed from %s", newest)
     metrics_path = output / "metrics.jsonl"
     state.truncate_metrics(metrics_path, progress.step)
-    tokenizer_files = {"tokenizer.json": tokenizer_path.read_text(encoding="utf-8")}
+    tokenizer_files = {"tokenizer.json": read_text(tokenizer_path)}
     epoch_tokens = mixture.windows_per_epoch * length
     log.info("%.1fM tokens an epoch, %d steps", epoch_tokens / 1e6, config.total_steps)
 
@@ -243,10 +250,11 @@ def _ensure_tokenizer(config: TrainConfig, path: Path) -> None:
         return
     if config.tokenizer.vocab_size is None:
         raise ConfigError(f"There is no tokenizer {path}; set tokenizer.vocab_size to train one.")
-    texts = [config.resolve(s.path) for s in config.data.train if not s.path.endswith(".npy")]
+    sources = [(config.resolve(s.path), s.dtype) for s in config.data.train]
+    texts = [path for path, dtype in sources if not is_token_file(path, dtype)]
     log.info("training a tokenizer of %d entries on %d files", config.tokenizer.vocab_size, len(texts))
     train_vocabulary(
-        (document for text in texts for document in read_documents(text)), config.tokenizer.vocab_size, path
+        (plain_text(document) for text in texts for document in read_documents(text)), config.tokenizer.vocab_size, path
     )
 
 
