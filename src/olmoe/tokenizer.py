@@ -117,6 +117,11 @@ class Tokenizer:
         """Whether the id is a control token (EOS, padding), which has no text of its own."""
         return token_id in self._special
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name, None if the vocabulary has no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for; a character may be spread over several ids."""
         cached = self._bytes_cache.get(token_id)

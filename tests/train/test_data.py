@@ -313,6 +313,8 @@ def test_a_file_too_short_for_two_windows_is_refused_by_name(tmp_path, tokenizer
     message = refused(lambda: Mixture(loaded, 10, seed=0), ConfigError)
     assert "short.npy" in message
     assert "19 tokens" in message
+    assert "at least 20;" in message  # the windows may start at any of the first ten tokens
+    assert "at most 9." in message
     assert Mixture([(np.zeros(20, dtype="<u2"), 1.0)], 10, seed=0).windows_per_epoch == 1
 
 

@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; Ctrl-C finishes the step, saves, and says how to go on."""
     from olmoe.train.config import load_config
 
-    config = load_config(arguments.config)  # before torch is imported: mistakes answer at once
+    config = load_config(arguments.config, resume=arguments.resume)  # before torch is imported: mistakes answer at once
     from olmoe.cli.main import EXIT_INTERRUPTED
     from olmoe.train.loop import Interrupted, train
 

@@ -6,6 +6,8 @@ Every unknown key, wrong type and contradictory value is refused with its place 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import tomllib
 import types
 import typing
@@ -16,6 +18,7 @@ from typing import Any
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
 from olmoe.text_file import read_text
+from olmoe.train.inheritance import inherit
 
 _LIMIT = 2**63  # of every number: what a seed or a file size can be
 
@@ -120,8 +123,9 @@ class CheckpointConfig:
 class RunConfig:
     """Where the run writes, its seed, and the CPU threads it uses.
 
-    `initialize_from` is a checkpoint folder whose weights the run starts from, in place of random ones; the
-    optimizer and the schedule start anew.
+    `initialize_from` is a checkpoint (a folder or a hub id) whose weights the run starts from, in place of random
+    ones; the optimizer and the schedule start anew. It brings its architecture and its tokenizer, so that `[model]`
+    and `[tokenizer]` need only say what is to be otherwise.
     """
 
     output: str
@@ -133,7 +137,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole training run. `base` is the folder that its relative paths start from."""
+    """A whole training run. `base` is the folder that its relative paths start from.
+
+    `eos_is_written` is False where the tokenizer is to say which id ends a document.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -147,6 +154,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
+    eos_is_written: bool = field(default=True, metadata={"in_file": False})
 
     @property
     def tokens_per_step(self) -> int:
@@ -159,8 +167,8 @@ class TrainConfig:
         return -(-self.schedule.total_tokens // self.tokens_per_step)
 
     def resolve(self, path: str) -> Path:
-        """A path of the configuration as seen from the current folder."""
-        return self.base / path
+        """A path of the configuration as seen from the current folder; see `resolve_path`."""
+        return resolve_path(path, self.base)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
@@ -172,8 +180,27 @@ class TrainConfig:
         return plain | {"seed": self.run.seed}
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Read and check a TOML file. Raises `ConfigError` with the offending place and value."""
+def resolve_path(path: str, base: Path) -> Path:
+    """A path as a shell reads it, `~` and `$NAME` included, from the folder `base`.
+
+    Raises `ConfigError` for a user or a variable that is not there: no folder is meant to be called so.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    left = re.match(r"~[^/\\]*", expanded) or re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    place = base / expanded
+    if left is not None and not place.exists():
+        raise ConfigError(
+            f"The path {shown(path)} has {left.group()}, which stands for nothing here; set it, or write the path out."
+        )
+    return place
+
+
+def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
+    """Read and check a TOML file. Raises `ConfigError` with the offending place and value.
+
+    With `resume`, what the file leaves to the checkpoint that it starts from comes from the run itself; see
+    `inheritance`.
+    """
     path = Path(path)
     try:
         raw = tomllib.loads(read_text(path))
@@ -183,7 +210,11 @@ def load_config(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
-    config: TrainConfig = dataclasses.replace(_build(TrainConfig, raw, ""), base=path.parent)
+    base = path.parent
+    written = raw.get("model")
+    raw = inherit(raw, lambda p: resolve_path(p, base), resume, lambda table: _build(ModelConfig, table, "model"))
+    eos_is_written = not isinstance(written, dict) or "eos_token_id" in written or raw["model"] is not written
+    config: TrainConfig = dataclasses.replace(_build(TrainConfig, raw, ""), base=base, eos_is_written=eos_is_written)
     _check(config)
     return config
 
@@ -230,7 +261,9 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
-    if not config.model.eos_token_ids:
+    for place in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in sources)):
+        config.resolve(place)
+    if config.eos_is_written and not config.model.eos_token_ids:
         raise ConfigError("model.eos_token_id is needed for training: it ends each document.")
     if (config.tokenizer.vocab_size or 0) > config.model.vocab_size:
         raise ConfigError(

@@ -168,8 +168,13 @@ def _described(description: Path) -> dict[str, Any]:
     try:
         known = json.loads(description.read_text(encoding="utf-8"))
         return asdict(TokenFile(**known))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def is_description(path: Path) -> bool:
+    """Whether a JSON file is what `prepare` writes beside a token file."""
+    return bool(_described(path))
 
 
 def open_tokens(file: TokenFile, vocab_size: int) -> Tokens:
@@ -204,11 +209,11 @@ class Mixture:
         for (tokens, repeat), windows, parts in zip(sources, self._windows, self._parts, strict=True):
             if windows < 1:
                 raise ConfigError(
-                    f"{_origin(tokens)} holds {len(tokens)} tokens, but windows of {length} need at least "
-                    f"{2 * length}; use a longer file or a data.sequence_length of at most {len(tokens) // 2}."
+                    f"{origin(tokens)} holds {len(tokens)} tokens, too few for windows of {length}, which need at "
+                    f"least {2 * length}; use a longer file or a data.sequence_length of at most {len(tokens) // 2}."
                 )
             if sum(parts) == 0:
-                raise ConfigError(f"repeat {repeat} of {_origin(tokens)} leaves none of its windows; raise it.")
+                raise ConfigError(f"repeat {repeat} of {origin(tokens)} leaves none of its windows; raise it.")
         self.windows_per_epoch = sum(sum(parts) for parts in self._parts)
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty((0, 2), np.int64)
@@ -240,7 +245,7 @@ def load_sources(sources: tuple[Source, ...], files: list[TokenFile], vocab_size
     return [(open_tokens(file, vocab_size), source.repeat) for source, file in zip(sources, files, strict=True)]
 
 
-def _origin(tokens: Tokens) -> str:
+def origin(tokens: Tokens) -> str:
     """The file that tokens were mapped from, for messages."""
     return str(getattr(tokens, "filename", "A data source"))
 
@@ -249,3 +254,13 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sample_sha256(file: TokenFile) -> str:
+    """The SHA-256 of a token file's beginning and end: of what an epoch would take minutes to hash, enough to tell."""
+    digest = hashlib.sha256()
+    with open(file.path, "rb") as handle:
+        digest.update(handle.read(2**20))
+        handle.seek(max(0, os.path.getsize(file.path) - 2**20))
+        digest.update(handle.read())
+    return digest.hexdigest()

@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,19 @@ from olmoe.train.data import (
     TokenFile,
     Tokens,
     is_token_file,
-    load_sources,
-    name_files,
     open_tokens,
     plain_text,
-    prepare,
     read_documents,
+    sample_sha256,
     sha256,
 )
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.evaluation import Evaluation, evaluate
+from olmoe.train.inheritance import derive_eos, start_folder
 from olmoe.train.losses import objective
 from olmoe.train.optim import build_optimizer, clip_gradients, learning_rate
+from olmoe.train.run_folder import run_lock
+from olmoe.train.sources import SourceFiles, find_files, names_of, open_sources, prepare_files
 from olmoe.train.vocabulary import train_vocabulary
 
 
@@ -60,27 +63,33 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
     """
     output = config.resolve(config.run.output)
-    newest = state.begin(output, resume)
+    if not output.is_dir():
+        state.begin(output, resume)  # makes it, or refuses
+    with run_lock(output):
+        return _train(config, output, state.begin(output, resume), show_progress)
+
+
+def _train(config: TrainConfig, output: Path, newest: Path | None, show_progress: bool) -> Path:
     set_threads(config.run.threads)
     keep_freed_memory()
     device = resolve_device(config.run.device)
 
     # ---- data: text -> token files -> one deterministic sequence of windows ----
-    groups = [
-        [(config.resolve(s.path), s.dtype) for s in sources]
-        for sources in (config.data.train, config.data.valid, config.data.measure)
-    ]
-    names = name_files(path for group in groups for path, _ in group)
+    groups = find_files(config)
+    names = names_of(groups, state.recorded_names(newest))
     tokenizer_path = config.resolve(config.tokenizer.path)
-    _ensure_tokenizer(config, tokenizer_path)
+    _ensure_tokenizer(config, tokenizer_path, groups["train"])
+    if not config.eos_is_written:
+        config = replace(config, model=derive_eos(tokenizer_path, config.model))
     eos_id = _eos_id(config, tokenizer_path)
     tokens_folder, vocab_size = config.resolve(config.data.tokens_folder), config.model.vocab_size
-    train_files, valid_files, measured_files = (
-        [prepare(path, tokenizer_path, tokens_folder, eos_id, names[path], dtype) for path, dtype in group]
-        for group in groups
-    )
+    prepared = {
+        group: prepare_files(files, tokenizer_path, tokens_folder, eos_id, names) for group, files in groups.items()
+    }
+    train_files, valid_files, measured_files = (list(chain.from_iterable(prepared[group])) for group in groups)
     length = config.data.sequence_length
-    mixture = Mixture(load_sources(config.data.train, train_files, vocab_size), length, config.run.seed)
+    streams = open_sources(groups["train"], prepared["train"], vocab_size, length)
+    mixture = Mixture(streams, length, config.run.seed)
     held_out = [(file, open_tokens(file, vocab_size)) for file in valid_files]
     measured = [(file, open_tokens(file, vocab_size)) for file in measured_files]
 
@@ -90,14 +99,20 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
     progress = state.Progress()
     fingerprint = config.fingerprint() | {
         "texts": {file.name: file.source_sha256 or file.tokens for file in train_files + valid_files},
+        "templates": {file.name: file.template_sha256 for file in train_files + valid_files if file.template_sha256},
+        "token_samples": {f.name: sample_sha256(f) for f in train_files + valid_files if not f.source_sha256},
+        "measured": [file.name for file in measured_files],
         "tokenizer": sha256(tokenizer_path),
     }
     if newest is not None:
         progress = state.restore(newest, model, optimizer, fingerprint)
         log.info("resumed from %s", newest)
+        if not state.has_best(output):
+            log.warning("%s is missing; the best checkpoint from here on takes its place", output / "best")
+            progress.best, progress.best_step = float("inf"), 0
     metrics_path = output / "metrics.jsonl"
     state.truncate_metrics(metrics_path, progress.step)
-    tokenizer_files = {"tokenizer.json": read_text(tokenizer_path)}
+    tokenizer_files = _tokenizer_files(config, tokenizer_path)
     epoch_tokens = mixture.windows_per_epoch * length
     log.info("%.1fM tokens an epoch, %d steps", epoch_tokens / 1e6, config.total_steps)
 
@@ -178,6 +193,10 @@ def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = Tr
                     raise Interrupted(path)
 
     # ---- the best checkpoint on all of every held-out and measured file ----
+    if not state.has_best(output):  # removed meanwhile, or before a finished run was resumed
+        log.warning("%s is missing; the last state takes its place", output / "best")
+        progress.best_step = progress.step
+        checkpoint.save(model, output / "best", extra_files=tokenizer_files)
     best = checkpoint.load(output / "best", device=device)
     final = evaluate_all(best, held_out + measured, length, 0)
     report: dict[str, Any] = {"step": progress.best_step} | summary(final)
@@ -194,7 +213,7 @@ def _start(config: TrainConfig, *, resumed: bool) -> CausalLM:
     if config.run.initialize_from is None:
         initialize(model, config.run.seed)
         return model
-    folder = config.resolve(config.run.initialize_from)
+    folder = start_folder(config.run.initialize_from, config.resolve(config.run.initialize_from))
     if packed.is_packed(folder):
         raise ConfigError(
             f"run.initialize_from {str(folder)!r} is a packed checkpoint, whose weights are rounded; give the one that "
@@ -244,18 +263,30 @@ def _check_finite(what: str, value: float, step: int, config: TrainConfig) -> No
         )
 
 
-def _ensure_tokenizer(config: TrainConfig, path: Path) -> None:
+def _ensure_tokenizer(config: TrainConfig, path: Path, files: list[SourceFiles]) -> None:
     """Train the tokenizer on the training texts if its file does not exist and a size is given."""
     if path.is_file():
         return
     if config.tokenizer.vocab_size is None:
         raise ConfigError(f"There is no tokenizer {path}; set tokenizer.vocab_size to train one.")
-    sources = [(config.resolve(s.path), s.dtype) for s in config.data.train]
-    texts = [path for path, dtype in sources if not is_token_file(path, dtype)]
+    texts = [path for found in files for path in found.paths if not is_token_file(path, found.source.dtype)]
     log.info("training a tokenizer of %d entries on %d files", config.tokenizer.vocab_size, len(texts))
     train_vocabulary(
         (plain_text(document) for text in texts for document in read_documents(text)), config.tokenizer.vocab_size, path
     )
+
+
+def _tokenizer_files(config: TrainConfig, path: Path) -> dict[str, str]:
+    """What the run's checkpoints hold of the tokenizer: its file, and how transformers is to read it."""
+    files = {"tokenizer.json": read_text(path)}
+    if path.name == "tokenizer.json":
+        beside = (path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+        files |= {other.name: read_text(other) for other in beside if other.is_file()}
+    if "tokenizer_config.json" not in files:
+        ids = {"eos_ids": config.model.eos_token_ids, "pad_id": config.model.pad_token_id}
+        tokenizer = Tokenizer.from_file(path, chat_template=files.get("chat_template.jinja"), **ids)
+        files["tokenizer_config.json"] = tokenizer.transformers_config(config.model.max_position_embeddings)
+    return files
 
 
 def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:

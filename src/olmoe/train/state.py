@@ -7,7 +7,6 @@ with the optimizer and the counters. Folders appear whole or not at all.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 
 from olmoe import checkpoint
 from olmoe.atomic import atomic_folder, write_text
-from olmoe.errors import CheckpointError, ConfigError, shown
+from olmoe.errors import CheckpointError, ConfigError, UserError, shown
 from olmoe.model import CausalLM
+from olmoe.train.run_folder import checkpoints, latest
 
 STATE_NAME = "training_state.pt"
 
@@ -39,6 +39,8 @@ def begin(folder: Path, resume: bool) -> Path | None:
     Raises `ConfigError` if the folder holds a run that is not to be resumed, or none that could be.
     """
     newest = latest(folder)
+    if resume:
+        _recover_best(folder)
     if resume and newest is None:
         raise ConfigError(f"{folder} holds no checkpoint to resume from; start the run without --resume.")
     if not resume and newest is not None:
@@ -76,20 +78,44 @@ def save_state(
     return target
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest resumable checkpoint under `folder`, if any."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
-
-
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints under `folder`, and what a killed process left unfinished."""
+    """Remove all but the newest `keep` checkpoints under `folder`, and what a killed process left unfinished.
+
+    Whoever calls this holds the run's lock, so that nobody is still at work on what is unfinished.
+    """
     unfinished = [*folder.glob(".best.*.partial"), *(folder / "checkpoints").glob(".step-*.partial")]
-    for old in _checkpoints(folder)[:-keep]:
+    unfinished += [*(folder.glob(".best.*.old") if has_best(folder) else ()), *folder.glob("checkpoints/.step-*.old")]
+    for old in checkpoints(folder)[:-keep]:
         # Renamed first, so that an interrupt leaves no half checkpoint under a whole one's name.
         unfinished.append(old.rename(old.with_name(f".{old.name}.old.partial")))
     for leftover in unfinished:
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def has_best(folder: Path) -> bool:
+    """Whether the best checkpoint of a run is there."""
+    best = folder / "best"
+    return (best / "config.json").is_file() and any(best.glob("*.safetensors"))
+
+
+def _recover_best(folder: Path) -> None:
+    """Put the best checkpoint back that a process was replacing when it was killed; see `atomic_folder`."""
+    replaced = sorted(folder.glob(".best.*.old"), key=lambda path: path.stat().st_mtime)
+    if replaced and not (folder / "best").exists():
+        replaced[-1].rename(folder / "best")
+
+
+def recorded_names(path: Path | None) -> list[str]:
+    """The names of a run's data files, in their order, as its checkpoint recorded them; none of no checkpoint."""
+    if path is None:
+        return []
+    try:
+        # Mapped, because the optimizer's state beside them can be large.
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
+        recorded = json.loads(state["fingerprint"])
+        return list(dict.fromkeys([*recorded["texts"], *recorded.get("measured", [])]))
+    except Exception:  # a damaged file is reported by `restore`
+        return []
 
 
 def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
@@ -103,20 +129,31 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
         progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
         was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CheckpointError(
-            f"{path / STATE_NAME} cannot be read ({reason}); remove {path} to resume from the checkpoint before it."
-        ) from None
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise CheckpointError(f"{path / STATE_NAME} cannot be read ({reason}); {_way_on(path)}.") from None
     difference = _difference(was, now)
     if difference is not None:
         raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
-    loaded = checkpoint.load(path, dtype=torch.float32)
+    try:
+        loaded = checkpoint.load(path, dtype=torch.float32)
+    except UserError as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"The checkpoint {path} cannot be read ({reason}); {_way_on(path)}.") from None
     with torch.no_grad():
         for (name, parameter), (_, value) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
             assert parameter.shape == value.shape, name
             parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     return progress
+
+
+def _way_on(path: Path) -> str:
+    """How a run goes on whose checkpoint `path` is damaged."""
+    run = path.parent.parent
+    before = [p for p in checkpoints(run) if p.name < path.name]
+    if before:
+        return f"remove {path} to resume from {before[-1].name}"
+    return f"no checkpoint is before it, so start anew: remove {run}, or choose another run.output"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -147,8 +184,14 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing that changed between two fingerprints, in words."""
     for section in now:
-        old, new = was.get(section), now[section]
-        if old == new or section not in was:  # older versions compared less
+        if section not in was or section == "measured":  # older versions compared less
+            continue
+        if section == "texts":
+            if (difference := _other_texts(was[section], now[section])) is not None:
+                return difference
+            continue
+        old, new = _without_places(was[section]), _without_places(now[section])
+        if old == new:
             continue
         if not isinstance(old, dict) or not isinstance(new, dict):
             return f"The {section} changed from {shown(old)} to {shown(new)}"
@@ -157,6 +200,22 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+def _without_places(section: Any) -> Any:
+    """A section without the paths of files: they may move, and what they hold is compared as `texts`."""
+    if not isinstance(section, dict):
+        return section
+    plain = {key: value for key, value in section.items() if key != "tokens_folder"}
+    for group in ("train", "valid", "measure"):
+        if isinstance(plain.get(group), list):
+            plain[group] = [{k: v for k, v in source.items() if k != "path"} for source in plain[group]]
+    return plain
+
+
+def _other_texts(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first file with other contents. Files are compared in their order, since names follow from paths."""
+    if len(old) != len(new):
+        return f"The number of data files changed from {len(old)} to {len(new)}"
+    for name, before, after in zip(new, old.values(), new.values(), strict=True):
+        if before != after:
+            return f"[texts] {name} changed from {shown(before)} to {shown(after)}"
+    return None
