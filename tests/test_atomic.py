@@ -194,3 +194,29 @@ def test_text_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
     monkeypatch.setenv("LC_ALL", "C")
     write_text(tmp_path / "file", "Ünïcode 模型\n")
     assert (tmp_path / "file").read_bytes() == "Ünïcode 模型\n".encode()
+
+
+@WRITERS
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM])
+def test_what_is_refused_to_another_file_is_not_blamed_on_the_target(write, number, tmp_path):
+    write(tmp_path / "target", "old")
+    before = tree(tmp_path)
+    error = OSError(number, os.strerror(number), str(tmp_path / "source"))
+    with pytest.raises(OSError, match="source") as caught:
+        write(tmp_path / "target", fail=error)
+    assert caught.value is error
+    assert tree(tmp_path) == before
+
+
+@WRITERS
+def test_what_is_refused_to_a_file_that_is_being_written_is_the_targets(write, tmp_path, monkeypatch):
+    context = atomic_folder if write is write_folder else atomic_file
+    monkeypatch.chdir(tmp_path)
+
+    def block() -> None:
+        with context("target") as temporary:
+            name = os.path.relpath(temporary / "x" if write is write_folder else temporary)
+            raise OSError(errno.EACCES, "Permission denied", name)
+
+    assert "target cannot be written (Permission denied)" in refused(block)
+    assert tree(tmp_path) == {}

@@ -37,33 +37,39 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     `target` with the suffix `.old`. Raises `UserError` if the disk is full or the place cannot be written.
     """
     target = _through_links(target)
+    temporary = _beside(target)
     with _clear_os_errors(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} is a file, but a folder is to be written there; choose another place.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(target)
-        try:
+    try:
+        with _clear_os_errors(target):
             temporary.mkdir()
+        with _clear_os_errors(target, temporary):
             yield temporary
+        with _clear_os_errors(target):
             _replace_folder(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` that becomes `target` when the block ends; see `atomic_folder`."""
     target = _through_links(target)
+    temporary = _beside(target)
     with _clear_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(target)
-        try:
+    try:
+        with _clear_os_errors(target, temporary):
             yield temporary
+        with _clear_os_errors(target):
             os.replace(temporary, target)
-        except BaseException:
+    except BaseException:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def write_text(target: str | Path, text: str) -> None:
@@ -73,16 +79,28 @@ def write_text(target: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _clear_os_errors(target: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one sentence for the user."""
+def _clear_os_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn what the file system refuses to `target` into one sentence for the user.
+
+    In the block that writes `temporary`, other files may be read or written as well. What is refused to them is not
+    the target's fault and passes through; an error that names no file comes from a write to an open one.
+    """
     try:
         yield
     except OSError as error:
+        if temporary is not None and not _concerns(error, temporary):
+            raise
         if error.errno == errno.ENOSPC:
             raise UserError(f"The disk is full: {target} was not written; free some space and try again.") from error
         if error.errno in _REFUSALS:
             raise UserError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
         raise
+
+
+def _concerns(error: OSError, temporary: Path) -> bool:
+    """Whether an error names what is being written, or nothing."""
+    names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)]
+    return not names or any(Path(os.path.abspath(name)).is_relative_to(temporary) for name in names)
 
 
 def _replace_folder(new: Path, target: Path) -> None:

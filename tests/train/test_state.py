@@ -159,6 +159,46 @@ def test_a_changed_configuration_is_refused(tmp_path, change, told):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_places_and_names_of_files_may_change_but_not_what_they_hold(tmp_path):
+    def fingerprint(folder: str, **changes):
+        source = {"path": f"{folder}/x.txt", "repeat": 1.5}
+        data = {"train": [source], "valid": [], "measure": [], "tokens_folder": folder, "sequence_length": 8}
+        texts = {f"{folder}-x": "abc", f"{folder}-y": 12}
+        return {"data": data, "texts": texts, "measured": [f"{folder}-z"]} | changes
+
+    model, optimizer = trained(seed=0)
+    path = save_state(tmp_path, model, optimizer, Progress(step=7), fingerprint("a"), {})
+    assert restore(path, model, optimizer, fingerprint("b")).step == 7
+    assert state.recorded_names(path) == ["a-x", "a-y", "a-z"]
+    assert state.recorded_names(None) == []
+    assert state.recorded_names(tmp_path) == []
+
+    def told(**changes):
+        return refused(lambda: restore(path, model, optimizer, fingerprint("b", **changes)), ConfigError)
+
+    assert "[texts] b-y changed from 12 to 13" in told(texts={"b-x": "abc", "b-y": 13})
+    assert "[texts] b-y changed from 'abc' to 12" in told(texts={"b-y": 12, "b-x": "abc"})  # another order
+    assert "from 2 to 1" in told(texts={"b-x": "abc"})
+    assert "[data] train" in told(data={"train": [{"path": "a/x.txt", "repeat": 1.0}]})
+
+
+def test_a_best_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+    save(tmp_path)
+    for name, number in ((".best.11111111.old", 1), (".best.22222222.old", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(str(number))
+        os.utime(tmp_path / name, (number, number))
+    assert not state.has_best(tmp_path)
+    begin(tmp_path, resume=True)
+    assert (tmp_path / "best" / "config.json").read_text() == "2"
+    assert not state.has_best(tmp_path)  # it has no weights
+    prune(tmp_path, 1)
+    assert (tmp_path / ".best.11111111.old").exists()  # the best is not there, and this may have been it
+    (tmp_path / "best" / "model.safetensors").touch()
+    prune(tmp_path, 1)
+    assert not (tmp_path / ".best.11111111.old").exists()
+
+
 def test_what_an_older_checkpoint_did_not_record_is_not_compared(tmp_path):
     path, *_ = save(tmp_path)
     assert restore(path, *trained(seed=1), FINGERPRINT | {"tokenizer": "abc"}).step == 7
@@ -185,6 +225,21 @@ def test_a_damaged_state_is_one_sentence(tmp_path, damage):
         file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
     message = refused(lambda: restore(path, *trained(seed=1), FINGERPRINT), CheckpointError)
     assert state.STATE_NAME in message
+    assert f"start anew: remove {tmp_path}" in message  # it is the only one
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", state.STATE_NAME])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_says_how_the_run_goes_on(tmp_path, file, damage):
+    save(tmp_path, step=5)
+    path, *_ = save(tmp_path, step=7)
+    save(tmp_path, step=9)
+    content = (path / file).read_bytes()
+    (path / file).unlink()
+    if damage == "truncated":
+        (path / file).write_bytes(content[: len(content) // 2])
+    message = refused(lambda: restore(path, *trained(seed=1), FINGERPRINT), CheckpointError)
+    assert message.endswith(f"; remove {path} to resume from step-0000005.")
 
 
 # ---- writes that fail ----

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
@@ -11,6 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from conftest import TEXT
 from olmoe.errors import ConfigError, UserError
 from olmoe.tokenizer import Tokenizer
+from olmoe.train import vocabulary
 from olmoe.train.vocabulary import FIRST, LAST, SPACES, train_vocabulary
 
 SMALLEST = 256 + 28
@@ -86,3 +93,60 @@ def test_an_existing_file_is_replaced_and_an_impossible_place_is_one_sentence(tm
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
     with pytest.raises(UserError, match="cannot be written"):
         train_vocabulary([TEXT], SMALLEST, path / "below-a-file" / "tokenizer.json")
+
+
+# ---- what takes long ----
+
+
+@pytest.mark.parametrize("kind", ["letters", "digits", "signs", "one letter", "spaces", "marks"])
+def test_a_long_run_takes_linear_time(tmp_path, kind):
+    alphabet = {
+        "letters": "abcdefghijklmnopqrstuvwxyz", "digits": "0123456789", "signs": "-_=+*#", "one letter": "a",
+        "spaces": " \t\n", "marks": "\u0301\u0300_-",
+    }[kind]  # fmt: skip
+    run = "".join(random.Random(0).choices(alphabet, k=200_000))
+    started = time.perf_counter()
+    with contextlib.suppress(ConfigError):  # too few merges in some
+        train_vocabulary([run], 400, tmp_path / "tokenizer.json")
+    assert time.perf_counter() - started < 15  # uncut, 160,000 letters took 25 s, and 2 million never ended
+
+
+def test_only_words_beyond_the_limit_are_cut_and_nothing_is_lost():
+    word = "x" * vocabulary.LONGEST
+    for text in ("", "one two", word, f"a {word} b", f"{word} {word}", word + "-" + word):
+        assert list(vocabulary._cut(text)) == [text]
+    for text in (word + "x", f"a {word}{word}xx b {word}x\n", " " * (3 * vocabulary.LONGEST + 1)):
+        parts = list(vocabulary._cut(text))
+        assert len(parts) > 1
+        assert "".join(parts) == text
+        assert max(len(run) for part in parts for run in re.findall(r"x+| +", part)) <= vocabulary.LONGEST
+
+
+def test_errors_of_the_documents_pass_through(tmp_path):
+    def broken():
+        yield "text"
+        raise ConfigError("The data file x is gone.")
+
+    with pytest.raises(ConfigError, match="^The data file x is gone.$"):
+        train_vocabulary(broken(), 300, tmp_path / "tokenizer.json")
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_ctrl_c_is_heard(tmp_path):
+    code = """
+import random, sys
+from olmoe.train import vocabulary
+vocabulary.LONGEST, vocabulary._LONG_RUN = 10**9, vocabulary.re.compile(r"(?!)")
+text = "".join(random.Random(0).choices("abcdefghij", k=2_000_000))
+print("started", flush=True)
+vocabulary.train_vocabulary([text], 400, sys.argv[1])
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert not (tmp_path / "tokenizer.json").exists()

@@ -27,7 +27,8 @@ COMMANDS = {
 
 _VERBOSE = "log what was chosen automatically, to stderr"
 _QUIET = "no progress bar and no statistics on stderr"
-
+# What the file system answers where a file is there, but not for us.
+_DENIALS = (errno.EACCES, errno.EPERM, errno.EIO)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return 0
     except OSError as error:
+        if error.errno in _DENIALS and error.filename is not None:
+            name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+            print(f"olmoe: {name} cannot be used ({error.strerror}); check its permissions.", file=sys.stderr)
+            return EXIT_USER_ERROR
         if error.errno != errno.ENOSPC:
             raise
         _discard_stdout()

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from olmoe.errors import ConfigError
 
-
 # The system's way to lock a file: fcntl where there is one, else msvcrt.
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 

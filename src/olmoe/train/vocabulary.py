@@ -9,7 +9,10 @@ the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from olmoe.atomic import write_text
@@ -18,6 +21,10 @@ from olmoe.errors import ConfigError
 FIRST = ("|||IP_ADDRESS|||", "<|padding|>")
 SPACES = tuple(" " * n for n in range(24, 1, -1))
 LAST = ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "<|endoftext|>")
+# Characters of the longest word that merges are learned from; longer ones are cut.
+LONGEST = 4096
+# What the byte-level pattern takes for one word, at the least: letters, digits, other signs, or white space.
+_LONG_RUN = re.compile(rf"[^\W_]{{{LONGEST + 1},}}|(?:[^\w\s]|_){{{LONGEST + 1},}}|\s{{{LONGEST + 1},}}")
 _RESERVED = len(FIRST) + len(SPACES) + len(LAST)
 
 
@@ -41,7 +48,7 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    _interruptible(lambda: tokenizer.train_from_iterator(chain.from_iterable(map(_cut, documents)), trainer))
     tokenizer.add_tokens([AddedToken(run, normalized=True, special=False) for run in SPACES])
     tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in LAST[:2]])
     tokenizer.add_special_tokens([AddedToken(LAST[2], normalized=False, special=True)])
@@ -57,3 +64,36 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
         token["special"] = token["content"] in (FIRST[1], LAST[2])
         token["normalized"] = not token["special"]
     write_text(path, json.dumps(contents, ensure_ascii=False, indent=1))
+
+
+def _cut(document: str) -> Iterator[str]:
+    """The document in parts, cut within what would be a word of more than `LONGEST` characters.
+
+    The time that a word takes grows with the square of its length; such words are data, and teach no merges that
+    their parts do not.
+    """
+    start = 0
+    for run in _LONG_RUN.finditer(document):
+        for place in range(run.start() + LONGEST, run.end(), LONGEST):
+            yield document[start:place]
+            start = place
+    yield document[start:]
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Do `work`, which is deaf to signals, in a thread of its own, so that Ctrl-C is heard meanwhile."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to whoever waits
+            failures.append(error)
+
+    # A daemon: after an interrupt nobody waits for it.
+    thread = threading.Thread(target=run, name="vocabulary", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failures:
+        raise failures[0]
