@@ -1,0 +1,152 @@
+"""Folders, patterns, JSONL and chats as training sources."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from configurations import VOCAB_SIZE
+from olmoe.errors import ConfigError, UserError
+from olmoe.tokenizer import Tokenizer
+from olmoe.train.config import load_config
+from olmoe.train.data import open_tokens, prepare
+from olmoe.train.loop import train
+from olmoe.train.sources import find_files, names_of, open_sources
+from sentences import refused
+from training_runs import WORDS, read_metrics, text, write_run
+
+EOS = VOCAB_SIZE - 1
+
+
+def found(config) -> list[list[str]]:
+    base = config.base
+    return [[str(p.relative_to(base)) for p in f.paths] for f in find_files(config)["train"]]
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_file):
+    def make(*paths: str, **options):
+        data = {"train": [{"path": path} | options for path in paths]}
+        return load_config(write_run(tmp_path, tokenizer_file, data=data))
+
+    for name in ("a/2.txt", "a/10.jsonl", "a/deep/1.txt", "a/.hidden.txt", "a/.git/x.txt", "a/3.npy", "b[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    return make
+
+
+def test_a_folder_or_a_pattern_is_its_files_in_order(config):
+    assert found(config("a")) == found(config("a/")) == [["a/10.jsonl", "a/2.txt", "a/3.npy", "a/deep/1.txt"]]
+    assert found(config("a/*.txt", "a/**/*.txt")) == [["a/2.txt"], ["a/2.txt", "a/deep/1.txt"]]
+    assert found(config("a/?.*")) == [["a/2.txt", "a/3.npy"]]
+    assert found(config("b[1].txt")) == [["b[1].txt"]]  # a file that is there is meant
+    assert found(config("a", dtype="uint32")) == [["a/3.npy"]]
+
+
+def test_what_a_folder_holds_besides_is_named(config, tmp_path, caplog):
+    (tmp_path / "a" / "notes.md").touch()
+    assert found(config("a")) == [["a/10.jsonl", "a/2.txt", "a/3.npy", "a/deep/1.txt"]]
+    assert "1 files such as notes.md are not read" in caplog.text
+    for name in ("empty", "packed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "packed" / "x.txt.gz").touch()
+    assert "holds no file" in refused(lambda: found(config("empty")), ConfigError)
+    assert "x.txt.gz" in refused(lambda: found(config("packed")), ConfigError)
+    assert "matches none" in refused(lambda: found(config("a/*.csv")), ConfigError)
+    assert "none.txt" in refused(lambda: names_of(find_files(config("none.txt")), []), ConfigError)
+
+
+def test_token_files_made_of_a_folders_texts_are_not_read_again(config, tmp_path, tokenizer_file):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.txt").write_text("The girl saw a red ball.", encoding="utf-8")
+    prepare(tmp_path / "c" / "x.txt", tokenizer_file, tmp_path / "c", EOS)
+    assert (tmp_path / "c" / "c-x.npy").exists()
+    assert found(config("c")) == [["c/x.txt"]]
+
+
+def test_recorded_names_hold_for_the_files_that_they_were_given_to(config, tmp_path):
+    groups = find_files(config("a"))
+    names = names_of(groups, [])
+    assert list(names.values())[:2] == ["a-10", "a-2"]
+    again = list(names_of(groups, ["x-10", "x-2", "x-3", "deep-1", "x-valid"]).values())
+    assert again == ["x-10", "x-2", "x-3", "deep-1", "x-valid"]
+    assert list(names_of(groups, ["x-10"]).values()) == ["x-10", *list(names.values())[1:]]
+    assert names_of(groups, ["a-2"]) == names  # two files must not get one name
+
+
+def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
+    lengths = {"d/1.npy": 15, "d/2.npy": 40, "d/3.npy": 7, "d/4.npy": 3}
+    (tmp_path / "d").mkdir()
+    for i, (name, length) in enumerate(lengths.items()):
+        np.full(length, i + 1, "<u2").tofile(tmp_path / name)
+    files = find_files(config("d"))["train"]
+    tokens = [[prepare(p, tokenizer_file, tmp_path, EOS) for p in files[0].paths]]
+
+    def streams(length):
+        return [list(stream) for stream, _ in open_sources(files, tokens, VOCAB_SIZE, length)]
+
+    assert streams(10) == [[2] * 40, [1] * 15 + [3] * 7 + [4] * 3]
+    assert streams(15) == [[1] * 15 + [3] * 7 + [4] * 3 + [2] * 40]  # the short ones alone are still too short
+    assert streams(1) == [[1] * 15, [2] * 40, [3] * 7, [4] * 3]
+    message = refused(lambda: streams(33), ConfigError)
+    assert "65 tokens" in message
+    assert "at least 66" in message
+    assert "at most 32." in message
+
+
+def test_a_run_on_a_folder_is_the_run_on_one_file_of_its_documents(tmp_path, tokenizer_file):
+    documents = [line for line in text(24).split("\n") if line and line != "<|endoftext|>"]
+    losses = {}
+    for kind, path in {"file": "train.txt", "folder": "many", "lines": "train.jsonl"}.items():
+        data = {"train": [{"path": path}], "sequence_length": 32}  # no document has two windows of its own
+        toml = write_run(tmp_path / kind, tokenizer_file, data=data, schedule={"total_tokens": 512})
+        (tmp_path / kind / "many").mkdir()
+        for i, document in enumerate(documents):
+            (tmp_path / kind / "many" / f"{i:03}.txt").write_text(document, encoding="utf-8")
+        (tmp_path / kind / "train.txt").write_text("\n<|endoftext|> \n".join(documents), encoding="utf-8-sig")
+        lines = "".join(json.dumps({"text": document, "id": 1}) + "\n" for document in documents)
+        (tmp_path / kind / "train.jsonl").write_text(lines, encoding="utf-8-sig")
+        train(load_config(toml), show_progress=False)
+        losses[kind] = [r.get("cross_entropy") for r in read_metrics(tmp_path / kind / "out")]
+    assert losses["file"] == losses["folder"] == losses["lines"]
+
+
+def test_chats_train_in_the_template_of_the_tokenizer(tmp_path, tokenizer_file):
+    chat = [{"role": "user", "content": "the girl"}, {"role": "assistant", "content": "saw a red ball"}]
+    rows = [{"messages": chat}, {"text": "the dog ran"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer = Tokenizer.from_file(tokenizer_file, eos_ids=(EOS,))
+    file = prepare(tmp_path / "x.jsonl", tokenizer_file, tmp_path / "tokens", EOS)
+    rendered = tokenizer.render_chat(chat, add_generation_prompt=False)
+    expected = [*tokenizer.encode_chat(chat, add_generation_prompt=False), EOS, *tokenizer.encode("the dog ran"), EOS]
+    assert open_tokens(file, VOCAB_SIZE).tolist() == expected
+    assert (file.documents, file.text_bytes) == (2, len(rendered) + len("the dog ran"))
+    # Another template beside the tokenizer makes other tokens of the same file.
+    (tmp_path / "t").mkdir()
+    copy = tmp_path / "t" / "tokenizer.json"
+    copy.write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    file = prepare(tmp_path / "x.jsonl", copy, tmp_path / "tokens", EOS)
+    expected = [*tokenizer.encode("the girl"), EOS, *tokenizer.encode("the dog ran"), EOS]
+    assert open_tokens(file, VOCAB_SIZE).tolist() == expected
+
+
+def test_a_chat_that_the_template_refuses_is_one_sentence(tmp_path, tokenizer_file):
+    (tmp_path / "x.jsonl").write_text('{"messages": [{"content": "no role"}]}', encoding="utf-8")
+    refused(lambda: prepare(tmp_path / "x.jsonl", tokenizer_file, tmp_path, EOS), UserError)
+
+
+def test_a_vocabulary_is_trained_on_what_json_lines_say(tmp_path):
+    (tmp_path / "t").mkdir()
+    path = write_run(
+        tmp_path, "new/tokenizer.json", tokenizer={"vocab_size": 300}, model={"vocab_size": 300, "eos_token_id": None},
+        data={"train": [{"path": "t"}], "valid": None}, schedule={"total_tokens": 64, "warmup_tokens": 0},
+    )  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": " ".join(WORDS)}]}] * 9 + [{"text": " ".join(WORDS)}] * 9
+    (tmp_path / "t" / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    train(load_config(path), show_progress=False)
+    tokenizer = Tokenizer.from_folder(tmp_path / "out" / "best")
+    assert len(tokenizer.encode(" the")) == 1
+    assert len(tokenizer.encode("messages")) > 2  # JSON's own letters taught nothing
