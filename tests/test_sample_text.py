@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from olmoe import sample_text
@@ -15,6 +17,15 @@ def test_documents_end_with_the_end_of_text_token(tokenizer, tmp_path):
     assert sample_text.read_ids(path, tokenizer) == [
         *tokenizer.encode("One day."), eos, *tokenizer.encode("The girl ran."), eos,
     ]  # fmt: skip
+
+
+def test_json_lines_with_texts_and_chats(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rows = [{"text": "One day."}, {"messages": chat}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    eos = tokenizer.eos_ids[0]
+    expected = [*tokenizer.encode("One day."), eos, *tokenizer.encode_chat(chat, add_generation_prompt=False), eos]
+    assert sample_text.read_ids(tmp_path / "x.jsonl", tokenizer) == expected
 
 
 def test_windows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,25 @@ def run(capsys, *arguments):
     capsys.readouterr()
     code = main(["quantize", *map(str, arguments), "--quiet"])
     return code, *capsys.readouterr()
+
+
+def test_calibration_takes_json_lines_and_chats_in_the_models_own_template(plain, tmp_path, capsys):
+    words = "One day a girl went to the park. " * 8
+    source = shutil.copytree(plain, tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    (tmp_path / "x.txt").write_text(words, encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": words}), encoding="utf-8")
+    (tmp_path / "chat.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": words.strip()}]}), encoding="utf-8"
+    )
+    written = []
+    for name in ("x.txt", "text.jsonl", "chat.jsonl"):
+        target = tmp_path / f"from {name}"
+        assert run(capsys, source, target, "--format", "int4", "--calibration", tmp_path / name)[0] == 0
+    first, *others = [
+        (tmp_path / f"from {n}/model.safetensors").read_bytes() for n in ("x.txt", "text.jsonl", "chat.jsonl")
+    ]
+    assert others == [first, first]
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "int4-high", "q4_0"])

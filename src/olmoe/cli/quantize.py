@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE|none",
-        help="text like that the model will meet, for int4 (default: a short public-domain sample; none: do without)",
+        help="text like that the model will meet, or .jsonl with text or messages, for int4 (default: a short "
+        "public-domain sample; none: do without)",
     )
     report = parser.add_argument_group("quality", "DST beside SRC on held-out text: perplexity, KL, routing agreement")
     report.add_argument(
@@ -136,16 +137,17 @@ def _tokenizer(source: WeightSource) -> Tokenizer:
     from olmoe.errors import TokenizerError
     from olmoe.tokenizer import Tokenizer
 
-    text = source.files().get("tokenizer.json")
-    if text is None:
+    files = source.files()
+    if "tokenizer.json" not in files:
         raise TokenizerError(
             "The model comes without a tokenizer.json, which is needed to read text; put one beside it, or use "
             "--calibration none and no --report."
         )
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        file.write_text(text, encoding="utf-8")
-        return Tokenizer.from_file(file, eos_ids=source.config.eos_token_ids, pad_id=source.config.pad_token_id)
+        for name, text in files.items():  # chat templates included, for calibration on chats
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return Tokenizer.from_folder(folder, eos_ids=source.config.eos_token_ids, pad_id=source.config.pad_token_id)
 
 
 def _model(source: WeightSource, name: str, arguments: argparse.Namespace) -> CausalLM:
