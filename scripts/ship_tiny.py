@@ -40,8 +40,11 @@ def main() -> None:
     parser.add_argument("config", help="the training configuration of the run")
     parser.add_argument("--credits", type=Path, required=True, help="the corpus folder with its attribution tables")
     parser.add_argument("--checkpoint", help="a folder of the run in place of best, such as checkpoints/step-0000293")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is shipped now")
     parser.add_argument("--machine", default="2 cores of an AMD EPYC", help="what trained it, in words")
     arguments = parser.parse_args()
+    if SHIPPED.exists() and not arguments.overwrite:
+        parser.error(f"{SHIPPED} exists already; replace it with --overwrite")
     config = load_config(arguments.config)
     run = config.resolve(config.run.output)
 
@@ -54,7 +57,7 @@ def main() -> None:
         "tokenizer.json": compact + "\n",
         "tokenizer_config.json": tokenizer.transformers_config(config.model.max_position_embeddings),
     }
-    checkpoint.save(model, SHIPPED, dtype=torch.bfloat16, extra_files=files)
+    checkpoint.save(model, SHIPPED, dtype=torch.bfloat16, extra_files=files, overwrite=True)
 
     shipped = checkpoint.load(SHIPPED, dtype=torch.float32)
     results = evaluate_all(shipped, _held_out(config), config.data.sequence_length, 0)

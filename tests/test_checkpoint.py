@@ -312,3 +312,16 @@ def test_loading_leaves_the_compilers_algebra_alone():
     )
     output = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert output == "False\n"
+
+
+def test_only_files_of_a_save_are_replaced_unasked(tmp_path):
+    target = tmp_path / "out"
+    checkpoint.save(random_model(), target)
+    (target / "notes.txt").write_text("mine")
+    message = refused(lambda: checkpoint.save(random_model(num_hidden_layers=1), target))
+    assert "notes.txt" in message
+    assert "overwrite=True" in message
+    model = random_model(num_hidden_layers=1)
+    checkpoint.save(model, target, overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert_same(checkpoint.load(target).state_dict(), model.state_dict())

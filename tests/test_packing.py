@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configurations import small_config
+from conftest import make_model
 from olmoe import checkpoint, hub, packed, packing, quality, sample_text
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, UserError
@@ -21,6 +22,7 @@ from olmoe.tensor_file import TensorFile, TensorWriter
 from olmoe.tokenizer import Tokenizer
 from olmoe.weight_source import FolderSource
 from packed_folders import WHOLE, plain_folder
+from sentences import refused
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +205,21 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
         with pytest.raises(CheckpointError, match="v_proj.weight holds values that are not finite"):
             pack(FolderSource(folder), tmp_path / "m", RECIPES[recipe], windows)
     assert not (tmp_path / "m").exists()
+
+
+def test_a_checkpoint_that_packing_did_not_write_is_replaced_on_request_alone(plain, tmp_path):
+    pack(FolderSource(plain), tmp_path / "noted", RECIPES["int8"])
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    checkpoint.save(make_model(), tmp_path / "tuned")
+    for name in ("noted", "tuned"):
+        assert "overwrite=True" in refused(
+            lambda name=name: pack(FolderSource(plain), tmp_path / name, RECIPES["int8"])
+        )
+    assert "notes.txt" in refused(
+        lambda: pack(FolderSource(plain), tmp_path / "noted", RECIPES["int8"], overwrite=True)
+    )
+    assert "SRC and DST" in refused(
+        lambda: pack(FolderSource(tmp_path / "tuned"), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
+    )
+    pack(FolderSource(plain), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
+    assert packed.is_packed(tmp_path / "tuned")

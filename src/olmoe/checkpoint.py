@@ -14,6 +14,7 @@ tensor by tensor: the peak is the target model plus one memory-mapped shard.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,8 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olmoe import hub, packed
-from olmoe.atomic import atomic_folder
+from olmoe import hub, packed, targets
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM, allocate, without_values
@@ -37,6 +37,16 @@ from olmoe.text_file import read_text
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4 * 10**9
+# Text files of a checkpoint folder that go where its weights go.
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# In the metadata of weights that `save` wrote: which files it wrote beside them, but for those.
+_EXTRA_FILES = "olmoe_extra_files"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old transformers versions stored; they follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -133,30 +143,65 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: dict[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write `config.json`, `generation_config.json` and safetensors in the per-expert layout, atomically.
 
     `dtype` converts while writing; None keeps each parameter's. Shards hold at most `max_shard_bytes`,
     and only one exists in memory. `extra_files` (name -> text) are written into the same folder.
 
-    An existing checkpoint folder is replaced whole. A folder with other contents is refused with
-    `CheckpointError`, because replacing it would delete them.
+    A folder that holds nothing but files of `save` is replaced whole. With `overwrite`, a checkpoint of another
+    writer is replaced too, and what does not belong to a checkpoint stays beside the new one. All else is refused with
+    `CheckpointError`, because replacing it would delete it.
     """
     folder = Path(os.path.expanduser(folder))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds other files and no config.json, and saving would replace it whole; choose a new folder."
-        )
-    with atomic_folder(folder) as temporary:
-        write_model(model, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    foreign = _check_target(folder, extra_files or {}, overwrite)
+    with targets.folder_that_keeps(folder, foreign) as temporary:
+        unusual = sorted(set(extra_files or ()) - set(TRAVELLING))
+        note = {_EXTRA_FILES: json.dumps(unusual)} if unusual else {}
+        write_model(model, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=note)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
+def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) -> list[str]:
+    """What stays of an old folder; raises `CheckpointError` if something would be lost."""
+    if not folder.is_dir() or not targets.entries(folder):
+        return []
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds other files and no config.json, and saving would replace it whole; choose a new folder."
+        )
+    written = _files_of_save(folder)
+    names = {SINGLE_NAME, "config.json", "generation_config.json", *extra_files, *written}
+    foreign = targets.foreign_entries(folder, names, shards=True)
+    if foreign and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds {targets.some(foreign)}, which saving would delete; choose a new folder, or keep it "
+            "beside the new checkpoint with overwrite=True."
+        )
+    return foreign
+
+
+def _files_of_save(folder: Path) -> list[str]:
+    """The names of the extra files that `save` wrote into a folder, as the weights' metadata say."""
+    for file in (folder / SINGLE_NAME, *sorted(folder.glob("model-00001-of-*.safetensors"))):
+        if file.is_file():
+            with contextlib.suppress(CheckpointError, ValueError, TypeError), _open(file) as handle:
+                names = json.loads((handle.metadata() or {}).get(_EXTRA_FILES, "[]"))
+                return [name for name in names if isinstance(name, str)]
+    return []
+
+
 def write_model(
-    model: CausalLM, folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: CausalLM,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """`save` into an existing folder that the caller makes atomic."""
+    """`save` into an existing folder that the caller makes atomic; `metadata` are written into each shard."""
     config = model.config
     shards: list[list[str]] = [[]]
     used = total = 0
@@ -179,7 +224,7 @@ def write_model(
     for number, names in enumerate(shards, start=1):
         file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update(dict.fromkeys(names, file))
-        _write_shard(folder / file, {name: tensors[name] for name in names}, dtype)
+        _write_shard(folder / file, {name: tensors[name] for name in names}, dtype, metadata or {})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -339,7 +384,7 @@ def _check_complete(config: ModelConfig, targets: dict[str, Target], expected: d
         raise CheckpointError(f"The checkpoint holds {_some(double)} in two layouts at once; keep one.")
 
 
-def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
     # Copies: safetensors refuses tensors that share storage, as the experts of one parameter do.
     copies = {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in tensors.items()}
     for name, copy in copies.items():
@@ -347,7 +392,7 @@ def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     file.touch()
     mode = file.stat().st_mode  # the umask's; safetensors would leave the file private to its writer
     try:
-        save_file(copies, file, metadata={"format": "pt"})
+        save_file(copies, file, metadata={"format": "pt"} | metadata)
         file.chmod(mode)
     except SafetensorError as error:
         # What the file system refused arrives as text: "I/O error: No space left on device (os error 28)".

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmoe import packed
+from olmoe import packed, targets
 from olmoe.atomic import atomic_folder
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError
@@ -95,22 +95,25 @@ def pack(
     recipe: Recipe,
     calibration: list[list[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Packed:
-    """Write the packed folder `target`, whole or not at all; an old checkpoint folder there is replaced.
+    """Write the packed folder `target`, whole or not at all.
+
+    An old packed folder there is replaced if it holds nothing else; another checkpoint only with `overwrite`, and
+    never what packing does not write itself.
 
     `calibration` are windows of token ids (equally long), used by recipes that search. `progress(done, total)` is
     called after each matrix, in weights. Raises `UserError` subclasses for what is wrong with source or target.
     """
     target = Path(os.path.expanduser(target))
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(
-            f"{target} holds other files and no config.json, and packing would replace it whole; choose a new folder."
-        )
+    texts = source.files()
+    _check_target(source, target, {*texts, packed.FILE_NAME, "config.json"}, overwrite)
     packer = _Packer(source, recipe, progress)
     with atomic_folder(target) as temporary:
         with packed.writer(temporary / packed.FILE_NAME, packer.tensors) as writer:
             packer.run(writer, calibration if recipe.searches else None)
-        for name, text in source.files().items():
+        for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         norms = packer.tensors["model.norm.weight"][1]
@@ -118,6 +121,18 @@ def pack(
         (temporary / "config.json").write_text(text, encoding="utf-8")
         size = (temporary / packed.FILE_NAME).stat().st_size
     return describe(packer.model, packer.tensors, size)
+
+
+def _check_target(source: WeightSource, target: Path, names: set[str], overwrite: bool) -> None:
+    """Raise `UserError` if packing into `target` would lose anything; see `pack`."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} holds other files and no config.json, and packing would replace it whole; choose a new folder."
+        )
+    ours = target.is_dir() and (target / "config.json").is_file() and packed.is_packed(target)
+    if ours and not overwrite:
+        overwrite = not targets.foreign_entries(target, names)
+    targets.check_folder(target, names, overwrite=overwrite, source=source.path)
 
 
 def describe(model: CausalLM, tensors: packed.Tensors, file_bytes: int) -> Packed:

@@ -24,14 +24,6 @@ from olmoe.tensor_file import TensorFile
 from olmoe.text_file import read_text
 from olmoe.tokenizer import TEMPLATES_FOLDER
 
-# Text files of a checkpoint folder that go where its weights go.
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # Bytes read before mapped files are closed, so that their pages no longer count as this process's memory.
 RELEASE_BYTES = 256 * 2**20
 
@@ -40,6 +32,11 @@ class WeightSource(Protocol):
     """Weights of one model by parameter name."""
 
     config: ModelConfig
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that is read."""
+        ...
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """A parameter of `model.CausalLM` by its name; of a stack of experts that of one `expert`, (2F, D) or (D, F).
@@ -87,6 +84,11 @@ class FolderSource:
             expert = None if target.index is None else target.index[0]
             self._places.setdefault((target.parameter, expert), []).append(name)
 
+    @property
+    def path(self) -> Path:
+        """See `WeightSource.path`."""
+        return self._folder
+
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """See `WeightSource.read`."""
         if self._packed is not None:
@@ -105,7 +107,7 @@ class FolderSource:
 
     def files(self) -> dict[str, str]:
         """See `WeightSource.files`."""
-        found = {name: self._folder / name for name in TRAVELLING}
+        found = {name: self._folder / name for name in checkpoint.TRAVELLING}
         for path in sorted((self._folder / TEMPLATES_FOLDER).glob("*.jinja")):
             found[f"{TEMPLATES_FOLDER}/{path.name}"] = path
         return {name: read_text(path) for name, path in found.items() if path.is_file()}

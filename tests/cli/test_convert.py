@@ -94,3 +94,27 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "SRC" in done.stdout
+
+
+def test_what_exists_is_replaced_on_request_alone(capsys, folder, tmp_path):
+    file, model = tmp_path / "x.gguf", tmp_path / "model"
+    file.write_text("notes")
+    assert convert(capsys, folder, file)[0] == 2
+    assert file.read_text() == "notes"
+    assert convert(capsys, folder, file, "--overwrite", "--quiet") == (0, "", "")
+    assert convert(capsys, file, model, "--quiet") == (0, "", "")
+    before = (model / "model.safetensors").read_bytes()
+    code, _, err = convert(capsys, file, model, "--type", "f32")
+    assert (code, "--overwrite" in err) == (2, True)
+    assert (model / "model.safetensors").read_bytes() == before
+    assert convert(capsys, file, model, "--type", "f32", "--overwrite", "--quiet") == (0, "", "")
+    assert (model / "model.safetensors").stat().st_size > 1.9 * len(before)
+    (model / "notes.txt").write_text("notes")
+    code, _, err = convert(capsys, file, model, "--overwrite")
+    assert (code, "notes.txt" in err) == (2, True)
+    assert (model / "notes.txt").read_text() == "notes"
+    # A folder that holds the source is not replaced by it.
+    assert convert(capsys, file, tmp_path, "--overwrite")[0] == 2
+    assert file.is_file()
+    (tmp_path / "dir.gguf").mkdir()
+    assert convert(capsys, folder, tmp_path / "dir.gguf", "--overwrite")[0] == 2

@@ -132,3 +132,44 @@ def test_info_shows_packed_folders(capsys, plain, tmp_path):
     assert facts["packed"]["bits_per_weight"] == pytest.approx(8 * size / facts["parameters"]["total"], abs=1e-3)
     assert main(["info", str(tmp_path / "m")]) == 0
     assert "7,040 bytes of 10,240 weights in q5_0" in capsys.readouterr().out
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "held", [("config.json", "notes.txt"), ("config.json", "training_state.pt"), ("config.json", "model.safetensors")]
+)
+def test_nothing_that_exists_is_replaced_unasked(capsys, plain, tmp_path, held):
+    """A folder with notes, a training state, a merged fine-tune: each has a config.json."""
+    for name in held:
+        target = tmp_path / "mine"
+        target.mkdir(exist_ok=True)
+        (target / name).write_text("{}")
+    before = contents(target)
+    code, out, err = run(capsys, plain, target, "--format", "int8")
+    assert (code, out) == (2, "")
+    assert "--overwrite" in err
+    code, out, err = run(capsys, plain, target, "--format", "int8", "--overwrite")
+    if held[1] == "model.safetensors":  # no more than what is written anew
+        assert (code, err) == (0, "")
+        assert packed.read_layout(target)[1].recipe == "int8"
+    else:
+        assert (code, out) == (2, "")
+        assert held[1] in err
+        assert contents(target) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_packed_folder_is_replaced_on_request_and_the_source_never(capsys, plain, tmp_path):
+    assert run(capsys, plain, tmp_path / "m", "--format", "int8")[0] == 0
+    before = contents(tmp_path / "m")
+    assert run(capsys, plain, tmp_path / "m", "--format", "q4_0")[0] == 2
+    assert contents(tmp_path / "m") == before
+    assert run(capsys, plain, tmp_path / "m", "--format", "q4_0", "--overwrite")[0] == 0
+    assert packed.read_layout(tmp_path / "m")[1].recipe == "q4_0"
+    source = contents(plain)
+    for target in (plain, plain.parent):
+        assert run(capsys, plain, target, "--format", "int8", "--overwrite")[0] == 2
+    assert contents(plain) == source

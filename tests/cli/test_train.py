@@ -173,3 +173,22 @@ def test_what_a_killed_process_leaves_does_not_confuse_its_continuation(tmp_path
     steps = [r["step"] for r in read_metrics(tmp_path / "out") if "cross_entropy" in r]
     assert steps == list(range(1, 13))
     assert [p.name for p in (tmp_path / "out").rglob(".*")] == []
+
+
+def test_a_run_is_deleted_on_request_alone(tmp_path, tokenizer_file, capsys):
+    path = write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 64})
+    assert main(["train", str(path), "--quiet"]) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["train", str(path), "--quiet"]) == 2
+    assert "--overwrite" in sentence(capsys)
+    again = write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 64}, data={"train": [{"path": "none.txt"}]})
+    assert main(["train", str(again), "--quiet", "--overwrite"]) == 2
+    assert (tmp_path / "out" / "best").is_dir()  # the new run could not start, so the old one stays
+    write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 128})
+    assert main(["train", str(path), "--quiet", "--overwrite"]) == 0
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    config = write_run(tmp_path, tokenizer_file, run={"initialize_from": "out/best"})
+    assert main(["train", str(config), "--quiet", "--overwrite"]) == 2
+    assert (tmp_path / "out" / "best").is_dir()

@@ -18,7 +18,7 @@ from olmoe.model import CausalLM
 from olmoe.train import state
 from olmoe.train.config import OptimizerConfig
 from olmoe.train.optim import build_optimizer
-from olmoe.train.state import Progress, begin, latest, prune, restore, save_state, truncate_metrics
+from olmoe.train.state import Progress, begin, discard, latest, prune, restore, save_state, truncate_metrics
 from sentences import refused
 
 FINGERPRINT = {"model": {"width": 3}, "optimizer": {"eps": 1e-8, "betas": (0.9, 0.95)}, "seed": 1}
@@ -304,3 +304,47 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert path.read_text(encoding="utf-8") == ""
     truncate_metrics(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def finished_run(folder):
+    for name in ("checkpoints/step-0000001", "checkpoints/step-0000002", "best"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    (folder / "checkpoints" / "step-0000002" / "training_state.pt").touch()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2}\n{"st')
+    (folder / "evaluation.json").write_text("{}")
+    return folder
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
+    run = finished_run(tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    (run / "checkpoints" / "kept-aside").mkdir()
+    assert "--overwrite" in refused(lambda: begin(run, resume=False), ConfigError)
+    assert "one of them" in refused(lambda: begin(run, resume=True, overwrite=True), ConfigError)
+    assert begin(run, resume=False, overwrite=True) is None
+    assert latest(run) is not None  # deleted when the new run is ready, not before
+    discard(run)
+    assert sorted(str(p.relative_to(run)) for p in run.rglob("*")) == [
+        "checkpoints",
+        "checkpoints/kept-aside",
+        "notes.txt",
+    ]
+    discard(run)
+
+
+@pytest.mark.parametrize("name", ["best/notes.txt", "checkpoints/step-0000001/adapter/x", "metrics.jsonl"])
+def test_foreign_files_among_a_run_are_named_and_stay(tmp_path, name):
+    run = finished_run(tmp_path / "run")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("not ours")
+    for attempt in (lambda: begin(run, resume=False, overwrite=True), lambda: discard(run)):
+        assert name.split("/x")[0] in refused(attempt, ConfigError)
+    assert (run / name).read_text() == "not ours"
+    assert (run / "best" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json"])
+def test_results_of_another_program_are_not_written_over(tmp_path, name):
+    (tmp_path / name).write_text('{"loss": 3}\n')
+    assert name in refused(lambda: begin(tmp_path, resume=False), ConfigError)

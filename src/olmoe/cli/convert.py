@@ -16,6 +16,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=TYPES,
         help="how matrices are stored (default: a packed checkpoint's as they are, otherwise bf16)",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a DST that is a file, or a folder with nothing but a model"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -28,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from olmoe import hub
+    from olmoe import hub, targets
     from olmoe.errors import UserError
 
     source, target = arguments.source, Path(os.path.expanduser(arguments.target))
@@ -36,8 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     if to_gguf == from_gguf:
         which = "both" if to_gguf else "none"
         raise UserError(f"One of SRC and DST must end in .gguf and the other not, but {which} end so; rename one.")
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already; choose a new name or remove it first.")
+    overwrite = arguments.overwrite
+    if to_gguf:
+        targets.check_file(target, overwrite=overwrite)
+    elif not overwrite:  # before anything is read
+        targets.check_folder(target, (), overwrite=False)
     if from_gguf and arguments.type in ("q8_0", "q4_0"):
         raise UserError(
             f"A checkpoint folder holds no {arguments.type} from here; leave --type out and use `olmoe quantize`."
@@ -53,12 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
             from olmoe.gguf.to_gguf import to_gguf as write_gguf
 
             folder = hub.resolve(source, revision=arguments.revision, local_files_only=arguments.offline)
-            write_gguf(folder, target, arguments.type, progress)
+            write_gguf(folder, target, arguments.type, progress, overwrite=overwrite)
         else:
             from olmoe.gguf.source import GGUFSource
             from olmoe.gguf.to_folder import DTYPES, to_folder
 
-            to_folder(GGUFSource(os.path.expanduser(source)), target, DTYPES[arguments.type or "bf16"], progress)
+            dtype = DTYPES[arguments.type or "bf16"]
+            to_folder(GGUFSource(os.path.expanduser(source)), target, dtype, progress, overwrite=overwrite)
     return 0
 
 

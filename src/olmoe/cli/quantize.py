@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, help="; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a DST that holds nothing but a model")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument(
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     import os
     from pathlib import Path
 
+    from olmoe import packed, targets
     from olmoe.errors import UserError
     from olmoe.packing import RECIPES
     from olmoe.runtime import set_threads
@@ -66,10 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--tokens must be at least 2, not {arguments.tokens}.")
     set_threads(arguments.threads)
     target = Path(os.path.expanduser(arguments.target))
+    if arguments.format is not None and not arguments.overwrite:  # before a source is fetched
+        targets.check_folder(target, (), overwrite=False, source=os.path.expanduser(arguments.source))
     source = _open(arguments.source, arguments)
     if arguments.format is not None:
-        if os.path.realpath(target) == os.path.realpath(os.path.expanduser(arguments.source)):
-            raise UserError(f"SRC and DST are both {target}, and packing would replace it; choose another DST.")
+        # Before hours of work, and without the exception that `pack` makes for its own folders.
+        names = {packed.FILE_NAME, "config.json", *source.files()}
+        targets.check_folder(target, names, overwrite=arguments.overwrite, source=source.path)
         written = _pack(source, target, RECIPES[arguments.format], arguments)
         print(written.table())
     if arguments.report:
@@ -109,7 +114,7 @@ def _pack(source: WeightSource, target: Path, recipe: Recipe, arguments: argpars
             bar.total = total
             bar.update(done - bar.n)
 
-        return pack(source, target, recipe, windows, progress)
+        return pack(source, target, recipe, windows, progress, overwrite=arguments.overwrite)
 
 
 def _report(source: WeightSource, target: Path, arguments: argparse.Namespace) -> Report:

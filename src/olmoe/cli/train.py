@@ -10,6 +10,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe train`."""
     parser.add_argument("config", metavar="CONFIG.toml", help="see configs/ for examples")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.output from its last checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew where run.output holds a run, whose files are deleted"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -22,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.train.loop import Interrupted, train
 
     try:
-        best = train(config, resume=arguments.resume, show_progress=not arguments.quiet)
+        best = train(config, resume=arguments.resume, overwrite=arguments.overwrite, show_progress=not arguments.quiet)
     except Interrupted as interrupt:
         print(
             f"olmoe: interrupted; saved {interrupt.path}. Continue with: olmoe train {arguments.config} --resume",

@@ -67,6 +67,11 @@ class GGUFSource:
         tensor = self.file.tensors[name]
         return tensor.num_bytes <= 1 << 16 and bool((dequantize(tensor.kind, self.file.rows(name)) == 1).all())
 
+    @property
+    def path(self) -> Path:
+        """The GGUF file."""
+        return self.file.path
+
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """One parameter of `model.CausalLM` on the CPU: fp32, fp16 or bf16 as stored, fp32 if it is quantized.
 

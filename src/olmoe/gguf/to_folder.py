@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from olmoe import targets
 from olmoe.atomic import atomic_folder
 from olmoe.checkpoint import INDEX_NAME, MAX_SHARD_BYTES, SINGLE_NAME, parameter_shapes
 from olmoe.errors import CheckpointError, shown
@@ -40,14 +41,19 @@ def to_folder(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write `config.json`, safetensors of at most `max_shard_bytes` and the tokenizer's files, atomically.
 
     Quantized weights are decoded and rounded once to `dtype`. `progress(done, total)` counts bytes. At most one
     tensor is in memory. Raises `CheckpointError` for values that `dtype` cannot hold, `TokenizerError` if the file
-    has no tokenizer, `UserError` if the disk is full.
+    has no tokenizer, `UserError` if the disk is full, or if `folder` holds anything; with `overwrite`, anything but
+    the files of a checkpoint that was written like this.
     """
     files = source.files()
+    names = {*files, "config.json", SINGLE_NAME}
+    targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
     shards = _shards(list(_targets(source)), dtype.itemsize, max_shard_bytes)
     total = sum(_size(target, dtype.itemsize) for shard in shards for target in shard)
     done = 0

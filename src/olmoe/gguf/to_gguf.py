@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmoe import packed
+from olmoe import packed, targets
 from olmoe.gguf import metadata as keys
 from olmoe.gguf import tokenizer as vocabulary
 from olmoe.gguf.block_types import BY_NAME, BlockType, Bytes
@@ -37,7 +37,14 @@ class _Piece:
     first_row: int = 0  # of the parameter's, where one parameter holds two tensors
 
 
-def to_gguf(folder: Path, target: str | Path, type_name: str | None = None, progress: Progress | None = None) -> None:
+def to_gguf(
+    folder: Path,
+    target: str | Path,
+    type_name: str | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write the checkpoint in `folder` to the GGUF file `target`, atomically.
 
     Matrices become `type_name`, one of `FILE_TYPES`; None keeps the blocks of a packed checkpoint as they are, value
@@ -45,8 +52,9 @@ def to_gguf(folder: Path, target: str | Path, type_name: str | None = None, prog
     written as bf16. `progress(done, total)` counts bytes of the file. At most one tensor is in memory.
 
     Raises `CheckpointError`, `ConfigError` or `TokenizerError` for what cannot be read or what GGUF cannot express,
-    `UserError` if the disk is full.
+    `UserError` if the disk is full, or if `target` exists and is not a file to `overwrite`.
     """
+    targets.check_file(target, overwrite=overwrite, source=folder)
     source = PackedSource(folder) if packed.is_packed(folder) else FolderSource(folder)
     config = source.config
     tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)

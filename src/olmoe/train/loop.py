@@ -55,21 +55,28 @@ class Interrupted(Exception):
         self.path = path
 
 
-def train(config: TrainConfig, *, resume: bool = False, show_progress: bool = True) -> Path:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Path:
     """Run (or continue) a training run and return the folder of its best checkpoint.
+
+    An existing run is refused unless it is to `resume`, or to `overwrite`: then what it wrote is deleted first.
 
     Writes under `run.output`: `metrics.jsonl`, `checkpoints/step-N` (resumable), `best` (lowest mean held-out
     bits per byte; the last state if nothing is held out) and `evaluation.json` (all of every held-out file,
     by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
     """
     output = config.resolve(config.run.output)
+    start = config.run.initialize_from
+    if overwrite and start is not None and output.resolve() in config.resolve(start).resolve().parents:
+        raise ConfigError(
+            f"run.initialize_from {start!r} lies in run.output, which --overwrite would empty; choose another output."
+        )
     if not output.is_dir():
-        state.begin(output, resume)  # makes it, or refuses
+        state.begin(output, resume, overwrite)  # makes it, or refuses
     with run_lock(output):
-        return _train(config, output, state.begin(output, resume), show_progress)
+        return _train(config, output, state.begin(output, resume, overwrite), overwrite, show_progress)
 
 
-def _train(config: TrainConfig, output: Path, newest: Path | None, show_progress: bool) -> Path:
+def _train(config: TrainConfig, output: Path, newest: Path | None, overwrite: bool, show_progress: bool) -> Path:
     set_threads(config.run.threads)
     keep_freed_memory()
     device = resolve_device(config.run.device)
@@ -104,6 +111,8 @@ def _train(config: TrainConfig, output: Path, newest: Path | None, show_progress
         "measured": [file.name for file in measured_files],
         "tokenizer": sha256(tokenizer_path),
     }
+    if overwrite:  # not before all that the new run needs was read
+        state.discard(output)
     if newest is not None:
         progress = state.restore(newest, model, optimizer, fingerprint)
         log.info("resumed from %s", newest)
@@ -184,7 +193,7 @@ def _train(config: TrainConfig, output: Path, newest: Path | None, show_progress
                 record(**summary(results))
                 if score < progress.best or not results:
                     progress.best, progress.best_step = score, progress.step
-                    checkpoint.save(model, output / "best", extra_files=tokenizer_files)
+                    checkpoint.save(model, output / "best", extra_files=tokenizer_files, overwrite=True)
             stop = bool(interrupted)  # asked once: what comes later waits for the next step
             if last or stop or progress.step % config.checkpoint.every_steps == 0:
                 path = state.save_state(output, model, optimizer, progress, fingerprint, tokenizer_files)

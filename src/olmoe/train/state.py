@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from olmoe import checkpoint
+from olmoe import checkpoint, targets
 from olmoe.atomic import atomic_folder, write_text
 from olmoe.errors import CheckpointError, ConfigError, UserError, shown
 from olmoe.model import CausalLM
@@ -33,25 +33,86 @@ class Progress:
     best_step: int = 0
 
 
-def begin(folder: Path, resume: bool) -> Path | None:
+def begin(folder: Path, resume: bool, overwrite: bool = False) -> Path | None:
     """Make the folder of a run; return the checkpoint to continue from, None for a new run.
 
-    Raises `ConfigError` if the folder holds a run that is not to be resumed, or none that could be.
+    Raises `ConfigError` if the folder holds a run that is not to be resumed, or none that could be. With `overwrite`,
+    a run is no hindrance if `discard` can delete it.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it; give one of them.")
     newest = latest(folder)
     if resume:
         _recover_best(folder)
     if resume and newest is None:
         raise ConfigError(f"{folder} holds no checkpoint to resume from; start the run without --resume.")
-    if not resume and newest is not None:
-        raise ConfigError(f"{folder} already holds a run; continue it with --resume, or choose another run.output.")
-    if not resume and (folder / "best").exists():
-        raise ConfigError(f"{folder / 'best'} is the result of another run; move it, or choose another run.output.")
+    if overwrite:
+        _written(folder)
+        newest = None
+    elif not resume:
+        _refuse_a_run(folder, newest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be a folder ({error.strerror}); choose another run.output.") from None
     return newest
+
+
+def _are_records(path: Path) -> bool:
+    """Whether a file holds what a run notes of its steps (the last line may be cut short), or nothing."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        record = json.loads(line) if line.strip() else {"step": 0, "tokens": 0}
+    except ValueError:
+        return b'{"step": '.startswith(line[:9]) and not line.endswith(b"\n")
+    return isinstance(record, dict) and {"step", "tokens"} <= set(record)
+
+
+def _refuse_a_run(folder: Path, newest: Path | None) -> None:
+    """Raise `ConfigError` if a folder holds a run's checkpoints or results."""
+    if newest is not None:
+        raise ConfigError(
+            f"{folder} already holds a run; continue it with --resume, delete it with --overwrite, or choose another "
+            "run.output."
+        )
+    for place in (folder / "best", folder / "evaluation.json", folder / "metrics.jsonl"):
+        # A run that was killed before its first checkpoint leaves records, and starts again.
+        if place.exists() and not (place.name == "metrics.jsonl" and _are_records(place)):
+            raise ConfigError(
+                f"{place} is the result of another run; move it, delete it with --overwrite, or choose another "
+                "run.output."
+            )
+
+
+def discard(folder: Path) -> None:
+    """Delete what a run wrote into its folder; what else lies there stays."""
+    for place in _written(folder):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+
+
+def _written(folder: Path) -> list[Path]:
+    """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its place."""
+    texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    names = {checkpoint.SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
+    folders = [place for place in (*_checkpoints(folder), folder / "best") if place.exists()]
+    metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
+    foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
+    foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
+    for place in folders:
+        inside = targets.foreign_entries(place, names, shards=True) if place.is_dir() else [""]
+        foreign += [place / name for name in inside]
+    if foreign:
+        raise ConfigError(
+            f"{foreign[0]} was not written by a run, so --overwrite does not delete it; move it, or choose another "
+            "run.output."
+        )
+    return [*folders, *(place for place in (metrics, evaluation) if place.exists())]
 
 
 def save_state(
