@@ -21,7 +21,9 @@ from configurations import small_config
 from conftest import make_model
 from olmoe import checkpoint
 from olmoe.checkpoint import INDEX_NAME, SINGLE_NAME
+from olmoe.cli.main import main
 from olmoe.model import CausalLM
+from olmoe.weight_source import FolderSource
 from sentences import refused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -325,3 +327,48 @@ def test_only_files_of_a_save_are_replaced_unasked(tmp_path):
     checkpoint.save(model, target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     assert_same(checkpoint.load(target).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("shards", [10**9, 30_000])
+def test_a_tied_checkpoint_may_hold_the_head_alone(tmp_path, shards, capsys):
+    """As some savers drop the embedding in place of the head."""
+    model = random_model(tie_word_embeddings=True)
+    checkpoint.save(model, tmp_path / "out", max_shard_bytes=shards)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+            save_file(tensors, file)
+    index = tmp_path / "out" / INDEX_NAME
+    if index.exists():
+        index.write_text(index.read_text().replace("model.embed_tokens.weight", "lm_head.weight"))
+    loaded = checkpoint.load(tmp_path / "out")
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    source = FolderSource(tmp_path / "out")
+    assert torch.equal(source.read("model.embed_tokens.weight"), model.model.embed_tokens.weight)
+    assert main(["info", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "m"), "--format", "int8", "--quiet"]) == 0
+    weight = checkpoint.load(tmp_path / "m").model.embed_tokens.decode("weight", torch.float32)
+    assert (weight - model.model.embed_tokens.weight).abs().max() < 0.05
+    theirs_model = OlmoeForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(theirs_model.get_input_embeddings().weight, model.model.embed_tokens.weight)
+
+
+def test_the_head_alone_is_not_enough_where_it_is_not_tied(tmp_path):
+    checkpoint.save(random_model(), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / SINGLE_NAME)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "out" / SINGLE_NAME)
+        message = refused(lambda: checkpoint.load(tmp_path / "out"))
+        assert name in message
+        assert ("tie_word_embeddings" in message) == (name == "lm_head.weight")
+
+
+def test_a_tied_head_that_differs_is_refused_by_every_reader(tmp_path):
+    checkpoint.save(random_model(tie_word_embeddings=True), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / SINGLE_NAME)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "out" / SINGLE_NAME)
+    for read in (checkpoint.load, FolderSource):
+        assert "tie_word_embeddings" in refused(lambda read=read: read(tmp_path / "out"))

@@ -33,9 +33,11 @@ from olmoe import hub, packed, targets
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM, allocate, without_values
+from olmoe.packed import EMBEDDING, HEAD
+from olmoe.targets import some
+from olmoe.tensor_file import INDEX_NAME, SINGLE_NAME, read_index
 from olmoe.text_file import read_text
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4 * 10**9
 # Text files of a checkpoint folder that go where its weights go.
 TRAVELLING = (
@@ -99,6 +101,7 @@ def load(
     config = ModelConfig.from_file(folder / "config.json")
     stored = read_headers(folder)
     targets = plan(config, stored)
+    check_tie(config, stored)
     if dtype is None:
         dtype = dominant_dtype(stored)
     model = without_values(config)
@@ -126,13 +129,6 @@ def load(
             if progress is not None:
                 progress(done, len(targets))
             del value  # it keeps its whole shard mapped
-    if config.tie_word_embeddings and "lm_head.weight" in stored:
-        for _, value in _read_tensors(stored["lm_head.weight"].file, ["lm_head.weight"]):
-            if not torch.equal(value.to(device, dtype), model.lm_head.weight):
-                raise CheckpointError(
-                    "config.json ties the embeddings, but the checkpoint holds a different lm_head.weight; "
-                    "set tie_word_embeddings to false if that is the one to use."
-                )
     return model
 
 
@@ -177,7 +173,7 @@ def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) ->
     foreign = targets.foreign_entries(folder, names, shards=True)
     if foreign and not overwrite:
         raise CheckpointError(
-            f"{folder} holds {targets.some(foreign)}, which saving would delete; choose a new folder, or keep it "
+            f"{folder} holds {some(foreign)}, which saving would delete; choose a new folder, or keep it "
             "beside the new checkpoint with overwrite=True."
         )
     return foreign
@@ -265,7 +261,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if (folder / SINGLE_NAME).is_file():  # wins over an index, as in transformers
         files = [SINGLE_NAME]
     elif (folder / INDEX_NAME).is_file():
-        weight_map = _read_index(folder / INDEX_NAME)
+        weight_map = read_index(folder / INDEX_NAME)
         files = sorted(set(weight_map.values()))
     else:
         hint = " but .bin files; convert them to safetensors first" if list(folder.glob("*.bin")) else ""
@@ -282,7 +278,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                 stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
     if set(weight_map) - set(stored):
         missing = sorted(set(weight_map) - set(stored))
-        raise CheckpointError(f"The index promises {_some(missing)}, which the shards do not hold.")
+        raise CheckpointError(f"The index promises {some(missing)}, which the shards do not hold.")
     return stored
 
 
@@ -297,7 +293,7 @@ def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Targ
     targets: dict[str, Target] = {}
     expected = parameter_shapes(config)
     for name, tensor in stored.items():
-        if IGNORED.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
+        if IGNORED.search(name) or (config.tie_word_embeddings and name == HEAD and EMBEDDING in stored):
             continue
         target = _target(config, name, expected)
         if target is None:
@@ -315,6 +311,18 @@ def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Targ
         targets[name] = target
     _check_complete(config, targets, expected)
     return targets
+
+
+def check_tie(config: ModelConfig, stored: dict[str, StoredTensor]) -> None:
+    """Raise `CheckpointError` if the embeddings are tied, but both matrices are stored and differ."""
+    if not (config.tie_word_embeddings and HEAD in stored and EMBEDDING in stored):
+        return
+    head, embedding = (next(_read_tensors(stored[name].file, [name]))[1] for name in (HEAD, EMBEDDING))
+    if head.shape != embedding.shape or not torch.equal(head.float(), embedding.float()):
+        raise CheckpointError(
+            "config.json ties the embeddings, but the checkpoint holds a different lm_head.weight; "
+            "set tie_word_embeddings to false if that is the one to use."
+        )
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -336,13 +344,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.attention_bias:
         layer |= {f"self_attn.{p}_proj.bias": (d if p in "qo" else kv,) for p in "qkvo"}
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, d),
+        EMBEDDING: (config.vocab_size, d),
         "model.norm.weight": (d,),
     }
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
+        shapes[HEAD] = (config.vocab_size, d)
     return shapes
 
 
@@ -357,6 +365,8 @@ def dominant_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
 
 def _target(config: ModelConfig, name: str, expected: dict[str, tuple[int, ...]]) -> Target | None:
     """Where the tensor `name` belongs, or None if nowhere."""
+    if name == HEAD and config.tie_word_embeddings:  # the one matrix, under its other name
+        name = EMBEDDING
     if name in expected:
         return Target(name, None, expected[name])
     match = _EXPERT_NAME.fullmatch(name)
@@ -378,10 +388,11 @@ def _check_complete(config: ModelConfig, targets: dict[str, Target], expected: d
         filled[target.parameter] += math.prod(target.shape)
     missing = [name for name, shape in expected.items() if filled[name] < math.prod(shape)]
     if missing:
-        raise CheckpointError(f"The checkpoint lacks {_some(missing)}, which config.json calls for.")
+        hint = "; set tie_word_embeddings to true if the embeddings are its head too" if missing == [HEAD] else ""
+        raise CheckpointError(f"The checkpoint lacks {some(missing)}, which config.json calls for{hint}.")
     double = [name for name, shape in expected.items() if filled[name] > math.prod(shape)]
     if double:
-        raise CheckpointError(f"The checkpoint holds {_some(double)} in two layouts at once; keep one.")
+        raise CheckpointError(f"The checkpoint holds {some(double)} in two layouts at once; keep one.")
 
 
 def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
@@ -410,23 +421,6 @@ def _check_range(name: str, value: Tensor, converted: Tensor) -> None:
             raise CheckpointError(f"Tensor {shown(name)} has values that float16 cannot hold; use bfloat16 or float32.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name. Only files of the same folder can be named."""
-    try:
-        index = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map from tensor to file; fetch it again.")
-    for file in weight_map.values():
-        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise CheckpointError(
-                f"{path} names the shard {shown(file)}, which is not a file of its own folder; refused."
-            )
-    return weight_map
-
-
 def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     with _open(file) as handle:
         for name in names:
@@ -439,8 +433,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again.") from None
-
-
-def _some(names: list[str]) -> str:
-    first = ", ".join(map(shown, names[:3]))
-    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

@@ -1,12 +1,15 @@
 """Packed checkpoints: a folder whose matrices are stored as `olmoe.quant.blocks` lays them out in memory.
 
     config.json          the ordinary one, and under "quantization_config" an `olmoe.quant.layout.PackedLayout`
-    model.safetensors    one file; tensors are named like the parameters of the packed modules
+    model.safetensors    one file; tensors are named like the parameters of the packed modules (`save_pretrained`
+                         may have made several with an index of it)
     tokenizer files
 
 Loading maps the file and hangs views of it into packed modules: nothing is read, converted or copied but norms,
 routers, biases and matrices that stay plain, which take the dtype that the model computes in. Packed tensors come
 first in the file, each at a multiple of 64 bytes (of 32 where a matrix has an odd number of blocks of 16 rows).
+
+What `save_pretrained` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read the same way.
 
 Shapes legend: D hidden, E experts, F expert width, V vocabulary.
 """
@@ -26,16 +29,31 @@ from torch import Tensor, nn
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.model import CausalLM, Experts, Linear, without_values
-from olmoe.quant import BlockFormat, PackedEmbedding, PackedExperts, PackedLayout, PackedLinear, PackedModule
+from olmoe.quant import (
+    SAVED_FORMATS,
+    BlockFormat,
+    Format,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLayout,
+    PackedLinear,
+    PackedModule,
+    SavedLayout,
+)
+from olmoe.quant.formats import CODES
+from olmoe.quant.layout import METHOD
 from olmoe.runtime import garbage_collection_paused
-from olmoe.tensor_file import Entry, TensorFile, TensorWriter
+from olmoe.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, TensorWriter
 from olmoe.text_file import read_text
 
-FILE_NAME = "model.safetensors"
+FILE_NAME = SINGLE_NAME
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix where they are tied
 CONFIG_KEY = "quantization_config"
 FLOATS = ("F32", "F16", "BF16")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
+Layout = PackedLayout | SavedLayout
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -44,11 +62,27 @@ def is_packed(folder: Path) -> bool:
     return _read_config(folder).get(CONFIG_KEY) not in (None, {})
 
 
-def read_layout(folder: Path) -> tuple[ModelConfig, PackedLayout]:
+def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
     """Architecture and formats of a packed folder. Raises `ConfigError` or `CheckpointError`."""
     raw = _read_config(folder)
-    layout = PackedLayout.from_dict(raw.pop(CONFIG_KEY, None))
+    asked = raw.pop(CONFIG_KEY, None)
+    if (
+        isinstance(asked, Mapping)
+        and asked.get("quant_method") == METHOD
+        and asked.get("weight_format") in SAVED_FORMATS
+    ):
+        config = ModelConfig.from_dict(raw)
+        return config, SavedLayout.from_dict(asked, open_files(folder, config).entries)
+    layout = PackedLayout.from_dict(asked)
     return ModelConfig.from_dict(raw), layout
+
+
+def open_files(folder: Path, config: ModelConfig) -> TensorFiles:
+    """The tensors of a packed folder, under the names that the network has for them."""
+    files = TensorFiles(folder)
+    if config.tie_word_embeddings and HEAD in files.entries and EMBEDDING not in files.entries:
+        files.rename(HEAD, EMBEDDING)
+    return files
 
 
 def load(
@@ -71,22 +105,22 @@ def _load(
     folder: Path, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
 ) -> CausalLM:
     config, layout = read_layout(folder)
-    file = TensorFile(folder / FILE_NAME)
+    file = open_files(folder, config)
     model = check(config, layout, file.entries, file.path)
     set_compute_dtype(model, dtype)
-    parameters = dict(model.named_parameters())
-    for done, (name, parameter) in enumerate(parameters.items(), start=1):
+    names, fixed = [name for name, _ in model.named_parameters()], _packed_parts(model)
+    for done, name in enumerate(names, start=1):
         value = file.tensor(name)
-        if parameter.dtype != torch.uint8:
+        if name not in fixed:
             value = value.to(dtype)
         _set_parameter(model, name, value.to(device))
         if progress is not None:
-            progress(done, len(parameters))
+            progress(done, len(names))
     _tie(model)
     return model.eval().requires_grad_(False)
 
 
-def check(config: ModelConfig, layout: PackedLayout, entries: Mapping[str, Entry], path: Path) -> CausalLM:
+def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> CausalLM:
     """The model that a file's tensors fit exactly, on the meta device. Raises `CheckpointError` if they do not."""
     layers = {match[1] for name in entries if (match := _LAYER.match(name))}
     if len(layers) != config.num_hidden_layers:
@@ -95,7 +129,7 @@ def check(config: ModelConfig, layout: PackedLayout, entries: Mapping[str, Entry
             f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {len(layers)}."
         )
     model = build(config, layout)
-    expected = dict(model.named_parameters())
+    expected, fixed = dict(model.named_parameters()), _packed_parts(model)
     for name, entry in entries.items():
         if name not in expected:
             raise CheckpointError(
@@ -106,7 +140,7 @@ def check(config: ModelConfig, layout: PackedLayout, entries: Mapping[str, Entry
                 f"Tensor {shown(name)} has shape {list(entry.shape)}, but config.json makes it "
                 f"{list(expected[name].shape)}."
             )
-        wanted = ("U8",) if expected[name].dtype == torch.uint8 else FLOATS
+        wanted = (_NAMES[expected[name].dtype],) if name in fixed else FLOATS
         if entry.dtype not in wanted:
             raise CheckpointError(
                 f"Tensor {shown(name)} is stored as {entry.dtype}, but config.json makes it {' or '.join(wanted)}."
@@ -118,16 +152,25 @@ def check(config: ModelConfig, layout: PackedLayout, entries: Mapping[str, Entry
     return model
 
 
-def build(config: ModelConfig, layout: PackedLayout) -> CausalLM:
+def _packed_parts(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold parts of packed matrices: codes, scales and what else a format stores."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for name, _ in module.named_parameters(recurse=False)
+        if stored_format(module, name) is not None
+    }
+
+
+def build(config: ModelConfig, layout: Layout) -> CausalLM:
     """`CausalLM(config)` with packed modules where `layout` packs, on the meta device."""
     model = without_values(config)
-    pack_modules(model, layout)
+    pack_modules(model, layout, compute_dtype=layout.compute_dtype if isinstance(layout, SavedLayout) else None)
     return _tie(model)
 
 
-def pack_modules(
-    root: nn.Module, layout: PackedLayout, prefix: str = "", compute_dtype: torch.dtype | None = None
-) -> None:
+def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtype: torch.dtype | None = None) -> None:
     """Put packed modules, on the meta device, in the places of the network's modules that `layout` packs.
 
     Products are computed in `compute_dtype` (None: the dtype of hidden states), and embeddings start hidden states in
@@ -146,7 +189,7 @@ def pack_modules(
 
 
 def packed_module(
-    module: nn.Module, name: str, layout: PackedLayout, tied: bool, compute_dtype: torch.dtype | None
+    module: nn.Module, name: str, layout: Layout, tied: bool, compute_dtype: torch.dtype | None
 ) -> nn.Module | None:
     """The packed module for the place of `module`; None where `layout` leaves all its matrices plain."""
     with torch.device("meta"):
@@ -223,18 +266,48 @@ def matrices(model: CausalLM) -> Iterator[tuple[str, nn.Module, str]]:
         yield name, model.get_submodule(owner), leaf
 
 
-def format_of(module: nn.Module, leaf: str) -> BlockFormat | None:
-    """The format in which a module of `build` stores its parameter `leaf`; None for a plain one."""
-    format = module.formats.get(leaf) if isinstance(module, PackedModule) else None
+def format_of(module: nn.Module, leaf: str) -> Format | None:
+    """The format in which a module of `build` stores the matrix `leaf`; None for a plain one."""
+    return module.formats.get(leaf) if isinstance(module, PackedModule) else None
+
+
+def block_format_of(module: nn.Module, leaf: str) -> BlockFormat | None:
+    """`format_of` a module of a packed checkpoint, whose formats are all of blocks."""
+    format = format_of(module, leaf)
     assert format is None or isinstance(format, BlockFormat)
     return format
 
 
+def stored_format(module: PackedModule, leaf: str) -> Format | None:
+    """The format that the parameter `leaf` is a part of: codes, or scales; None for a plain one."""
+    for name, format in module.formats.items():
+        if leaf == name or any(leaf == f"{name}_{part}" for part in format.parts(*module.shapes[name])):
+            return format
+    return None
+
+
 def weights_of(module: nn.Module, leaf: str) -> int:
-    """How many weights the parameter `leaf` of a module of `build` stands for."""
+    """How many weights the parameter `leaf` of a module of `build` stands for; scales stand for none."""
     if isinstance(module, PackedModule) and leaf in module.shapes:
         return math.prod(module.stack) * math.prod(module.shapes[leaf])
+    if isinstance(module, PackedModule) and stored_format(module, leaf) is not None:
+        return 0
     return module.get_parameter(leaf).numel()
+
+
+def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | None = None) -> Tensor:
+    """A parameter of a module of `build` as a floating tensor; of a stack that of one `expert`."""
+    leaf = parameter.rpartition(".")[2]
+    format = format_of(module, leaf)
+    if format is None:
+        value = files.tensor(parameter)
+        return value if expert is None else value[expert]
+    assert isinstance(module, PackedModule)
+    parts = {}
+    for part in format.parts(*module.shapes[leaf]):
+        value = files.tensor(parameter if part == CODES else f"{parameter}_{part}")
+        parts[part] = value if expert is None else value[expert]
+    return format.decode(parts, *module.shapes[leaf], torch.float32)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

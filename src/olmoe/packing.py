@@ -27,7 +27,7 @@ from olmoe.errors import CheckpointError
 from olmoe.model import CausalLM, DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
 from olmoe.quant import BlockFormat, PackedLayout, PackedModule, search
 from olmoe.quant.formats import CODES
-from olmoe.tensor_file import DTYPES, TensorFile, TensorWriter
+from olmoe.tensor_file import DTYPES, TensorWriter
 from olmoe.weight_source import BlockSource, WeightSource
 
 
@@ -140,7 +140,7 @@ def describe(model: CausalLM, tensors: packed.Tensors, file_bytes: int) -> Packe
     kinds: dict[str, tuple[set[str], int, int]] = {}
     for name, module, leaf in packed.matrices(model):
         (shape, dtype) = tensors[name]
-        packed_as = packed.format_of(module, leaf)
+        packed_as = packed.stored_format(module, leaf) if isinstance(module, PackedModule) else None
         format = packed_as.name if packed_as is not None else str(dtype).removeprefix("torch.")
         weights = packed.weights_of(module, leaf)
         formats, others, size = kinds.get(_kind(name), (set(), 0, 0))
@@ -151,10 +151,10 @@ def describe(model: CausalLM, tensors: packed.Tensors, file_bytes: int) -> Packe
 def contents_of(folder: Path) -> tuple[ModelConfig, Packed]:
     """What a packed folder holds, from its headers alone. Raises what `packed.load` would."""
     config, layout = packed.read_layout(folder)
-    file = TensorFile(folder / packed.FILE_NAME)
-    model = packed.check(config, layout, file.entries, file.path)
-    tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in file.entries.items()}
-    return config, describe(model, tensors, file.path.stat().st_size)
+    files = packed.open_files(folder, config)
+    model = packed.check(config, layout, files.entries, files.path)
+    tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in files.entries.items()}
+    return config, describe(model, tensors, files.num_bytes)
 
 
 def _kind(name: str) -> str:
@@ -240,7 +240,7 @@ class _Packer:
             raise CheckpointError(f"{name}: {error}") from None
 
     def _format(self, name: str) -> BlockFormat | None:
-        return packed.format_of(*self._places[name])
+        return packed.block_format_of(*self._places[name])
 
     def _stored_blocks(self, name: str, expert: int | None, format: BlockFormat) -> Tensor | None:
         """The blocks of a matrix that its source stores in this format already."""

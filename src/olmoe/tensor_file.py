@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import CheckpointError, shown
+from olmoe.text_file import read_text
 
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 DTYPES = {
@@ -88,6 +90,63 @@ class TensorFile:
             raw = bytearray(self._map[entry.start : entry.end])
             return torch.frombuffer(raw, dtype=dtype).view(entry.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder, in one file or in shards with an index, as `TensorFile` gives them.
+
+    `path` is the file, or the folder of several.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / INDEX_NAME
+        if (folder / SINGLE_NAME).is_file() or not index.is_file():  # the one file wins, as in transformers
+            self.path = folder / SINGLE_NAME
+            files, promised = [TensorFile(self.path)], set[str]()
+        else:
+            self.path = folder
+            weight_map = read_index(index)
+            promised = set(weight_map)
+            files = [TensorFile(folder / name) for name in sorted(set(weight_map.values()))]
+        self.num_bytes = sum(file.path.stat().st_size for file in files)
+        self.entries: dict[str, Entry] = {}
+        self._places: dict[str, tuple[TensorFile, str]] = {}
+        for file in files:
+            for name, entry in file.entries.items():
+                if name in self.entries:
+                    other = self._places[name][0].path.name
+                    raise CheckpointError(f"Tensor {shown(name)} is in both {other} and {file.path.name}.")
+                self.entries[name], self._places[name] = entry, (file, name)
+        if missing := sorted(promised - set(self.entries)):
+            raise CheckpointError(f"{index} promises {shown(missing[0])}, which the shards do not hold.")
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of one tensor; see `TensorFile.tensor`."""
+        file, stored_name = self._places[name]
+        return file.tensor(stored_name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give tensors whose name begins with `old` a name that begins with `new`."""
+        for name in [name for name in self.entries if name.startswith(old)]:
+            renamed = new + name.removeprefix(old)
+            self.entries[renamed], self._places[renamed] = self.entries.pop(name), self._places.pop(name)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index of shards. Only files of the same folder can be named."""
+    try:
+        index = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor to file; fetch it again.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise CheckpointError(
+                f"{path} names the shard {shown(file)}, which is not a file of its own folder; refused."
+            )
+    return weight_map
 
 
 def read_header(file: Any, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -18,9 +18,7 @@ from torch import Tensor
 from olmoe import checkpoint, packed
 from olmoe.config import ModelConfig
 from olmoe.model import CausalLM, allocate, without_values
-from olmoe.quant import PackedModule
-from olmoe.quant.formats import CODES
-from olmoe.tensor_file import TensorFile
+from olmoe.tensor_file import TensorFiles
 from olmoe.text_file import read_text
 from olmoe.tokenizer import TEMPLATES_FOLDER
 
@@ -70,16 +68,17 @@ class FolderSource:
         self._folder = folder
         self._handles: dict[Path, Any] = {}
         self._read_bytes = 0
-        self._packed: tuple[torch.nn.Module, TensorFile] | None = None
+        self._packed: tuple[torch.nn.Module, TensorFiles] | None = None
         if packed.is_packed(folder):
             self.config, layout = packed.read_layout(folder)
-            file = TensorFile(folder / packed.FILE_NAME)
+            file = packed.open_files(folder, self.config)
             self._packed = packed.check(self.config, layout, file.entries, file.path), file
             return
         self.config = ModelConfig.from_file(folder / "config.json")
         self._stored = checkpoint.read_headers(folder)
         self._places: dict[tuple[str, int | None], list[str]] = {}
         self._targets = checkpoint.plan(self.config, self._stored)
+        checkpoint.check_tie(self.config, self._stored)
         for name, target in self._targets.items():
             expert = None if target.index is None else target.index[0]
             self._places.setdefault((target.parameter, expert), []).append(name)
@@ -92,7 +91,8 @@ class FolderSource:
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """See `WeightSource.read`."""
         if self._packed is not None:
-            return self._read_packed(*self._packed, parameter, expert)
+            model, file = self._packed
+            return packed.decode(file, model.get_submodule(parameter.rpartition(".")[0]), parameter, expert)
         names = self._places.get((parameter, expert))
         if names is None:  # a stack that is stored fused
             (name,) = self._places[parameter, None]
@@ -128,17 +128,6 @@ class FolderSource:
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt", device="cpu")
         return self._handles[file]
-
-    def _read_packed(self, model: torch.nn.Module, file: TensorFile, parameter: str, expert: int | None) -> Tensor:
-        owner, _, leaf = parameter.rpartition(".")
-        module = model.get_submodule(owner)
-        value = file.tensor(parameter)
-        value = value if expert is None else value[expert]
-        format = packed.format_of(module, leaf)
-        if format is None:
-            return value
-        assert isinstance(module, PackedModule)
-        return format.decode({CODES: value}, *module.shapes[leaf], torch.float32)
 
 
 def _first_row(target: checkpoint.Target) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from olmoe import targets
 from olmoe.atomic import atomic_folder
-from olmoe.checkpoint import INDEX_NAME, MAX_SHARD_BYTES, SINGLE_NAME, parameter_shapes
+from olmoe.checkpoint import MAX_SHARD_BYTES, parameter_shapes
 from olmoe.errors import CheckpointError, shown
 from olmoe.gguf.encode import all_finite
 from olmoe.gguf.names import DOWN, GATE_UP
 from olmoe.gguf.source import GGUFSource
-from olmoe.tensor_file import TensorWriter
+from olmoe.tensor_file import INDEX_NAME, SINGLE_NAME, TensorWriter
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

@@ -2,7 +2,8 @@
 
 `formats` defines a format. `four_bit` (NF4, FP4), `eight_bit` (int8 by rows) and `blocks` (Q8_0, Q5_0 and Q4_0, in
 the layout of the CPU kernels) implement it in plain torch, and `search` chooses better codes and scales for `blocks`.
-`layout` says which format each matrix of a checkpoint has. `modules` holds `PackedLinear`, `PackedEmbedding` and
+`layout` says which format each matrix of a packed checkpoint has, `saved` the same of what `save_pretrained` stored in
+nf4, fp4 or int8. `modules` holds `PackedLinear`, `PackedEmbedding` and
 `PackedExperts`, which take the places of the network's modules and decode what they multiply with, matrix by matrix.
 """
 
@@ -14,8 +15,9 @@ from olmoe.quant.formats import Format
 from olmoe.quant.four_bit import FourBit
 from olmoe.quant.layout import BLOCK_FORMATS, PackedLayout, make_block_format
 from olmoe.quant.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
+from olmoe.quant.saved import SAVED_FORMATS, SavedLayout
 
-FORMATS = ("nf4", "fp4", "int8", *BLOCK_FORMATS)
+FORMATS = (*SAVED_FORMATS, *BLOCK_FORMATS)
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -23,6 +25,7 @@ __all__ = [
     "Q4_0",
     "Q5_0",
     "Q8_0",
+    "SAVED_FORMATS",
     "BlockFormat",
     "Format",
     "FourBit",
@@ -32,6 +35,7 @@ __all__ = [
     "PackedLayout",
     "PackedLinear",
     "PackedModule",
+    "SavedLayout",
     "make_block_format",
     "make_format",
 ]

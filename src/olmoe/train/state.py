@@ -18,6 +18,7 @@ from olmoe import checkpoint, targets
 from olmoe.atomic import atomic_folder, write_text
 from olmoe.errors import CheckpointError, ConfigError, UserError, shown
 from olmoe.model import CausalLM
+from olmoe.tensor_file import SINGLE_NAME
 from olmoe.train.run_folder import checkpoints, latest
 
 STATE_NAME = "training_state.pt"
@@ -99,7 +100,7 @@ def discard(folder: Path) -> None:
 def _written(folder: Path) -> list[Path]:
     """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its place."""
     texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    names = {checkpoint.SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
+    names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
     folders = [place for place in (*_checkpoints(folder), folder / "best") if place.exists()]
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
