@@ -201,7 +201,7 @@ def test_sizes_must_be_positive_integers(name):
         ("attention_bias", [0, 1, "false", None]),
         ("norm_topk_prob", [0, 1, "no", None]),
         ("hidden_act", [None, 1, ["silu"]]),
-        ("pad_token_id", [-1, True, 1.0, "1", [1], 2**31]),
+        ("pad_token_id", [True, 1.0, "1", [1], 2**31]),
         ("eos_token_id", [-1, True, 1.0, "50279", [50279, "0"], [[1]], {}, [True], 2**31]),
         ("rope_theta", [0, -1, float("nan"), float("inf"), "10000", True, 10**400, [1]]),
         ("head_dim", [64, 0, "128", [128]]),

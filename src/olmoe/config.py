@@ -15,21 +15,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from olmoe.config_keys import check_keys, is_no_token
 from olmoe.errors import ConfigError, shown
 from olmoe.text_file import read_text
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
-# Keys of transformers' PreTrainedConfig that describe a file, a session or a task, never the network.
-HARMLESS_KEYS = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype id2label label2id model_type name_or_path "
-    "output_attentions output_hidden_states output_router_logits problem_type return_dict task_specific_params "
-    "torch_dtype torchscript transformers_version use_cache chunk_size_feed_forward is_decoder "
-    "is_encoder_decoder sep_token_id decoder_start_token_id num_labels _attn_implementation "
-    "_experts_implementation cross_attention_hidden_size add_cross_attention tokenizer_class prefix "
-    "finetuning_task num_local_experts rope_theta rope_scaling rope_parameters head_dim "
-    "router_loss router_z_loss_coef".split()
-)
+# What a RoPE section may hold besides our own keys -> values with which it changes nothing.
+_NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "attention_factor": (1,),
+    "mscale": (1,),
+    "finetuned": (False, True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,21 +192,18 @@ class ModelConfig:
             raise ConfigError(f"This is a configuration of model type {shown(model_type)}; only 'olmoe' can be loaded.")
         if "intermediate_size" not in raw:
             # transformers would assume 2048 here, which no released checkpoint has.
-            raise ConfigError("The configuration lacks intermediate_size (the width of one expert); add it.")
-        known = {f.name for f in fields(cls)} - {"rope"}
+            raise ConfigError(
+                "The configuration lacks intermediate_size (the width of one expert); add it to config.json."
+            )
+        known = frozenset(f.name for f in fields(cls)) - {"rope"}
         values = {key: value for key, value in raw.items() if key in known}
-        for key, value in raw.items():
-            if key == "quantization_config" and isinstance(value, Mapping) and value.get("quant_method") == "olmoe":
-                continue  # how our own packed files store the same network (olmoe.quant.layout)
-            if key not in known and key not in HARMLESS_KEYS and value not in (None, False, 0, "", [], {}):
-                raise ConfigError(
-                    f"The configuration has {shown(key)} = {shown(value)}, which is unknown here and may change "
-                    "the network; remove it if it does not matter."
-                )
+        if is_no_token(values.get("pad_token_id")):
+            values["pad_token_id"] = None
         if "num_local_experts" in raw:  # transformers' other name for the same number
             values.setdefault("num_experts", raw["num_local_experts"])
         values["rope"] = _rope_from_dict(raw)
         config = cls(**values)
+        check_keys(raw, known, config)
         head_dim = raw.get("head_dim")
         if head_dim not in (None, config.head_dim):
             raise ConfigError(
@@ -224,20 +219,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Read a `config.json`. Raises `ConfigError` if it is missing, not JSON, or invalid."""
-        path = Path(path)
-        try:
-            raw = json.loads(read_text(path))
-        except FileNotFoundError:
-            raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error.strerror}); check the path and its permissions."
-            ) from None
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or nesting
-            raise ConfigError(f"{path} is not valid JSON ({error}).") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_object(path))
 
     def to_dict(self, dtype: str | None = None) -> dict[str, Any]:
         """The contents of a `config.json`, readable by transformers 4 and 5 (and llama.cpp's converter).
@@ -270,6 +252,22 @@ class ModelConfig:
         return json.dumps(self.to_dict(dtype), indent=2, sort_keys=True) + "\n"
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object that a `config.json` holds. Raises `ConfigError` if it is missing or holds none."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before the text
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or nesting
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
+    return raw
+
+
 def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
     """Merge `rope_parameters` (v5) with `rope_theta` and `rope_scaling` (v4); contradictions are refused."""
     sections: list[Mapping[str, Any]] = []
@@ -277,17 +275,9 @@ def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
         value = {} if raw.get(name) is None else raw[name]
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be an object or null, not {shown(value)}.")
+        value = _rope_of_full_attention(name, value)
         sections.append(value)
-        unknown = set(value) - {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
-        unknown = {key for key in unknown if value[key] is not None}
-        if unknown:
-            raise ConfigError(f"{name} has unknown keys: {', '.join(sorted(unknown))}.")
-        original = value.get("original_max_position_embeddings")
-        if original not in (None, raw.get("max_position_embeddings", ModelConfig.max_position_embeddings)):
-            raise ConfigError(
-                f"{name} has original_max_position_embeddings {shown(original)}, which must equal "
-                "max_position_embeddings for OLMoE's linear and dynamic scaling."
-            )
+        _check_rope_keys(name, value, raw.get("max_position_embeddings", ModelConfig.max_position_embeddings))
     candidates = {
         "rope_theta": [section.get("rope_theta") for section in (*sections, raw)],
         "rope_type": [section.get(key) for section in sections for key in ("rope_type", "type")],
@@ -306,6 +296,38 @@ def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
     if chosen.get("rope_type") in ("linear", "dynamic") and "factor" not in chosen:
         raise ConfigError(f"RoPE scaling of type {chosen['rope_type']!r} needs a factor.")
     return RopeParameters(**chosen)
+
+
+def _rope_of_full_attention(name: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A RoPE section, out of one by kinds of layers, as transformers 5 writes it for models that have several."""
+    if not section or not all(isinstance(value, Mapping) for value in section.values()):
+        return section
+    others = sorted(set(section) - {"full_attention"})
+    if others:
+        raise ConfigError(f"{name} describes layers of the kind {shown(others[0])}, which OLMoE does not have.")
+    inner: Mapping[str, Any] = section["full_attention"]
+    return inner
+
+
+def _check_rope_keys(name: str, section: Mapping[str, Any], context: Any) -> None:
+    """Refuse a RoPE section with a method or a key that would scale otherwise than ours."""
+    kinds = [section[key] for key in ("rope_type", "type") if section.get(key) is not None]
+    for kind in kinds:
+        if kind not in ROPE_TYPES:
+            raise ConfigError(
+                f"{name} asks for rope_type {shown(kind)}, which is not supported; choose one of "
+                f"{', '.join(ROPE_TYPES)}."
+            )
+    for key, value in section.items():
+        ours = key in ("rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings")
+        if not ours and value is not None and value not in _NEUTRAL_ROPE.get(key, ()):
+            raise ConfigError(f"{name} has the unknown key {shown(key)} = {shown(value)}; remove it if it is unused.")
+    original = section.get("original_max_position_embeddings")
+    if original not in (None, context) and kinds not in ([], ["default"]):
+        raise ConfigError(
+            f"{name} has original_max_position_embeddings {shown(original)}, which must equal "
+            "max_position_embeddings for OLMoE's linear and dynamic scaling."
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olmoe.config import ModelConfig
-from olmoe.errors import CheckpointError, ConfigError, shown
+from olmoe.config import ModelConfig, read_object
+from olmoe.config_keys import METHOD, check_quantization
+from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import (
     SAVED_FORMATS,
@@ -41,10 +42,8 @@ from olmoe.quant import (
     SavedLayout,
 )
 from olmoe.quant.formats import CODES
-from olmoe.quant.layout import METHOD
 from olmoe.runtime import garbage_collection_paused
 from olmoe.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, TensorWriter
-from olmoe.text_file import read_text
 
 FILE_NAME = SINGLE_NAME
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix where they are tied
@@ -66,6 +65,8 @@ def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
     """Architecture and formats of a packed folder. Raises `ConfigError` or `CheckpointError`."""
     raw = _read_config(folder)
     asked = raw.pop(CONFIG_KEY, None)
+    if isinstance(asked, Mapping):
+        check_quantization(CONFIG_KEY, asked)
     if (
         isinstance(asked, Mapping)
         and asked.get("quant_method") == METHOD
@@ -311,18 +312,7 @@ def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | 
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
-    return raw
+    return read_object(folder / "config.json")
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

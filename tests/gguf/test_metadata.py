@@ -91,7 +91,7 @@ def test_keys_of_the_published_files():
         ({"olmoe.block_count": None}, "lacks the metadata key olmoe.block_count"),
         ({"olmoe.block_count": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"olmoe.block_count": "two"}, "num_hidden_layers must be a positive integer, not 'two'"),
-        ({"olmoe.attention.head_count": np.array([4, 4])}, "num_attention_heads must be a positive integer, not ["),
+        ({"olmoe.attention.head_count": np.array([4, 2])}, "num_attention_heads must be a positive integer, not ["),
         ({"olmoe.attention.head_count": 5}, "hidden_size 32 is not divisible by num_attention_heads 5"),
         ({"olmoe.expert_used_count": 9}, "num_experts_per_tok 9 exceeds num_experts 8"),
         ({"olmoe.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps must be a number"),
@@ -128,3 +128,44 @@ def test_neutral_keys_change_nothing():
 def test_errors_name_the_side_at_fault():
     with pytest.raises(CheckpointError):
         to_config({}, 320, tied=False)
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "eom", "padding", "bos", "unknown"])
+def test_an_id_of_all_ones_is_no_token(key):
+    """What llama.cpp stores for a token that there is not: -1 as an unsigned number."""
+    config = restored(small_config(), **{f"tokenizer.ggml.{key}_token_id": 2**32 - 1})
+    without = restored(small_config(), **{f"tokenizer.ggml.{key}_token_id": None})
+    assert config == without
+
+
+def test_numbers_that_are_the_same_in_every_layer():
+    config = small_config()
+    changes = {
+        "olmoe.attention.head_count": np.array([config.num_attention_heads] * 2, np.uint32),
+        "olmoe.attention.head_count_kv": np.array([config.kv_heads] * 2, np.int32),
+        "olmoe.feed_forward_length": np.array([config.intermediate_size] * 2, np.uint32),
+        "olmoe.attention.sliding_window_pattern": np.array([False, False]),
+        "olmoe.rope.freq_base": np.array([config.rope.rope_theta] * 2, np.float32),
+        "olmoe.expert_used_count": np.array([config.num_experts_per_tok] * 2, np.uint32),
+    }
+    assert restored(config, **changes) == restored(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", [4, 2]),
+        ("attention.head_count", [4, 4, 4]),  # of two layers
+        ("feed_forward_length", [12, 24]),
+        ("attention.sliding_window_pattern", [True, False]),
+        ("attention.sliding_window", [0, 64]),
+    ],
+)
+def test_numbers_that_differ_between_layers_are_refused(key, value):
+    message = refused(lambda: restored(small_config(), **{f"olmoe.{key}": np.array(value)}))
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, "", np.array([0, 0]), np.array([], np.int32)])
+def test_unknown_keys_that_say_nothing_are_read_over(value):
+    assert restored(small_config(), **{"olmoe.new_trick": value}) == restored(small_config())

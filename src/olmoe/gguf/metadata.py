@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from olmoe.config import ModelConfig, RopeParameters
+from olmoe.config_keys import NOTHING, is_no_token
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.gguf.reader import Value
 
@@ -55,6 +56,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_weights_scale": (0.0, 1.0),
     "leading_dense_block_count": (0,),
     "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.sliding_window_pattern": (False, 0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "moe_every_n_layers": (0, 1),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "tensor_data_layout": ("",),
     "use_parallel_residual": (False, True),  # not read for OLMoE
 }
@@ -125,8 +134,9 @@ def to_config(metadata: Mapping[str, Value], vocab_size: int, *, tied: bool) -> 
         raise CheckpointError(
             f"The GGUF file is one of {shown(parts)} parts; merge them first with llama.cpp's llama-gguf-split."
         )
+    layers = _plain(metadata.get(f"{ARCHITECTURE}.block_count"))
     ours = {
-        key.removeprefix(f"{ARCHITECTURE}."): value
+        key.removeprefix(f"{ARCHITECTURE}."): _same_in_all_layers(value, layers)
         for key, value in metadata.items()
         if key.startswith(f"{ARCHITECTURE}.")
     }
@@ -141,15 +151,17 @@ def to_config(metadata: Mapping[str, Value], vocab_size: int, *, tied: bool) -> 
         values["num_key_value_heads"] = _plain(ours["attention.head_count_kv"])
     ends: list[Any] = []
     for key in EOS_KEYS:
-        if key in metadata and (end := _plain(metadata[key])) not in ends:
+        end = _token(metadata.get(key))
+        if end is not None and end not in ends:
             ends.append(end)
+    padding = _plain(metadata.get(PADDING_KEY))
     config = ModelConfig(
         **values,
         vocab_size=vocab_size,
         rope=_rope(ours),
         tie_word_embeddings=tied,
         eos_token_id=(ends[0] if len(ends) == 1 else tuple(ends)) if ends else None,
-        pad_token_id=_plain(metadata.get(PADDING_KEY)),
+        pad_token_id=None if is_no_token(padding) else padding,
     )
     _check_neutral(ours, config)
     return config
@@ -184,11 +196,25 @@ def _check_neutral(ours: Mapping[str, Value], config: ModelConfig) -> None:
                     f"The GGUF file has {ARCHITECTURE}.{key} = {shown(_plain(value))}, but this network allows only "
                     f"{' or '.join(map(shown, expected[key]))}."
                 )
-        elif key not in _READ:
+        elif key not in _READ and _plain(value) not in NOTHING:
             raise CheckpointError(
                 f"The GGUF file has the key {shown(f'{ARCHITECTURE}.{key}')} = {shown(_plain(value))}, which is "
                 "unknown here and may change the network."
             )
+
+
+def _token(value: Value | None) -> Any:
+    """An id of a token; None for the number that stands for "there is none", -1 in 32 unsigned bits."""
+    value = _plain(value)
+    return None if isinstance(value, int) and value == 2**32 - 1 else value
+
+
+def _same_in_all_layers(value: Value, layers: Any) -> Value:
+    """A number that is given once for every layer, where it is the same for all; other values as they are."""
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.size == 0 or value.size != layers:
+        return value
+    first: Value = value[0].item()
+    return first if bool((value == value[0]).all()) else value
 
 
 def _plain(value: Value | None) -> Any:
