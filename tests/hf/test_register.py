@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import olmoe
 import olmoe.hf
 from configurations import small_config
+from packed_folders import WHOLE, packed_folder
 
 SETTINGS = small_config().to_dict()
 
@@ -36,6 +42,8 @@ def tables():
     return [
         *(auto._model_mapping.get(config, None) for auto in autos for config in configs),
         type(transformers.AutoConfig.for_model("olmoe")),
+        AUTO_QUANTIZER_MAPPING.get("olmoe"),
+        AUTO_QUANTIZATION_CONFIG_MAPPING.get("olmoe"),
         "olmoe" in ALL_EXPERTS_FUNCTIONS,
     ]
 
@@ -88,3 +96,36 @@ def test_what_another_package_registered_before_comes_back():
         assert mapping[transformers.OlmoeConfig] is Theirs
     finally:
         del mapping._extra_content[transformers.OlmoeConfig]
+
+
+# In a process of its own: the first `from_pretrained` of one of our classes makes packed folders known as well.
+PACKED = """
+import json, sys, torch, transformers
+import olmoe.hf
+olmoe.hf.register()
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+folder, found = sys.argv[1], []
+config = transformers.AutoConfig.from_pretrained(folder)
+found.append(type(AutoQuantizationConfig.from_dict(config.quantization_config)).__name__)
+if sys.argv[2] == "lm_eval":
+    from lm_eval.models.huggingface import HFLM
+    model = HFLM(pretrained=folder, device="cpu").model
+else:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+found += [type(model).__module__, type(model.model.layers[0].mlp.experts).__name__]
+found.append(bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()))
+olmoe.hf.unregister()
+found.append("olmoe" in AUTO_QUANTIZATION_CONFIG_MAPPING)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("who", ["auto class", "lm_eval"])
+def test_packed_folders_load_through_code_that_only_knows_transformers(tmp_path, tokenizer_file, who):
+    if who == "lm_eval":
+        pytest.importorskip("lm_eval")
+    folder = packed_folder(tmp_path / "m", "int4", tokenizer_file, **WHOLE)
+    done = subprocess.run([sys.executable, "-c", PACKED, folder, who], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == ["PackedConfig", "olmoe.hf.model", "PackedExperts", True, False]

@@ -13,20 +13,23 @@ import transformers
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as TransformersOlmoeConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig
 from olmoe.hf.experts_interface import NAME, experts_forward
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+from olmoe.hf.quantization import METHOD, PackedConfig, PackedQuantizer
 
 _ABSENT = object()
 _undo: list[tuple[dict[Any, Any], Any, Any]] = []  # (table, key, what it held before)
 
 
 def register() -> None:
-    """Put our classes behind transformers' Auto classes and `pipeline`, and our experts behind its interface.
+    """Put our classes behind transformers' Auto classes and `pipeline`, our experts and packing behind its interfaces.
 
     From then on `transformers.AutoModelForCausalLM.from_pretrained` and the like return our classes for OLMoE
-    checkpoints, and `set_experts_implementation("olmoe")` works on transformers' mixture-of-experts models.
+    checkpoints, packed folders included, and `set_experts_implementation("olmoe")` works on transformers'
+    mixture-of-experts models.
     Calling it again changes nothing.
     """
     if _undo:
@@ -40,6 +43,9 @@ def register() -> None:
         for config in (OlmoeConfig, TransformersOlmoeConfig):
             _put(auto._model_mapping._extra_content, config, model)
     _put(ExpertsInterface._global_mapping, NAME, experts_forward)
+    # lm-evaluation-harness, for one, reads a checkpoint's quantization before any class of ours is called.
+    _put(AUTO_QUANTIZER_MAPPING, METHOD, PackedQuantizer)
+    _put(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, PackedConfig)
 
 
 def unregister() -> None:
