@@ -36,7 +36,6 @@ from olmoe.model import CausalLM, allocate, without_values
 from olmoe.packed import EMBEDDING, HEAD
 from olmoe.targets import some
 from olmoe.tensor_file import INDEX_NAME, SINGLE_NAME, read_index
-from olmoe.text_file import read_text
 
 MAX_SHARD_BYTES = 4 * 10**9
 # Text files of a checkpoint folder that go where its weights go.

@@ -256,7 +256,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """The object that a `config.json` holds. Raises `ConfigError` if it is missing or holds none."""
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before the text
+        raw = json.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
     except OSError as error:

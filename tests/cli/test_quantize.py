@@ -41,7 +41,6 @@ def test_calibration_takes_json_lines_and_chats_in_the_models_own_template(plain
     (tmp_path / "chat.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": words.strip()}]}), encoding="utf-8"
     )
-    written = []
     for name in ("x.txt", "text.jsonl", "chat.jsonl"):
         target = tmp_path / f"from {name}"
         assert run(capsys, source, target, "--format", "int4", "--calibration", tmp_path / name)[0] == 0

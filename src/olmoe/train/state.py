@@ -101,7 +101,7 @@ def _written(folder: Path) -> list[Path]:
     """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its place."""
     texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
-    folders = [place for place in (*_checkpoints(folder), folder / "best") if place.exists()]
+    folders = [place for place in (*checkpoints(folder), folder / "best") if place.exists()]
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
     foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
