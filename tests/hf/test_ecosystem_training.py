@@ -75,6 +75,31 @@ def test_trainer_adds_the_auxiliary_loss_when_it_is_asked_for(model, tmp_path):
     assert losses(trainer)[0] > 3 + 4
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [{"output_router_logits": True}, {"router_loss": "per_layer", "router_z_loss_coef": 0.5}],
+    ids=["pooled", "per layer, with z"],
+)
+def test_accumulation_does_not_change_the_routers_step(loss, tmp_path):
+    """Eight equal rows, so that every way to split them has the same mean: 0.041 to 0.782 in transformers."""
+    row = torch.randint(2, VOCAB_SIZE - 1, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    data = datasets.Dataset.from_list([{"input_ids": row, "labels": [-100] * 4 + row[4:]}] * 8)
+    config = olmoe.OlmoeConfig(**small_config().to_dict() | {"router_aux_loss_coef": 1.0} | loss)
+    steps = []
+    for accumulated in (1, 2, 8):
+        torch.manual_seed(0)
+        model = olmoe.OlmoeForCausalLM(config)
+        before = model.model.layers[0].mlp.gate.weight.detach().clone()
+        settings = arguments(tmp_path) | {
+            "max_steps": 1, "per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated,
+            "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0,
+        }  # fmt: skip
+        transformers.Trainer(model, transformers.TrainingArguments(**settings), train_dataset=data).train()
+        steps.append(model.model.layers[0].mlp.gate.weight.detach() - before)
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], rtol=1e-4, atol=1e-6)
+
+
 def test_trl_supervised_fine_tuning(model, tmp_path, text_tokenizer):
     trl = pytest.importorskip("trl")
     data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})

@@ -12,6 +12,7 @@ from olmoe import OlmoeConfig, OlmoeForCausalLM
 from olmoe.checkpoint import load
 from olmoe.errors import ConfigError
 from olmoe.hf import model as hf_model
+from olmoe.hf.losses import share_of_step
 from olmoe.model import causal_attend
 from olmoe.router_losses import load_balancing, router_z
 
@@ -41,6 +42,61 @@ def test_per_layer_losses_are_those_of_training_and_always_on(tmp_path):
     expected = plain + 0.5 * load_balancing(routers, kept) + 0.25 * router_z(routers, kept)
     assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
     assert float(output.aux_loss) == pytest.approx(float(load_balancing(routers, kept)), rel=1e-5)
+
+
+KINDS = {
+    "pooled": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    "per_layer": {"router_loss": "per_layer", "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25},
+}
+
+
+def labels_of(ids, mask):
+    """Labels of a prompt that is not learnt, of padding that is not, and of the answer between them."""
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return labels
+
+
+@pytest.mark.parametrize("integer", [True, False], ids=["int", "tensor"])
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_adds_its_share_of_the_step(kind, processes, integer):
+    """Means over what is learnt, cross-entropy and auxiliary losses alike, weighted by how much of it is here.
+
+    transformers' Trainer divides by the tokens of all batches on all processes, and multiplies by the processes.
+    """
+    model, (ids, mask) = build(**KINDS[kind]), batch()
+    labels = labels_of(ids, mask)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    mean = model(**inputs)
+    predicted = int((labels[:, 1:] != -100).sum())
+    accumulated = 3  # batches like this one
+    items = predicted * accumulated * processes
+    share = model(**inputs, num_items_in_batch=items if integer else torch.tensor(items))
+    assert float(share.loss) * accumulated * processes == pytest.approx(float(mean.loss), rel=1e-5)
+    assert torch.equal(share.aux_loss, mean.aux_loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unequal_batches_weigh_as_much_as_they_predict(kind):
+    model, (ids, mask) = build(**KINDS[kind]), batch()
+    labels = labels_of(ids, mask)
+    rows = [
+        {"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1], "labels": labels[i : i + 1]} for i in (0, 1)
+    ]
+    counts = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
+    assert counts[0] != counts[1]
+    total = sum(model(**row, num_items_in_batch=sum(counts)).loss for row in rows)
+    expected = sum(model(**row).loss * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_labels_that_come_shifted_or_with_another_ignored_id_are_counted_as_such():
+    ids = torch.arange(8).view(1, 8)
+    shifted = torch.tensor([[1, -100, -100, 4, 5, -100, 7, -100]])
+    assert float(share_of_step(ids, {"num_items_in_batch": 8, "shift_labels": shifted})) == 0.5
+    assert float(share_of_step(ids, {"num_items_in_batch": 12, "ignore_index": 7})) == 0.5
+    assert share_of_step(ids, {}) == 1
 
 
 def test_the_switch_survives_a_round_trip(tmp_path):

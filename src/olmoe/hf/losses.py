@@ -8,12 +8,16 @@ transformers' loss pools all layers before it multiplies:
 Its minimum is K (8 for OLMoE), and layers can cancel each other. OLMoE was trained with other losses, per
 layer and with minimum 1: `olmoe.router_losses`.
 
-Shapes legend: N tokens, E experts, K experts per token.
+Where gradients are accumulated, or averaged over processes, each batch adds its share of the step (`share_of_step`),
+as its cross-entropy does. transformers adds the whole loss once a batch, so there its weight grows with their number.
+
+Shapes legend: B batch, T sequence, N tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +26,8 @@ from olmoe.hf.config import OlmoeConfig
 from olmoe.model import RouterOutput
 from olmoe.ops import route
 from olmoe.router_losses import load_balancing, router_z
+
+IGNORE = -100  # the label of tokens that nothing is learnt from
 
 
 def pooled_load_balancing(
@@ -64,3 +70,19 @@ def router_losses(
     if config.router_z_coefficient:
         total = total + config.router_z_coefficient * router_z(routers, mask_N)
     return balance, total
+
+
+def share_of_step(labels: Tensor, options: Mapping[str, Any]) -> Tensor | float:
+    """What this batch counts for among all batches of an optimizer's step, for losses that are means over its tokens.
+
+    labels (B, T); `options` are what the loss function gets. With `num_items_in_batch` it divides the batch's summed
+    cross-entropy by the predicted tokens of the step, on all processes: the share is how many of them are here. Without,
+    it takes the mean over this batch, and whoever accumulates divides: 1.
+    """
+    items = options.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    shifted = options.get("shift_labels")
+    predicted = labels[..., 1:] if shifted is None else shifted
+    count = (predicted != options.get("ignore_index", IGNORE)).sum()
+    return count / (items.to(count.device) if isinstance(items, Tensor) else items)

@@ -32,7 +32,7 @@ from olmoe.hf.config import OlmoeConfig, adopt
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.lora import route_lora
-from olmoe.hf.losses import router_losses
+from olmoe.hf.losses import router_losses, share_of_step
 from olmoe.hf.quantization import PackedLoading
 from olmoe.hf.switching import SwitchableExperts
 from olmoe.model import Attend, Attention, Experts, Linear, RMSNorm, Router
@@ -262,8 +262,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         aux_loss = None
         if auxiliary:
             aux_loss, addition = router_losses(config, outputs.router_logits, attention_mask)
-            if loss is not None:
-                loss = loss + addition.to(loss.device)
+            if labels is not None:
+                loss = loss + (share_of_step(labels, kwargs) * addition).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
