@@ -175,7 +175,8 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> RouterOutput:
         """x (N, D) -> logits (N, E), weights and expert ids (N, K)."""
-        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        with ops.without_autocast(x_ND):
+            logits_NE = F.linear(x_ND.float(), self.weight.float())
         return RouterOutput(logits_NE, *ops.route(logits_NE, self.top_k, self.norm_topk_prob, backend=self.backend))
 
 

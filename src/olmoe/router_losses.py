@@ -29,13 +29,16 @@ def load_balancing(routers: Sequence[RouterOutput], mask_N: Tensor | None = None
     """
     total = routers[0].logits.new_zeros(())
     for router in routers:
-        logits_NE, ids_NK = router.logits, router.expert_ids
-        if mask_N is not None:
-            logits_NE, ids_NK = logits_NE[mask_N], ids_NK[mask_N]
-        experts = logits_NE.shape[1]
-        counts_E = torch.bincount(ids_NK.flatten(), minlength=experts)
-        share_E = counts_E / ids_NK.numel()
-        total = total + experts * torch.dot(share_E, logits_NE.softmax(dim=-1).mean(dim=0))
+        p_NE = _wide(router.logits).softmax(dim=-1)
+        experts, k = p_NE.shape[1], router.expert_ids.shape[1]
+        if mask_N is None:
+            share_E = tokens_per_expert(router) / router.expert_ids.numel()
+            mean_E = p_NE.mean(dim=0)
+        else:
+            count = mask_N.sum()
+            share_E = tokens_per_expert(router, mask_N) / (count * k)
+            mean_E = torch.where(mask_N.unsqueeze(1), p_NE, 0.0).sum(dim=0) / count
+        total = total + experts * (share_E * mean_E).sum()
     return total / len(routers)
 
 
@@ -43,7 +46,22 @@ def router_z(routers: Sequence[RouterOutput], mask_N: Tensor | None = None) -> T
     """Z above: the mean squared log-partition of the routers, divided by K as the training code does."""
     total = routers[0].logits.new_zeros(())
     for router in routers:
-        logits_NE = router.logits if mask_N is None else router.logits[mask_N]
-        slots = logits_NE.shape[0] * router.expert_ids.shape[1]
-        total = total + logits_NE.logsumexp(dim=-1).square().sum() / slots
+        z_N = _wide(router.logits).logsumexp(dim=-1).square()
+        count: Tensor | int = z_N.shape[0]
+        if mask_N is not None:
+            z_N, count = torch.where(mask_N, z_N, 0.0), mask_N.sum()
+        total = total + z_N.sum() / (count * router.expert_ids.shape[1])
     return total / len(routers)
+
+
+def tokens_per_expert(router: RouterOutput, mask_N: Tensor | None = None) -> Tensor:
+    """How many tokens, of those that the mask has, each expert received: (E,) integers."""
+    ids_NK = router.expert_ids
+    ones_NK = torch.ones_like(ids_NK) if mask_N is None else mask_N.to(ids_NK.dtype).unsqueeze(1).expand_as(ids_NK)
+    zeros_E = ids_NK.new_zeros(router.logits.shape[1])
+    return zeros_E.index_add(0, ids_NK.flatten(), ones_NK.flatten())
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least fp32: routers of other kinds may score in half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

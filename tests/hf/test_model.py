@@ -134,3 +134,31 @@ def test_base_model_and_sequence_classification():
     assert output.logits.shape == (2, 3)
     output.loss.backward()
     assert classifier.score.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_routers_stay_fp32_under_autocast(dtype, attention, training):
+    """Logits have autocast's dtype, as transformers' do; a prompt's and a short one's, which the kernels compute."""
+    ours, theirs = pair(CASES[0], attention)
+    for length in (2, 24):
+        ids, _ = batch(length)
+        exact = theirs(ids, labels=ids, output_router_logits=True)
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(training):
+            output = ours(ids, labels=ids, output_router_logits=True)
+        assert {t.dtype for t in output.router_logits} == {torch.float32}
+        assert output.logits.dtype == dtype
+        assert output.loss.dtype == output.aux_loss.dtype == torch.float32
+        assert relative(output.router_logits[0], exact.router_logits[0]) < 0.02
+        assert float(output.loss.detach()) == pytest.approx(float(exact.loss.detach()), rel=5e-3)
+
+
+def test_router_logits_of_the_first_layer_are_not_rounded_by_autocast():
+    """Nothing before them is a product but attention, so without that they are exact."""
+    ours, _ = pair(CASES[0])
+    ours.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    ids, _ = batch(9)
+    exact = ours(ids, output_router_logits=True).router_logits[0]
+    with torch.autocast("cpu"):
+        assert torch.equal(ours(ids, output_router_logits=True).router_logits[0], exact)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import make_model
-from olmoe.model import CausalLM, RouterOutput, causal_attend
+from olmoe.model import CausalLM, RouterOutput, causal_attend, set_backend
 from olmoe.train.config import LossConfig
 from olmoe.train.losses import load_balancing, objective, router_z
 
@@ -186,3 +186,39 @@ def test_accumulated_balance_is_the_mean_over_microbatches_not_that_of_the_poole
         torch.testing.assert_close(accumulated[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     pooled = objective(model, ids, config, positions_in_step=24, microbatches=1).load_balancing
     assert float(pooled) != pytest.approx(float(halves[0].load_balancing + halves[1].load_balancing) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_objective_under_autocast(dtype, backend):
+    """Routers, their losses and the cross-entropy stay fp32; gradients differ by the rounding of single products."""
+    model, ids, config = make_model(), windows(), LossConfig(load_balancing=0.1, router_z=0.1)
+    set_backend(model, backend)
+    exact = objective(model, ids, config, positions_in_step=12, microbatches=1)
+    exact.objective.backward()
+    expected = torch.cat([g.flatten() for g in gradients(model).values()])
+    with torch.autocast("cpu", dtype):
+        losses = objective(model, ids, config, positions_in_step=12, microbatches=1)
+        routers = model(ids, torch.arange(6).expand(2, 6), causal_attend).routers
+    losses.objective.backward()
+    found = torch.cat([g.flatten() for g in gradients(model).values()])
+    assert {t.dtype for t in (*losses[:4], *routers[0][:2])} == {torch.float32}
+    assert float(losses.objective.detach()) == pytest.approx(float(exact.objective.detach()), rel=2e-3)
+    assert float((found - expected).norm() / expected.norm()) < (0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+def test_losses_of_routers_that_score_in_half_precision_are_fp32():
+    outputs = [RouterOutput(r.logits.detach().bfloat16(), r.weights, r.expert_ids) for r in routers()]
+    wide = [r._replace(logits=r.logits.float()) for r in outputs]
+    for loss in (load_balancing, router_z):
+        for mask in (None, torch.arange(7) < 5):
+            assert loss(outputs, mask).dtype == torch.float32
+            assert float(loss(outputs, mask)) == float(loss(wide, mask))
+
+
+def test_masked_tokens_count_for_nothing():
+    outputs, mask = routers(), torch.arange(7) % 3 > 0
+    kept = [RouterOutput(*(t[mask] for t in router)) for router in outputs]
+    with torch.no_grad():
+        assert float(load_balancing(outputs, mask)) == pytest.approx(float(load_balancing(kept)), rel=1e-6)
+        assert float(router_z(outputs, mask)) == pytest.approx(float(router_z(kept)), rel=1e-6)

@@ -22,6 +22,7 @@ from olmoe.fused.watch import has_hooks
 from olmoe.model import Attend, Decoder, Output, RouterOutput
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import CachedLayers, CachedTokens
+from olmoe.ops.transforms import observed, transformed
 
 # Rows that one call for all layers may take: a step of decoding, for many sequences too, but no long prompt.
 STEP_ROWS = 64
@@ -195,6 +196,8 @@ def _alone(layer: Any, kind: type) -> bool:
 def _plain_ids(*tensors: Tensor) -> bool:
     """Whether these are ids in memory, as the kernels read them, outside training and tracing."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if transformed() or observed():
         return False
     shape = tensors[0].shape
     return all(

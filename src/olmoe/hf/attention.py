@@ -15,13 +15,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from olmoe.fused import STEP_ROWS, all_layers
-from olmoe.hf.cache_name import updated
+from olmoe.hf.cache_name import is_paged, updated
 from olmoe.hf.config import OlmoeConfig
 from olmoe.hf.growing_cache import GrowingLayer, growing_layer
 from olmoe.model import Attention, DecoderLayer, RouterOutput
 from olmoe.ops import AUTO
+from olmoe.ops.autocast import autocast_dtype
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import CachedTokens
+from olmoe.ops.transforms import plain_attention, twice_differentiable
 
 
 class RotaryEmbedding(nn.Module):
@@ -79,7 +81,7 @@ class CachedAttend:
         self, config: OlmoeConfig, layers: nn.ModuleList, mask: Any, cache: Cache | None, options: dict[str, Any]
     ) -> None:
         self._layers, self._mask, self._cache, self._options = layers, mask, cache, options
-        self._dropout = config.attention_dropout
+        self._dropout, self._implementation = config.attention_dropout, config._attn_implementation
         # Masks and further options are for transformers to follow.
         self._plain = config._attn_implementation == "sdpa" and mask is None and not options
         self._function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
@@ -95,18 +97,36 @@ class CachedAttend:
         options = self._options
         if self._cache is not None:
             k, v, options = updated(self._cache, k, v, layer, options)
-        out, weights = self._function(
-            module,
-            q,
-            k,
-            v,
-            self._mask,
-            dropout=self._dropout if module.training else 0.0,
-            scaling=module.scaling,
-            **options,
-        )
+        out, weights = self._attended(module, q, k, v, options)
         self.weights.append(weights)
         return out
+
+    def _attended(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """transformers' attention: q (B, H, T, Dh), k and v (B, G, S, Dh) -> (B, T, H, Dh), and its probabilities."""
+        dropout = self._dropout if module.training else 0.0
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+            attended: tuple[Tensor, Tensor | None] = self._function(
+                module, q, k, v, self._mask, dropout=dropout, scaling=module.scaling, **options
+            )
+            return attended
+
+        if self._implementation != "sdpa" or dropout or is_paged(self._cache):
+            return call(q, k, v)
+
+        def fused(*inputs: Tensor) -> Tensor:
+            return call(*inputs)[0]
+
+        def plain(*inputs: Tensor) -> Tensor:
+            with plain_attention():
+                return call(*inputs)[0]
+
+        lower = autocast_dtype(q)
+        if lower is not None:  # torch would, and keep both
+            q, k, v = (t.to(lower) for t in (q, k, v))
+        return twice_differentiable(fused, plain, q, k, v), None
 
     def step(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kind: type[DecoderLayer]

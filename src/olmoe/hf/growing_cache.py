@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from olmoe.ops.cpu.functional import CachedTokens, cached_attention
+from olmoe.ops.transforms import transformed
 
 _LEAST_ROOM = 64
 
@@ -73,7 +74,7 @@ class GrowingLayer(DynamicLayer):
 
     def _can_grow(self, k: Tensor, v: Tensor) -> bool:
         """Whether k and v (B, G, T, Dh) continue what is here as values of a tensor, with no graph to keep intact."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or k.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or k.device.type != "cpu":
             return False
         if k.shape != v.shape or k.dtype != v.dtype:
             return False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from olmoe import ops
 from olmoe.model import Experts
+from olmoe.ops.transforms import mapped
 
 
 def route_lora(layers: nn.ModuleList) -> None:
@@ -49,7 +50,7 @@ def _routed_wrapper(wrapper: Any) -> type:
         def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
             """x (N, D), expert ids and weights (N, K) -> (N, D)."""
             other_implementation = type(self.get_base_layer()) is not Experts  # asked for since, by name
-            if self.disable_adapters or other_implementation or kwargs or len(args) != 2:
+            if self.disable_adapters or other_implementation or kwargs or len(args) != 2 or mapped(args[0]):
                 return super().forward(x, *args, **kwargs)
             return _forward(self, x, *args)
 

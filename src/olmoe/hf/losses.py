@@ -76,8 +76,8 @@ def share_of_step(labels: Tensor, options: Mapping[str, Any]) -> Tensor | float:
     """What this batch counts for among all batches of an optimizer's step, for losses that are means over its tokens.
 
     labels (B, T); `options` are what the loss function gets. With `num_items_in_batch` it divides the batch's summed
-    cross-entropy by the predicted tokens of the step, on all processes: the share is how many of them are here. Without,
-    it takes the mean over this batch, and whoever accumulates divides: 1.
+    cross-entropy by the predicted tokens of the step, on all processes: the share is how many of them are here.
+    Without, it takes the mean over this batch, and whoever accumulates divides: 1.
     """
     items = options.get("num_items_in_batch")
     if items is None:

@@ -262,7 +262,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         aux_loss = None
         if auxiliary:
             aux_loss, addition = router_losses(config, outputs.router_logits, attention_mask)
-            if labels is not None:
+            if loss is not None and labels is not None:
                 loss = loss + (share_of_step(labels, kwargs) * addition).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from olmoe.ops import reference, torch_fast  # noqa: F401  (they register their implementations)
+from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.dispatch import AUTO, backends, call
 from olmoe.ops.reference import Activation
@@ -33,6 +34,7 @@ __all__ = [
     "rms_norm",
     "route",
     "sort_by_expert",
+    "without_autocast",
 ]
 
 

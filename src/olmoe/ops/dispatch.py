@@ -7,6 +7,8 @@ names a backend or says `auto`:
   choice once;
 - a name is taken at its word: if that backend cannot run the call, `BackendUnavailableError` says why.
 
+Under torch's autocast, too, one rule holds for all backends: see `call`.
+
 Backends register themselves with `register`; nothing is probed at import time.
 """
 
@@ -19,11 +21,14 @@ from typing import Any
 import torch
 
 from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.runtime import log_once
 
 AUTO = "auto"
 # Fastest first. "triton" joins in front when it exists.
 PRIORITY = ("cpu", "torch", "reference")
+# The operations whose results have autocast's dtype, as those of torch's own have.
+LOWERED = ("linear", "attention")
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,13 @@ class Implementation:
     """One backend's version of an operation.
 
     `unsupported(*arguments)` gives the reason why it cannot take a call, or None; `prefer(*arguments)` says whether
-    an automatic choice should take it where it can.
+    an automatic choice should take it where it can. One that `autocasts` does by itself what autocast asks for.
     """
 
     function: Callable[..., Any]
     unsupported: Callable[..., str | None]
     prefer: Callable[..., bool]
+    autocasts: bool
 
 
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
@@ -48,11 +54,12 @@ def register(
     unsupported: Callable[..., str | None] = lambda *arguments: None,
     *,
     prefer: Callable[..., bool] = lambda *arguments: True,
+    autocasts: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make a function the implementation of `op` in `backend`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTRY.setdefault(op, {})[backend] = Implementation(function, unsupported, prefer)
+        _REGISTRY.setdefault(op, {})[backend] = Implementation(function, unsupported, prefer, autocasts)
         return function
 
     return decorate
@@ -64,8 +71,18 @@ def backends(op: str) -> tuple[str, ...]:
 
 
 def call(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Any:
-    """Compute `op` with the chosen backend; see `choose`."""
-    return choose(op, backend, x, *rest)(x, *rest)
+    """Compute `op` with the chosen backend; see `choose`.
+
+    Under autocast implementations run as without it, in fp32 where they promise that, and the result of a single
+    product or of attention is then rounded to autocast's dtype.
+    """
+    implementation = _choose(op, backend, x, *rest)
+    lower = autocast_dtype(x)
+    if lower is None or implementation.autocasts:
+        return implementation.function(x, *rest)
+    with without_autocast(x):
+        result = implementation.function(x, *rest)
+        return result.to(lower) if op in LOWERED else result
 
 
 def choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Callable[..., Any]:
@@ -74,6 +91,10 @@ def choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Callable[..., 
     Raises `UserError` for a backend name that does not exist and `BackendUnavailableError` for one that
     does not implement `op` or cannot run such a call.
     """
+    return _choose(op, backend, x, *rest).function
+
+
+def _choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Implementation:
     implementations = _REGISTRY[op]
     if backend == AUTO:
         for name in PRIORITY:
@@ -83,7 +104,7 @@ def choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Callable[..., 
             if implementation.prefer(x, *rest):
                 if not torch.compiler.is_compiling():  # a compiled graph has no log
                     log_once(f"{op}: backend {name} on {x.device.type} (chosen automatically)")
-                return implementation.function
+                return implementation
         raise BackendUnavailableError(f"No backend of {op} supports {x.dtype} on {x.device}.")
     if backend not in PRIORITY:
         raise UserError(f"Unknown backend {backend!r}; choose one of auto, {', '.join(PRIORITY)}.")
@@ -94,4 +115,4 @@ def choose(op: str, backend: str, x: torch.Tensor, *rest: Any) -> Callable[..., 
     reason = implementations[backend].unsupported(x, *rest)
     if reason is not None:
         raise BackendUnavailableError(f"Backend {backend!r} cannot run {op} here: {reason}.")
-    return implementations[backend].function
+    return implementations[backend]

@@ -53,10 +53,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         t, s = scores.shape[-2:]
         allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         mask = allowed if mask is None else mask & allowed
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    # A row that may attend to nothing (padding) yields zeros, not NaN.
-    probabilities = scores.softmax(dim=-1).nan_to_num(0.0)
+    if mask is None:
+        return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
+    # A row that may attend to nothing (padding) yields zeros, not NaN, and so do its derivatives of every order.
+    some = mask.any(dim=-1, keepdim=True)
+    probabilities = scores.masked_fill(~mask & some, float("-inf")).softmax(dim=-1).masked_fill(~some, 0.0)
     return (probabilities @ v.float()).to(q.dtype)
 
 

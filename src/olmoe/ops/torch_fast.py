@@ -7,7 +7,9 @@ On a CPU without bf16 matrix instructions torch multiplies bf16 at a tenth of it
 weights are then converted to fp32 in pieces that stay in cache, and multiplied in fp32.
 
 Under torch.compile each operation takes the form that traces: plain tensor code, which the compiler fuses and
-differentiates, in place of autograd functions and pieces, and one opaque operator for the grouped product.
+differentiates, in place of autograd functions and pieces, and one opaque operator for the grouped product. Under
+the transforms of torch.func, and forward-mode differentiation, it is plain tensor code as well (`composable`), and so
+are the backward passes of autograd functions where they are to be differentiated themselves.
 
 Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token,
 M = N*K routed rows, F expert width, V vocabulary.
@@ -21,11 +23,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from olmoe.ops import composable
+from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
+from olmoe.ops.reference import linear_cross_entropy as plain_cross_entropy
+from olmoe.ops.transforms import followed, mapped, plain_attention, plain_gradients, transformed, twice_differentiable
 from olmoe.ops.types import SortedRows
 from olmoe.runtime import cpu_multiplies_bf16
 
@@ -40,11 +45,12 @@ COMBINE_TOKENS = 64
 CONVERT_MIN_ROWS = 5
 
 
-def _widen(x: Tensor, rows: int) -> bool:
-    """Whether to multiply `rows` rows of `x`'s dtype in fp32, because the CPU's own product would be slow."""
-    if x.device.type != "cpu" or x.dtype == torch.float32 or is_compiling():
+def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
+    """Whether to multiply `rows` rows of `x`, in its dtype or another, in fp32, as the CPU's own product is slow."""
+    dtype = dtype or x.dtype
+    if x.device.type != "cpu" or dtype == torch.float32 or is_compiling():
         return False
-    if x.dtype == torch.bfloat16 and cpu_multiplies_bf16():
+    if dtype == torch.bfloat16 and cpu_multiplies_bf16():
         return False
     return rows >= CONVERT_MIN_ROWS
 
@@ -77,14 +83,16 @@ def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@register("linear", "torch")
+@register("linear", "torch", autocasts=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.linear`."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if not _widen(x, rows):
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    rows, lower = x.numel() // max(x.shape[-1], 1), autocast_dtype(x)
+    if not _widen(x, rows, lower):
+        return F.linear(x, weight, bias)  # which autocast lowers
+    if lower is not None or transformed(x) or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        with without_autocast(x):
+            wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(lower or x.dtype)
     y = _matmul_widened(x.reshape(rows, x.shape[-1]).float(), weight)
     if bias is not None:
         y += bias
@@ -110,16 +118,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
 
-@register("attention", "torch")
+@register("attention", "torch", autocasts=True)
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """See `reference.attention`."""
-    grouped = q.shape[1] != k.shape[1]
+    grouped, lower = q.shape[1] != k.shape[1], autocast_dtype(q)
+    if lower is not None:  # here rather than by torch, whose own copies would be kept beside the inputs
+        q, k, v = (t.to(lower) for t in (q, k, v))
     if causal and (mask is not None or q.shape[2] != k.shape[2]):
         # torch's is_causal aligns the first query with the first key; ours are aligned at the end.
         t, s = q.shape[2], k.shape[2]
         allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         mask, causal = allowed if mask is None else mask & allowed, False
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with plain_attention():
+            return fused(q, k, v)
+
+    with without_autocast(q):
+        out = twice_differentiable(fused, plain, q, k, v)
     if mask is not None:
         # Rows that may attend to nothing are zeros here as in the reference, on every torch kernel.
         out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
@@ -139,6 +158,8 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
 @register("sort_by_expert", "torch")
 def sort_by_expert(expert_ids_NK: Tensor, num_experts: int) -> SortedRows:
     """See `reference.sort_by_expert`."""
+    if mapped(expert_ids_NK):
+        return composable.sort_by_expert(expert_ids_NK, num_experts)
     n, k = expert_ids_NK.shape
     flat = expert_ids_NK.reshape(-1)
     # A 16-bit key sorts twice as fast, and no OLMoE has 32768 experts.
@@ -159,9 +180,10 @@ class _GatherRows(torch.autograd.Function):
         return x.index_select(0, token_ids_M)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (position_NK,) = ctx.saved_tensors
+        if followed(grad):
+            return composable.sum_rows(grad, position_NK), None, None
         summed = F.embedding_bag(position_NK, grad.float().contiguous(), mode="sum")
         return summed.to(grad.dtype), None, None
 
@@ -169,7 +191,7 @@ class _GatherRows(torch.autograd.Function):
 @register("gather_rows", "torch")
 def gather_rows(x: Tensor, rows: SortedRows) -> Tensor:
     """See `reference.gather_rows`."""
-    if is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+    if is_compiling() or transformed() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.index_select(0, rows.token_ids_M)
     return _GatherRows.apply(x, rows.token_ids_M, rows.position_NK)
 
@@ -184,11 +206,14 @@ class _Combine(torch.autograd.Function):
         return wide.to(rows_MD.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_MD, weights_NK, position_NK, order_M = ctx.saved_tensors
+        if followed(grad_ND):
+            gradients = composable.combine_gradients(grad_ND, rows_MD, weights_NK, position_NK, order_M)
+            return (*gradients, None, None)
         grad_MD = grad_ND.float().index_select(0, order_M // weights_NK.shape[1])
-        grad_weights_M = torch.linalg.vecdot(grad_MD, rows_MD.float())
+        with without_autocast(grad_MD):
+            grad_weights_M = torch.linalg.vecdot(grad_MD, rows_MD.float())
         grad_weights_NK = grad_weights_M[position_NK].to(weights_NK.dtype)
         weights_M = weights_NK.float().flatten()[order_M]
         return (grad_MD.mul_(weights_M.unsqueeze(1))).to(rows_MD.dtype), grad_weights_NK, None, None
@@ -197,7 +222,7 @@ class _Combine(torch.autograd.Function):
 @register("combine", "torch")
 def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
     """See `reference.combine`."""
-    if is_compiling():
+    if is_compiling() or transformed():
         return (rows_MD[rows.position_NK].float() * weights_NK.float().unsqueeze(-1)).sum(dim=1).to(rows_MD.dtype)
     if rows_MD.dtype != torch.float32 and not (torch.is_grad_enabled() and rows_MD.requires_grad):
         # In pieces: an fp32 copy of all rows would leave the cache.
@@ -264,19 +289,53 @@ _grouped_linear_op.register_autograd(
 )
 
 
-@register("experts", "torch")
+def _grouped_weight_gradient_backward(ctx: Any, grad_EOI: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_MO, rows_MI, offsets_E = ctx.saved_tensors
+    turned = grad_EOI.transpose(1, 2).contiguous()
+    return _grouped_linear_op(rows_MI, grad_EOI, offsets_E), _grouped_linear_op(grad_MO, turned, offsets_E), None
+
+
+_grouped_weight_gradient.register_autograd(
+    _grouped_weight_gradient_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+@register("experts", "torch", autocasts=True)
 def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
     """See `reference.experts`."""
+    lower = autocast_dtype(rows_MD)
+    if lower is not None:
+        rows, *weights = _lowered(lower, rows_MD, gate_up, down)
+        with without_autocast(rows_MD):
+            return experts(rows, offsets_E, *weights, activation).to(rows_MD.dtype)
     if is_compiling():
         gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
         return _grouped_linear_op(activation(gate) * up, down, offsets_E)
-    dtype = rows_MD.dtype
-    if _widen(rows_MD, CONVERT_MIN_ROWS):
+    dtype, wide = rows_MD.dtype, _widen(rows_MD, CONVERT_MIN_ROWS)
+    if transformed():
+        if wide:
+            rows_MD, gate_up, down = rows_MD.float(), gate_up.float(), down.float()
+        return composable.experts(rows_MD, offsets_E, gate_up, down, activation).to(dtype)
+    if wide:
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
             return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
         return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
     hidden_MF = _GatedUnit.apply(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
     return _grouped_linear(hidden_MF, down, offsets_E)
+
+
+def _lowered(lower: torch.dtype, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Input and weights of grouped products, which autocast leaves alone, in the one dtype that they have under it.
+
+    Off the CPU that of single products. On a CPU their own: weights would be copied at every call for products that
+    are no faster.
+    """
+    dtype = lower
+    if x.device.type == "cpu":
+        dtype = x.dtype
+        for weight in weights:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return tuple(t.to(dtype) for t in (x, *weights))
 
 
 class _GatedUnit(torch.autograd.Function):
@@ -290,9 +349,10 @@ class _GatedUnit(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, None]:
         (gate_up_M2F,) = ctx.saved_tensors
+        if followed(grad_MF):
+            return composable.gated_unit_gradient(grad_MF, gate_up_M2F, ctx.activation), None
         gate, up = gate_up_M2F.chunk(2, dim=-1)
         gate = gate.detach().requires_grad_()
         with torch.enable_grad():
@@ -327,7 +387,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and both gradients in one pass over pieces of tokens, so that (N, V) logits never exist.
 
     The gradient of a sum needs only the pieces' own softmax, so it is computed with the loss and scaled
-    by the incoming gradient in backward.
+    by the incoming gradient in backward. A gradient that is to be differentiated is that of the plain formula.
     """
 
     @staticmethod
@@ -353,13 +413,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_x[piece] = delta @ wide_weight
                 if grad_weight is not None:
                     grad_weight.addmm_(delta.T, x_piece)
-        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.ignore_index = ignore_index
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), x, weight, labels)
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, x, weight, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def plain(x: Tensor, weight: Tensor) -> Tensor:
+                return plain_cross_entropy(x, weight, labels, ctx.ignore_index)
+
+            with without_autocast(x):
+                return (*plain_gradients(plain, (x, weight), ctx.needs_input_grad[:2], grad), None, None)
         return (
             None if grad_x is None else (grad_x * grad).to(grad_x.dtype),
             None if grad_weight is None else (grad_weight * grad).to(grad_weight.dtype),
@@ -379,13 +446,20 @@ def _(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, dow
     return x.new_empty(x.shape)
 
 
-@register("moe", "torch")
+@register("moe", "torch", autocasts=True)
 def moe(
     x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     """The routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
     if is_compiling() and not torch.is_grad_enabled() and x.device.type == "cpu" and activation is F.silu:
         return _moe_op(x, weights_NK, expert_ids_NK, gate_up, down)
+    lower = autocast_dtype(x)
+    if lower is not None:
+        inputs, *weights = _lowered(lower, x, gate_up, down)
+        with without_autocast(x):
+            return moe(inputs, weights_NK, expert_ids_NK, *weights, activation).to(x.dtype)
+    if mapped(expert_ids_NK):
+        return composable.moe(x, weights_NK, expert_ids_NK, gate_up, down, activation)
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
     out_MD = experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
     return combine(out_MD, weights_NK, rows)
@@ -394,4 +468,6 @@ def moe(
 @register("linear_cross_entropy", "torch")
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """See `reference.linear_cross_entropy`."""
+    if transformed():
+        return plain_cross_entropy(x, weight, labels, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, labels, ignore_index)

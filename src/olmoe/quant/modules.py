@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
 from olmoe.ops.cpu import packed as cpu
+from olmoe.ops.transforms import mapped, transformed
 from olmoe.quant.formats import CODES, Format
 
 
@@ -95,7 +95,7 @@ class PackedModule(nn.Module):
         if name not in self.formats:  # a plain matrix beside a packed one
             plain = getattr(self, name) if expert is None else getattr(self, name)[expert]
             return ops.linear(x, plain.to(x.dtype), backend=self.backend)
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if transformed() or not (torch.is_grad_enabled() and x.requires_grad):
             return ops.linear(x, self.decode(name, x.dtype, expert), backend=self.backend)
         return _Product.apply(x, self, name, expert)
 
@@ -129,7 +129,10 @@ def _parameter_name(name: str, part: str) -> str:
 
 
 class _Product(torch.autograd.Function):
-    """`PackedModule.product` with a gradient for x, which decodes the matrix a second time."""
+    """`PackedModule.product` with a gradient for x, which decodes the matrix a second time.
+
+    Its backward pass is a product with the decoded matrix by `ops.linear`, which can be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedModule, name: str, expert: int | None) -> Tensor:
@@ -137,7 +140,6 @@ class _Product(torch.autograd.Function):
         return ops.linear(x, module.decode(name, x.dtype, expert), backend=module.backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         module, name, expert = ctx.source
         return ops.linear(grad, module.decode(name, grad.dtype, expert).T, backend=module.backend), None, None, None
@@ -236,8 +238,13 @@ class PackedExperts(PackedModule):
         """x (N, D), expert ids and weights (N, K) -> (N, D) in x's dtype."""
         unfit = None if self.activation is F.silu else "its experts compute SwiGLU with silu only"
         if self.kernels(x_ND, "gate_up_proj", "down_proj", others=(weights_NK,), unfit=unfit):
-            gate_up, down = ((self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj"))
-            return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, gate_up, down, self.shapes["down_proj"][1])
+            packed = [(self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj")]
+            return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, packed[0], packed[1], self.shapes["down_proj"][1])
+        if mapped(expert_ids_NK):  # which experts were chosen cannot be asked for
+            wide_ND = x_ND.to(self.compute_dtype or x_ND.dtype)
+            gate_up, down = (self._whole(name, wide_ND.dtype) for name in ("gate_up_proj", "down_proj"))
+            inputs = wide_ND, weights_NK, expert_ids_NK, gate_up, down
+            return ops.moe(*inputs, self.activation, backend=self.backend).to(x_ND.dtype)
         rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
         x_MD = ops.gather_rows(x_ND.to(self.compute_dtype or x_ND.dtype), rows, backend=self.backend)
         offsets, pieces = rows.offsets_E.tolist(), []
@@ -247,3 +254,10 @@ class PackedExperts(PackedModule):
                 pieces.append(self.product(self.activation(gate) * up, "down_proj", e))
         out_MD = torch.cat(pieces) if pieces else x_MD
         return ops.combine(out_MD, weights_NK, rows, backend=self.backend).to(x_ND.dtype)
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A stack of matrices, decoded if it is packed."""
+        if name not in self.formats:
+            plain: Tensor = getattr(self, name)
+            return plain.to(dtype)
+        return torch.stack([self.decode(name, dtype, e) for e in range(self.num_experts)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.model import CausalLM, causal_attend
-from olmoe.router_losses import load_balancing, router_z
+from olmoe.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.train.config import LossConfig
 
 IGNORE = -100
@@ -48,7 +48,5 @@ def objective(
     cross_entropy = summed / positions_in_step
     balance, z = load_balancing(output.routers), router_z(output.routers)
     total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
-    counts_LE = torch.stack(
-        [torch.bincount(r.expert_ids.flatten(), minlength=r.logits.shape[1]) for r in output.routers]
-    )
+    counts_LE = torch.stack([tokens_per_expert(router) for router in output.routers])
     return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), counts_LE)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import BackendUnavailableError, UserError
+from olmoe.ops.transforms import observed, transformed
 from olmoe.runtime import log
 
 # `Type` of csrc/types.h.
@@ -75,6 +76,10 @@ def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot take `x` and `others` as inputs, or None. They compute forward only."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "it cannot be traced"
+    if transformed(x, *others):
+        return "transforms of torch.func and forward-mode derivatives cannot follow it"
+    if observed():
+        return "a mode is at work that must see every operation"
     for t in (x, *others):
         if t is None:
             continue
