@@ -124,6 +124,19 @@ def test_one_input_that_wants_gradients(name):
 
 
 @every
+def test_gradients_that_are_one_number_repeated(name):
+    """As sums give them; torch's grouped product refuses such memory."""
+    function, inputs = CALLS[name]
+    results = {}
+    for backend in ("reference", "auto"):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        plain = torch.autograd.grad(function(*leaves, backend=backend).sum(), leaves)
+        first = torch.autograd.grad(scalar(function, backend=backend)(*leaves), leaves, create_graph=True)
+        results[backend] = [*plain, *torch.autograd.grad(sum(g.sum() for g in first), leaves)]
+    close(results["auto"], results["reference"], 1e-4)
+
+
+@every
 def test_numeric_second_derivatives(name):
     """Against differences of first ones: the reference may be wrong in the same way."""
     function, inputs = CALLS[name]

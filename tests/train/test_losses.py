@@ -222,3 +222,33 @@ def test_masked_tokens_count_for_nothing():
     with torch.no_grad():
         assert float(load_balancing(outputs, mask)) == pytest.approx(float(load_balancing(kept)), rel=1e-6)
         assert float(router_z(outputs, mask)) == pytest.approx(float(router_z(kept)), rel=1e-6)
+
+
+def test_hessian_vector_product_of_the_objective():
+    """All terms: the fast backend's against the reference's, whose code torch differentiates itself."""
+    ids, config = windows(), LossConfig(load_balancing=0.1, router_z=0.1)
+    found = {}
+    for backend in ("auto", "reference"):
+        model = make_model()
+        set_backend(model, backend)
+        parameters = list(model.parameters())
+        loss = objective(model, ids, config, positions_in_step=12, microbatches=1).objective
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        directions = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(first)]
+        product = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        found[backend] = torch.cat([g.flatten() for g in torch.autograd.grad(product, parameters)])
+    error = (found["auto"] - found["reference"]).norm() / found["reference"].norm()
+    assert float(error) < 1e-4
+
+
+def test_gradients_of_each_window():
+    model, ids, config = make_model(), windows(batch=3), LossConfig(load_balancing=0.1, router_z=0.1)
+    wrapped = torch.nn.ModuleDict({"model": model})
+    wrapped.forward = lambda w: objective(model, w, config, positions_in_step=6, microbatches=1).objective
+    parameters = {name: p.detach() for name, p in wrapped.named_parameters()}
+    gradient = torch.func.grad(lambda p, w: torch.func.functional_call(wrapped, p, (w,)))
+    mapped = torch.vmap(gradient, in_dims=(None, 0))(parameters, ids.unsqueeze(1))
+    for row in range(3):
+        alone = gradient(parameters, ids[row : row + 1])
+        for name, value in alone.items():
+            torch.testing.assert_close(mapped[name][row], value, rtol=1e-4, atol=1e-6)

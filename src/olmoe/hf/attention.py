@@ -5,7 +5,8 @@ Shapes legend: B batch, T sequence, S cached sequence, H heads, G KV heads, Dh h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,26 +107,15 @@ class CachedAttend:
     ) -> tuple[Tensor, Tensor | None]:
         """transformers' attention: q (B, H, T, Dh), k and v (B, G, S, Dh) -> (B, T, H, Dh), and its probabilities."""
         dropout = self._dropout if module.training else 0.0
-
-        def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-            attended: tuple[Tensor, Tensor | None] = self._function(
-                module, q, k, v, self._mask, dropout=dropout, scaling=module.scaling, **options
-            )
-            return attended
-
+        options = {"dropout": dropout, "scaling": module.scaling, **options}
         if self._implementation != "sdpa" or dropout or is_paged(self._cache):
-            return call(q, k, v)
-
-        def fused(*inputs: Tensor) -> Tensor:
-            return call(*inputs)[0]
-
-        def plain(*inputs: Tensor) -> Tensor:
-            with plain_attention():
-                return call(*inputs)[0]
-
+            attended: tuple[Tensor, Tensor | None] = self._function(module, q, k, v, self._mask, **options)
+            return attended
         lower = autocast_dtype(q)
         if lower is not None:  # torch would, and keep both
             q, k, v = (t.to(lower) for t in (q, k, v))
+        fused = functools.partial(_output, self._function, module, self._mask, options)
+        plain = functools.partial(_plain_output, fused)
         return twice_differentiable(fused, plain, q, k, v), None
 
     def step(
@@ -183,6 +173,20 @@ class CachedAttend:
         if q.shape[1] > 1 and (cache.get_seq_length() or not module.is_causal):
             return None
         return cache.attend(q, k, v)
+
+
+def _output(function: Any, module: Any, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What an attention function without probabilities gives.
+
+    Not a method: the graph of a forward pass keeps it, and must not keep the cache, whose keys keep the graph.
+    """
+    out: Tensor = function(module, q, k, v, mask, **options)[0]
+    return out
+
+
+def _plain_output(fused: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    with plain_attention():
+        return fused(*inputs)
 
 
 def eager_attention(

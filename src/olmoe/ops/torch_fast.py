@@ -240,10 +240,31 @@ def _aligned(*tensors: Tensor) -> bool:
     return all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
 
 
+class _Dense(torch.autograd.Function):
+    """Passes a tensor on; its gradients of every order, which a sum makes one repeated number, get a place for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _dense(grad.contiguous() if transformed(grad) or 0 in grad.stride() else grad)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x`, with gradients that torch's grouped product takes."""
+    if transformed(x) or not torch.is_grad_enabled():
+        return x
+    dense: Tensor = _Dense.apply(x)
+    return dense
+
+
 def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
     """Each expert's rows times its own weight^T. rows (M, I) sorted, weight (E, O, I), offsets (E+1,) -> (M, O)."""
     if _aligned(rows_MI, weight) and weight.shape[1] * weight.element_size() % 16 == 0 and rows_MI.shape[0]:
-        return F.grouped_mm(rows_MI, weight.transpose(1, 2), offs=offsets_E[1:].to(torch.int32))
+        rows_MI, weight = _dense(rows_MI), _dense(weight)
+        return _dense(F.grouped_mm(rows_MI, weight.transpose(1, 2), offs=offsets_E[1:].to(torch.int32)))
     counts = offsets_E.diff().tolist()
     pieces = rows_MI.split(counts)
     return torch.cat([piece @ weight[e].T for e, piece in enumerate(pieces)])
