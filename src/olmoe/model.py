@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from olmoe import ops
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.errors import ConfigError
+from olmoe.ops.activation import plain_activation
 from olmoe.runtime import advise_large_pages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -81,6 +82,15 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act {name!r} is unknown; choose one of {', '.join(sorted(ACTIVATIONS))}.")
     return ACTIVATIONS[name]
+
+
+def network_type(module: nn.Module) -> type[nn.Module]:
+    """What `module` computes as: its class, or the class of this file that a subclass by itself says it `computes_as`.
+
+    So code that looks for these modules finds them behind other signatures, but never somebody's own subclass.
+    """
+    kind: type[nn.Module] = vars(type(module)).get("computes_as", type(module))
+    return kind
 
 
 class Linear(nn.Linear):
@@ -188,9 +198,15 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts, self.hidden_dim, self.intermediate_dim = e, d, f
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))  # gate rows first, then up
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
-        self.activation = activation(config.hidden_act)
+        self.act_fn: Callable[[Tensor], Tensor] = activation(config.hidden_act)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """`act_fn`, or the function that kernels know where it is nothing but that."""
+        return plain_activation(self.act_fn)
 
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D)."""
@@ -232,7 +248,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
         """x (..., D) -> (..., D) and what the router decided."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return self.after_attention(x + self.self_attn(self.input_layernorm(x), rope, attend))
+
+    def after_attention(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+        """The second half of `forward`, for what comes out of the first."""
         y, routed = self.mlp(self.post_attention_layernorm(x))
         return x + y, routed
 

@@ -202,7 +202,7 @@ def packed_module(
             }
             if not any(formats.values()):
                 return None
-            experts = PackedExperts(e, d, f, module.activation, formats, compute_dtype)
+            experts = PackedExperts(e, d, f, module.act_fn, formats, compute_dtype)
             for leaf in formats:
                 if formats[leaf] is None:
                     setattr(experts, leaf, nn.Parameter(getattr(experts, leaf).to(module.down_proj.dtype)))

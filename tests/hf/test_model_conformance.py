@@ -11,12 +11,11 @@ import pickle
 import pytest
 import torch
 import transformers
+from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification
-from olmoe.hf.switching import InterfacedExperts
-from olmoe.model import Experts
 
 IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 10), generator=torch.Generator().manual_seed(1))
 
@@ -111,25 +110,47 @@ def test_a_cache_is_left_out_while_checkpointing(model):
     assert cache.get_seq_length() == 0
 
 
+@pytest.fixture
+def interface_calls(monkeypatch):
+    """Calls of functions of transformers' experts interface."""
+    calls = []
+    for name, original in list(ExpertsInterface._global_mapping.items()):
+
+        def counted(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setitem(ExpertsInterface._global_mapping, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("set_by", ["method", "configuration"])
 @pytest.mark.parametrize("name", ["batched_mm", "grouped_mm"])
-def test_experts_implementations_switch_at_run_time(model, name):
-    expected = model(IDS).logits
-    kinds = [Experts, InterfacedExperts, Experts]
-    for implementation, kind in zip(["eager", name, "olmoe"], kinds, strict=True):
-        model.set_experts_implementation(implementation)
-        assert model.config._experts_implementation == implementation
-        assert {type(layer.mlp.experts) for layer in model.model.layers} == {kind}
-        torch.testing.assert_close(copy.deepcopy(model)(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+def test_experts_implementations_switch_at_run_time(model, name, set_by, interface_calls):
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        for implementation in ("eager", name, "olmoe"):
+            if set_by == "method":
+                model.set_experts_implementation(implementation)
+            else:
+                model.config._experts_implementation = implementation
+            assert model.config._experts_implementation == implementation
+            for each in (model, copy.deepcopy(model)):
+                interface_calls.clear()
+                torch.testing.assert_close(each(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+                assert interface_calls == ([name] * 2 if implementation == name else [])
     with pytest.raises(ValueError, match="fastest"):
         model.set_experts_implementation("fastest")
 
 
-def test_experts_implementation_on_loading(model, tmp_path):
+def test_experts_implementation_on_loading(model, tmp_path, interface_calls):
     model.save_pretrained(tmp_path)
     assert model.config._experts_implementation == "eager"
     loaded = OlmoeForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm")
-    assert type(loaded.model.layers[0].mlp.experts) is InterfacedExperts
+    interface_calls.clear()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert interface_calls == ["batched_mm"] * 2
 
 
 @pytest.mark.parametrize("chosen", [0, -1, [0, -1]], ids=str)

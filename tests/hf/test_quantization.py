@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers import BitsAndBytesConfig
+from transformers.integrations.moe import ExpertsInterface
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
@@ -104,13 +105,20 @@ def test_saving_and_loading_a_quantized_model_changes_nothing(folder, kind, devi
     assert torch.equal(logits(again), logits(model))
 
 
-def test_experts_implementations_leave_packed_experts_alone_until_they_are_dequantized(folder):
+def test_experts_implementations_leave_packed_experts_alone_until_they_are_dequantized(folder, monkeypatch):
     model = load(folder, experts_implementation="grouped_mm")
     expected = logits(model)
     assert torch.equal(expected, logits(load(folder)))
-    experts = model.dequantize().model.layers[0].mlp.experts
-    assert type(experts).__name__ == "InterfacedExperts"
+    called = []
+    computed = ExpertsInterface._global_mapping["grouped_mm"]
+    monkeypatch.setitem(
+        ExpertsInterface._global_mapping, "grouped_mm", lambda *args: called.append(1) or computed(*args)
+    )
+    logits(model)
+    assert not called
+    model.dequantize()
     assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert called
 
 
 def test_generate_equals_that_of_the_dequantized_model(folder):

@@ -24,9 +24,16 @@ class FusedDecoderLayer(DecoderLayer):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
         """See `DecoderLayer.forward`."""
+        done = self.through_kernels(x, rope, attend)
+        return super().forward(x, rope, attend) if done is None else done
+
+    def through_kernels(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, RouterOutput] | None:
+        """`forward` by the kernels; None, and nothing done, where they do not fit."""
         prepared = self._fitting(x, rope)
         if prepared is None:
-            return super().forward(x, rope, attend)
+            return None
         lead, d, head_dim = x.shape[:-1], x.shape[-1], prepared.head_dim
         width, e, top_k = prepared.kv_width, prepared.experts, prepared.top_k
         rows_ND = extension.wide(x).view(-1, d)
@@ -58,9 +65,7 @@ class FusedDecoderLayer(DecoderLayer):
         attended = attend(q, k, v, self.self_attn.layer)
         assert attended.numel() == n * d
         if attended.requires_grad:  # through cached keys and values: prefixes that are trained
-            x = x + self.self_attn.o_proj(attended.reshape(x.shape))
-            out, routed = self.mlp(self.post_attention_layernorm(x))
-            return x + out, routed
+            return self.after_attention(x + self.self_attn.o_proj(attended.reshape(x.shape)))
         attended = extension.wide(attended)
         prepared.kernel.attention_output(rows_ND.data_ptr(), attended.data_ptr(), n, *outputs)
         return y.to(x.dtype).view(x.shape), routed

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmoe.fused.watch import Watch, has_hooks
-from olmoe.model import Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, SparseMoeBlock
+from olmoe.model import Attention, DecoderLayer, Experts, Linear, RMSNorm, Router, SparseMoeBlock, network_type
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import FEW_ROWS, many_rows
 from olmoe.ops.dispatch import AUTO
@@ -22,8 +22,9 @@ from olmoe.runtime import log_once
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")  # of the layer, then of attention
 _MIXTURE = ("gate", "experts")
+_ACTIVATION = "act_fn"
 _SETTINGS = (
-    "forward", "backend", "eps", "top_k", "norm_topk_prob", "head_dim", "clip_qkv", "activation", "formats", "shapes",
+    "forward", "backend", "eps", "top_k", "norm_topk_prob", "head_dim", "clip_qkv", "act_fn", "formats", "shapes",
 )  # fmt: skip
 # What the kernels stand for; anything else, a subclass too, computes in its own way.
 _TYPES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -50,6 +51,7 @@ class PreparedLayer:
             (layer, ("self_attn", "mlp", *_NORMS[:2])),
             (attention, (*_PROJECTIONS, *_NORMS[2:])),
             (moe, _MIXTURE),
+            (None if moe is None else moe._modules.get("experts"), (_ACTIVATION,)),  # where it is a module
         )
         for owner, names in owners:
             for name in names:
@@ -101,8 +103,10 @@ class PreparedLayer:
 def _unfit(layer: DecoderLayer) -> str | None:
     """Why the kernels cannot compute `layer`, or None. Checked when something in it changed."""
     for name, module in layer.named_modules():
-        types = _TYPES.get(name.rpartition(".")[2], ())
-        if name and (type(module) not in types or "forward" in vars(module)):
+        leaf = name.rpartition(".")[2]
+        if leaf == _ACTIVATION:
+            continue  # see `Experts.activation`
+        if name and (network_type(module) not in _TYPES.get(leaf, ()) or "forward" in vars(module)):
             return f"modules of type {type(module).__name__} in the place of ours"
         if name and has_hooks(module):
             return "modules with hooks"
@@ -112,6 +116,8 @@ def _unfit(layer: DecoderLayer) -> str | None:
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     if moe.activation is not F.silu:
         return "experts with another activation than silu"
+    if attention.clip_qkv is not None and not attention.clip_qkv > 0:
+        return f"the clip_qkv {attention.clip_qkv}"
     if len({norm.eps for norm in norms}) > 1:
         return "norms that differ in their epsilon"
     for p in layer.parameters():

@@ -5,8 +5,9 @@ This package alone imports transformers. Importing it changes nothing in transfo
 
 from __future__ import annotations
 
+from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import OlmoeConfig
-from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel, OlmoePreTrainedModel
+from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel, OlmoePreTrainedModel
 from olmoe.hf.register import register, unregister
 
 __all__ = [

@@ -21,8 +21,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE
 from olmoe.errors import CheckpointError
+from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
-from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
 from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 

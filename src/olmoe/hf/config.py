@@ -87,6 +87,24 @@ class OlmoeConfig(TransformersOlmoeConfig):
         )
 
 
+class FromConfig:
+    """An attribute of a module with its configuration's value, until it is set on the module itself.
+
+    transformers copies such values when it builds a module and reads the copy; ours also follow the configuration.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        return vars(module).get(self._name, getattr(module.config, self._name))
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)[self._name] = value
+
+
 def adopt(config: Any) -> OlmoeConfig:
     """`config` as an `OlmoeConfig`: itself, or transformers' own OLMoE configuration checked and retyped in place.
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
+from olmoe.ops.activation import SILU, plain_activation
 
 NAME = "olmoe"
 
-# Modules whose value is `F.silu`. A subclass may compute something else.
-SILU = (SiLUActivation, nn.SiLU)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SILU.add(SiLUActivation)
 
 # What transformers' decorator notes on an experts class, the value we compute, and what the other one means.
 LAYOUT: dict[str, tuple[bool, str]] = {
@@ -53,16 +52,6 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     out = ops.experts(gathered, rows.offsets_E[: count + 1], *weights, activation)
     padded_MD = F.pad(out, (0, 0, 0, top_k_index.numel() - present))  # absent rows add zero, and have zero gradients
     return ops.combine(padded_MD, top_k_weights, rows).to(hidden_states.dtype)
-
-
-def plain_activation(activation: Any) -> Any:
-    """`F.silu`, which the C++ kernels compute, for a module that is nothing but it; every other one as it is.
-
-    Modules with hooks or with a `forward` put into them (transformers' `kernelize`) are called, so that those run.
-    """
-    if type(activation) not in SILU or "forward" in vars(activation):
-        return activation
-    return activation if any(getattr(activation, hooks) for hooks in HOOKS) else F.silu
 
 
 def check_layout(module: Any) -> None:

@@ -107,9 +107,9 @@ class GrowingLayer(DynamicLayer):
         return self._shown
 
 
-def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
+def growing_layer(cache: Any, index: int | None) -> GrowingLayer | None:
     """The layer of a plain `DynamicCache`, made a growing one; None of other caches, and of layers not there yet."""
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+    if type(cache) is not DynamicCache or cache.offloading or index is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
     if type(layer) is DynamicLayer:

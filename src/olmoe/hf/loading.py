@@ -11,17 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olmoe.model import Experts
 
 
-def accept_single_experts(layers: nn.ModuleList) -> None:
-    """Let the experts of `layers` load from `experts.<e>.{gate,up,down}_proj.weight` as well."""
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, Experts):
-                module.register_load_state_dict_pre_hook(_stack)
+def accept_single_experts(experts: Experts) -> None:
+    """Let `experts` load from `experts.<e>.{gate,up,down}_proj.weight` as well."""
+    experts.register_load_state_dict_pre_hook(_stack)
 
 
 def _stack(module: Experts, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from olmoe import ops
-from olmoe.model import Experts
+from olmoe.hf.switching import is_ours
+from olmoe.model import Experts, network_type
 from olmoe.ops.transforms import mapped
 
 
@@ -30,13 +31,13 @@ def route_lora(layers: nn.ModuleList) -> None:
     if torch.compiler.is_compiling():
         return
     for layer in layers:
-        experts: Any = layer.mlp.experts  # type: ignore[union-attr]
+        experts: Any = getattr(getattr(layer, "mlp", None), "experts", None)
         if isinstance(experts, Experts) or not hasattr(experts, "parameter_name"):
             continue
         from peft.tuners.lora.layer import ParamWrapper
 
         known = type(experts) is ParamWrapper and hasattr(ParamWrapper, "get_delta_factors")  # PEFT 0.21 and later
-        if known and type(experts.get_base_layer()) is Experts:
+        if known and network_type(experts.get_base_layer()) is Experts:
             experts.__class__ = _routed_wrapper(ParamWrapper)
 
 
@@ -49,7 +50,8 @@ def _routed_wrapper(wrapper: Any) -> type:
 
         def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
             """x (N, D), expert ids and weights (N, K) -> (N, D)."""
-            other_implementation = type(self.get_base_layer()) is not Experts  # asked for since, by name
+            base = self.get_base_layer()
+            other_implementation = network_type(base) is not Experts or not is_ours(base.config._experts_implementation)
             if self.disable_adapters or other_implementation or kwargs or len(args) != 2 or mapped(args[0]):
                 return super().forward(x, *args, **kwargs)
             return _forward(self, x, *args)

@@ -49,24 +49,24 @@ def pooled_load_balancing(
     return num_experts * (chosen_E / total * (probability_E / total)).sum()
 
 
-def router_losses(
-    config: OlmoeConfig, router_logits: Sequence[Tensor], attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def router_losses(model: Any, router_logits: Sequence[Tensor], attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The unweighted load-balancing loss that the configuration chooses, and what it adds to the training loss.
 
-    router_logits: (N, E) a layer; attention_mask (B, T) or None.
+    `model` has coefficient and counts as attributes, as transformers' has; router_logits: (N, E) a layer;
+    attention_mask (B, T) or None.
     """
+    config: OlmoeConfig = model.config
     if config.router_loss_kind == "pooled":
-        pooled = pooled_load_balancing(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
-        return pooled, config.router_aux_loss_coef * pooled
+        pooled = pooled_load_balancing(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+        return pooled, model.router_aux_loss_coef * pooled
     device = router_logits[0].device
     mask_N = None if attention_mask is None else attention_mask.reshape(-1).to(device).bool()
     routers = [
-        RouterOutput(logits_NE, *route(logits_NE, config.num_experts_per_tok))
+        RouterOutput(logits_NE, *route(logits_NE, model.num_experts_per_tok))
         for logits_NE in (logits.to(device) for logits in router_logits)
     ]
     balance = load_balancing(routers, mask_N)
-    total = config.router_aux_loss_coef * balance
+    total = model.router_aux_loss_coef * balance
     if config.router_z_coefficient:
         total = total + config.router_z_coefficient * router_z(routers, mask_N)
     return balance, total

@@ -1,10 +1,9 @@
 """transformers' model classes of OLMoE, built from the modules of `olmoe.model`.
 
 Names, arguments and outputs are those that transformers documents. Parameters have the names and shapes
-of transformers' own classes, so its checkpoint conversion, adapters and sharding plans apply unchanged.
+of transformers' own classes, so its checkpoint conversion, adapters and sharding plans apply unchanged. So is what a
+module takes, returns and has as attributes: hooks and tools written for transformers' classes work on these.
 """
-
-from __future__ import annotations
 
 import functools
 from typing import Any
@@ -12,50 +11,174 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, resolve_hidden_states_indices, selected_hidden_states
+from transformers.utils.output_capturing import OutputRecorder
 
+from olmoe import ops
 from olmoe.fused import FusedDecoderLayer
-from olmoe.hf.attention import CachedAttend, RotaryEmbedding, prepare
-from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, is_paged, one_cache, warns_of_old_name
-from olmoe.hf.config import OlmoeConfig, adopt
+from olmoe.fused.prepared_layer import PreparedLayer
+from olmoe.hf.attention import CachedAttend, OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding, rope_of, step
+from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, one_cache, warns_of_old_name
+from olmoe.hf.config import FromConfig, OlmoeConfig, adopt
+from olmoe.hf.experts_interface import experts_forward
+from olmoe.hf.initialization import Initialization
+from olmoe.hf.inputs import causal_mask, kept, positions_of
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.lora import route_lora
 from olmoe.hf.losses import router_losses, share_of_step
 from olmoe.hf.quantization import PackedLoading
-from olmoe.hf.switching import SwitchableExperts
-from olmoe.model import Attend, Attention, Experts, Linear, RMSNorm, Router
+from olmoe.hf.recording import (
+    ATTENTIONS,
+    INPUTS,
+    ROUTERS,
+    CheckpointsWithin,
+    checkpointed,
+    note,
+    recording,
+    wanted_states,
+)
+from olmoe.hf.switching import EXPERTS, SwitchableExperts, is_ours
+from olmoe.model import Experts, Linear, Router, RouterOutput, SparseMoeBlock
 from olmoe.runtime import log
 
 
-class OlmoeDecoderLayer(GradientCheckpointingLayer, FusedDecoderLayer):
-    """The network's block as transformers checkpoints, splits and shards it: outputs are a flat tuple of tensors."""
+@use_experts_implementation(experts_interface=EXPERTS)
+class OlmoeExperts(Experts):
+    """The network's experts under transformers' signature, or what its experts interface computes in their place."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """x (B, T, D) -> (B, T, D) and the router's logits (B*T, E).
+    computes_as = Experts
 
-        Flat, because reentrant checkpointing passes gradients to the tensors of a tuple but of nothing nested.
-        """
-        x, routed = FusedDecoderLayer.forward(self, x, rope, attend)
-        return x, routed.logits
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(OlmoeConfig.network(config))
+        self.act_fn: nn.Module = ACT2FN[config.hidden_act]
+        accept_single_experts(self)
+
+    def computes_itself(self) -> bool:
+        """Whether no function of the interface does."""
+        config: Any = self.config
+        return is_ours(config._experts_implementation)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (N, D), expert ids and weights (N, K) -> (N, D)."""
+        if self._is_expert_parallel:
+            return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        if any(p.requires_grad for p in self.act_fn.parameters()):  # the fast ways know functions of one argument
+            weights = (self.gate_up_proj, self.down_proj)
+            return ops.moe(hidden_states, top_k_weights, top_k_index, *weights, self.act_fn, backend="reference")
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
-class OlmoePreTrainedModel(KernelBackend, SwitchableExperts, PackedLoading, PreTrainedModel):
+class OlmoeTopKRouter(Router):
+    """The network's router under transformers' signature."""
+
+    computes_as = Router
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(OlmoeConfig.network(config))
+        self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
+
+    def forward(self, hidden_states: Tensor) -> RouterOutput:
+        """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K)."""
+        return super().forward(hidden_states.reshape(-1, self.hidden_dim))
+
+
+class OlmoeSparseMoeBlock(SparseMoeBlock):
+    """The network's mixture of experts, which here returns hidden states alone."""
+
+    computes_as = SparseMoeBlock
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        nn.Module.__init__(self)
+        self.gate = OlmoeTopKRouter(config)
+        self.experts = OlmoeExperts(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states (..., D) -> (..., D)."""
+        x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_NE, weights_NK, expert_ids_NK = self.gate(x_ND)
+        note(ROUTERS, logits_NE)
+        return self.experts(x_ND, expert_ids_NK, weights_NK).view(hidden_states.shape)
+
+
+class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, FusedDecoderLayer):
+    """The network's block under transformers' signature. Its parts are in transformers' order, as optimizers number
+    parameters.
+    """  # fmt: skip
+
+    def __init__(self, config: OlmoeConfig, layer_idx: int) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = OlmoeAttention(config, layer_idx)
+        self.mlp = OlmoeSparseMoeBlock(config)
+        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (B, T, D), position_embeddings (cos, sin) each (B or 1, T, Dh) -> (B, T, D)."""
+        note(INPUTS, hidden_states)
+        cache = one_cache(kwargs.pop("past_key_values", None), cache)
+        options = kwargs | {"position_ids": position_ids, "use_cache": use_cache}
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            options["use_cache"] = False  # the second pass would append to a cache again
+            block = functools.partial(self._block, position_embeddings, attention_mask, None, options)
+            checkpoint: Any = self._gradient_checkpointing_func
+            return checkpointed(checkpoint, block, hidden_states)
+        return self._block(position_embeddings, attention_mask, cache, options, hidden_states)
+
+    def _block(self, position_embeddings: Any, mask: Any, cache: Any, options: dict[str, Any], x: Tensor) -> Tensor:
+        attend = CachedAttend(self.self_attn, mask, cache, options)
+        done = self.through_kernels(x, rope_of(position_embeddings), attend)
+        if done is not None:
+            note(ATTENTIONS, attend.weights)
+            if done[1] is not None:
+                note(ROUTERS, done[1].logits)
+            return done[0]
+        attended, weights = self.self_attn(
+            hidden_states=self.input_layernorm(x),
+            attention_mask=mask,
+            **{CACHE: cache},
+            position_embeddings=position_embeddings,
+            **options,
+        )
+        note(ATTENTIONS, weights)
+        return self.after_attention(x + attended)[0]
+
+    def after_attention(self, x: Tensor) -> tuple[Tensor, Any]:
+        """See `DecoderLayer.after_attention`; the router notes by itself what it decides."""
+        return x + self.mlp(self.post_attention_layernorm(x)), None
+
+    def current(self, x: Tensor) -> PreparedLayer | None:
+        """See `FusedDecoderLayer.current`; what transformers reads from the configuration may have changed."""
+        attention, experts = self._modules.get("self_attn"), getattr(self._modules.get("mlp"), "experts", None)
+        if isinstance(attention, OlmoeAttention):
+            attention.follow_config()
+        if isinstance(experts, OlmoeExperts) and not experts.computes_itself():
+            return None
+        return super().current(x)
+
+
+class OlmoePreTrainedModel(Initialization, KernelBackend, SwitchableExperts, PackedLoading, PreTrainedModel):
     """What all OLMoE models share: configuration class, initialisation, and what transformers may do with them."""
 
     config: OlmoeConfig
     config_class = OlmoeConfig
+    experts_class = OlmoeExperts
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("OlmoeDecoderLayer",)
@@ -67,9 +190,9 @@ class OlmoePreTrainedModel(KernelBackend, SwitchableExperts, PackedLoading, PreT
     _can_compile_fullgraph = True
     # What can be asked for and where it arises. `OlmoeModel.forward` collects it itself, without hooks.
     _can_record_outputs = {  # noqa: RUF012  (transformers' protocol)
-        "router_logits": OutputRecorder(Router, index=0),
+        "router_logits": OutputRecorder(OlmoeTopKRouter, index=0),
         "hidden_states": OlmoeDecoderLayer,
-        "attentions": Attention,
+        "attentions": OlmoeAttention,
     }
 
     def __init__(self, config: OlmoeConfig, *args: Any, **kwargs: Any) -> None:
@@ -80,42 +203,17 @@ class OlmoePreTrainedModel(KernelBackend, SwitchableExperts, PackedLoading, PreT
         """False: parameters are named and shaped as in transformers' own classes, so its conversions apply."""
         return False
 
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        """OLMoE's initialisation: matrices truncated normal at 3 sigma, norms 1, biases 0."""
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding | Router):
-            init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-            padding = getattr(module, "padding_idx", None)
-            if padding is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[padding])
-        elif isinstance(module, Experts):
-            init.trunc_normal_(module.gate_up_proj, 0.0, std, -3 * std, 3 * std)
-            init.trunc_normal_(module.down_proj, 0.0, std, -3 * std, 3 * std)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, RotaryEmbedding):
-            inv_freq, _ = module.compute(self.config)
-            init.copy_(module.inv_freq, inv_freq)
-            init.copy_(module.original_inv_freq, inv_freq)
-
 
 class OlmoeModel(OlmoePreTrainedModel):
     """The decoder without a head: token embedding, blocks, final norm."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
-        network = config.network()
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(OlmoeDecoderLayer(network, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
-        prepare(self.layers, config)
-        self.switch_experts()
-        accept_single_experts(self.layers)
+        self.layers = nn.ModuleList(OlmoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = OlmoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = OlmoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -145,7 +243,10 @@ class OlmoeModel(OlmoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
+        if hasattr(config, "is_causal"):
+            kwargs.setdefault("is_causal", config.is_causal)
+        if use_cache is None:  # a training step has no use for a cache
+            use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if use_cache or cache is not None:
                 _warn_once("A cache does not go with gradient checkpointing; continuing without one")
@@ -158,40 +259,46 @@ class OlmoeModel(OlmoePreTrainedModel):
                 f"attn_implementation={config._attn_implementation!r} does not return attention probabilities; "
                 "use model.set_attn_implementation('eager') with output_attentions=True."
             )
-        if use_cache and cache is None:
+        made = bool(use_cache) and cache is None
+        if made:
             cache = DynamicCache(config=config)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
-            if cache_position is not None:
-                position_ids = cache_position.unsqueeze(0)
-            else:
-                seen = 0 if cache is None else cache.get_seq_length()
-                position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = attention_mask
-        if not is_paged(cache):
-            mask = create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given = position_ids is not None
+        position_ids = positions_of(x, position_ids, cache_position, cache)
+        mask = causal_mask(config, x, attention_mask, cache, position_ids, kwargs, made, given)
         route_lora(self.layers)
-        attend = CachedAttend(config, self.layers, mask, cache, kwargs)
-        rope = self.rotary_emb(inputs_embeds, position_ids)
-        x, hidden_states, routers = inputs_embeds, [], []
-        wanted = _wanted_states(self, output_hidden_states)
-        step = None if wanted else attend.step(x, rope, OlmoeDecoderLayer)
-        if step is not None:
-            x, routers = step[0], [routed.logits for routed in step[1]]
-        else:
-            for i, layer in enumerate(self.layers):
-                hidden_states.append(x if i in wanted else None)
-                x, router_logits = layer(x, rope, attend)
-                routers.append(router_logits)
+        rope = self.rotary_emb(x, position_ids)
+        layers = list(self.layers)[: config.num_hidden_layers]
+        wanted = wanted_states(self, output_hidden_states, len(layers) + 1)
+        asked = {ROUTERS: output_router_logits, ATTENTIONS: output_attentions, INPUTS: wanted}
+        with recording(name for name, chosen in asked.items() if chosen) as notes:
+            states = [x]
+            done = None if wanted else step(layers, x, rope, mask, cache, kwargs, OlmoeDecoderLayer)
+            if done is not None:
+                x, routers = done
+                notes[ROUTERS] = [routed.logits for routed in routers] if output_router_logits else []
+            else:
+                for layer in layers:
+                    x = layer(
+                        x,
+                        position_embeddings=rope,
+                        attention_mask=mask,
+                        position_ids=position_ids,
+                        **{CACHE: cache},
+                        use_cache=use_cache,
+                        **kwargs,
+                    )
+                    states.append(x)
+        states[:1] = notes.get(INPUTS, [])[:1] or states[:1]
         x = self.norm(x)
-        hidden_states.append(x if len(self.layers) in wanted else None)
+        if getattr(config, "tie_last_hidden_states", None) is not False:
+            states[-1] = x
         return MoeModelOutputWithPast(
             last_hidden_state=x,
             **{CACHE: cache},
-            hidden_states=tuple(hidden_states) if wanted else None,
-            attentions=tuple(w for w in attend.weights if w is not None) if output_attentions else None,
-            router_logits=tuple(routers) if output_router_logits else None,
+            hidden_states=tuple(s if i in wanted else None for i, s in enumerate(states)) if wanted else None,
+            attentions=tuple(notes[ATTENTIONS]) if output_attentions else None,
+            router_logits=tuple(notes[ROUTERS]) if output_router_logits else None,
         )
 
 
@@ -202,6 +309,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    router_aux_loss_coef, num_experts, num_experts_per_tok = FromConfig(), FromConfig(), FromConfig()
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -225,7 +334,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         output_hidden_states: bool | int | list[int] | None = None,
         output_router_logits: bool | None = None,
         cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | slice | Tensor = 0,
         *,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -239,11 +348,13 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         auxiliary = output_router_logits
         if self.training and labels is not None and not auxiliary:
             auxiliary = config.router_loss_kind == "per_layer"
-            if not auxiliary and config.router_aux_loss_coef > 0:
+            if not auxiliary and self.router_aux_loss_coef > 0:
                 _warn_once(
-                    f"router_aux_loss_coef is {config.router_aux_loss_coef}, but the auxiliary loss is off, as in "
+                    f"router_aux_loss_coef is {self.router_aux_loss_coef}, but the auxiliary loss is off, as in "
                     "transformers, because output_router_logits is false; set that to true, or the coefficient to 0."
                 )
+        if labels is not None and use_cache is None:
+            use_cache = False  # nothing continues what a loss is taken of
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -255,13 +366,14 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_router_logits=auxiliary,
             cache_position=cache_position,
+            return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if auxiliary:
-            aux_loss, addition = router_losses(config, outputs.router_logits, attention_mask)
+            aux_loss, addition = router_losses(self, outputs.router_logits, attention_mask)
             if loss is not None and labels is not None:
                 loss = loss + (share_of_step(labels, kwargs) * addition).to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -273,60 +385,6 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-
-class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreTrainedModel):
-    """OLMoE with a linear head on the last token of each sequence: classifiers and reward models."""
-
-    def __init__(self, config: OlmoeConfig) -> None:
-        OlmoePreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = OlmoeModel(config)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-    @warns_of_old_name
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        *,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """See transformers' documentation of sequence classification. labels (B,), or (B, classes) of several.
-
-        `cache` is what transformers calls `past_key_values` from 5.24 on.
-        """
-        kept = one_cache(past_key_values, cache)  # by position, which has no name
-        return super().forward(
-            input_ids, attention_mask, position_ids, kept, inputs_embeds, labels=labels, use_cache=use_cache, **kwargs
-        )
-
-
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The positions whose logits are wanted: the last n (0: all), or those of a 1-D index tensor."""
-    if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
-        return hidden[logits_to_keep]
-    if logits_to_keep.dim() == 2:
-        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
-    return hidden[:, logits_to_keep]
-
-
-def _wanted_states(model: OlmoeModel, output_hidden_states: bool | int | list[int] | None) -> set[int]:
-    """Which hidden states to return: all, none, or those of an index or indices, negative ones from the end."""
-    count = len(model.layers) + 1
-    chosen = selected_hidden_states(output_hidden_states)
-    if chosen is None:
-        return set(range(count)) if output_hidden_states else set()
-    return resolve_hidden_states_indices(model, chosen, count)
 
 
 def _warn_once(message: str) -> None:

@@ -34,7 +34,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
 
 from olmoe.errors import CheckpointError, ConfigError, shown
-from olmoe.hf.loading import accept_single_experts
+from olmoe.hf.switching import describe
 from olmoe.model import Experts, Linear
 from olmoe.packed import pack_modules
 from olmoe.quant import (
@@ -222,6 +222,9 @@ class PackedQuantizer(HfQuantizer):
                 f"{type(model).__name__} cannot load weights that olmoe packed; use the class of that name in olmoe."
             )
         pack(model, config, skipped)
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                describe(module, model.config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **context: Any) -> Any:
@@ -243,7 +246,6 @@ class PackedQuantizer(HfQuantizer):
                 "A model that is partly offloaded cannot be dequantized; load it without a device_map that offloads."
             )
         unpack(model, dtype or model.dtype)
-        model.switch_experts()  # to the implementation of the configuration
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         del model._weight_conversions
         return model
@@ -267,7 +269,7 @@ def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
         with torch.device("meta"):
             if isinstance(module, Experts):
                 e, d, f = module.down_proj.shape
-                packed = PackedExperts(e, d, f, module.activation, format, compute_dtype)
+                packed = PackedExperts(e, d, f, module.act_fn, format, compute_dtype)
             elif isinstance(module, Linear):
                 bias = module.bias is not None
                 packed = PackedLinear(module.in_features, module.out_features, bias, format, compute_dtype)
@@ -296,8 +298,8 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
         plain: nn.Module
         with torch.device("meta"):
             if isinstance(module, PackedExperts):
-                plain = Experts(model.config.network())
-                accept_single_experts(nn.ModuleList([plain]))
+                plain = model.experts_class(model.config)
+                plain.act_fn = module.act_fn  # type: ignore[assignment]
             elif isinstance(module, PackedEmbedding):
                 plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
             else:

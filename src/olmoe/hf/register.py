@@ -15,9 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as TransformersOlmoeConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig
 from olmoe.hf.experts_interface import NAME, experts_forward
-from olmoe.hf.model import OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
+from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
 from olmoe.hf.quantization import METHOD, PackedConfig, PackedQuantizer
 
 _ABSENT = object()

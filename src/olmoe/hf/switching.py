@@ -1,66 +1,52 @@
 """Experts implementations of transformers' interface for our models, switchable at run time.
 
 "eager" (the default) and "olmoe" are our own kernels; "grouped_mm", "batched_mm" and whatever else is registered
-with transformers compute the same from the same weights. transformers switches classes that carry its
-`@use_experts_implementation`; ours keep the network's modules, and a switched one changes its class.
-
-transformers' tensor and expert parallelism wraps the `forward` that an experts module has when the model is
-distributed, and reads the same attributes. Experts of such a model are therefore of the interfaced class from then
-on, whatever computes them.
+with transformers compute the same from the same weights. Which one is read at every call, from the configuration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from torch import Tensor
+from transformers.integrations.moe import ExpertsInterface
 
-from olmoe.hf.experts_interface import NAME, experts_forward
-from olmoe.model import Experts
+from olmoe.hf.experts_interface import LAYOUT, NAME
 
 OURS = ("eager", NAME)
 
 
-class InterfacedExperts(Experts):
-    """`Experts` computed by a function of transformers' experts interface, with the attributes that those look for.
+class OurExpertsInterface(ExpertsInterface):
+    """transformers' interface, for whose default both of our names stand."""
 
-    Expert parallelism sets `num_experts` to how many this process holds, and `_is_expert_parallel`.
-    """
+    def get_interface(self, experts_implementation: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
+        """What computes experts under that name; `default` is the experts' own forward."""
+        if is_ours(experts_implementation):
+            return default
+        function = super().get_interface(experts_implementation, default)
 
-    config: Any
-    num_experts: int
-    distributed: bool  # whether transformers wrapped `forward`
-    has_gate = is_concatenated = True
-    has_bias = has_post_expert_norm = is_transposed = _is_expert_parallel = False
-    _apply_gate = _default_apply_gate
+        def forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            # Routing weights are fp32 here, and of the dtype of hidden states in transformers' routers.
+            computed: Tensor = function(module, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
+            return computed
 
-    @classmethod
-    def take(cls, module: Experts, config: Any, distributed: bool) -> None:
-        """Make `module` one of this class, with the implementation that `config` names at each call."""
-        module.__class__ = cls
-        module.config, module.distributed = config, distributed  # type: ignore[assignment]
-        module.num_experts = module.gate_up_proj.shape[0]  # type: ignore[assignment]
+        return forward
 
-    def give_back(self) -> None:
-        """Make this module plain `Experts` again."""
-        for name in ("config", "distributed", "num_experts"):
-            del self.__dict__[name]
-        self.__class__ = Experts  # type: ignore[assignment]
 
-    @property
-    def act_fn(self) -> Any:
-        """The activation under transformers' name."""
-        return self.activation
+EXPERTS = OurExpertsInterface()
 
-    def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """x (N, D), expert ids and weights (N, K) -> (N, D)."""
-        implementation = self.config._experts_implementation
-        if implementation not in OURS:
-            return ALL_EXPERTS_FUNCTIONS[implementation](self, x_ND, expert_ids_NK, weights_NK.to(x_ND.dtype))
-        if self._is_expert_parallel:
-            return experts_forward(self, x_ND, expert_ids_NK, weights_NK)
-        return super().forward(x_ND, expert_ids_NK, weights_NK)
+
+def is_ours(implementation: str | None) -> bool:
+    """Whether experts compute themselves under that name."""
+    return implementation is None or implementation in OURS
+
+
+def describe(experts: Any, config: Any) -> None:
+    """Give packed experts the attributes by which other software knows experts and their layout."""
+    experts.config, experts._is_expert_parallel = config, False
+    for name, (value, _) in LAYOUT.items():
+        setattr(experts, name, value)
 
 
 class SwitchableExperts:
@@ -77,27 +63,3 @@ class SwitchableExperts:
         if requested_experts is None or requested_experts in OURS:
             return requested_experts or OURS[0]
         return super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
-
-    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
-        """Compute experts by "eager" or "olmoe" (ours), or by a function of transformers' experts interface."""
-        super().set_experts_implementation(experts_implementation)  # type: ignore[misc]
-        self.switch_experts()
-
-    def switch_experts(self) -> None:
-        """Give the experts modules the class that the configuration's implementation needs."""
-        assert isinstance(self, nn.Module)
-        plain = self.config._experts_implementation in OURS
-        for module in self.modules():
-            if type(module) is Experts and not plain:
-                InterfacedExperts.take(module, self.config, distributed=False)
-            elif type(module) is InterfacedExperts and plain and not module.distributed:
-                module.give_back()
-
-    @classmethod
-    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """transformers' hook that applies parallelism to a new model, before its weights are loaded."""
-        if mesh_manager is not None:
-            for module in model.modules():
-                if type(module) in (Experts, InterfacedExperts):
-                    InterfacedExperts.take(module, model.config, distributed=True)
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]

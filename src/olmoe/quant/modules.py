@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
+from olmoe.ops.activation import plain_activation
 from olmoe.ops.cpu import packed as cpu
 from olmoe.ops.transforms import mapped, transformed
 from olmoe.quant.formats import CODES, Format
@@ -217,7 +218,8 @@ class PackedExperts(PackedModule):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(compute_dtype)
-        self.num_experts, self.activation = num_experts, activation
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
+        self.act_fn = activation
         shapes = {
             "gate_up_proj": (2 * intermediate_size, hidden_size),
             "down_proj": (hidden_size, intermediate_size),
@@ -228,6 +230,11 @@ class PackedExperts(PackedModule):
                 self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
             else:
                 self.add(name, chosen, *shape)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """See `Experts.activation`."""
+        return plain_activation(self.act_fn)
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -1,0 +1,97 @@
+"""What a forward pass is asked to return besides its result: router logits and attention probabilities of each layer.
+
+transformers collects them with hooks, which it leaves on the modules. Ours would then always be computed module by
+module, so here they note what arises by themselves while somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import (
+    CompileableContextVar,
+    resolve_hidden_states_indices,
+    selected_hidden_states,
+)
+
+ROUTERS: Final = "router_logits"
+ATTENTIONS: Final = "attentions"
+INPUTS: Final = "inputs"  # of each layer, as its forward pre-hooks leave them
+
+_notes: Any = CompileableContextVar("olmoe_notes")  # a list for each name that is asked for
+
+
+@contextmanager
+def recording(names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
+    """Collect what is noted under `names` inside, in the order of computation. With no names nothing happens."""
+    notes: dict[str, list[Any]] = {name: [] for name in names}
+    if not notes:
+        yield notes
+        return
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def _asked() -> dict[str, list[Any]] | None:
+    if torch.compiler.is_dynamo_compiling() and not _notes.compiling:
+        return None  # what is not set inside a graph cannot be read there
+    return _notes.get()
+
+
+def note(name: str, value: Any) -> None:
+    """Keep `value` if somebody asks for `name`; a module without attention probabilities notes None."""
+    notes = _asked()
+    if notes is not None and name in notes and value is not None:
+        notes[name].append(value)
+
+
+def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`block(x)` under gradient checkpointing, with gradients for what it notes.
+
+    Reentrant checkpointing computes without a graph and gives gradients to the outputs of its function alone, so what
+    is noted becomes such outputs.
+    """
+    outer = _asked()
+    if not outer:
+        return checkpoint(block, x)
+    counts: list[int] = []
+
+    def whole(x: Tensor) -> tuple[Tensor, ...]:
+        with recording(outer) as notes:
+            y = block(x)
+        counts[:] = [len(values) for values in notes.values()]
+        return (y, *(value for values in notes.values() for value in values))
+
+    y, *found = checkpoint(whole, x)
+    for name, count in zip(outer, counts, strict=True):
+        outer[name] += found[:count]
+        found = found[count:]
+    return y
+
+
+class CheckpointsWithin:
+    """Mixed before transformers' checkpointing layer into one that calls `checkpointed` itself.
+
+    That class wraps the `forward` of its subclasses, and would make a checkpoint of the whole.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        nn.Module.__init_subclass__(**kwargs)
+
+
+def wanted_states(model: Any, output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
+    """Which of `count` hidden states to return: all, none, or those of an index or indices.
+
+    Negative ones count from the end of what the configuration says there is, as in transformers.
+    """
+    chosen = selected_hidden_states(output_hidden_states)
+    if chosen is None:
+        return set(range(count)) if output_hidden_states else set()
+    return resolve_hidden_states_indices(model, chosen)
