@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olmoe import hub, packed, targets
+from olmoe import foreign, hub, packed, targets
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
 from olmoe.model import CausalLM, allocate, without_values
@@ -263,7 +263,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         weight_map = read_index(folder / INDEX_NAME)
         files = sorted(set(weight_map.values()))
     else:
-        hint = " but .bin files; convert them to safetensors first" if list(folder.glob("*.bin")) else ""
+        hint = foreign.other_weights(folder)
         raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}.")
     stored: dict[str, StoredTensor] = {}
     for file in map(folder.joinpath, files):
@@ -285,6 +285,7 @@ def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Targ
     """Match stored tensors to parameters by name and shape. Raises `CheckpointError` on any mismatch."""
     layers = {m[1] for name in stored if (m := _LAYER_NAME.match(name))}
     if len(layers) != config.num_hidden_layers:
+        foreign.check_names(stored)
         # Checked before names are listed, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
             f"config.json says {config.num_hidden_layers} layers, but the checkpoint holds tensors of {len(layers)}."
@@ -296,6 +297,7 @@ def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Targ
             continue
         target = _target(config, name, expected)
         if target is None:
+            foreign.check_names(stored)
             raise CheckpointError(
                 f"The checkpoint holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
             )
@@ -431,4 +433,5 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        foreign.check_contents(file, "safetensors file")
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again.") from None

@@ -17,6 +17,7 @@ from typing import Any
 
 from olmoe.config_keys import check_keys, is_no_token
 from olmoe.errors import ConfigError, shown
+from olmoe.foreign import check_contents
 from olmoe.text_file import read_text
 
 ROPE_TYPES = ("default", "linear", "dynamic")
@@ -262,6 +263,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or nesting
+        check_contents(path, "JSON file")
         raise ConfigError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from olmoe import foreign
 from olmoe.errors import CheckpointError, shown
 
 SHIPPED = Path(__file__).parent / "assets" / "olmoe-tiny"
@@ -30,6 +31,7 @@ def resolve(
     if os.path.isdir(path):
         if revision is not None:
             raise CheckpointError(f"A revision ({revision!r}) was given, but {path} is a local folder, which has none.")
+        foreign.check_folder(path)
         return path
     if name.lower().endswith(".gguf"):
         if not os.path.exists(path):
@@ -56,7 +58,7 @@ def resolve(
     )
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=PATTERNS
             )
@@ -82,3 +84,5 @@ def resolve(
         # disk came up with: the files are not here. The cause stays attached for who wants to look.
         reason = next(iter(str(error).splitlines()), "").rstrip(". ") or type(error).__name__
         raise CheckpointError(f"{name} could not be fetched from the hub: {reason}.") from error
+    foreign.check_folder(folder)
+    return folder

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from olmoe.config import ModelConfig, read_object
 from olmoe.config_keys import METHOD, check_quantization
 from olmoe.errors import CheckpointError, shown
+from olmoe.foreign import check_names
 from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import (
     SAVED_FORMATS,
@@ -125,6 +126,7 @@ def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], pat
     """The model that a file's tensors fit exactly, on the meta device. Raises `CheckpointError` if they do not."""
     layers = {match[1] for name in entries if (match := _LAYER.match(name))}
     if len(layers) != config.num_hidden_layers:
+        check_names(entries)
         # Before modules are built, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
             f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {len(layers)}."
@@ -133,6 +135,7 @@ def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], pat
     expected, fixed = dict(model.named_parameters()), _packed_parts(model)
     for name, entry in entries.items():
         if name not in expected:
+            check_names(entries)
             raise CheckpointError(
                 f"{path} holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
             )

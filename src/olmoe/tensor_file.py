@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import CheckpointError, shown
+from olmoe.foreign import check_contents, other_weights
 from olmoe.text_file import read_text
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -102,6 +103,8 @@ class TensorFiles:
         index = folder / INDEX_NAME
         if (folder / SINGLE_NAME).is_file() or not index.is_file():  # the one file wins, as in transformers
             self.path = folder / SINGLE_NAME
+            if not self.path.is_file() and (hint := other_weights(folder)):
+                raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}.")
             files, promised = [TensorFile(self.path)], set[str]()
         else:
             self.path = folder
@@ -137,6 +140,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
+        check_contents(path, "JSON file")
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -155,6 +159,7 @@ def read_header(file: Any, path: Path) -> tuple[dict[str, Entry], dict[str, str]
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+        check_contents(path, "safetensors file")
         raise CheckpointError(f"{path} is truncated or not a safetensors file; fetch or write it again.")
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_doubles)

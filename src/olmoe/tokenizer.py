@@ -16,6 +16,7 @@ from typing import Any
 
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
 from olmoe.errors import TokenizerError
+from olmoe.foreign import check_contents
 from olmoe.text_file import read_text
 
 # The tokens that a tokenizer may name, and a chat template see, under transformers' names.
@@ -67,6 +68,7 @@ class Tokenizer:
             decoder = json.loads(text).get("decoder") or {}
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exception for whatever it dislikes
+            check_contents(path, "tokenizer file")
             raise TokenizerError(f"{path} is not a tokenizer file ({error}).") from None
         if decoder.get("type") != "ByteLevel":
             raise TokenizerError(f"{path} is not byte-level (its decoder is {decoder.get('type')!r}), as OLMoE's is.")

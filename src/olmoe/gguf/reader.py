@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olmoe.errors import CheckpointError, shown
+from olmoe.foreign import check_contents
 from olmoe.gguf.block_types import OTHER_TYPES, TYPES, BlockType, Bytes
 
 MAGIC = b"GGUF"
@@ -81,6 +82,8 @@ class GGUFFile:
             raise CheckpointError(
                 f"{self.path} cannot be read ({reason}); check the path and its permissions."
             ) from None
+        if self._map is not None and self._map[:4] != MAGIC:
+            check_contents(self.path, "GGUF file")
         self._open(np.frombuffer(self._map or b"", np.uint8))
 
     @classmethod
