@@ -220,3 +220,57 @@ def test_an_interrupted_download_stays_an_interrupt(monkeypatch):
 def test_local_folders_do_not_need_the_hub_library(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert hub.resolve(tmp_path) == tmp_path
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-tiny", "OLMOE-TINY"])
+def test_the_shipped_model_has_a_name(tmp_path, name):
+    assert hub.resolve(name) == hub.resolve(Path(name)) == hub.SHIPPED
+    assert hub.resolve_beside(tmp_path, name) == hub.SHIPPED
+    assert "revision" in refused(lambda: hub.resolve(name, revision="main"))
+    Path(name).mkdir()  # a folder of that name comes first
+    assert hub.resolve(name) == Path(name)
+    assert hub.resolve_beside(tmp_path / "work", name) == tmp_path / "work" / name
+
+
+def test_a_name_in_a_file_is_sought_beside_the_file(tmp_path):
+    (tmp_path / "runs" / "best").mkdir(parents=True)
+    assert hub.resolve_beside(tmp_path / "runs", "best") == tmp_path / "runs" / "best"
+    assert hub.resolve_beside(tmp_path / "runs", str(tmp_path / "runs")) == tmp_path / "runs"
+    assert "no folder" in refused(lambda: hub.resolve_beside(tmp_path / "runs", "../none/such"))
+
+
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [
+        ("allenai/olmoe-1b-7b-0924", "allenai/OLMoE-1B-7B-0924"),
+        ("AllenAI/OLMOE-1B-7B-0125-instruct", "allenai/OLMoE-1B-7B-0125-Instruct"),
+        ("allenai/OLMoE-1B-7B-0924-sft", "allenai/OLMoE-1B-7B-0924-SFT"),
+        ("Owner/Tiny", "Owner/Tiny"),
+    ],
+)
+def test_released_models_are_asked_for_as_the_hub_spells_them(monkeypatch, tmp_path, name, spelled):
+    calls = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: calls.append(name) or str(tmp_path)
+    )
+    hub.resolve(name)
+    assert calls == [spelled]
+
+
+def test_a_configuration_is_fetched_without_the_weights(monkeypatch, cached, tmp_path):
+    assert hub.resolve_config("owner/tiny") == cached / COMMIT  # its weights are there already
+    asked = []
+
+    def fetch(name, file, **options):
+        asked.append((name, file, options["revision"]))
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert hub.resolve_config("owner/other", revision="x") == tmp_path / "config.json"
+    assert asked == [("owner/other", "config.json", "x")]
+    assert hub.resolve_config("olmoe-tiny") == hub.SHIPPED
+    monkeypatch.undo()
+    assert "no folder 'owner/none'" in refused(lambda: hub.resolve_config("owner/none", local_files_only=True))

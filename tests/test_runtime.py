@@ -283,3 +283,13 @@ def test_garbage_collection_is_as_it_was_after_a_pause(enabled):
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("int8", "int8"), ("INT8", "int8"), (torch.int8, "int8"), ("q8_0", "int8"), ("int4", "int4"), ("nf4", "int4"),
+     ("q4_0", "q4_0"), ("int4-high", "int4-high")],
+)  # fmt: skip
+def test_a_weight_format_asked_for_as_a_dtype_names_the_command_that_makes_it(name, format):
+    assert f"`olmoe quantize SRC DST --format {format}`" in refused(lambda: resolve_dtype(name))
+    assert "quantize" not in refused(lambda: resolve_dtype("int3"))

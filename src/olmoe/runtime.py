@@ -61,6 +61,15 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
+# What people ask for as a dtype that is a weight format -> the one that `olmoe quantize` makes.
+_PACKED_DTYPES = {
+    **dict.fromkeys(("int8", "8bit", "8-bit", "q8_0", "fp8", "float8_e4m3fn"), "int8"),
+    **dict.fromkeys(("int4", "4bit", "4-bit", "nf4", "fp4", "q4_k_m"), "int4"),
+    "int4-high": "int4-high",
+    "q4_0": "q4_0",
+}
+
+
 def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype from its name; None or `auto` means "as stored". Raises `UserError` for others."""
     import torch
@@ -80,7 +89,9 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
             return name
     elif name in table:
         return table[name]
-    raise UserError(f"Unknown dtype {str(name)!r}; use auto, float32, bfloat16 or float16.")
+    packed = _PACKED_DTYPES.get(str(name).lower().removeprefix("torch."))
+    hint = f" (for {packed} weights, pack the model with `olmoe quantize SRC DST --format {packed}`)." if packed else ""
+    raise UserError(f"Unknown dtype {str(name)!r}; use auto, float32, bfloat16 or float16.{hint}")
 
 
 def set_threads(count: int | None) -> int:

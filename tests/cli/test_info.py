@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 from conftest import make_model
 from olmoe import checkpoint, hub
@@ -206,3 +208,47 @@ def test_a_gguf_file_is_described_from_its_header(capsys, folder, tmp_path):
     assert code == 2
     assert len(error.strip().splitlines()) == 1
     assert "not valid JSON" not in error
+
+
+@pytest.mark.parametrize("name", ["1B-7B", "OLMoE-1B-7B", "olmoe-1b-7b-0924", "Allenai/OLMoE-1B-7B-0125-Instruct"])
+def test_the_released_models_are_known_by_name_before_any_download(capsys, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    facts = info_json(capsys, name)
+    assert (facts["parameters"]["total"], facts["bytes"]["on_disk"]) == (TOTAL, None)
+
+
+def test_sizes_of_every_format_in_gigabytes_with_the_cache(capsys, folder):
+    gigabytes = info_json(capsys, "1b-7b")["gigabytes"]
+    cache = 2 * 16 * 2048 * 2 * 4096 / 1e9  # keys and values, layers, width, 16 bits, context
+    assert list(gigabytes) == ["float32", "bfloat16", "int8", "int4", "int4-high", "q4_0"]
+    assert gigabytes["bfloat16"]["weights"] == 2 * TOTAL / 1e9
+    assert gigabytes["int4"]["weights"] == pytest.approx(3.92, abs=0.01)
+    assert gigabytes["int4"]["cache"] == pytest.approx(cache)
+    for parts in gigabytes.values():
+        assert parts["total"] == pytest.approx(parts["weights"] + parts["cache"])
+    _, out, _ = info(capsys, "1b-7b")
+    assert [line.split() for line in out.splitlines() if line.startswith("  int4 ")] == [
+        ["int4", "3.92", "0.537", "4.46"]
+    ]
+    assert "cache of 4,096 tokens" in out
+    scaled = info_json(capsys, str(folder))  # RoPE stretches its context of 128 twice
+    assert scaled["gigabytes"]["int8"]["cache"] == pytest.approx(2 * 2 * 2 * 8 * 2 * 256 / 1e9)
+
+
+@pytest.mark.skipif(not hub.SHIPPED.is_dir(), reason="the shipped checkpoint is not there")
+@pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-Tiny"])
+def test_the_shipped_model_is_known_by_name(capsys, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert info_json(capsys, name)["parameters"] == info_json(capsys)["parameters"]
+    assert main(["generate", "Once", "--model", name, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert main(["quantize", name, "int8", "--format", "int8", "--quiet"]) == 0
+    assert main(["convert", name, "x.gguf", "--quiet"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["int8", "x.gguf"]
+
+
+def test_a_hub_model_is_described_from_its_configuration_alone(capsys, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, **options: str(folder / file))
+    facts = info_json(capsys, "owner/model")
+    assert facts["parameters"] == info_json(capsys, str(folder))["parameters"]
+    assert facts["bytes"]["on_disk"] is None

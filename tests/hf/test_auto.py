@@ -12,7 +12,7 @@ import transformers
 
 import olmoe
 from configurations import VOCAB_SIZE, small_config
-from olmoe import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from olmoe import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, hub
 from olmoe.errors import CheckpointError, ConfigError
 from olmoe.tokenizer import Tokenizer
 from sentences import refused
@@ -223,3 +223,22 @@ def test_the_released_tokenizer_ends_where_the_model_says(config, olmoe_tokenize
     assert len(theirs) == ours.vocab_size
     for sentence in ("Bitcoin is", SENTENCE, "Hey, are you conscious? Can you talk to me?"):
         assert theirs(sentence)["input_ids"] == ours.encode(sentence)
+
+
+@pytest.mark.skipif(not hub.SHIPPED.is_dir(), reason="the shipped checkpoint is not there")
+@pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-tiny"])
+def test_the_shipped_model_loads_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = olmoe.OlmoeForCausalLM.from_pretrained(hub.SHIPPED)
+    for load in (olmoe.AutoModelForCausalLM, olmoe.OlmoeForCausalLM):
+        model = load.from_pretrained(name)
+        assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    assert type(olmoe.AutoModel.from_pretrained(name)) is olmoe.OlmoeModel
+    for config in (olmoe.AutoConfig.from_pretrained(name), olmoe.OlmoeConfig.from_pretrained(name)):
+        assert config.hidden_size == expected.config.hidden_size
+    tokenizer = olmoe.AutoTokenizer.from_pretrained(name)
+    assert tokenizer.eos_token == "<|endoftext|>"
+    generate = olmoe.pipeline("text-generation", model=name, device="cpu")
+    assert generate("Once", max_new_tokens=2)[0]["generated_text"].startswith("Once")
+    four_bit = olmoe.BitsAndBytesConfig(load_in_4bit=True)
+    assert olmoe.AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bit).is_loaded_in_4bit

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from configurations import VOCAB_SIZE
-from olmoe import checkpoint
+from olmoe import checkpoint, hub
 from olmoe.errors import ConfigError, UserError
 from olmoe.model import CausalLM, initialize
 from olmoe.train import loop, state
@@ -484,3 +484,10 @@ def test_a_packed_checkpoint_is_no_start(tmp_path, tokenizer_file):
     message = refused(lambda: run(tmp_path / "run", tokenizer_file, run={"initialize_from": start}), ConfigError)
     assert "is a packed checkpoint" in message
     assert start in message
+
+
+def test_a_run_starts_from_the_shipped_model_by_its_name(tmp_path, finished, tokenizer_file, monkeypatch):
+    monkeypatch.setattr(hub, "SHIPPED", finished / "best")
+    path = write_run(tmp_path, tokenizer_file, run={"initialize_from": "OLMoE-tiny"})
+    started, before = loop._start(load_config(path), resumed=False), checkpoint.load(finished / "best").state_dict()
+    assert all(torch.equal(before[name], value) for name, value in started.state_dict().items())

@@ -147,7 +147,7 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | Non
 
     wanted = arguments.random_weights
     if wanted is not None:
-        if wanted == RELEASED and not Path(wanted).exists():
+        if hub.is_released(wanted):
             return wanted, ModelConfig(), None
         if not Path(wanted).is_file():
             raise UserError(f"--random-weights takes {RELEASED} or a config.json, and {wanted!r} is neither.")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from olmoe.config import ModelConfig
+    from olmoe.packing import Packed
 
 RELEASED = "1b-7b"
 
@@ -13,7 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="DIR|HUB_ID|CONFIG.json",
-        help=f"a checkpoint, a config.json, or {RELEASED} for the released configuration (default: the shipped model)",
+        help="a checkpoint, a config.json, a .gguf file, olmoe-tiny (the shipped model, the default), or "
+        f"{RELEASED} for the released configuration; weights are not downloaded",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
@@ -23,45 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what `config.json` and the tensor headers say; no weight is read."""
     import json
-    from pathlib import Path
 
-    from olmoe import hub
-    from olmoe.config import ModelConfig
-
-    name = arguments.model
-    stored_bytes = stored_dtypes = contents = None
-    if name == RELEASED and not Path(name).exists():
-        config = ModelConfig()
-    elif name is not None and name.lower().endswith(".gguf"):
-        from olmoe.gguf.source import GGUFSource
-
-        source = GGUFSource(Path(name).expanduser())
-        config = source.config
-        stored_bytes = source.file.path.stat().st_size
-        stored_dtypes = sorted({tensor.kind.name for tensor in source.file.tensors.values()})
-    elif name is not None and Path(name).is_file():
-        config = ModelConfig.from_file(name)
-    else:
-        folder = hub.resolve(
-            hub.SHIPPED if name is None else name, revision=arguments.revision, local_files_only=arguments.offline
-        )
-        from olmoe import checkpoint, packed
-
-        if packed.is_packed(folder):
-            from olmoe.packing import contents_of
-
-            config, contents = contents_of(folder)
-            stored_bytes, stored_dtypes = contents.file_bytes, contents.formats
-        else:
-            config = ModelConfig.from_file(folder / "config.json")
-            stored = checkpoint.read_headers(folder)
-            checkpoint.plan(config, stored)
-            stored_bytes = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-            stored_dtypes = sorted({tensor.dtype for tensor in stored.values()})
-        name = name or "olmoe-tiny (shipped)"
-
+    name, config, stored_bytes, stored_dtypes, contents = _read(arguments)
     total, active = config.num_parameters, config.num_active_parameters
-    facts = {
+    facts: dict[str, Any] = {
         "model": name,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -87,13 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
             "kv_cache_per_token_bfloat16": 2 * 2 * config.num_hidden_layers * config.kv_heads * config.head_dim,
         },
     }
+    facts["gigabytes"] = _gigabytes(config)
     if contents is not None:
         facts["packed"] = {"bits_per_weight": round(contents.bits_per_weight, 3), **contents.to_dict()}
     if arguments.json:
         print(json.dumps(facts))
         return 0
     for key, value in facts.items():
-        if isinstance(value, dict):
+        if key == "gigabytes":
+            print(_table(value, config))
+        elif isinstance(value, dict):
             print(f"{key}:")
             for part, amount in value.items():
                 if amount is not None:
@@ -101,6 +75,82 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{key:<30} {_text(value)}")
     return 0
+
+
+def _read(
+    arguments: argparse.Namespace,
+) -> tuple[str, ModelConfig, int | None, list[str] | None, Packed | None]:
+    """Name, architecture, bytes on disk, how they are stored, and the contents of a packed folder."""
+    from pathlib import Path
+
+    from olmoe import hub
+    from olmoe.config import ModelConfig
+
+    name = arguments.model
+    if name is not None and name.lower().endswith(".gguf"):
+        from olmoe.gguf.source import GGUFSource
+
+        source = GGUFSource(Path(name).expanduser())
+        kinds = sorted({tensor.kind.name for tensor in source.file.tensors.values()})
+        return name, source.config, source.file.path.stat().st_size, kinds, None
+    if name is not None and Path(name).expanduser().is_file():
+        return name, ModelConfig.from_file(Path(name).expanduser()), None, None, None
+    if name is not None and hub.is_released(name) and not (arguments.revision or _is_cached(name)):
+        return name, ModelConfig(), None, None, None
+    if name is None:
+        name, folder = "olmoe-tiny (shipped)", hub.resolve(hub.SHIPPED, revision=arguments.revision)
+    else:
+        folder = hub.resolve_config(name, revision=arguments.revision, local_files_only=arguments.offline)
+    if folder.is_file():
+        return name, ModelConfig.from_file(folder), None, None, None
+    from olmoe import checkpoint, packed
+    from olmoe.packing import contents_of
+
+    if packed.is_packed(folder):
+        config, contents = contents_of(folder)
+        return name, config, contents.file_bytes, contents.formats, contents
+    config = ModelConfig.from_file(folder / "config.json")
+    stored = checkpoint.read_headers(folder)
+    checkpoint.plan(config, stored)
+    size = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
+    return name, config, size, sorted({tensor.dtype for tensor in stored.values()}), None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the weights of a hub model lie in the local cache."""
+    from olmoe import hub
+    from olmoe.errors import CheckpointError
+
+    if "/" not in name:  # a short name of ours, which the hub does not know
+        return False
+    try:
+        return any(hub.resolve(name, local_files_only=True).glob("*.safetensors"))
+    except CheckpointError:
+        return False
+
+
+def _gigabytes(config: ModelConfig) -> dict[str, dict[str, float]]:
+    """What a model takes in every format: its weights, and the keys and values of a whole context."""
+    from olmoe.sizes import sizes
+
+    found: dict[str, dict[str, float]] = {}
+    for name, size in sizes(config).items():
+        cache = size.cache_per_token * _context(config)
+        found[name] = {"weights": size.weights / 1e9, "cache": cache / 1e9, "total": (size.weights + cache) / 1e9}
+    return found
+
+
+def _context(config: ModelConfig) -> int:
+    return int(config.max_position_embeddings * config.rope.factor)
+
+
+def _table(gigabytes: dict[str, dict[str, float]], config: ModelConfig) -> str:
+    """The sizes by format as text."""
+    title = f"GB by format, cache of {_context(config):,} tokens:"
+    lines = [f"{title:<42} {'weights':>9} {'cache':>9} {'together':>9}"]
+    for name, parts in gigabytes.items():
+        lines.append(f"  {name:<40} " + " ".join(f"{value:>9.3g}" for value in parts.values()))
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:

@@ -24,6 +24,7 @@ from olmoe.errors import CheckpointError
 from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
+from olmoe.hub import place_of
 from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 
@@ -48,13 +49,22 @@ def infer_device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
+class _ByName:
+    """Mixed into Auto classes: the shipped model loads by its name."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers documents it; "olmoe-tiny" is the shipped model."""
+        return super().from_pretrained(place_of(pretrained_model_name_or_path), *inputs, **kwargs)  # type: ignore[misc]
+
+
 class AutoConfig(transformers.AutoConfig):
     """`transformers.AutoConfig`, giving `olmoe.OlmoeConfig` for OLMoE checkpoints."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As transformers documents it; with `return_unused_kwargs` a pair."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(place_of(pretrained_model_name_or_path), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.model_type == MODEL_TYPE:
             adopt(config)
@@ -99,19 +109,19 @@ class _Classes(Mapping[type, Any]):
         self._registered[config_class] = model_class
 
 
-class AutoModel(transformers.AutoModel):
+class AutoModel(_ByName, transformers.AutoModel):
     """`transformers.AutoModel`, giving `olmoe.OlmoeModel` for OLMoE checkpoints."""
 
     _model_mapping = _Classes(OlmoeModel, transformers.AutoModel._model_mapping)
 
 
-class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+class AutoModelForCausalLM(_ByName, transformers.AutoModelForCausalLM):
     """`transformers.AutoModelForCausalLM`, giving `olmoe.OlmoeForCausalLM` for OLMoE checkpoints."""
 
     _model_mapping = _Classes(OlmoeForCausalLM, transformers.AutoModelForCausalLM._model_mapping)
 
 
-class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassification):
+class AutoModelForSequenceClassification(_ByName, transformers.AutoModelForSequenceClassification):
     """`transformers.AutoModelForSequenceClassification`, which also knows OLMoE."""
 
     _model_mapping = _Classes(
@@ -130,11 +140,11 @@ class AutoTokenizer(transformers.AutoTokenizer):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
         """As transformers documents it."""
-        name = str(pretrained_model_name_or_path)
-        if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(name, _hub(kwargs)) != MODEL_TYPE:
-            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
-        by_id = _special_tokens(name, kwargs)
-        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *inputs, **(by_id | kwargs))
+        place = place_of(pretrained_model_name_or_path)
+        if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(str(place), _hub(kwargs)) != MODEL_TYPE:
+            return super().from_pretrained(place, *inputs, **kwargs)
+        by_id = _special_tokens(str(place), kwargs)
+        tokenizer = super().from_pretrained(place, *inputs, **(by_id | kwargs))
         if tokenizer.chat_template is None:
             tokenizer.chat_template = OLMOE_CHAT_TEMPLATE
         return tokenizer
@@ -170,6 +180,7 @@ def pipeline(
 
     Arguments are transformers'. Without a task, that of the checkpoint's own architecture is taken.
     """
+    model, tokenizer, config = place_of(model), place_of(tokenizer), place_of(config)
     name, hub = str(model), _hub(kwargs)
     if not isinstance(model, str | Path) or _model_type(name, hub) != MODEL_TYPE:
         return transformers.pipeline(task, model, config, tokenizer, **kwargs)

@@ -8,6 +8,7 @@ from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as Transfo
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
+from olmoe.hub import place_of
 
 MODEL_TYPE = "olmoe"
 ROUTER_LOSSES = ("pooled", "per_layer")
@@ -39,6 +40,11 @@ class OlmoeConfig(TransformersOlmoeConfig):
             raise ConfigError(f"router_z_loss_coef must be a number of at least 0, not {shown(z)}.")
         if z > 0 and self.router_loss_kind != "per_layer":
             raise ConfigError(f"router_z_loss_coef {z} needs router_loss='per_layer'; set that, or leave it out.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """transformers' hook that finds and reads `config.json`; "olmoe-tiny" is the shipped model's."""
+        return super().get_config_dict(place_of(pretrained_model_name_or_path), **kwargs)
 
     @property
     def router_loss_kind(self) -> Any:

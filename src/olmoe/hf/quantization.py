@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.hf.switching import describe
+from olmoe.hub import place_of
 from olmoe.model import Experts, Linear
 from olmoe.packed import pack_modules
 from olmoe.quant import (
@@ -349,7 +350,8 @@ class PackedLoading:
             # That of a model which was loaded before; transformers expects what a file would hold.
             kwargs["config"] = config = copy.copy(config)
             config.quantization_config = config.quantization_config.to_dict()
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+        place = place_of(pretrained_model_name_or_path)
+        return super().from_pretrained(place, *model_args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

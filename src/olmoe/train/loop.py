@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from olmoe import checkpoint, packed
+from olmoe import checkpoint, hub, packed
 from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM, initialize
@@ -66,7 +66,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
-    if overwrite and start is not None and output.resolve() in config.resolve(start).resolve().parents:
+    if overwrite and start and output.resolve() in start_folder(start, config.resolve(start)).resolve().parents:
         raise ConfigError(
             f"run.initialize_from {start!r} lies in run.output, which --overwrite would empty; choose another output."
         )
