@@ -77,6 +77,8 @@ NAMES = {
     "olmo": (lambda n: n.replace("model.layers", "transformer.blocks"), "convert_olmoe_weights_to_hf"),
     "gptq": (lambda n: n.replace("q_proj.weight", "q_proj.qweight"), "GPTQ"),
     "bitsandbytes": (lambda n: n.replace("norm.weight", "norm.weight.absmax"), "bitsandbytes"),
+    "classifier": (lambda n: n.replace("lm_head.weight", "score.weight"), "OlmoeForSequenceClassification"),
+    "value head beside": (lambda n: n.replace("lm_head.weight", "v_head.summary.weight"), "TRL"),
     "parts": (lambda n: "language_model." + n, "several parts"),
 }
 

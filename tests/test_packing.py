@@ -223,3 +223,15 @@ def test_a_checkpoint_that_packing_did_not_write_is_replaced_on_request_alone(pl
     )
     pack(FolderSource(plain), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
     assert packed.is_packed(tmp_path / "tuned")
+
+
+def test_what_somebody_put_there_meanwhile_stays(plain, tmp_path):
+    target = tmp_path / "m"
+
+    def progress(done, total):
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("mine")
+
+    refused(lambda: pack(FolderSource(plain), target, RECIPES["int8"], progress=progress))
+    assert (target / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -97,6 +97,12 @@ def other_weights(folder: Path) -> str:
     )
 
 
+_HEADS = {
+    "score.": "a classifier; load it with olmoe.OlmoeForSequenceClassification",
+    "v_head.": "a model with TRL's value head; save the language model inside it (`model.pretrained_model`)",
+}
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raise `CheckpointError` if tensors have the names of a wrapper, an adapter or a quantized model."""
     names = list(names)
@@ -118,6 +124,9 @@ def check_names(names: Iterable[str]) -> None:
                 raise CheckpointError(
                     f"The checkpoint holds the tensor {shown(name)}, whose {prefix!r} comes from {what}; {remedy}."
                 )
+        for prefix, what in _HEADS.items():
+            if name.startswith(prefix):
+                raise CheckpointError(f"The checkpoint holds the tensor {shown(name)}, so it is {what}.")
     if any(re.match(r"(transformer\.)?blocks\.\d+\.", name) for name in names):
         raise CheckpointError(
             "The checkpoint is in OLMo's own training format (transformer.blocks...); convert it with transformers' "

@@ -120,6 +120,8 @@ def pack(
         text = packed.config_text(source.config, recipe.layout(), norms)
         (temporary / "config.json").write_text(text, encoding="utf-8")
         size = (temporary / packed.FILE_NAME).stat().st_size
+        # Hours may have passed, in which somebody put something there.
+        _check_target(source, target, {*texts, packed.FILE_NAME, "config.json"}, overwrite)
     return describe(packer.model, packer.tensors, size)
 
 

@@ -79,6 +79,7 @@ def to_gguf(
                 done += data.nbytes
                 if progress is not None:
                     progress(done, total)
+        targets.check_file(target, overwrite=overwrite)  # once more, in case somebody put something there meanwhile
 
     write(target, metadata, [piece.tensor for piece in pieces], counted())
 
