@@ -228,18 +228,9 @@ def test_local_folders_do_not_need_the_hub_library(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-tiny", "OLMOE-TINY"])
 def test_the_shipped_model_has_a_name(tmp_path, name):
     assert hub.resolve(name) == hub.resolve(Path(name)) == hub.SHIPPED
-    assert hub.resolve_beside(tmp_path, name) == hub.SHIPPED
     assert "revision" in refused(lambda: hub.resolve(name, revision="main"))
     Path(name).mkdir()  # a folder of that name comes first
     assert hub.resolve(name) == Path(name)
-    assert hub.resolve_beside(tmp_path / "work", name) == tmp_path / "work" / name
-
-
-def test_a_name_in_a_file_is_sought_beside_the_file(tmp_path):
-    (tmp_path / "runs" / "best").mkdir(parents=True)
-    assert hub.resolve_beside(tmp_path / "runs", "best") == tmp_path / "runs" / "best"
-    assert hub.resolve_beside(tmp_path / "runs", str(tmp_path / "runs")) == tmp_path / "runs"
-    assert "no folder" in refused(lambda: hub.resolve_beside(tmp_path / "runs", "../none/such"))
 
 
 @pytest.mark.parametrize(

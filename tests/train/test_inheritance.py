@@ -10,13 +10,13 @@ import pytest
 import transformers
 
 from configurations import VOCAB_SIZE, small_config
-from olmoe import checkpoint
+from olmoe import checkpoint, hub
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.errors import ConfigError, UserError
 from olmoe.hf.auto import AutoTokenizer
 from olmoe.model import CausalLM, initialize
 from olmoe.train.config import load_config
-from olmoe.train.inheritance import derive_eos
+from olmoe.train.inheritance import derive_eos, start_folder
 from olmoe.train.loop import train
 from olmoe.train.state import recorded_names
 from sentences import refused
@@ -135,3 +135,18 @@ def test_what_a_run_writes_is_read_by_transformers_with_the_same_ends(tmp_path, 
     chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "dog"}]
     masks = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
     assert sum(masks) >= 2
+
+
+@pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-tiny", "OLMOE-TINY"])
+def test_a_run_may_start_from_the_shipped_model_by_name(tmp_path, name):
+    assert start_folder(name, tmp_path / name) == hub.SHIPPED
+    (tmp_path / name).mkdir()  # a folder of that name beside the file comes first
+    assert start_folder(name, tmp_path / name) == tmp_path / name
+
+
+def test_a_name_in_a_file_is_sought_beside_the_file(tmp_path):
+    (tmp_path / "runs" / "best").mkdir(parents=True)
+    assert start_folder("best", tmp_path / "runs" / "best") == tmp_path / "runs" / "best"
+    assert start_folder(str(tmp_path / "runs"), tmp_path / "runs") == tmp_path / "runs"
+    message = refused(lambda: start_folder("../none/such", tmp_path / "runs" / ".." / "none" / "such"))
+    assert "no folder" in message

@@ -141,7 +141,8 @@ class AutoTokenizer(transformers.AutoTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
         """As transformers documents it."""
         place = place_of(pretrained_model_name_or_path)
-        if kwargs.get("gguf_file") or kwargs.get("tokenizer_type") or _model_type(str(place), _hub(kwargs)) != MODEL_TYPE:
+        other = kwargs.get("gguf_file") or kwargs.get("tokenizer_type")
+        if other or _model_type(str(place), _hub(kwargs)) != MODEL_TYPE:
             return super().from_pretrained(place, *inputs, **kwargs)
         by_id = _special_tokens(str(place), kwargs)
         tokenizer = super().from_pretrained(place, *inputs, **(by_id | kwargs))

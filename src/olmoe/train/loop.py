@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from olmoe import checkpoint, hub, packed
+from olmoe import checkpoint, packed
 from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM, initialize
