@@ -208,6 +208,10 @@ class Experts(nn.Module):
         """`act_fn`, or the function that kernels know where it is nothing but that."""
         return plain_activation(self.act_fn)
 
+    @activation.setter
+    def activation(self, value: Callable[[Tensor], Tensor]) -> None:
+        self.act_fn = value
+
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D)."""
         return ops.moe(

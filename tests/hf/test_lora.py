@@ -103,7 +103,7 @@ def test_disabling_merging_and_unmerging_are_pefts():
         model.unmerge_adapter()
         assert torch.allclose(model(ids(5)).logits, expected, atol=1e-5)
         merged = model.merge_and_unload()
-        assert type(merged.model.layers[0].mlp.experts).__name__ == "Experts"
+        assert type(merged.model.layers[0].mlp.experts).__name__ == "OlmoeExperts"
         assert torch.allclose(merged(ids(5)).logits, expected, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_experts_without_adapters_are_left_alone():
     before = model.model.layers[0].mlp.experts
     lora.route_lora(model.model.layers)
     assert model.model.layers[0].mlp.experts is before
-    assert type(before).__name__ == "Experts"
+    assert type(before).__name__ == "OlmoeExperts"
 
 
 def test_another_experts_implementation_is_honoured(monkeypatch):

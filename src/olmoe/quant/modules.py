@@ -236,6 +236,10 @@ class PackedExperts(PackedModule):
         """See `Experts.activation`."""
         return plain_activation(self.act_fn)
 
+    @activation.setter
+    def activation(self, value: Callable[[Tensor], Tensor]) -> None:
+        self.act_fn = value
+
     @property
     def stack(self) -> tuple[int, ...]:
         """See `PackedModule.stack`."""
