@@ -92,6 +92,11 @@ NB_MODULE(_kernels, m) {
     Running running;
     embed(w, at<int64_t>(ids), tokens, at<float>(out));
   });
+  m.def("compensates", &compensates);
+  m.def("encode", [](const Matrix& weight, Address factor, int type, Address out) {
+    Running running;
+    encode(weight, at<float>(factor), Type(type), at<uint8_t>(out));
+  });
   m.def("attention",
         [](Address q, Address k, Address v, const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths,
            int heads, int kv_heads, int head_dim, Address keys, Address values, int type, int64_t capacity,

@@ -108,7 +108,19 @@ struct Kernels {
   // fp32 values to and from a cache of the given type.
   void (*store)(const float* x, int n, Type type, void* out);
   void (*load)(const void* x, int n, Type type, float* out);
+  // Codes and scales of least error (olmoe/quant/search.py) of at most kPanel rows, a multiple of kGroup, of a row-major
+  // matrix of a plain type, as groups of kQ4 or kQ5 that follow each other.
+  void (*search)(const uint8_t* weight, Type stored, int rows, int columns, Type type, uint8_t* out);
+  // The same, but each column makes up for what those before it changed. `factor` is as pack_factor leaves it, `scratch`
+  // has kPanel floats a column. Null where the CPU does not multiply and add at once.
+  void (*compensate)(const uint8_t* weight, Type stored, int rows, int columns, const float* factor, Type type,
+                     uint8_t* out, float* scratch);
 };
+
+// Rows that are encoded together: in fp32 they stay in the second cache.
+constexpr int kPanel = 64;
+// Columns that make up together for what a block changed.
+constexpr int kColumns = 4;
 
 // Query rows that one call of Kernels::attention may take, and the scratch it needs.
 constexpr int kQueryBlock = 64;

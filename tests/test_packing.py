@@ -16,7 +16,7 @@ from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, UserError
 from olmoe.model import set_backend
 from olmoe.packing import RECIPES, describe, pack
-from olmoe.quant import Q4_0, Q8_0, PackedModule
+from olmoe.quant import Q4_0, Q8_0, PackedModule, search
 from olmoe.quant.formats import CODES
 from olmoe.tensor_file import TensorFile, TensorWriter
 from olmoe.tokenizer import Tokenizer
@@ -109,6 +109,19 @@ def test_calibrated_codes_lose_less_than_searched_and_those_less_than_rounded(tm
     assert list(losses) == sorted(losses, key=losses.__getitem__, reverse=True)
     assert losses["calibrated"] < 0.8 * losses["rounded"]
     assert losses["high"] < 0.7 * losses["calibrated"]
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-high"])
+def test_what_matrices_share_is_factored_once(plain, tmp_path, monkeypatch, recipe):
+    """q, k and v have the same inputs, and so do the first matrices of all experts; 8 bits need no factor."""
+    factored, factor = [], search.inverse_factor
+    monkeypatch.setattr(search, "inverse_factor", lambda c: (factored.append(len(c)), factor(c))[1])
+    pack(FolderSource(plain), tmp_path / "m", RECIPES[recipe], WINDOWS)
+    config = ModelConfig.from_file(plain / "config.json")
+    d, f, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    attention, ends = ([d, d], [d]) if recipe == "int4" else ([], [])
+    layer = [d, *[f] * experts, *attention]
+    assert factored == layer * config.num_hidden_layers + ends
 
 
 def test_real_shapes_stay_below_their_budget():

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "bf16_rows.h"
 #include "elementwise.h"
+#include "encode.h"
 #include "float_rows.h"
 #include "float_tiles.h"
 #include "packed_rows.h"
@@ -59,7 +60,9 @@ inline Kernels make_table(const char* name) {
                  .attention = attention,
                  .read = read,
                  .store = store_as,
-                 .load = load_from};
+                 .load = load_from,
+                 .search = search,
+                 .compensate = kFuses ? &compensate : nullptr};
 }
 
 }  // namespace

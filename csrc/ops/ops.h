@@ -89,4 +89,9 @@ void attention(const float* q, const float* k, const float* v, int batch, const 
 // Rows of an embedding matrix: ids (N) -> out (N, D). `ids` must be below m.rows.
 void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
 
+// A row-major matrix (R, C), R a multiple of 16, stored as kQ4 or kQ5 with chosen codes: by `search` alone, or, with an
+// upper triangular factor (C, C), by `compensate`, for which R is a multiple of 32. See olmoe/quant/search.py.
+bool compensates();  // the chosen kernels can
+void encode(const Matrix& weight, const float* factor, Type type, uint8_t* out);
+
 }  // namespace olmoe

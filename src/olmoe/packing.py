@@ -203,7 +203,7 @@ class _Packer:
         name: str,
         expert: int | None = None,
         weight: Tensor | None = None,
-        covariance: Tensor | None = None,
+        inputs: search.Inputs | None = None,
     ) -> None:
         """Encode and write one matrix, or one expert's; `weight` is what the source would give, if it was read."""
         format = self._format(name)
@@ -211,7 +211,7 @@ class _Packer:
             value = format.from_gguf(blocks)
         else:
             weight = self.read(name, expert) if weight is None else weight
-            value = weight if format is None else self._encode(name, format, weight, covariance)
+            value = weight if format is None else self._encode(name, format, weight, inputs)
         writer.write(name, value, (expert or 0) * value.nbytes)
         self._left.pop(name, None)
         self._done += math.prod(self.source_shape(name))
@@ -233,10 +233,10 @@ class _Packer:
         shape = self.tensors[name][0]
         return shape[1:] if self._first(name) == 0 else shape
 
-    def _encode(self, name: str, format: BlockFormat, weight: Tensor, covariance: Tensor | None) -> Tensor:
+    def _encode(self, name: str, format: BlockFormat, weight: Tensor, inputs: search.Inputs | None) -> Tensor:
         try:
             if self.recipe.searches:
-                return search.encode(format, weight, covariance)
+                return search.encode(format, weight, inputs)
             return format.encode(weight)[CODES]
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
@@ -270,18 +270,18 @@ class _Packer:
         for i in range(config.num_hidden_layers):
             prefix = f"model.layers.{i}."
             experts = _StreamedExperts(self, writer, f"{prefix}mlp.experts.", config)
-            layer, covariances = self._layer(i, prefix, experts)
+            layer, inputs = self._layer(i, prefix, experts)
             x_BTD, _ = layer(x_BTD, rope, causal_attend)
             for which, watched in (("q", "q"), ("k", "q"), ("v", "q"), ("o", "o")):
                 name = f"{prefix}self_attn.{which}_proj.weight"
-                self.put(writer, name, covariance=covariances[watched])
+                self.put(writer, name, inputs=inputs[watched])
         if not config.tie_word_embeddings:
             norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             norm.weight = nn.Parameter(self.read("model.norm.weight").float())
-            self.put(writer, "lm_head.weight", covariance=_covariance(norm(x_BTD).flatten(0, 1)))
+            self.put(writer, "lm_head.weight", inputs=_inputs(norm(x_BTD).flatten(0, 1)))
 
-    def _layer(self, i: int, prefix: str, experts: nn.Module) -> tuple[DecoderLayer, dict[str, Tensor]]:
-        """A block with its weights in fp32, and the covariances of attention's inputs that a forward pass leaves."""
+    def _layer(self, i: int, prefix: str, experts: nn.Module) -> tuple[DecoderLayer, dict[str, search.Inputs]]:
+        """A block with its weights in fp32, and what a forward pass leaves about the inputs of attention."""
         with torch.device("meta"):
             layer = DecoderLayer(self.source.config, i)
         layer.mlp.experts = experts  # type: ignore[assignment]  # the same call
@@ -289,17 +289,17 @@ class _Packer:
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(self.read(prefix + name).float(), requires_grad=False)
             setattr(layer.get_submodule(owner), leaf, value)
-        covariances: dict[str, Tensor] = {}
+        seen: dict[str, search.Inputs] = {}
 
         def watch(which: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                covariances[which] = _covariance(inputs[0].flatten(0, -2))
+                seen[which] = _inputs(inputs[0].flatten(0, -2))
 
             return hook
 
         layer.self_attn.q_proj.register_forward_pre_hook(watch("q"))  # k and v have the same inputs
         layer.self_attn.o_proj.register_forward_pre_hook(watch("o"))
-        return layer, covariances
+        return layer, seen
 
 
 class _StreamedExperts(nn.Module):
@@ -315,7 +315,7 @@ class _StreamedExperts(nn.Module):
         packer, writer = self._packer, self._writer
         gate_up_name, down_name = f"{self._prefix}gate_up_proj", f"{self._prefix}down_proj"
         # Of all tokens: an expert's own inputs are few, and hardly different.
-        inputs = _covariance(x_ND)
+        inputs = _inputs(x_ND)
         out_ND = torch.zeros_like(x_ND)
         for e in range(self._count):
             gate_up, down = packer.read(gate_up_name, e), packer.read(down_name, e)
@@ -325,10 +325,10 @@ class _StreamedExperts(nn.Module):
             y = (hidden @ down.float().T).mul_(weights_NK[tokens, ranks].unsqueeze(1))
             out_ND.index_add_(0, tokens, y)
             packer.put(writer, gate_up_name, e, gate_up, inputs)
-            packer.put(writer, down_name, e, down, _covariance(hidden) if len(tokens) else None)
+            packer.put(writer, down_name, e, down, _inputs(hidden) if len(tokens) else None)
         return out_ND
 
 
-def _covariance(x: Tensor) -> Tensor:
-    """E[x x^T] of inputs (N, C) -> (C, C)."""
-    return x.T @ x / len(x)
+def _inputs(x: Tensor) -> search.Inputs:
+    """What is known of inputs (N, C): E[x x^T]."""
+    return search.Inputs(x.T @ x / len(x))

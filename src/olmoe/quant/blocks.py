@@ -131,13 +131,22 @@ class BlockFormat(Format):
 
     def pack(self, codes: Tensor, scales: Tensor, rows: int) -> Tensor:
         """Codes (R*B, 32) uint8 and scales (R*B,) fp16, row by row -> the stored matrix (G, bytes) uint8."""
+        self.check_scales(scales)
+        code_bytes = self.to_bytes(codes).view(rows, -1, self.code_bytes)
+        return self.interleave(code_bytes, scales.view(rows, -1))
+
+    def check_scales(self, scales: Tensor) -> None:
+        """Raise `CheckpointError` for scales that are not finite."""
         if not torch.isfinite(scales).all():
             raise CheckpointError(
                 f"The weights hold values that are not finite or beyond {MAX_SCALE:.0f} times a code, so they cannot "
                 f"be stored as {self.name}; check the checkpoint, or keep this matrix in bf16."
             )
-        code_bytes = self.to_bytes(codes).view(rows, -1, self.code_bytes)
-        return self.interleave(code_bytes, scales.view(rows, -1))
+
+    def scales_of(self, packed: Tensor) -> Tensor:
+        """The scales of a stored matrix (G, bytes), a view (G, 16 * B) fp16."""
+        ends = packed.shape[1] // self.block_bytes * self.code_bytes
+        return packed[:, ends:].view(torch.float16)
 
     def decode(self, parts: dict[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """See `Format.decode`."""

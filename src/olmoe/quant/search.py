@@ -9,14 +9,20 @@ squared change is the sum over rows of (w - q) H (w - q)^T.
   for by the columns that are still free (the method of GPTQ, arXiv 2210.17323, here with a scale search in each
   block of 32 columns).
 
+Both are here in torch, and in C++ (csrc/kernels/encode.h) with the same arithmetic in the same order: a change of one
+is a change of the other.
+
 Shapes legend: R rows, C columns, N blocks.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from olmoe.ops.cpu import encode as kernels
 from olmoe.quant.blocks import BLOCK, GROUP, PIECE, BlockFormat, extreme
 
 # Where the extreme value of a block may land, as a share of the grid's lower end (-8 of q4_0, -16 of q5_0): on either
@@ -69,10 +75,32 @@ def _fit(q: Tensor, weighted: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
     return scale, scale * dot
 
 
-def encode(format: BlockFormat, weight: Tensor, covariance: Tensor | None) -> Tensor:
-    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, without a covariance by `search`."""
+class Inputs:
+    """What is known of the inputs that matrices meet: their covariance, which is factored once for all of these."""
+
+    def __init__(self, covariance: Tensor) -> None:
+        self._covariance = covariance
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """`inverse_factor` of the covariance, contiguous."""
+        return inverse_factor(self._covariance).contiguous()
+
+
+def encode(format: BlockFormat, weight: Tensor, inputs: Inputs | Tensor | None) -> Tensor:
+    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, without inputs by `search`.
+
+    `inputs` may be a covariance (C, C) of this matrix alone.
+    """
+    if inputs is None or format.name == "q8_0":
+        factor = None
+    else:
+        factor = (Inputs(inputs) if isinstance(inputs, Tensor) else inputs).factor
+    if kernels.unsupported(format.name, weight, factor) is None:
+        packed = kernels.encode(format.name, weight, factor)
+        format.check_scales(format.scales_of(packed))
+        return packed
     rows, columns = weight.shape
-    factor = None if covariance is None or format.name == "q8_0" else inverse_factor(covariance)
     piece = PIECE if factor is None else COMPENSATED
     pieces, step = [], max(piece // columns // GROUP, 1) * GROUP
     for start in range(0, rows, step):
