@@ -7,6 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "The kernels are written with the vector types of GCC and Clang, which this compiler (MSVC?) lacks; olmoe runs on torch without them."
+#endif
+
 namespace olmoe {
 
 constexpr int kBlock = 32;      // columns that share a scale

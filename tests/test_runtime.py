@@ -8,6 +8,7 @@ import gc
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,6 +213,57 @@ def test_peak_memory_is_not_inherited():
     middle = f"import subprocess, sys; b = bytearray(300_000_000); subprocess.run([sys.executable, '-c', {small!r}])"
     output = subprocess.run([sys.executable, "-c", middle], capture_output=True, text=True, check=True).stdout
     assert 1_000_000 < int(output) < 200_000_000
+
+
+def test_peak_memory_of_windows(monkeypatch):
+    class Kernel32:
+        class GetCurrentProcess:
+            restype = None
+
+            def __call__(self):
+                assert self.restype is ctypes.c_void_p
+                return 2**64 - 1
+
+        GetCurrentProcess = GetCurrentProcess()
+
+        def K32GetProcessMemoryInfo(self, process, memory, size):  # noqa: N802
+            assert process.value == 2**64 - 1
+            assert size == ctypes.sizeof(ctypes.c_size_t) * 9 == memory._obj.size
+            memory._obj.peak_resident = 123_456_789_012
+            return self.answers
+
+        answers = 1
+
+    kernel32 = Kernel32()
+    monkeypatch.setattr(runtime, "_peak_of_proc", lambda: 0)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert runtime.peak_memory_bytes() == 0  # unknown
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    assert runtime.peak_memory_bytes() == 123_456_789_012
+    kernel32.answers = 0
+    assert runtime.peak_memory_bytes() == 0
+
+
+def test_peak_memory_of_macos_is_counted_in_bytes(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(runtime, "_peak_of_proc", lambda: 0)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 1024 * most <= runtime.peak_memory_bytes() < 1.5 * 1024 * most
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    assert most <= runtime.peak_memory_bytes() < 1.5 * most
+
+
+def test_a_c_library_that_has_no_name_to_call_it_by_is_done_without(monkeypatch):
+    """Windows: `ctypes.CDLL(None)` is a TypeError there."""
+
+    def refuse(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    keep_freed_memory()
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    runtime.advise_large_pages(0, 2**30)
 
 
 def test_keeping_freed_memory_speaks_to_glibc_or_does_nothing(monkeypatch):

@@ -11,7 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olmoe.errors import UserError
 
@@ -145,13 +145,20 @@ def keep_freed_memory() -> None:
     A training step allocates and frees the same large tensors over and over; page faults for them cost
     a quarter of a small model's step. Without glibc this does nothing.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is None:
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
+
+
+def _c_library() -> Any:
+    """What this process calls as its C library, or None: on Windows a library has to be named."""
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
 
 
 def available_memory_bytes() -> int | None:
@@ -164,18 +171,49 @@ def available_memory_bytes() -> int | None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    import resource
-    import sys
+    """The largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    # First on Linux, where ru_maxrss is inherited: a small process started by a big one shows the big one's.
+    return _peak_of_proc() or _peak_of_windows() or _peak_of_usage()
 
+
+def _peak_of_proc() -> int:
+    """Linux."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class _WindowsMemory(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of psapi.h."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("peak_resident", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 7),
+    )
+
+
+def _peak_of_windows() -> int:
+    """Windows."""
+    system = getattr(getattr(ctypes, "windll", None), "kernel32", None)
+    if system is None:
+        return 0
+    system.GetCurrentProcess.restype = ctypes.c_void_p  # an int would cut the handle
+    memory = _WindowsMemory(ctypes.sizeof(_WindowsMemory))
+    process = ctypes.c_void_p(system.GetCurrentProcess())
+    done = system.K32GetProcessMemoryInfo(process, ctypes.byref(memory), memory.size)
+    return int(memory.peak_resident) if done else 0
+
+
+def _peak_of_usage() -> int:
+    """macOS and other systems of the Unix family."""
     try:
-        # Preferred on Linux, where ru_maxrss is inherited: a small process started by a big one shows the big one's.
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -207,4 +245,4 @@ def advise_large_pages(address: int, size: int) -> None:
     if length <= 0 or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # a refusal changes nothing
+        _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # a refusal changes nothing

@@ -197,3 +197,15 @@ def test_hostile_counts_take_no_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), AttributeError("madvise")], ids=["refused", "none"])
+def test_systems_that_cannot_let_go_of_pages_read_all_the_same(tmp_path, error):
+    class Map:
+        def madvise(self, advice):
+            raise error
+
+    write_tiny(tmp_path / "tiny.gguf")
+    file = GGUFFile(tmp_path / "tiny.gguf")
+    file._map = Map()
+    file.release()

@@ -53,9 +53,9 @@ class PreparedDecoder:
         self.norm = self._norm_weight.data_ptr(), norm.eps  # the final norm, as the kernels take it
         self.kernels = [layer.kernel for layer in layers]
         self._copied = [layer for layer in layers if layer.copied]
-        # Cosines and sines of the first positions, and the kernels' views of them.
-        self._angles: tuple[Tensor, ...] = ()
-        self._tables: list[Any] = []
+        # Cosines and sines of the first positions, and the kernels' views of them: one value, which a thread finds
+        # whole while another one makes a longer table.
+        self._tables: tuple[tuple[Tensor, ...], list[Any]] = (), []
 
     def still(self) -> bool:
         """Whether the decoder is what it was."""
@@ -81,16 +81,18 @@ class PreparedDecoder:
         if rotary.rope.rope_type == "dynamic":
             cos, sin = rotary(positions_N, length)
             return cos.contiguous(), sin.contiguous()
-        if not self._angles or last >= len(self._angles[0]):
+        angles, tables = self._tables
+        if not angles or last >= len(angles[0]):
             count = _FIRST_POSITIONS
             while count <= last:
                 count *= 2
-            self._angles = tuple(t.contiguous() for t in rotary(torch.arange(count)))
-            self._tables = list(map(extension.float_matrix, self._angles))
-        n, half, call = len(positions_N), self._angles[0].shape[1], extension.kernels()
+            angles = tuple(t.contiguous() for t in rotary(torch.arange(count)))
+            tables = list(map(extension.float_matrix, angles))
+            self._tables = angles, tables
+        n, half, call = len(positions_N), angles[0].shape[1], extension.kernels()
         cos, sin = torch.empty(n, half), torch.empty(n, half)
-        call.embed(self._tables[0], positions_N.data_ptr(), n, cos.data_ptr())
-        call.embed(self._tables[1], positions_N.data_ptr(), n, sin.data_ptr())
+        call.embed(tables[0], positions_N.data_ptr(), n, cos.data_ptr())
+        call.embed(tables[1], positions_N.data_ptr(), n, sin.data_ptr())
         return cos, sin
 
 

@@ -8,6 +8,7 @@ so whatever the bytes say, opening a file costs time and memory in proportion to
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -103,8 +104,9 @@ class GGUFFile:
 
     def release(self) -> None:
         """Let go of the pages that were read, which then no longer count as this process's memory."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._map is not None:
+            with contextlib.suppress(OSError, AttributeError):  # some systems refuse or have no such call
+                self._map.madvise(mmap.MADV_DONTNEED)
 
     def rows(self, name: str, *index: int) -> Bytes:
         """The bytes of a tensor, or of its part at the leading indices `index`: (..., bytes of a row), a view."""

@@ -325,9 +325,12 @@ def _catch_interrupts() -> Iterator[list[int]]:
 
     def handler(number: int, frame: Any) -> None:
         received.append(number)
-        for known, old in previous.items():
-            signal.signal(known, old)
+        restore()
         log.warning("finishing this step, then saving; interrupt again to stop at once")
+
+    def restore() -> None:
+        for number, old in previous.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)  # None: a handler that is not Python's
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         try:
@@ -337,5 +340,4 @@ def _catch_interrupts() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        restore()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +128,16 @@ def test_without_the_module_its_name_is_an_error(absent):
         assert "not installed" in refused(call, BackendUnavailableError)
     with pytest.raises(UserError, match="'cpu' cannot run route here"):
         ops.route(random(2, 8), 2, backend="cpu")
+
+
+def test_a_compiler_without_vector_types_is_told_in_one_sentence():
+    """As MSVC, which defines no __GNUC__: the build fails there, and the package installs without kernels."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    header = Path(__file__).parents[3] / "csrc" / "types.h"
+    if compiler is None or not header.exists():
+        pytest.skip("needs a compiler and a checkout")
+    command = [compiler, "-std=c++20", "-E", "-x", "c++", str(header)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run([*command, "-U__GNUC__", "-U__clang__"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "vector types of GCC and Clang" in done.stderr
