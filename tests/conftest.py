@@ -16,6 +16,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import checkout  # noqa: F401  (first: it refuses the code of another checkout)
 from configurations import VOCAB_SIZE, small_config
 from olmoe.model import CausalLM, initialize
 from olmoe.ops.cpu import extension

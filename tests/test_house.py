@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from checkout import foreign
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("src", "tests", "benchmarks", "scripts")
@@ -58,3 +62,27 @@ def test_changelog_and_version_agree():
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{olmoe.__version__}"' in pyproject
     assert f"## {olmoe.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_tests_of_one_checkout_refuse_the_code_of_another(tmp_path):
+    """An editable install points at this checkout; under the same environment a second one would test our code."""
+    second = tmp_path / "second"
+    (second / "src" / "olmoe").mkdir(parents=True)
+    (second / "src" / "olmoe" / "__init__.py").write_text("raise AssertionError('never imported')", encoding="utf-8")
+    shutil.copytree(ROOT / "tests", second / "tests", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", second)
+    command = [sys.executable, "-m", "pytest", "tests/test_init.py"]
+    done = subprocess.run(command, cwd=second, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.strip() == (
+        f"These are the tests of {second}, but olmoe is imported from {ROOT}; give this checkout an environment of its "
+        f"own (make setup), or reinstall it here: pip install --editable {second}"
+    )
+    assert "passed" not in done.stdout
+
+
+def test_a_wheel_may_be_tested_from_anywhere(tmp_path):
+    installed = tmp_path / "lib" / "site-packages" / "olmoe" / "__init__.py"
+    assert foreign(ROOT / "tests", installed) is None
+    assert foreign(tmp_path / "copied" / "tests", ROOT / "src" / "olmoe" / "__init__.py") is None
+    assert foreign(ROOT / "tests", ROOT / "src" / "olmoe" / "__init__.py") is None

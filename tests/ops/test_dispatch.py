@@ -56,5 +56,15 @@ def test_unknown_names_are_refused_with_the_choices():
         ops.linear(torch.zeros(1, 2), torch.zeros(3, 2), backend="cuda_magic")
 
 
+def test_a_backend_without_a_place_among_the_others_cannot_be_registered(toy, monkeypatch):
+    with pytest.raises(UserError, match=r"backend 'triton' for toy; use one of cpu, torch, reference.*PRIORITY"):
+        dispatch.register("toy", "triton")
+    assert dispatch.backends("toy") == ("torch", "reference")
+    monkeypatch.setattr(dispatch, "PRIORITY", ("triton", *dispatch.PRIORITY))
+    dispatch.register("toy", "triton")(lambda x: "fastest")
+    assert dispatch.backends("toy") == ("triton", "torch", "reference")
+    assert dispatch.choose("toy", "auto", torch.zeros(1))(None) == "fastest"
+
+
 def test_every_operation_has_a_reference():
     assert all("reference" in implementations for implementations in dispatch._REGISTRY.values())

@@ -357,22 +357,6 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, finished):
     assert read_metrics(folder / "out") == read_metrics(finished)
 
 
-def test_handlers_that_python_did_not_install_do_not_fail_the_end_of_a_run(monkeypatch):
-    """`signal.signal` gives None for those, and refuses to take it back."""
-    installed = []
-
-    def install(number, handler):
-        if handler is None:
-            raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
-        installed.append(handler)
-
-    monkeypatch.setattr(signal, "signal", install)
-    with loop._catch_interrupts() as received:
-        installed[0](int(signal.SIGTERM), None)
-        assert received == [signal.SIGTERM]
-    assert installed[2:] == [signal.SIG_DFL] * 4
-
-
 def test_threads_other_than_the_main_one_train_without_signals(tmp_path, tokenizer_file):
     from concurrent.futures import ThreadPoolExecutor
 

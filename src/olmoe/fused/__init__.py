@@ -22,7 +22,7 @@ from olmoe.fused.decoder_layer import FusedDecoderLayer
 from olmoe.fused.prepared_layer import kernel_matrix
 from olmoe.model import CausalLM, Decoder, DecoderLayer
 from olmoe.ops.cpu import extension
-from olmoe.ops.dispatch import AUTO
+from olmoe.ops.dispatch import AUTO, PRIORITY
 
 __all__ = [
     "STEP_ROWS",
@@ -63,8 +63,8 @@ def unfuse(root: nn.Module) -> None:
 
 
 def require(backend: str) -> None:
-    """Raise unless `backend` is one of auto, cpu, torch and reference, and can run here."""
-    if backend not in (AUTO, "cpu", "torch", "reference"):
-        raise UserError(f"Unknown backend {backend!r}; choose one of auto, cpu, torch, reference.")
+    """Raise unless `backend` is auto or a name of `olmoe.ops.dispatch.PRIORITY`, and can run here."""
+    if backend not in (AUTO, *PRIORITY):
+        raise UserError(f"Unknown backend {backend!r}; choose one of {', '.join((AUTO, *PRIORITY))}.")
     if backend == "cpu" and (reason := extension.unavailable()) is not None:
         raise BackendUnavailableError(f"Backend 'cpu' cannot run here: {reason}; use the backend torch.")

@@ -25,7 +25,7 @@ from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.runtime import log_once
 
 AUTO = "auto"
-# Fastest first. "triton" joins in front when it exists.
+# Fastest first; where a new backend gets its name.
 PRIORITY = ("cpu", "torch", "reference")
 # The operations whose results have autocast's dtype, as those of torch's own have.
 LOWERED = ("linear", "attention")
@@ -56,7 +56,15 @@ def register(
     prefer: Callable[..., bool] = lambda *arguments: True,
     autocasts: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make a function the implementation of `op` in `backend`."""
+    """Decorator: make a function the implementation of `op` in `backend`.
+
+    Raises `UserError` for a name that is not in `PRIORITY`, because nothing would ever choose it.
+    """
+    if backend not in PRIORITY:
+        raise UserError(
+            f"Unknown backend {backend!r} for {op}; use one of {', '.join(PRIORITY)}, or give the new one its place in "
+            "PRIORITY (olmoe/ops/dispatch.py)."
+        )
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         _REGISTRY.setdefault(op, {})[backend] = Implementation(function, unsupported, prefer, autocasts)
