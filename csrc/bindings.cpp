@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "ops/layer.h"
+#include "ops/sampling.h"
 #include "watch.h"
 
 namespace nb = nanobind;
@@ -106,6 +107,24 @@ NB_MODULE(_kernels, m) {
                     kv_heads, head_dim, Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity},
                     at<float>(out));
         });
+
+  nb::class_<SamplingRow>(m, "SamplingRow")
+      .def(
+          "__init__",
+          [](SamplingRow* self, double temperature, int64_t top_k, double top_p, double min_p, double repetition,
+             double presence, double frequency, uint64_t seed, uint64_t position, int logprobs, Address ids,
+             int64_t prompt, int64_t length, Address bias_ids, Address biases, int64_t bias_count, Address mask) {
+            new (self) SamplingRow{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed, position,
+                                   logprobs, at<int64_t>(ids), prompt, length, at<int64_t>(bias_ids),
+                                   at<double>(biases), bias_count, at<uint32_t>(mask)};
+          });
+  m.def("sample", [](Address logits, int64_t stride, int allowed, const std::vector<const SamplingRow*>& rows,
+                     Address ids, Address status, Address logprobs, Address top_ids, Address top_logprobs, int most) {
+    Running running;
+    sample(at<float>(logits), stride, allowed, rows,
+           Samples{at<int64_t>(ids), at<int32_t>(status), at<float>(logprobs), at<int64_t>(top_ids),
+                   at<float>(top_logprobs), most});
+  });
 
   nb::class_<LayerWeights>(m, "Layer")
       .def("__init__",

@@ -119,12 +119,42 @@ struct Kernels {
   // has kPanel floats a column. Null where the CPU does not multiply and add at once.
   void (*compensate)(const uint8_t* weight, Type stored, int rows, int columns, const float* factor, Type type,
                      uint8_t* out, float* scratch);
+  // Copy n scores; the largest of them, or NaN if any is not finite.
+  float (*copy_finite)(const float* x, int n, float* out);
+  float (*largest)(const float* x, int n);
+  // Scores whose bit (i % 32 of word i / 32) is not set become -inf.
+  void (*mask_scores)(float* x, int n, const uint32_t* allowed);
+  // x = (x - top) / temperature
+  void (*scale_scores)(float* x, int n, float top, float temperature);
+  // out = e^(x - shift)
+  void (*exponentials)(const float* x, int n, float shift, float* out);
+  // shares = 0 where x < least.
+  void (*drop_below)(const float* x, int n, float least, float* shares);
+  // The sum of each kSumBlock values that follow each other.
+  void (*block_sums)(const float* x, int n, double* sums);
+  // The largest of each kMaxBlock values that follow each other.
+  void (*block_maxima)(const float* x, int n, float* maxima);
+  // The number of values from `least` to `most`; their places, rising, are written to `ids`, which has room for
+  // n + kSlack.
+  int (*between)(const float* x, int n, float least, float most, int* ids);
+  // The upper bits of key_of(x), from kDigitShift on.
+  void (*first_digits)(const float* x, int n, uint16_t* digits);
 };
 
 // Rows that are encoded together: in fp32 they stay in the second cache.
 constexpr int kPanel = 64;
 // Columns that make up together for what a block changed.
 constexpr int kColumns = 4;
+
+// What Kernels::block_sums and block_maxima take together, and the room beyond the end that Kernels::between needs.
+constexpr int kSumBlock = 512, kMaxBlock = 64, kSlack = 16;
+
+// A number that falls as x rises, as a radix sort wants it; both zeros have the same.
+constexpr int kDigitShift = 21;
+inline uint32_t key_of(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x + 0.0f);
+  return bits & 0x80000000 ? bits : bits ^ 0x7fffffff;
+}
 
 // Query rows that one call of Kernels::attention may take, and the scratch it needs.
 constexpr int kQueryBlock = 64;

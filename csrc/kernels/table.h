@@ -8,6 +8,7 @@
 #include "float_rows.h"
 #include "float_tiles.h"
 #include "packed_rows.h"
+#include "sampling.h"
 
 namespace olmoe {
 namespace {
@@ -62,7 +63,17 @@ inline Kernels make_table(const char* name) {
                  .store = store_as,
                  .load = load_from,
                  .search = search,
-                 .compensate = kFuses ? &compensate : nullptr};
+                 .compensate = kFuses ? &compensate : nullptr,
+                 .copy_finite = copy_finite,
+                 .largest = largest,
+                 .mask_scores = mask_scores,
+                 .scale_scores = scale_scores,
+                 .exponentials = exponentials,
+                 .drop_below = drop_below,
+                 .block_sums = block_sums,
+                 .block_maxima = block_maxima,
+                 .between = between,
+                 .first_digits = first_digits};
 }
 
 }  // namespace

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from olmoe.ops import reference, torch_fast  # noqa: F401  (they register their implementations)
+from olmoe.ops import reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
 from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
+from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
 from olmoe.ops.dispatch import AUTO, backends, call
 from olmoe.ops.reference import Activation
-from olmoe.ops.types import SortedRows
+from olmoe.ops.types import Samples, SamplingRow, SamplingStatus, SortedRows
 
 __all__ = [
     "AUTO",
     "Activation",
+    "Samples",
+    "SamplingRow",
+    "SamplingStatus",
     "SortedRows",
     "apply_rope",
     "attention",
@@ -33,6 +37,7 @@ __all__ = [
     "moe",
     "rms_norm",
     "route",
+    "sample",
     "sort_by_expert",
     "without_autocast",
 ]
@@ -125,3 +130,16 @@ def linear_cross_entropy(
     The fast backend never holds all N x V logits. x (N, D), weight (V, D), labels (N,).
     """
     return call("linear_cross_entropy", backend, x, weight, labels, ignore_index)
+
+
+def sample(logits: Tensor, rows: list[SamplingRow], allowed: int, *, backend: str = AUTO) -> Samples:
+    """The next token of every row, each from its own logits and `SamplingRow` alone. logits (B, V).
+
+    Only the first `allowed` of V can be chosen: rows of an output head beyond the tokenizer's ids are padding.
+    """
+    assert len(logits) == len(rows)
+    assert 0 < allowed <= logits.shape[1]
+    for row in rows:
+        assert len(row.bias_ids) == len(row.biases)
+        assert row.mask is None or (row.mask.dim() == 1 and 32 * len(row.mask) >= allowed)
+    return call("sample", backend, logits, rows, allowed)  # type: ignore[no-any-return]

@@ -1,0 +1,130 @@
+// Passes over one row of scores, for choosing a token: the largest, exponentials, sums and what lies above a bound.
+#pragma once
+
+#include <cfloat>
+
+#include "simd.h"
+
+namespace olmoe {
+namespace {
+
+// Values [i, n) as a whole vector; lanes beyond them are `other`.
+OLMOE_INLINE vf load_some(const float* x, int i, int n, float other) {
+  if (i + W <= n) return load(x + i);
+  vf v = splat(other);
+  std::memcpy(&v, x + i, size_t(n - i) * sizeof(float));
+  return v;
+}
+OLMOE_INLINE void store_some(float* x, int i, int n, vf v) {
+  std::memcpy(x + i, &v, (i + W <= n ? W : size_t(n - i)) * sizeof(float));
+}
+
+inline bool any(vi v) {
+  uint64_t words[sizeof v / 8], all = 0;
+  std::memcpy(words, &v, sizeof v);
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+inline float copy_finite(const float* x, int n, float* out) {
+  const vi infinite = (vi)splat(__builtin_inff());
+  vi broken = {};
+  vf top = splat(-FLT_MAX);
+  for (int i = 0; i < n; i += W) {
+    const vf v = load_some(x, i, n, -FLT_MAX);
+    broken |= ((vi)v & infinite) == infinite;
+    top = vmax(top, v);
+    store_some(out, i, n, v);
+  }
+  return any(broken) ? __builtin_nanf("") : max_of(top);
+}
+
+inline float largest(const float* x, int n) {
+  vf top = splat(-__builtin_inff());
+  for (int i = 0; i < n; i += W) top = vmax(top, load_some(x, i, n, -__builtin_inff()));
+  return max_of(top);
+}
+
+inline void mask_scores(float* x, int n, const uint32_t* allowed) {
+  const int32_t banned = __builtin_bit_cast(int32_t, -__builtin_inff());
+  for (int i = 0; i < n; i += 32) {
+    const uint32_t word = allowed[i / 32];
+    if (word == ~0u) continue;
+    const int count = i + 32 < n ? 32 : n - i;
+    for (int j = 0; j < count; j++) {
+      const int32_t keep = -int32_t(word >> j & 1);  // all ones or none: a branch would be a guess
+      const int32_t bits = __builtin_bit_cast(int32_t, x[i + j]);
+      x[i + j] = __builtin_bit_cast(float, (bits & keep) | (banned & ~keep));
+    }
+  }
+}
+
+inline void scale_scores(float* x, int n, float top, float temperature) {
+  for (int i = 0; i < n; i += W) store_some(x, i, n, (load_some(x, i, n, 0.0f) - top) / temperature);
+}
+
+inline void exponentials(const float* x, int n, float shift, float* out) {
+  for (int i = 0; i < n; i += W) store_some(out, i, n, vexp(load_some(x, i, n, 0.0f) - shift));
+}
+
+inline void drop_below(const float* x, int n, float least, float* shares) {
+  for (int i = 0; i < n; i += W) {
+    const vf share = load_some(shares, i, n, 0.0f);
+    store_some(shares, i, n, load_some(x, i, n, 0.0f) >= least ? share : vf{});
+  }
+}
+
+inline void block_sums(const float* x, int n, double* sums) {
+  typedef double vd __attribute__((vector_size(W * 8)));
+  for (int begin = 0; begin < n; begin += kSumBlock) {
+    const int end = begin + kSumBlock < n ? begin + kSumBlock : n;
+    vd totals = {};
+    for (int i = begin; i < end; i += W) totals += __builtin_convertvector(load_some(x, i, end, 0.0f), vd);
+    double total = 0;
+    for (int j = 0; j < W; j++) total += totals[j];
+    *sums++ = total;
+  }
+}
+
+inline void block_maxima(const float* x, int n, float* maxima) {
+  for (int begin = 0; begin < n; begin += kMaxBlock) {
+    const int end = begin + kMaxBlock < n ? begin + kMaxBlock : n;
+    vf top = splat(-__builtin_inff());
+    for (int i = begin; i < end; i += W) top = vmax(top, load_some(x, i, end, -__builtin_inff()));
+    *maxima++ = max_of(top);
+  }
+}
+
+inline int between(const float* x, int n, float least, float most, int* ids) {
+  int count = 0;
+  for (int i = 0; i < n; i += W) {
+    const vf v = load_some(x, i, n, __builtin_nanf(""));
+    const vi hits = (v >= least) & (v <= most);
+    if (!any(hits)) continue;
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)hits);
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
+    count += __builtin_popcount(mask);
+#else
+    for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
+      ids[count] = i + j;
+      count -= hits[j];
+    }
+#endif
+  }
+  return count;
+}
+
+inline void first_digits(const float* x, int n, uint16_t* digits) {
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    const vu bits = (vu)(load(x + i) + 0.0f);
+    const vh h = __builtin_convertvector(((vi)bits < 0 ? bits : bits ^ 0x7fffffff) >> kDigitShift, vh);
+    std::memcpy(digits + i, &h, sizeof h);
+  }
+  for (; i < n; i++) digits[i] = uint16_t(key_of(x[i]) >> kDigitShift);
+}
+
+}  // namespace
+}  // namespace olmoe
