@@ -142,4 +142,4 @@ def sample(logits: Tensor, rows: list[SamplingRow], allowed: int, *, backend: st
     for row in rows:
         assert len(row.bias_ids) == len(row.biases)
         assert row.mask is None or (row.mask.dim() == 1 and 32 * len(row.mask) >= allowed)
-    return call("sample", backend, logits, rows, allowed)  # type: ignore[no-any-return]
+    return call("sample", backend, logits, rows, allowed)
