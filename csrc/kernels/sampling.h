@@ -75,13 +75,23 @@ inline void drop_below(const float* x, int n, float least, float* shares) {
 }
 
 inline void block_sums(const float* x, int n, double* sums) {
-  typedef double vd __attribute__((vector_size(W * 8)));
+  constexpr int kDoubles = W / 2;  // vectors that are converted in one instruction
+  typedef float vs __attribute__((vector_size(kDoubles * 4)));
+  typedef double vd __attribute__((vector_size(kDoubles * 8)));
   for (int begin = 0; begin < n; begin += kSumBlock) {
     const int end = begin + kSumBlock < n ? begin + kSumBlock : n;
-    vd totals = {};
-    for (int i = begin; i < end; i += W) totals += __builtin_convertvector(load_some(x, i, end, 0.0f), vd);
+    vd totals[4] = {};
+    int i = begin;
+    for (; i + 4 * kDoubles <= end; i += 4 * kDoubles)
+      for (int j = 0; j < 4; j++) {
+        vs v;
+        std::memcpy(&v, x + i + j * kDoubles, sizeof v);
+        totals[j] += __builtin_convertvector(v, vd);
+      }
+    const vd all = (totals[0] + totals[1]) + (totals[2] + totals[3]);
     double total = 0;
-    for (int j = 0; j < W; j++) total += totals[j];
+    for (int j = 0; j < kDoubles; j++) total += all[j];
+    for (; i < end; i++) total += double(x[i]);
     *sums++ = total;
   }
 }
