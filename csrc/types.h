@@ -122,6 +122,8 @@ struct Kernels {
   // Copy n scores; the largest of them, or NaN if any is not finite.
   float (*copy_finite)(const float* x, int n, float* out);
   float (*largest)(const float* x, int n);
+  // The smallest value that is not -inf; `otherwise`, which none exceeds, if all are.
+  float (*smallest_finite)(const float* x, int n, float otherwise);
   // Scores whose bit (i % 32 of word i / 32) is not set become -inf.
   void (*mask_scores)(float* x, int n, const uint32_t* allowed);
   // x = (x - top) / temperature
@@ -134,11 +136,14 @@ struct Kernels {
   void (*block_sums)(const float* x, int n, double* sums);
   // The largest of each kMaxBlock values that follow each other.
   void (*block_maxima)(const float* x, int n, float* maxima);
-  // The number of values from `least` to `most`; their places, rising, are written to `ids`, which has room for
+  // The number of values of at least `least`; their places, rising, are written to `ids`, which has room for
   // n + kSlack.
-  int (*between)(const float* x, int n, float least, float most, int* ids);
-  // The upper bits of key_of(x), from kDigitShift on.
-  void (*first_digits)(const float* x, int n, uint16_t* digits);
+  int (*at_least)(const float* x, int n, float least, int* ids);
+  // Numbers below kDigits that rise as x falls, from 0 for `top`, which none exceeds: the upper bits of
+  // 1 + (top - x) * scale. With a scale of 1 they tell apart what is 1/32 apart, or less, down to 15 below the top.
+  void (*digits_below)(const float* x, int n, float top, float scale, uint16_t* digits);
+  // As at_least, of the places where `digits` has this one.
+  int (*with_digit)(const uint16_t* digits, int n, int digit, int* ids);
 };
 
 // Rows that are encoded together: in fp32 they stay in the second cache.
@@ -146,15 +151,10 @@ constexpr int kPanel = 64;
 // Columns that make up together for what a block changed.
 constexpr int kColumns = 4;
 
-// What Kernels::block_sums and block_maxima take together, and the room beyond the end that Kernels::between needs.
+// What Kernels::block_sums and block_maxima take together, and the room beyond the end that Kernels::at_least needs.
 constexpr int kSumBlock = 512, kMaxBlock = 64, kSlack = 16;
-
-// A number that falls as x rises, as a radix sort wants it; both zeros have the same.
-constexpr int kDigitShift = 21;
-inline uint32_t key_of(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x + 0.0f);
-  return bits & 0x80000000 ? bits : bits ^ 0x7fffffff;
-}
+// Of Kernels::digits_below: the bits of a float below those taken, and as many numbers as there are.
+constexpr int kDigitShift = 15, kDigitBits = 11, kDigits = 1 << kDigitBits;
 
 // Query rows that one call of Kernels::attention may take, and the scratch it needs.
 constexpr int kQueryBlock = 64;

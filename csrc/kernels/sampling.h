@@ -45,6 +45,17 @@ inline float largest(const float* x, int n) {
   return max_of(top);
 }
 
+inline float smallest_finite(const float* x, int n, float otherwise) {
+  vf least = splat(otherwise);
+  for (int i = 0; i < n; i += W) {
+    const vf v = load_some(x, i, n, otherwise);
+    least = vmin(least, v >= -FLT_MAX ? v : splat(otherwise));
+  }
+  float m = least[0];
+  for (int i = 1; i < W; i++) m = least[i] < m ? least[i] : m;
+  return m;
+}
+
 inline void mask_scores(float* x, int n, const uint32_t* allowed) {
   const int32_t banned = __builtin_bit_cast(int32_t, -__builtin_inff());
   for (int i = 0; i < n; i += 32) {
@@ -105,35 +116,50 @@ inline void block_maxima(const float* x, int n, float* maxima) {
   }
 }
 
-inline int between(const float* x, int n, float least, float most, int* ids) {
-  int count = 0;
-  for (int i = 0; i < n; i += W) {
-    const vf v = load_some(x, i, n, __builtin_nanf(""));
-    const vi hits = (v >= least) & (v <= most);
-    if (!any(hits)) continue;
+// Write the places i + j of lanes that are hit after `count` others; the number of all.
+OLMOE_INLINE int append(vi hits, int i, int* ids, int count) {
+  if (!any(hits)) return count;
 #if defined(__AVX512F__)
-    const __mmask16 mask = _mm512_movepi32_mask((__m512i)hits);
-    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
-    count += __builtin_popcount(mask);
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)hits);
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
+  return count + __builtin_popcount(mask);
 #else
-    for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
-      ids[count] = i + j;
-      count -= hits[j];
-    }
-#endif
+  for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
+    ids[count] = i + j;
+    count -= hits[j];
   }
+  return count;
+#endif
+}
+
+inline int at_least(const float* x, int n, float least, int* ids) {
+  int count = 0;
+  for (int i = 0; i < n; i += W) count = append(load_some(x, i, n, __builtin_nanf("")) >= least, i, ids, count);
   return count;
 }
 
-inline void first_digits(const float* x, int n, uint16_t* digits) {
-  int i = 0;
-  for (; i + W <= n; i += W) {
-    const vu bits = (vu)(load(x + i) + 0.0f);
-    const vh h = __builtin_convertvector(((vi)bits < 0 ? bits : bits ^ 0x7fffffff) >> kDigitShift, vh);
-    std::memcpy(digits + i, &h, sizeof h);
+inline void digits_below(const float* x, int n, float top, float scale, uint16_t* digits) {
+  const vi one = (vi)splat(1.0f), last = vi{} + (kDigits - 1);
+  for (int i = 0; i < n; i += W) {
+    const vi digit = ((vi)(1.0f + (top - load_some(x, i, n, top)) * scale) - one) >> kDigitShift;
+    const vh h = __builtin_convertvector((vu)(digit < last ? digit : last), vh);
+    std::memcpy(digits + i, &h, (i + W <= n ? W : size_t(n - i)) * sizeof(uint16_t));
   }
-  for (; i < n; i++) digits[i] = uint16_t(key_of(x[i]) >> kDigitShift);
+}
+
+inline int with_digit(const uint16_t* digits, int n, int digit, int* ids) {
+  int count = 0, i = 0;
+  for (; i + W <= n; i += W) {
+    vh h;
+    std::memcpy(&h, digits + i, sizeof h);
+    count = append(__builtin_convertvector(h, vi) == digit, i, ids, count);
+  }
+  for (; i < n; i++) {
+    ids[count] = i;
+    count += digits[i] == digit;
+  }
+  return count;
 }
 
 }  // namespace

@@ -66,14 +66,16 @@ inline Kernels make_table(const char* name) {
                  .compensate = kFuses ? &compensate : nullptr,
                  .copy_finite = copy_finite,
                  .largest = largest,
+                 .smallest_finite = smallest_finite,
                  .mask_scores = mask_scores,
                  .scale_scores = scale_scores,
                  .exponentials = exponentials,
                  .drop_below = drop_below,
                  .block_sums = block_sums,
                  .block_maxima = block_maxima,
-                 .between = between,
-                 .first_digits = first_digits};
+                 .at_least = at_least,
+                 .digits_below = digits_below,
+                 .with_digit = with_digit};
 }
 
 }  // namespace

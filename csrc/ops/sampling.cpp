@@ -1,5 +1,5 @@
-// Sampling without a sort: the cut of top-k and of top-p is found digit by digit of the scores' bits, as a radix sort
-// would go on to put them in order.
+// Sampling without a sort: the cut of top-k and of top-p is found in a histogram of the scores, then in one of the bin
+// where it falls.
 #include "sampling.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace olmoe {
 namespace {
 
-constexpr int kBinBits = 32 - kDigitShift, kBins = 1 << kBinBits, kTables = 4;
+constexpr int kBins = kDigits, kTables = 4;
 constexpr int kFewCandidates = 4096;  // among so many, a selection by comparing is faster than by digits
 constexpr uint32_t kSeen = 1u << 31;  // a token of prompt or text; the bits below count it in the text
 
@@ -55,11 +55,10 @@ double uniform(uint64_t seed, uint64_t position) {
   return double((uint64_t(counter[0]) << 32 | counter[1]) >> 11) * 0x1p-53;
 }
 
-// The float that `key_of` gives this key, of those that are numbers.
-float value_of(uint32_t key) {
-  key = std::clamp(key, key_of(INFINITY), key_of(-INFINITY));
-  if (key == 0x80000000) key++;  // no number's, as the zeros share the key before it
-  return __builtin_bit_cast(float, key & 0x80000000 ? key : key ^ 0x7fffffff);
+// A number that falls as x rises, as a radix sort wants it; both zeros have the same.
+uint32_t key_of(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x + 0.0f);
+  return bits & 0x80000000 ? bits : bits ^ 0x7fffffff;
 }
 
 // Where values in falling order, equal ones by rising place, are cut: those above `value` stay, and of those equal to
@@ -99,26 +98,33 @@ struct Histogram {
   }
 };
 
-// The cut after the first value with which the shares of all up to it reach `target`, or after the last. What `share(i)`
-// gives is added in T. Leaves the places of values equal to the cut's in `s.ties`, rising, and their number in
-// `s.equals`.
+// The cut after the first value with which the shares of all up to it reach `target`, or after the last; `top` is the
+// largest. What `share(i)` gives is added in T. Leaves the places of values equal to the cut's in `s.ties`, rising, and
+// their number in `s.equals`.
 template <typename T, typename Share>
-Cut cut(const float* x, int n, Histogram<T> histogram, Share share, T target, Scratch& s, const Kernels& kernel) {
+Cut cut(const float* x, int n, float top, Histogram<T> histogram, Share share, T target, Scratch& s,
+        const Kernels& kernel) {
   int* const places = s.ties.data();
   uint32_t* const keys = s.keys.data();
   uint16_t* const digits = s.digits.data();
-  kernel.first_digits(x, n, digits);
-  histogram.fill(n, [=](int i) { return digits[i]; }, share);
   T before = 0;
-  const uint32_t first = histogram.reach(target, before) << kDigitShift;
-  int count = kernel.between(x, n, value_of(first + ((1u << kDigitShift) - 1)), value_of(first), places);
+  const float lowest = kernel.smallest_finite(x, n, top), spread = top - lowest;
+  int count = spread == 0 ? kernel.at_least(x, n, top, places) : 0;
+  if (count < n) {  // not all the same
+    // A power of two that spreads what lies close together over the digits.
+    const bool close = spread > 0 && spread < 32;
+    const float scale = close ? std::exp2(std::min(100.0f, std::floor(std::log2(64 / spread)))) : 1.0f;
+    kernel.digits_below(x, n, top, scale, digits);
+    histogram.fill(n, [=](int i) { return digits[i]; }, share);
+    count = kernel.with_digit(digits, n, histogram.reach(target, before), places);
+  }
   for (int c = 0; c < count; c++) keys[c] = key_of(x[places[c]]);
   while (true) {
-    // Bins for what the keys left have, which may be little: then there are two rounds less.
+    // Bins for the range of the values left.
     uint32_t low = ~0u, high = 0;
     for (int c = 0; c < count; c++) low = std::min(low, keys[c]), high = std::max(high, keys[c]);
     if (low == high) break;
-    const int shift = std::max(0, int(std::bit_width(high - low)) - kBinBits);
+    const int shift = std::max(0, int(std::bit_width(high - low)) - kDigitBits);
     histogram.fill(count, [=](int c) { return (keys[c] - low) >> shift; }, [=](int c) { return share(places[c]); });
     const uint32_t bin = histogram.reach(target, before);
     int kept = 0;
@@ -130,20 +136,20 @@ Cut cut(const float* x, int n, Histogram<T> histogram, Share share, T target, Sc
   }
   s.equals = count;
   const T each = share(places[0]);
-  int ties = std::clamp(int(double(target - before) / double(each)), 1, count);
+  int ties = int(std::clamp(double(target - before) / double(each), 1.0, double(count)));
   while (ties < count && before + T(ties) * each < target) ties++;
   return Cut{x[places[0]], ties};
 }
 
-// The cut after the k largest of n > k values.
-Cut cut_after(const float* x, int n, int64_t k, Scratch& s, const Kernels& kernel) {
+// The cut after the k largest of n > k values; `top` is the largest.
+Cut cut_after(const float* x, int n, float top, int64_t k, Scratch& s, const Kernels& kernel) {
   const int64_t blocks = (n + kMaxBlock - 1) / kMaxBlock;
   if (k <= blocks) {
     // k blocks have a value of at least `bound`, so the k largest are not below it.
     kernel.block_maxima(x, n, s.few.data());
     std::nth_element(s.few.begin(), s.few.begin() + (k - 1), s.few.begin() + blocks, std::greater<float>());
     const float bound = s.few[k - 1];
-    const int above = kernel.between(x, n, std::nextafter(bound, INFINITY), INFINITY, s.ties.data());
+    const int above = kernel.at_least(x, n, std::nextafter(bound, INFINITY), s.ties.data());
     if (above < k) return Cut{bound, int(k) - above};
     if (above <= kFewCandidates) {
       for (int i = 0; i < above; i++) s.few[i] = x[s.ties[i]];
@@ -153,7 +159,7 @@ Cut cut_after(const float* x, int n, int64_t k, Scratch& s, const Kernels& kerne
       return Cut{value, int(k - higher)};
     }
   }
-  return cut(x, n, Histogram<uint32_t>{s.numbers}, [](int) { return 1u; }, uint32_t(k), s, kernel);
+  return cut(x, n, top, Histogram<uint32_t>{s.numbers}, [](int) { return 1u; }, uint32_t(k), s, kernel);
 }
 
 float finite(double x) { return float(std::clamp(x, -double(FLT_MAX), double(FLT_MAX))); }
@@ -212,12 +218,15 @@ int draw(const float* shares, int n, double u, Scratch& s, const Kernels& kernel
   return last;
 }
 
-// Keep of n scores those of at least `least`, and their ids in `s.ids`, which holds those of the n unless they are all.
-int narrow(float least, int n, int all, Scratch& s, const Kernels& kernel) {
-  const int kept = kernel.between(s.scores.data(), n, least, INFINITY, s.ties.data());
+// Keep of n scores, and of their shares, those of at least `least`, and their ids in `s.ids`, which holds those of the
+// n unless they are all. Not worth the work, and not done, where more than `worth` would stay.
+int narrow(float least, int n, int all, int worth, Scratch& s, const Kernels& kernel) {
+  const int kept = kernel.at_least(s.scores.data(), n, least, s.ties.data());
+  if (kept > worth) return n;
   for (int i = 0; i < kept; i++) {
-    s.scores[i] = s.scores[s.ties[i]];
-    s.ids[i] = n == all ? s.ties[i] : s.ids[s.ties[i]];
+    const int place = s.ties[i];
+    s.scores[i] = s.scores[place], s.shares[i] = s.shares[place];
+    s.ids[i] = n == all ? place : s.ids[place];
   }
   return kept;
 }
@@ -229,7 +238,10 @@ int64_t choose(const SamplingRow& row, int all, float top, Scratch& s, const Ker
   float* shares = s.shares.data();
   int n = all;
   kernel.scale_scores(z, n, top, temperature);
-  if (row.top_k > 0 && row.top_k < n) n = narrow(cut_after(z, n, row.top_k, s, kernel).value, n, all, s, kernel);
+  if (row.top_k > 0 && row.top_k < n) {
+    const Cut k = cut_after(z, n, 0.0f, row.top_k, s, kernel);
+    n = narrow(k.value, n, all, n, s, kernel);
+  }
   kernel.exponentials(z, n, 0.0f, shares);
   float least = row.min_p > 0 ? float(std::log(row.min_p)) : -INFINITY;
   if (row.top_p < 1.0) {
@@ -237,12 +249,9 @@ int64_t choose(const SamplingRow& row, int all, float top, Scratch& s, const Ker
     // All with a share below (1 - p) * total / n together have less than what top-p leaves out, so each is out, as are
     // those that min-p leaves out, which come last. Half of it, because sums are rounded.
     const float bound = float(std::log((total - target) / n / 2));
-    if (const float lowest = std::max(bound, least); lowest > -INFINITY) {
-      n = narrow(lowest, n, all, s, kernel);
-      kernel.exponentials(z, n, 0.0f, shares);
-    }
+    n = narrow(std::max(bound, least), n, all, n / 2, s, kernel);
     const Cut p = cut(
-        z, n, Histogram<double>{s.masses}, [shares](int i) { return double(shares[i]); }, target, s, kernel);
+        z, n, 0.0f, Histogram<double>{s.masses}, [shares](int i) { return double(shares[i]); }, target, s, kernel);
     least = std::max(least, p.value);
     for (int i = p.ties; i < s.equals; i++) shares[s.ties[i]] = 0;
   }
@@ -258,8 +267,8 @@ void report(const float* logits, int n, float top, int count, int64_t chosen, fl
   const double log_total = double(top) + std::log(total_of(s.shares.data(), n, s, kernel));
   *logprob = float(double(logits[chosen]) - log_total);
   if (count == 0) return;
-  const Cut c = count < n ? cut_after(logits, n, count, s, kernel) : Cut{-FLT_MAX, n};
-  const int found = kernel.between(logits, n, c.value, INFINITY, s.ids.data());
+  const Cut c = count < n ? cut_after(logits, n, top, count, s, kernel) : Cut{-FLT_MAX, n};
+  const int found = kernel.at_least(logits, n, c.value, s.ids.data());
   int kept = 0, ties = c.ties;
   for (int i = 0; i < found; i++) {
     const int id = s.ids[i];
@@ -297,7 +306,7 @@ void sample(const float* logits, int64_t stride, int allowed, const std::vector<
         continue;
       }
       if (row.temperature == 0.0) {
-        kernel.between(s.scores.data(), allowed, top, top, s.ids.data());
+        kernel.at_least(s.scores.data(), allowed, top, s.ids.data());
         out.ids[r] = s.ids[0];
       } else {
         out.ids[r] = choose(row, allowed, top, s, kernel);
