@@ -127,3 +127,26 @@ def test_another_experts_implementation_is_honoured(monkeypatch):
         model.base_model.model.set_experts_implementation("batched_mm")
         assert torch.allclose(model(ids(5)).logits, expected, atol=1e-5)
     assert len(calls) == 2  # one a layer
+
+
+def test_gradients_of_each_example_and_second_derivatives_of_adapters():
+    """`vmap` cannot say which experts were chosen, and PEFT's own wrapper runs under no transform of torch.func."""
+    model, batch = adapted(), torch.randint(2, VOCAB_SIZE - 1, (3, 6), generator=torch.Generator().manual_seed(3))
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    values = {name: p.detach() for name, p in live.items()}
+
+    def loss(parameters, rows):
+        return torch.func.functional_call(model, parameters, (rows,), {"labels": rows}).loss
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, batch.unsqueeze(1))
+    for row in range(3):
+        alone = torch.autograd.grad(loss(live, batch[row : row + 1]), list(live.values()))
+        for name, expected in zip(live, alone, strict=True):
+            torch.testing.assert_close(each[name][row], expected, rtol=1e-4, atol=1e-6)
+
+    first = torch.autograd.grad(loss(live, batch), list(live.values()), create_graph=True)
+    directions = {name: torch.ones_like(p) for name, p in values.items()}
+    second = torch.autograd.grad(sum(g.sum() for g in first), list(live.values()))
+    forward = torch.func.jvp(torch.func.grad(lambda p: loss(p, batch)), (values,), (directions,))[1]
+    for name, expected in zip(live, second, strict=True):
+        torch.testing.assert_close(forward[name], expected, rtol=1e-3, atol=1e-5)

@@ -52,7 +52,7 @@ def _routed_wrapper(wrapper: Any) -> type:
             """x (N, D), expert ids and weights (N, K) -> (N, D)."""
             base = self.get_base_layer()
             other_implementation = network_type(base) is not Experts or not is_ours(base.config._experts_implementation)
-            if self.disable_adapters or other_implementation or kwargs or len(args) != 2 or mapped(args[0]):
+            if self.disable_adapters or other_implementation or kwargs or len(args) != 2:
                 return super().forward(x, *args, **kwargs)
             return _forward(self, x, *args)
 
@@ -69,7 +69,10 @@ def _forward(wrapper: Any, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tens
     ]
     if not adapted:
         return experts(x_ND, expert_ids_NK, weights_NK)
-    chosen_U, ids_NK = expert_ids_NK.unique(return_inverse=True)
+    if mapped(expert_ids_NK):  # under vmap, which cannot say which were chosen: all of them
+        chosen_U, ids_NK = torch.arange(experts.gate_up_proj.shape[0], device=x_ND.device), expert_ids_NK
+    else:
+        chosen_U, ids_NK = expert_ids_NK.unique(return_inverse=True)
     weights = {name: getattr(experts, name)[chosen_U] for name in ("gate_up_proj", "down_proj")}
     for level, adapter in adapted:
         name = level.parameter_name
