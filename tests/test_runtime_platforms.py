@@ -15,7 +15,7 @@ from training_runs import write_run
 # Takes away what the platform lacks, then runs command lines, in the main thread or in another one. Libraries are
 # imported before, because they were built for the real system.
 PLAY = """
-import builtins, ctypes, json, logging, mmap, os, platform, signal, subprocess, sys, threading
+import builtins, ctypes, json, logging, mmap, os, platform, signal, subprocess, sys, threading, types
 import huggingface_hub, jinja2, numpy, safetensors, tokenizers, torch, torch._dynamo, tqdm
 
 system, where, commands = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -26,6 +26,8 @@ gone = {os: ["posix_fallocate", "sched_getaffinity", "posix_fadvise"], mmap: ["M
 if system == "win32":
     gone[os] += ["fork", "getuid", "geteuid", "getpgid", "kill", "mkfifo", "sysconf", "uname", "statvfs"]
     gone[mmap] += [name for name in dir(mmap) if name.startswith(("MADV_", "MAP_", "PROT_"))]
+    msvcrt = sys.modules["msvcrt"] = types.ModuleType("msvcrt")
+    msvcrt.LK_NBLCK, msvcrt.LK_UNLCK, msvcrt.locking = 2, 0, lambda descriptor, mode, count: None
     gone[signal] = ["SIGKILL", "SIGUSR1", "SIGHUP", "SIGALRM", "setitimer", "pthread_kill", "pthread_sigmask"]
 for module, names in gone.items():
     for name in set(names):
