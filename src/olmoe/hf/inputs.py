@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.utils.import_utils import is_tracing
 
 from olmoe.errors import UserError
-from olmoe.hf.cache_name import is_paged
+from olmoe.hf.cache_name import CACHE, is_paged
 
 
 def positions_of(x: Tensor, given: Tensor | None, cache_position: Tensor | None, cache: Any) -> Tensor:
@@ -47,7 +47,7 @@ def causal_mask(
     if is_paged(cache):
         return mask
     if not options.get("is_causal", True):
-        return create_bidirectional_mask(config, x, mask, cache=cache)
+        return create_bidirectional_mask(config, x, mask, **{CACHE: cache})
     flash = "flash" in str(config._attn_implementation)
     texts = texts_of(x, mask, cache, positions if given else None, options, made)
     if texts is None or (flash and len(x) == 1):  # flash attention looks at the positions itself
