@@ -28,6 +28,7 @@ inline void relax() {
 constexpr int kSpins = 2000;    // some 20 to 50 microseconds
 constexpr int kPieces = 3;      // a thread takes this part of its share of what is left
 constexpr int kKept = 1;        // so many pieces for each thread are not taken ahead
+constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
 constexpr int kYields = 1000;   // other threads that want this core get it here
 
 std::mutex pool_mutex;
@@ -72,69 +73,85 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  stopping_ = true;
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  stopping_.store(true, std::memory_order_relaxed);
+  announced_.fetch_add(1, std::memory_order_release);
+  announced_.notify_all();
   for (auto& helper : helpers_) helper.join();
 }
 
 void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
-  count_ = count, grain_ = grain, call_ = call, work_ = work;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(int(helpers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
-  work_on_pieces();
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) {
+  const uint32_t job = announced_.load(std::memory_order_relaxed) + 1;
+  // Closed before it is described: a helper that still looks at the job before this one must not read the new count with
+  // the old claim, and take what that job never had. Who reads the count sees this too.
+  claim_.store(uint64_t(job) << 32 | kClosed, std::memory_order_relaxed);
+  count_.store(count, std::memory_order_release), grain_.store(grain, std::memory_order_relaxed);
+  call_.store(call, std::memory_order_relaxed), work_.store(work, std::memory_order_relaxed);
+  done_.store(0, std::memory_order_relaxed);
+  claim_.store(uint64_t(job) << 32, std::memory_order_release);
+  announced_.store(job, std::memory_order_release);
+  announced_.notify_all();
+  work_on_pieces(job);
+  for (int spins = 0; done_.load(std::memory_order_acquire) != count; spins++) {
     if (spins < kSpins)
       relax();
     else
-      std::this_thread::yield();  // a helper has not been given a core yet
+      std::this_thread::yield();  // whoever has the last piece may be waiting for a core
   }
 }
 
-bool ThreadPool::take_piece(int& begin, int& end) {
+bool ThreadPool::take_piece(uint32_t job, int& begin, int& end) {
   // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all threads
   // end together.
   const int share = kPieces * threads();
-  begin = next_.load(std::memory_order_relaxed);
-  while (begin < count_) {
-    end = std::min(begin + std::max(grain_, (count_ - begin) / share), count_);
-    if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return true;
+  uint64_t claim = claim_.load(std::memory_order_acquire);
+  while (claim >> 32 == job) {
+    const int count = count_.load(std::memory_order_acquire), grain = grain_.load(std::memory_order_relaxed);
+    begin = int(uint32_t(claim));
+    if (begin >= count) return false;
+    end = std::min(begin + std::max(grain, (count - begin) / share), count);
+    if (claim_.compare_exchange_weak(claim, uint64_t(job) << 32 | uint32_t(end), std::memory_order_acq_rel,
+                                     std::memory_order_acquire))
+      return true;
   }
   return false;
 }
 
-void ThreadPool::work_on_pieces() {
+void ThreadPool::work_on_pieces(uint32_t job) {
   int begin, end, next = -1, next_end = 0;
-  for (bool more = take_piece(begin, end); more; begin = next, end = next_end) {
+  if (!take_piece(job, begin, end)) return;
+  // These belong to the job, which is not over before this thread's piece is done.
+  const Call call = call_.load(std::memory_order_relaxed);
+  const void* work = work_.load(std::memory_order_relaxed);
+  const int count = count_.load(std::memory_order_relaxed);
+  for (bool more = true; more; begin = next, end = next_end) {
     // The next piece is taken before this one is done, so that it can be fetched meanwhile; not the last ones, which an
     // idle thread should get.
-    const bool ahead = count_ - next_.load(std::memory_order_relaxed) > kKept * threads() && take_piece(next, next_end);
-    call_(work_, begin, end, ahead ? next : -1);
-    more = ahead || take_piece(next, next_end);
+    const int left = count - int(uint32_t(claim_.load(std::memory_order_relaxed)));
+    const bool ahead = left > kKept * threads() && take_piece(job, next, next_end);
+    call(work, begin, end, ahead ? next : -1);
+    done_.fetch_add(end - begin, std::memory_order_release);
+    more = ahead || take_piece(job, next, next_end);
   }
 }
 
 void ThreadPool::help() {
   uint32_t seen = 0;
   for (;;) {
-    uint32_t now = generation_.load(std::memory_order_acquire);
+    uint32_t now = announced_.load(std::memory_order_acquire);
     for (int i = 0; now == seen && i < kSpins + kYields; i++) {
       if (i < kSpins)
         relax();
       else
         std::this_thread::yield();
-      now = generation_.load(std::memory_order_acquire);
+      now = announced_.load(std::memory_order_acquire);
     }
     while (now == seen) {
-      generation_.wait(seen, std::memory_order_acquire);
-      now = generation_.load(std::memory_order_acquire);
+      announced_.wait(seen, std::memory_order_acquire);
+      now = announced_.load(std::memory_order_acquire);
     }
     seen = now;
-    if (stopping_) return;
-    work_on_pieces();
-    busy_.fetch_sub(1, std::memory_order_release);
+    if (stopping_.load(std::memory_order_relaxed)) return;
+    work_on_pieces(now);
   }
 }
 

@@ -38,19 +38,21 @@ class ThreadPool {
  private:
   using Call = void (*)(const void* work, int begin, int end, int next);
   void run_pieces(int count, int grain, Call call, const void* work);
-  bool take_piece(int& begin, int& end);
-  void work_on_pieces();
+  bool take_piece(uint32_t job, int& begin, int& end);
+  void work_on_pieces(uint32_t job);
   void help();
 
   std::vector<std::thread> helpers_;
-  // One job at a time. `generation_` announces it; helpers count themselves out in `busy_`.
-  alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) std::atomic<int> next_{0};
-  alignas(64) std::atomic<int> busy_{0};
-  int count_ = 0, grain_ = 1;
-  Call call_ = nullptr;
-  const void* work_ = nullptr;
-  bool stopping_ = false;
+  // One job at a time. Whoever takes a piece changes `claim_`, the number of the job and the first item that nobody has
+  // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over, and
+  // nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it is.
+  alignas(64) std::atomic<uint64_t> claim_{0};
+  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<uint32_t> announced_{0};  // the number of the newest job; helpers sleep on it
+  std::atomic<int> count_{0}, grain_{1};
+  std::atomic<Call> call_{nullptr};
+  std::atomic<const void*> work_{nullptr};
+  std::atomic<bool> stopping_{false};
 };
 
 // Whoever uses the pool holds this lock for the length of an operation. A fork waits for it.

@@ -17,6 +17,19 @@ void check(bool ok, const char* what) {
   std::exit(1);
 }
 
+// Short jobs of few and of many items in turn: a helper that is late for one must not work on the next as if it were it.
+void run_uneven_jobs(ThreadPool& pool, int jobs) {
+  for (int job = 0; job < jobs; job++) {
+    const int count = job % 2 ? 4096 : 2;
+    std::vector<int> times(count);
+    pool.run(count, 1, [&](int begin, int end, int) {
+      check(begin >= 0 && end <= count, "a piece of another job");
+      for (int i = begin; i < end; i++) times[i]++;
+    });
+    for (int t : times) check(t == 1, "every piece once");
+  }
+}
+
 // Plain memory, so that the sanitizer sees whether the pool orders what its threads do.
 void run_jobs(ThreadPool& pool, int jobs) {
   std::vector<int> times(257);
@@ -46,6 +59,7 @@ int main() {
     ThreadPool pool(threads);
     check(pool.threads() == threads, "number of threads");
     run_jobs(pool, 300);
+    run_uneven_jobs(pool, 2000);
     usleep(20000);  // long enough for helpers to sleep
     run_jobs(pool, 20);
   }
