@@ -75,7 +75,7 @@ class Ours:
             model = self._benchmark.skeleton(config, "bf16")
             model.load_state_dict(shared_state(options["descriptor"], config), assign=True)
             model.eval().requires_grad_(False)
-        self.runner = self._benchmark.Runner(model)
+        self.runner = self._benchmark.Measured(model)
 
     def facts(self) -> dict[str, Any]:
         """What else the result says about this engine."""
@@ -83,14 +83,14 @@ class Ours:
 
     def prefill(self, length: int, capacity: int) -> float:
         """Seconds for a prompt. No sequence of this part of the benchmark is longer than `capacity`."""
-        seconds: float = self.runner.prefill(self.runner.cache(1, length), length)
+        seconds: float = self.runner.prefill(self.runner.sequences(1, length), length)
         return seconds
 
     def decode(self, context: int, batch: int, steps: int, capacity: int) -> list[float]:
         """Seconds of each step after `context` tokens in each of `batch` sequences; `capacity` as for `prefill`."""
         if self._key != (context, batch):
             self._cache = None
-            cache = self.runner.cache(batch, max(context + steps, capacity))
+            cache = self.runner.sequences(batch, max(context + steps, capacity))
             self.runner.prefill(cache, context)
             self._cache, self._key = cache, (context, batch)
         self._cache.lengths = [context] * batch

@@ -24,10 +24,12 @@ import torch
 from machine import limit_isa, machine
 
 from olmoe.config import ModelConfig
-from olmoe.engine.benchmark import FORMATS, Runner, random_model, read_bandwidth
-from olmoe.fused import kernel_matrix
+from olmoe.engine.benchmark import FORMATS, random_model, read_bandwidth
 from olmoe.ops import cpu
-from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, kernels
+from olmoe.ops.cache import BlockCache, one_block_each
+from olmoe.ops.cpu.extension import float_matrix, kernels
+from olmoe.runner.base import default_cache_dtype
+from olmoe.runner.compile import CompiledLayer, kernel_matrix
 from olmoe.runtime import keep_freed_memory, set_threads
 
 PASSES = 15
@@ -54,13 +56,13 @@ def operations(model: Any, tokens: int, context: int) -> list[Operation]:
     d, e, k, width = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.intermediate_size
     heads, kv_heads, head_dim, layers = config.num_attention_heads, config.kv_heads, config.head_dim, model.model.layers
     module_dtype = model.model.norm.weight.dtype
-    cache_dtype = Runner(model).cache_dtype
+    cache_dtype = default_cache_dtype(model)
     x, y = torch.randn(tokens, d), torch.empty(tokens, max(d, config.vocab_size))
     q, kv = torch.empty(tokens, d), torch.empty(2, tokens, kv_heads * head_dim)
     cos = sin = torch.ones(tokens, head_dim // 2)
-    keys, values = torch.randn(2, len(layers), kv_heads, context + tokens, head_dim).to(cache_dtype)
-    prepared = [layer.current(x.to(module_dtype)) for layer in layers]
-    assert all(p is not None for p in prepared), "the kernels do not take these layers"
+    keys, values = torch.randn(2, len(layers), 1, kv_heads, context + tokens, head_dim).to(cache_dtype)
+    prepared = [CompiledLayer(layer) for layer in layers]
+    cache = BlockCache(list(keys), list(values))
     outs = [kernel_matrix(layer.self_attn.o_proj, "weight", module_dtype) for layer in layers]
     routers = [float_matrix(layer.mlp.gate.weight) for layer in layers]
     experts = [
@@ -79,9 +81,8 @@ def operations(model: Any, tokens: int, context: int) -> list[Operation]:
         )
 
     def attention(layer: int) -> None:
-        inputs = q.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), [tokens], [context], heads, kv_heads, head_dim
-        cache = keys[layer].data_ptr(), values[layer].data_ptr(), FLOAT_TYPES[cache_dtype], context + tokens
-        call.attention(*inputs, *cache, y.data_ptr())
+        inputs = q.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), [tokens], [context], one_block_each(1), heads
+        call.attention(*inputs, cache.kernel, layer, y.data_ptr())
 
     def routed(layer: int) -> None:
         gate_up, down = experts[layer]

@@ -17,11 +17,11 @@ import time
 import torch
 from machine import alternate, ceilings, limit_isa, machine
 
-from olmoe import fused
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache
-from olmoe.model import CausalLM, allocate, set_backend
+from olmoe.engine.running import RunningSequences
+from olmoe.model import CausalLM, allocate
 from olmoe.ops import cpu
+from olmoe.runner import make_runner
 from olmoe.runtime import keep_freed_memory
 
 
@@ -83,34 +83,25 @@ def main() -> None:
     # Buffers stay on the meta device otherwise.
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     theirs.eval()
-    if kernels:
-        fused.fuse(ours)
-    else:
-        set_backend(ours, "torch")
+    runner = make_runner(ours, "cpu" if kernels else "torch")
 
     ids = torch.randint(0, 50000, (arguments.tokens,), generator=torch.Generator().manual_seed(1))
     state: dict[str, object] = {}
 
     def prefill_ours() -> None:
-        cache = KVCache(
-            config, 1, arguments.tokens + arguments.decode, dtype=torch.bfloat16, device=torch.device("cpu")
-        )
-        hidden = ours(ids, torch.arange(len(ids)), cache.attend_prefill([len(ids)])).hidden
-        ours.logits(hidden[-1:])
-        cache.advance([len(ids)])
-        state["ours"] = cache
+        running = RunningSequences(runner, 1, arguments.tokens + arguments.decode)
+        running.prefill([ids.tolist()])
+        state["ours"] = running
 
     def prefill_theirs() -> None:
         state["theirs"] = theirs(ids.unsqueeze(0), use_cache=True, logits_to_keep=1).past_key_values
 
     def decode_ours() -> None:
-        cache = state["ours"]
-        assert isinstance(cache, KVCache)
+        running = state["ours"]
+        assert isinstance(running, RunningSequences)
         for _ in range(arguments.decode):
-            cache.start_decode()
-            ours.logits(ours(ids[:1], torch.tensor(cache.lengths), cache.attend_decode).hidden)
-            cache.advance([1])
-        cache.lengths = [arguments.tokens]
+            running.step(ids[:1].tolist())
+        running.lengths = [arguments.tokens]
 
     def decode_theirs() -> None:
         cache = state["theirs"]

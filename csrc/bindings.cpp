@@ -1,12 +1,11 @@
 // Thin bindings: Python checks shapes and dtypes (olmoe/ops/cpu), here are only addresses. The GIL is released while
 // an operation runs; one operation at a time uses the thread pool.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <numeric>
-
-#include "ops/layer.h"
+#include "ops/decoder.h"
 #include "ops/sampling.h"
 #include "watch.h"
 
@@ -17,6 +16,8 @@ using namespace olmoe;
 namespace {
 
 using Address = uintptr_t;
+using Counts = std::vector<int64_t>;
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // (B, blocks of a sequence)
 
 template <typename T>
 T* at(Address a) {
@@ -30,6 +31,10 @@ struct Running {
 
 Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
   return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
+}
+
+Sequences sequences(const Counts& counts, const Counts& lengths, const Table& table) {
+  return Sequences{int(counts.size()), counts.data(), lengths.data(), table.data(), int64_t(table.shape(1))};
 }
 
 }  // namespace
@@ -98,15 +103,20 @@ NB_MODULE(_kernels, m) {
     Running running;
     encode(weight, at<float>(factor), Type(type), at<uint8_t>(out));
   });
-  m.def("attention",
-        [](Address q, Address k, Address v, const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths,
-           int heads, int kv_heads, int head_dim, Address keys, Address values, int type, int64_t capacity,
-           Address out) {
-          Running running;
-          attention(at<float>(q), at<float>(k), at<float>(v), int(tokens.size()), tokens.data(), lengths.data(), heads,
-                    kv_heads, head_dim, Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity},
-                    at<float>(out));
-        });
+  // Keys and values: the addresses of each layer's.
+  nb::class_<CacheView>(m, "CacheView")
+      .def("__init__", [](CacheView* self, const std::vector<Address>& keys, const std::vector<Address>& values, int type,
+                          int kv_heads, int head_dim, int64_t block_size) {
+        new (self) CacheView{{}, Type(type), kv_heads, head_dim, block_size};
+        for (size_t i = 0; i < keys.size(); i++) self->layers.push_back({at<uint8_t>(keys[i]), at<uint8_t>(values.at(i))});
+      });
+
+  m.def("attention", [](Address q, Address k, Address v, const Counts& counts, const Counts& lengths, const Table& table,
+                        int heads, const CacheView& cache, int layer, Address out) {
+    Running running;
+    attention(at<float>(q), at<float>(k), at<float>(v), sequences(counts, lengths, table), heads, cache, layer,
+              at<float>(out));
+  });
 
   nb::class_<SamplingRow>(m, "SamplingRow")
       .def(
@@ -151,41 +161,62 @@ NB_MODULE(_kernels, m) {
              attention_inputs(self, at<float>(x), at<float>(cos), at<float>(sin), tokens, at<float>(q), at<float>(k),
                               at<float>(v));
            })
+      // Over layer `index` of a cache.
       .def("forward",
-           [](const LayerWeights& self, Address x, Address cos, Address sin, const std::vector<int64_t>& tokens,
-              const std::vector<int64_t>& lengths, Address keys, Address values, int type, int64_t capacity, Address y,
-              Address logits, Address weights, Address ids) {
+           [](const LayerWeights& self, Address x, Address cos, Address sin, const Counts& counts, const Counts& lengths,
+              const Table& table, const CacheView& cache, int index, Address y, Address logits, Address weights,
+              Address ids) {
              Running running;
-             layer(self, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
-                   lengths.data(), Cache{at<uint8_t>(keys), at<uint8_t>(values), Type(type), capacity}, at<float>(y),
-                   at<float>(logits), at<float>(weights), at<int64_t>(ids));
+             layer(self, at<float>(x), at<float>(cos), at<float>(sin), sequences(counts, lengths, table), cache, index,
+                   at<float>(y), {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
            })
-      .def_static(
-          "forward_all",
-          [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
-             const std::vector<int64_t>& tokens, const std::vector<int64_t>& lengths, const std::vector<Address>& keys,
-             const std::vector<Address>& values, int type, int64_t capacity, Address y, Address logits, Address weights,
-             Address ids, Address norm, float eps, const Matrix* head, Address scores) {
-            Running running;
-            std::vector<Cache> caches;
-            for (size_t i = 0; i < stack.size(); i++)
-              caches.push_back({at<uint8_t>(keys.at(i)), at<uint8_t>(values.at(i)), Type(type), capacity});
-            layers(stack, at<float>(x), at<float>(cos), at<float>(sin), int(tokens.size()), tokens.data(),
-                   lengths.data(), caches, at<float>(y), at<float>(logits), at<float>(weights), at<int64_t>(ids));
-            const int total = int(std::accumulate(tokens.begin(), tokens.end(), int64_t(0)));
-            const int hidden = stack.at(0)->hidden;
-            if (norm) rms_norm(at<float>(y), at<float>(norm), eps, total, hidden, at<float>(y));
-            if (!head) return;
-            static thread_local Activations inputs;
-            inputs.set(*head, at<float>(y), total, hidden, pool());
-            linear(*head, inputs, nullptr, nullptr, at<float>(scores), head->rows);
-          },
-          "stack"_a, "x"_a, "cos"_a, "sin"_a, "tokens"_a, "lengths"_a, "keys"_a, "values"_a, "type"_a, "capacity"_a,
-          "y"_a, "logits"_a, "weights"_a, "ids"_a, "norm"_a, "eps"_a, "head"_a.none(), "scores"_a)
       .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
                                   Address logits, Address weights, Address ids) {
         Running running;
-        attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y), at<float>(logits),
-                         at<float>(weights), at<int64_t>(ids));
+        attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y),
+                         {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
+      })
+      // Layers one after the other, layer i over layer i of the cache; x is overwritten. Of what the routers decide, each
+      // has its own part: logits (L, N, E), weights and ids (L, N, K).
+      .def_static("forward_all", [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
+                                    const Counts& counts, const Counts& lengths, const Table& table,
+                                    const CacheView& cache, Address y, Address logits, Address weights, Address ids) {
+        Running running;
+        const Sequences all = sequences(counts, lengths, table);
+        const size_t tokens = all.tokens();
+        float *from = at<float>(x), *to = at<float>(y);
+        for (size_t i = 0; i < stack.size(); i++) {
+          const LayerWeights& w = *stack[i];
+          const size_t k = i * tokens * w.top_k;
+          layer(w, from, at<float>(cos), at<float>(sin), all, cache, int(i), to,
+                {at<float>(logits) + i * tokens * w.experts.count, at<float>(weights) + k, at<int64_t>(ids) + k});
+          std::swap(from, to);
+        }
+        if (from != at<float>(y)) std::copy_n(from, tokens * stack.front()->hidden, at<float>(y));
       });
+
+  nb::class_<DecoderWeights>(m, "Decoder")
+      .def("__init__",
+           [](DecoderWeights* self, const std::vector<const LayerWeights*>& layers, const Matrix& embedding, Address norm,
+              float eps, const Matrix& head) {
+             new (self) DecoderWeights{{}, embedding, head, at<float>(norm), eps};
+             for (const LayerWeights* layer : layers) self->layers.push_back(*layer);
+           })
+      // `policies`: addresses of biases, numbers of experts, whether to renormalise, and each token's policy; and the largest
+      // number of experts; or None. `rows` and `traced` say which tokens' logits and routing are written.
+      .def("forward",
+           [](const DecoderWeights& self, const Counts& ids, const Counts& angles, Address cos, Address sin,
+              const Counts& counts, const Counts& lengths, const Table& table, const CacheView& cache,
+              const std::vector<Address>& policies, int largest, const Counts& rows, Address logits, const Counts& traced,
+              Address trace_ids, Address trace_weights) {
+             Running running;
+             Policies changed;
+             if (!policies.empty())
+               changed = {at<float>(policies.at(0)),   at<int32_t>(policies.at(1)), at<uint8_t>(policies.at(2)),
+                          at<int32_t>(policies.at(3)), int(self.layers.size()),     largest};
+             const Wanted wanted{rows.data(),   int(rows.size()),       at<float>(logits), traced.data(),
+                                 int(traced.size()), at<int16_t>(trace_ids), at<float>(trace_weights)};
+             forward(self, {ids.data(), angles.data(), at<float>(cos), at<float>(sin)}, sequences(counts, lengths, table),
+                     cache, policies.empty() ? nullptr : &changed, wanted);
+           });
 }

@@ -102,11 +102,12 @@ struct Kernels {
   void (*softmax)(float* x, int n);
   // y += a * x
   void (*axpy)(float a, const float* x, int n, float* y);
-  // Attention of `queries` consecutive tokens of one query head over its KV head's cache (S, Dh); query t sees the
-  // first `first + t` keys. q and out have a stride of `ld` floats a token. `scratch` holds attention_scratch floats. `next`
-  // are the keys of another head that the thread looks at after these, to be fetched meanwhile, or null.
-  void (*attention)(const float* q, int queries, int ld, const void* keys, const void* values, Type cache, int first,
-                    int head_dim, float scale, float* out, float* scratch, const void* next);
+  // Attention of `queries` consecutive tokens of one query head over the keys and values of its KV head, of which each
+  // kKeyBlock lie together (kKeyBlock, Dh); query t sees the first `first + t`. q and out have a stride of `ld` floats a
+  // token. `scratch` holds attention_scratch floats. `next` are the first keys of another head that the thread looks at
+  // after these, to be fetched meanwhile, or null.
+  void (*attention)(const float* q, int queries, int ld, const void* const* keys, const void* const* values, Type cache,
+                    int first, int head_dim, float scale, float* out, float* scratch, const void* next);
   // Read n bytes, a multiple of 4 kB, and return something that depends on all of them.
   uint64_t (*read)(const uint8_t* data, size_t n);
   // fp32 values to and from a cache of the given type.

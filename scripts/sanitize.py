@@ -79,7 +79,7 @@ def main() -> None:
     """Build, then run everything."""
     module = build()
     check_threads()
-    tests = sys.argv[1:] or ["tests/ops/cpu", "tests/fused"]
+    tests = sys.argv[1:] or ["tests/ops/cpu", "tests/fused", "tests/runner"]
     run(
         sys.executable, "-m", "pytest", "-p", "sanitize", *tests,
         # libstdc++ too: the address sanitizer must find its exceptions when it starts.

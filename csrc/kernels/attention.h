@@ -1,5 +1,8 @@
 // Attention of a block of queries over the cached keys of their KV head: softmax(q k^T * scale) v with a running
 // maximum, so that only one block of keys is looked at at a time.
+//
+// A query's result has the same bits whether it is computed alone, as in decoding, or with others, as in a prompt: its
+// dot products, its softmax and its weighted sum add in one order, in functions that both ways share.
 #pragma once
 
 #include "simd.h"
@@ -7,196 +10,207 @@
 namespace olmoe {
 namespace {
 
-// One query: scores by dot products along the head, no copies of keys. While it looks at keys it fetches their values, and
-// meanwhile the keys after them, of which `next` are those that the thread looks at after this head, if that is known.
+// The sums of the lanes of four vectors, each in the order of `sum`.
+OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
+#if defined(__AVX512F__)
+  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
+#else
+  for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
+#endif
+}
+
+// out[i * kKeyBlock + j] = q[i] . keys[j] * scale for QUERIES queries, `ld` floats apart, and KEYS consecutive keys, of
+// which `keys` is the first. Lanes along the head, which are then added.
+template <Type T, int QUERIES, int KEYS>
+OLMOE_INLINE void dots(const float* q, size_t ld, const void* keys, size_t key, int head_dim, float scale, float* out) {
+  vf dot[QUERIES][KEYS] = {};
+  float rest[QUERIES][KEYS] = {};
+  int d = 0;
+  for (; d + W <= head_dim; d += W) {
+    vf k[KEYS];
+#pragma GCC unroll 4
+    for (int j = 0; j < KEYS; j++) k[j] = load_as<T>(keys, (key + j) * head_dim + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++) {
+      const vf a = load(q + i * ld + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < KEYS; j++) dot[i][j] += a * k[j];
+    }
+  }
+  for (; d < head_dim; d++)
+    for (int i = 0; i < QUERIES; i++)
+      for (int j = 0; j < KEYS; j++)
+        rest[i][j] = multiply_add(q[i * ld + d], scalar_as<T>(keys, (key + j) * head_dim + d), rest[i][j]);
+#pragma GCC unroll 4
+  for (int i = 0; i < QUERIES; i++) {
+    float total[KEYS];
+    if constexpr (KEYS == 4)
+      sum_four(dot[i], total);
+    else
+      total[0] = sum(dot[i][0]);
+    for (int j = 0; j < KEYS; j++) out[i * kKeyBlock + j] = (total[j] + rest[i][j]) * scale;
+  }
+}
+
+// Scores of a block of keys to their exponentials, relative to the largest score so far. `row` holds kKeyBlock scores, of
+// which the query sees `seen`, at least one; the exponentials of the others become 0. What was summed before, `total` and
+// `sums` (Dh), shrinks where the largest score grew.
+OLMOE_INLINE void weigh(float* row, int seen, float& top, float& total, float* sums, int head_dim) {
+  for (int s = seen; s < kKeyBlock; s++) row[s] = -INFINITY;
+  vf largest = load(row);
+  for (int s = W; s < kKeyBlock; s += W) largest = vmax(largest, load(row + s));
+  const float block_top = max_of(largest);
+  if (block_top > top) {
+    const float shrink = top == -INFINITY ? 0.0f : exp_one(top - block_top);
+    for (int d = 0; d < head_dim; d++) sums[d] *= shrink;
+    total *= shrink;
+    top = block_top;
+  }
+  vf here = {};
+  for (int s = 0; s < kKeyBlock; s += W) {
+    const vf p = vexp(load(row + s) - top);
+    store(row + s, p);
+    here += p;
+  }
+  total += sum(here);
+}
+
+// One query: keys and values are read where they lie. While it looks at keys it fetches their values, and meanwhile the
+// keys after them, of which `next` are those that the thread looks at after this head, if that is known.
 template <Type T>
-inline void attend_one(const float* q, const void* keys, const void* values, int visible, int head_dim, float scale,
-                       float* out, float* scratch, const void* next) {
+inline void attend_one(const float* q, const void* const* keys, const void* const* values, int visible, int head_dim,
+                       float scale, float* out, float* scratch, const void* next) {
   const size_t row_bytes = size_t(head_dim) * sizeof_type(T);
   float* scores = scratch;
   float top = -INFINITY, total = 0;
   for (int d = 0; d < head_dim; d++) out[d] = 0;
-  for (int start = 0; start < visible; start += kKeyBlock) {
+  for (int start = 0, b = 0; start < visible; start += kKeyBlock, b++) {
     const int count = visible - start < kKeyBlock ? visible - start : kKeyBlock;
-    float block_top = -INFINITY;
+    const void *k = keys[b], *v = values[b];
     int s = 0;
     for (; s + 4 <= count; s += 4) {
-      fetch_ahead((const char*)values + size_t(start + s) * row_bytes, 4 * row_bytes);
-      vf dot[4] = {};
-      float rest[4] = {};
-      int d = 0;
-      for (; d + W <= head_dim; d += W) {
-        vf a = load(q + d);
-        for (int j = 0; j < 4; j++) dot[j] += a * load_as<T>(keys, size_t(start + s + j) * head_dim + d);
-      }
-      for (; d < head_dim; d++)
-        for (int j = 0; j < 4; j++) rest[j] += q[d] * scalar_as<T>(keys, size_t(start + s + j) * head_dim + d);
-      for (int j = 0; j < 4; j++) scores[s + j] = (sum(dot[j]) + rest[j]) * scale;
+      fetch_ahead((const char*)v + s * row_bytes, 4 * row_bytes);
+      dots<T, 1, 4>(q, 0, k, s, head_dim, scale, scores + s);
     }
-    for (; s < count; s++) {
-      vf dot = {};
-      float rest = 0;
-      int d = 0;
-      for (; d + W <= head_dim; d += W) dot += load(q + d) * load_as<T>(keys, size_t(start + s) * head_dim + d);
-      for (; d < head_dim; d++) rest += q[d] * scalar_as<T>(keys, size_t(start + s) * head_dim + d);
-      scores[s] = (sum(dot) + rest) * scale;
-    }
-    for (s = 0; s < count; s++) block_top = scores[s] > block_top ? scores[s] : block_top;
-    if (block_top > top) {
-      const float shrink = top == -INFINITY ? 0.0f : exp_one(top - block_top);
-      for (int d = 0; d < head_dim; d++) out[d] *= shrink;
-      total *= shrink;
-      top = block_top;
-    }
-    for (s = 0; s + W <= count; s += W) store(scores + s, vexp(load(scores + s) - top));
-    for (; s < count; s++) scores[s] = exp_one(scores[s] - top);
-    for (s = 0; s < count; s++) total += scores[s];
-    const bool last = start + kKeyBlock >= visible;
-    const char* keys_ahead = last ? (const char*)next : (const char*)keys + size_t(start + kKeyBlock) * row_bytes;
+    for (; s < count; s++) dots<T, 1, 1>(q, 0, k, s, head_dim, scale, scores + s);
+    weigh(scores, count, top, total, out, head_dim);
+    const char* keys_ahead = (const char*)(start + kKeyBlock >= visible ? next : keys[b + 1]);
     int d = 0;
     for (; d + 4 * W <= head_dim; d += 4 * W) {
       vf sums[4];
       for (int j = 0; j < 4; j++) sums[j] = load(out + d + j * W);
       for (s = 0; s < count; s++) {
         if (d == 0 && keys_ahead) fetch_ahead(keys_ahead + s * row_bytes, row_bytes);
-        for (int j = 0; j < 4; j++)
-          sums[j] += load_as<T>(values, size_t(start + s) * head_dim + d + j * W) * scores[s];
+        for (int j = 0; j < 4; j++) sums[j] += load_as<T>(v, size_t(s) * head_dim + d + j * W) * scores[s];
       }
       for (int j = 0; j < 4; j++) store(out + d + j * W, sums[j]);
     }
     for (; d + W <= head_dim; d += W) {
-      vf total = load(out + d);
-      for (s = 0; s < count; s++) total += load_as<T>(values, size_t(start + s) * head_dim + d) * scores[s];
-      store(out + d, total);
+      vf sums = load(out + d);
+      for (s = 0; s < count; s++) sums += load_as<T>(v, size_t(s) * head_dim + d) * scores[s];
+      store(out + d, sums);
     }
     for (; d < head_dim; d++)
-      for (s = 0; s < count; s++) out[d] += scalar_as<T>(values, size_t(start + s) * head_dim + d) * scores[s];
+      for (s = 0; s < count; s++) out[d] = multiply_add(scalar_as<T>(v, size_t(s) * head_dim + d), scores[s], out[d]);
   }
   const float inverse = 1.0f / total;
   for (int d = 0; d < head_dim; d++) out[d] *= inverse;
 }
 
-// `count` rows of keys (Dh) to columns: out[d * kKeyBlock + s], zeros where there is no key.
+// n numbers of a cache to fp32.
 template <Type T>
-inline void transpose_keys(const void* keys, int start, int count, int head_dim, float* out) {
-  for (int s = 0; s < count; s++) {
-    const size_t row = size_t(start + s) * head_dim;
-    int d = 0;
-    for (; d + W <= head_dim; d += W) {
-      const vf v = load_as<T>(keys, row + d);
-      for (int j = 0; j < W; j++) out[(d + j) * kKeyBlock + s] = v[j];
-    }
-    for (; d < head_dim; d++) out[d * kKeyBlock + s] = scalar_as<T>(keys, row + d);
-  }
-  for (int d = 0; d < head_dim && count < kKeyBlock; d++)
-    for (int s = count; s < kKeyBlock; s++) out[d * kKeyBlock + s] = 0;
+inline void widen(const void* x, int n, float* out) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(out + i, load_as<T>(x, i));
+  for (; i < n; i++) out[i] = scalar_as<T>(x, i);
 }
 
-// Up to kQueryBlock queries: a block of keys is transposed once for all of them, so that neighbouring keys are lanes.
+// sums (QUERIES, Dh) += weights (QUERIES, kKeyBlock) times the first `count` values (kKeyBlock, Dh), key after key.
+template <int QUERIES>
+OLMOE_INLINE void add_values(const float* weights, const float* values, int count, int head_dim, float* sums) {
+  constexpr int kVectors = W == 16 ? 4 : 2;  // of one query's sums that are held in registers, for four queries
+  int d = 0;
+  for (; d + kVectors * W <= head_dim; d += kVectors * W) {
+    vf total[QUERIES][kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) total[i][j] = load(sums + i * head_dim + d + j * W);
+    for (int s = 0; s < count; s++) {
+      vf v[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) v[j] = load(values + s * head_dim + d + j * W);
+#pragma GCC unroll 4
+      for (int i = 0; i < QUERIES; i++) {
+        const float p = weights[i * kKeyBlock + s];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) total[i][j] += v[j] * p;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) store(sums + i * head_dim + d + j * W, total[i][j]);
+  }
+  for (; d + W <= head_dim; d += W)
+    for (int i = 0; i < QUERIES; i++) {
+      vf total = load(sums + i * head_dim + d);
+      for (int s = 0; s < count; s++) total += load(values + s * head_dim + d) * weights[i * kKeyBlock + s];
+      store(sums + i * head_dim + d, total);
+    }
+  for (; d < head_dim; d++)
+    for (int i = 0; i < QUERIES; i++)
+      for (int s = 0; s < count; s++) {
+        float& sum = sums[i * head_dim + d];
+        sum = multiply_add(values[s * head_dim + d], weights[i * kKeyBlock + s], sum);
+      }
+}
+
+// Up to kQueryBlock queries: a block of keys, and then of values, is widened once for all of them.
 template <Type T>
-inline void attend_block(const float* q, int queries, int ld, const void* keys, const void* values, int first,
-                         int head_dim, float scale, float* out, float* scratch) {
-  float* transposed = scratch;                                // (Dh, kKeyBlock); later the values (kKeyBlock, Dh)
-  float* scores = transposed + size_t(kKeyBlock) * head_dim;  // (queries, kKeyBlock)
-  float* sums = scores + size_t(kQueryBlock) * kKeyBlock;     // (queries, Dh)
-  float* tops = sums + size_t(kQueryBlock) * head_dim;        // (queries)
-  float* totals = tops + kQueryBlock;                         // (queries)
+inline void attend_block(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
+                         int first, int head_dim, float scale, float* out, float* scratch) {
+  float* wide = scratch;                                   // (kKeyBlock, Dh): keys, then values
+  float* scores = wide + size_t(kKeyBlock) * head_dim;     // (queries, kKeyBlock)
+  float* sums = scores + size_t(kQueryBlock) * kKeyBlock;  // (queries, Dh)
+  float* tops = sums + size_t(kQueryBlock) * head_dim;     // (queries)
+  float* totals = tops + kQueryBlock;                      // (queries)
   for (int t = 0; t < queries; t++) tops[t] = -INFINITY, totals[t] = 0;
   for (int i = 0; i < queries * head_dim; i++) sums[i] = 0;
-  constexpr int kVectors = W == 16 ? 4 : 2;  // of one query's sums that are held in registers, for four queries
-  const int longest = first + queries - 1;   // what the last query sees
-  for (int start = 0; start < longest; start += kKeyBlock) {
+  const int longest = first + queries - 1;  // what the last query sees
+  for (int start = 0, b = 0; start < longest; start += kKeyBlock, b++) {
     const int count = longest - start < kKeyBlock ? longest - start : kKeyBlock;
-    transpose_keys<T>(keys, start, count, head_dim, transposed);
-    int t = 0;
-    auto dots = [&]<int QUERIES>() {
-      for (int s = 0; s < kKeyBlock; s += kVectors * W) {
-        vf dot[QUERIES][kVectors] = {};
-        for (int d = 0; d < head_dim; d++) {
-          vf k[kVectors];
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; j++) k[j] = load(transposed + d * kKeyBlock + s + j * W);
-#pragma GCC unroll 4
-          for (int i = 0; i < QUERIES; i++) {
-            const float a = q[size_t(t + i) * ld + d];
-#pragma GCC unroll 4
-            for (int j = 0; j < kVectors; j++) dot[i][j] += k[j] * a;
-          }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++)
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; j++) store(scores + (t + i) * kKeyBlock + s + j * W, dot[i][j] * scale);
-      }
+    widen<T>(keys[b], count * head_dim, wide);
+    auto score = [&]<int QUERIES>(int t) {
+      const float* from = q + size_t(t) * ld;
+      int s = 0;
+      for (; s + 4 <= count; s += 4)
+        dots<Type::kF32, QUERIES, 4>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
+      for (; s < count; s++) dots<Type::kF32, QUERIES, 1>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
     };
-    for (; t + 4 <= queries; t += 4) dots.template operator()<4>();
-    for (; t < queries; t++) dots.template operator()<1>();
+    int t = 0;
+    for (; t + 2 <= queries; t += 2) score.template operator()<2>(t);
+    if (t < queries) score.template operator()<1>(t);
 
     for (t = 0; t < queries; t++) {
       float* row = scores + t * kKeyBlock;
       const int visible = first + t - start;  // how many of these keys the query sees
-      const int seen = visible < 0 ? 0 : visible < count ? visible : count;
-      if (seen == 0) {
+      if (visible > 0)
+        weigh(row, visible < count ? visible : count, tops[t], totals[t], sums + t * head_dim, head_dim);
+      else
         for (int s = 0; s < kKeyBlock; s++) row[s] = 0;
-        continue;
-      }
-      for (int s = seen; s < kKeyBlock; s++) row[s] = -INFINITY;  // whose exponential is 0
-      vf largest = load(row);
-      for (int s = W; s < kKeyBlock; s += W) largest = vmax(largest, load(row + s));
-      const float block_top = max_of(largest);
-      if (block_top > tops[t]) {
-        const float shrink = tops[t] == -INFINITY ? 0.0f : exp_one(tops[t] - block_top);
-        for (int d = 0; d < head_dim; d++) sums[t * head_dim + d] *= shrink;
-        totals[t] *= shrink;
-        tops[t] = block_top;
-      }
-      vf total = {};
-      for (int s = 0; s < kKeyBlock; s += W) {
-        const vf p = vexp(load(row + s) - tops[t]);
-        store(row + s, p);
-        total += p;
-      }
-      totals[t] += sum(total);
     }
 
-    float* wide = transposed;
-    int i = 0;
-    for (const int n = count * head_dim; i + W <= n; i += W)
-      store(wide + i, load_as<T>(values, size_t(start) * head_dim + i));
-    for (; i < count * head_dim; i++) wide[i] = scalar_as<T>(values, size_t(start) * head_dim + i);
+    widen<T>(values[b], count * head_dim, wide);
     t = 0;
-    auto add = [&]<int QUERIES>() {
-      int d = 0;
-      for (; d + kVectors * W <= head_dim; d += kVectors * W) {
-        vf total[QUERIES][kVectors];
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++)
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; j++) total[i][j] = load(sums + (t + i) * head_dim + d + j * W);
-        for (int s = 0; s < count; s++) {
-          vf v[kVectors];
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; j++) v[j] = load(wide + s * head_dim + d + j * W);
-#pragma GCC unroll 4
-          for (int i = 0; i < QUERIES; i++) {
-            const float p = scores[(t + i) * kKeyBlock + s];
-#pragma GCC unroll 4
-            for (int j = 0; j < kVectors; j++) total[i][j] += v[j] * p;
-          }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++)
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; j++) store(sums + (t + i) * head_dim + d + j * W, total[i][j]);
-      }
-      for (; d < head_dim; d++)
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++)
-          for (int s = 0; s < count; s++)
-            sums[(t + i) * head_dim + d] += wide[s * head_dim + d] * scores[(t + i) * kKeyBlock + s];
-    };
-    for (; t + 4 <= queries; t += 4) add.template operator()<4>();
-    for (; t < queries; t++) add.template operator()<1>();
+    for (; t + 4 <= queries; t += 4) add_values<4>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
+    for (; t < queries; t++) add_values<1>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
   }
   for (int t = 0; t < queries; t++) {
     const float inverse = 1.0f / totals[t];
@@ -205,16 +219,16 @@ inline void attend_block(const float* q, int queries, int ld, const void* keys, 
 }
 
 template <Type T>
-inline void attend_type(const float* q, int queries, int ld, const void* keys, const void* values, int first,
-                        int head_dim, float scale, float* out, float* scratch, const void* next) {
+inline void attend_type(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
+                        int first, int head_dim, float scale, float* out, float* scratch, const void* next) {
   if (queries == 1)
     attend_one<T>(q, keys, values, first, head_dim, scale, out, scratch, next);
   else
     attend_block<T>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
 }
 
-inline void attention(const float* q, int queries, int ld, const void* keys, const void* values, Type cache, int first,
-                      int head_dim, float scale, float* out, float* scratch, const void* next) {
+inline void attention(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
+                      Type cache, int first, int head_dim, float scale, float* out, float* scratch, const void* next) {
   if (cache == Type::kF32)
     attend_type<Type::kF32>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
   else if (cache == Type::kBF16)

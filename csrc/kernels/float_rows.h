@@ -26,7 +26,7 @@ OLMOE_INLINE void float_tile(const uint8_t* weight, size_t row_bytes, int column
   for (int r = 0; r < ROWS; r++)
     for (int t = 0; t < TOKENS; t++) {
       float s = sum(total[r][t]);
-      for (int c = i; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
+      for (int c = i; c < columns; c++) s = multiply_add(scalar_as<T>(weight + r * row_bytes, c), x[t].f32[c], s);
       out[size_t(t) * ld + r] = s;
     }
 }
@@ -62,7 +62,7 @@ inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, con
     for (int r = 0; r < kRows; r++) total[r] += load_as<T>(weight + r * row_bytes, i) * load(x + i);
   for (int r = 0; r < kRows; r++) {
     float s = sum(total[r]);
-    for (int c = i; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[c];
+    for (int c = i; c < columns; c++) s = multiply_add(scalar_as<T>(weight + r * row_bytes, c), x[c], s);
     out[r] = s;
   }
 }

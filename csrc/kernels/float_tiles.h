@@ -262,7 +262,7 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
       }
       for (int r = 0; r < count; r++) {
         float s = total[r];
-        for (int c = steps * W; c < columns; c++) s += scalar_as<T>(weight + r * row_bytes, c) * x[t].f32[c];
+        for (int c = steps * W; c < columns; c++) s = multiply_add(scalar_as<T>(weight + r * row_bytes, c), x[t].f32[c], s);
         y[r] = s;
       }
     }

@@ -5,67 +5,78 @@
 #include "ops.h"
 
 namespace olmoe {
+namespace {
 
-void attention(const float* q, const float* k, const float* v, int batch, const int64_t* tokens, const int64_t* lengths,
-               int heads, int kv_heads, int head_dim, const Cache& cache, float* out) {
+// A block of queries of one head of one sequence, which starts at token `query` of its new ones.
+struct Item {
+  int sequence, head, query, count;
+  int64_t first_token;
+};
+
+}  // namespace
+
+void attention(const float* q, const float* k, const float* v, const Sequences& sequences, int heads,
+               const CacheView& cache, int index, float* out) {
   const Kernels& kernel = kernels();
-  const size_t element = cache.type == Type::kF32 ? 4 : 2;
-  const size_t head_bytes = size_t(cache.capacity) * head_dim * element;
-  const int group = heads / kv_heads;
-  // One item a (sequence, head, block of queries); the longest come last in a causal prompt, so start with them.
-  struct Item {
-    int sequence, head, query, count;
-    int64_t first_token;
-  };
+  const LayerCache& layer = cache.layers[index];
+  const int kv_heads = cache.kv_heads, head_dim = cache.head_dim, group = heads / kv_heads;
   static thread_local std::vector<Item> items;
+  static thread_local std::vector<int64_t> starts;  // the first new token of each sequence
   items.clear();
+  starts.clear();
   int64_t total = 0;
   bool steps = true;  // one new token of each sequence
-  for (int b = 0; b < batch; b++) {
-    for (int64_t block = (tokens[b] + kQueryBlock - 1) / kQueryBlock - 1; block >= 0; block--)
+  for (int b = 0; b < sequences.batch; b++) {
+    const int64_t count = sequences.counts[b];
+    // The longest blocks come last in a causal prompt, so start with them.
+    for (int64_t block = (count + kQueryBlock - 1) / kQueryBlock - 1; block >= 0; block--)
       for (int h = 0; h < heads; h++) {
         const int query = int(block) * kQueryBlock;
-        items.push_back({b, h, query, std::min<int>(kQueryBlock, int(tokens[b]) - query), total});
+        items.push_back({b, h, query, std::min<int>(kQueryBlock, int(count) - query), total});
       }
-    total += tokens[b];
-    steps = steps && tokens[b] == 1;
+    starts.push_back(total);
+    total += count;
+    steps = steps && count == 1;
   }
   auto store = [&](int sequence, int g, int64_t first_token) {
-    for (int64_t t = 0; t < tokens[sequence]; t++) {
+    for (int64_t t = 0; t < sequences.counts[sequence]; t++) {
       const size_t from = (size_t(first_token + t) * kv_heads + g) * head_dim;
-      const size_t to = (size_t(sequence) * kv_heads + g) * head_bytes +
-                        size_t(lengths[sequence] + t) * head_dim * element;
-      kernel.store(k + from, head_dim, cache.type, cache.keys + to);
-      kernel.store(v + from, head_dim, cache.type, cache.values + to);
+      const size_t to = cache.offset(sequences, sequence, g, sequences.lengths[sequence] + t);
+      kernel.store(k + from, head_dim, cache.type, layer.keys + to);
+      kernel.store(v + from, head_dim, cache.type, layer.values + to);
     }
   };
   // Where heads have keys and values of their own, and a single query, they store them themselves.
   const bool own = steps && group == 1;
-  const auto& items_ = items;  // a thread_local named inside the lambda would be the helper's own
+  // References: a thread_local named inside the lambda would be the helper's own.
+  const auto& items_ = items;
+  const auto& starts_ = starts;
   if (!own)
-    pool().run(batch * kv_heads, total > 1 ? 1 : kv_heads, [&](int begin, int end, int) {
-      for (int i = begin; i < end; i++) {
-        int64_t first_token = 0;
-        for (int b = 0; b < i / kv_heads; b++) first_token += tokens[b];
-        store(i / kv_heads, i % kv_heads, first_token);
-      }
+    pool().run(sequences.batch * kv_heads, total > 1 ? 1 : kv_heads, [&](int begin, int end, int) {
+      for (int i = begin; i < end; i++) store(i / kv_heads, i % kv_heads, starts_[i / kv_heads]);
     });
   const float scale = 1.0f / std::sqrt(float(head_dim));
-  auto offset = [&](const Item& item) {
-    return (size_t(item.sequence) * kv_heads + item.head / group) * head_bytes;
-  };
   pool().run(int(items.size()), 1, [&](int begin, int end, int next) {
     static thread_local std::vector<float> scratch;
+    static thread_local std::vector<const void*> blocks;
     scratch.resize(attention_scratch(head_dim));
     for (int i = begin; i < end; i++) {
       const Item& item = items_[i];
       if (own) store(item.sequence, item.head, item.first_token);
       const int following = i + 1 < end ? i + 1 : next;
-      const uint8_t* keys_ahead = following < 0 ? nullptr : cache.keys + offset(items_[following]);
+      const uint8_t* keys_ahead = nullptr;
+      if (following >= 0) {
+        const Item& other = items_[following];
+        keys_ahead = layer.keys + cache.offset(sequences, other.sequence, other.head / group, 0);
+      }
+      const int64_t first = sequences.lengths[item.sequence] + item.query + 1, visible = first + item.count - 1;
+      const size_t width = size_t(visible + kKeyBlock - 1) / kKeyBlock;
+      if (blocks.size() < 2 * width) blocks.resize(2 * width);
+      cache.key_blocks(layer, sequences, item.sequence, item.head / group, visible, blocks.data(),
+                       blocks.data() + width);
       const size_t place = (size_t(item.first_token + item.query) * heads + item.head) * head_dim;
-      kernel.attention(q + place, item.count, heads * head_dim, cache.keys + offset(item),
-                       cache.values + offset(item), cache.type, int(lengths[item.sequence]) + item.query + 1, head_dim,
-                       scale, out + place, scratch.data(), keys_ahead);
+      kernel.attention(q + place, item.count, heads * head_dim, blocks.data(), blocks.data() + width, cache.type,
+                       int(first), head_dim, scale, out + place, scratch.data(), keys_ahead);
     }
   });
 }

@@ -1,7 +1,6 @@
 #include "layer.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace olmoe {
 namespace {
@@ -53,8 +52,8 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
     for (size_t i = 0; i < size_t(tokens) * kv_width; i++) v[i] = std::clamp(v[i], -w.clip_qkv, w.clip_qkv);
 }
 
-void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y, float* logits,
-                      float* weights, int64_t* ids) {
+void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y,
+                      const Routed& routed, const Policies* policies, int index) {
   static thread_local std::vector<float> normed;
   static thread_local Activations inputs;
   normed.resize(size_t(tokens) * w.hidden);
@@ -62,41 +61,29 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
   linear(w.o, inputs, w.o_bias, x, y, w.hidden);
   rms_norm(y, w.post_norm, w.eps, tokens, w.hidden, normed.data());
   inputs.set(w.router, normed.data(), tokens, w.hidden, pool());
-  linear(w.router, inputs, nullptr, nullptr, logits, w.experts.count);
-  route(logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, weights, ids);
+  linear(w.router, inputs, nullptr, nullptr, routed.logits, w.experts.count);
+  route(routed.logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, routed.weights, routed.ids, policies, index);
+  const int k = policies ? policies->largest : w.top_k;
   // Some tokens at a time: the outputs of all their experts are in memory together.
   constexpr int kTokens = 1024;
   for (int t = 0; t < tokens; t += kTokens) {
-    const size_t first = size_t(t) * w.hidden, chosen = size_t(t) * w.top_k;
-    moe(w.experts, normed.data() + first, weights + chosen, ids + chosen, std::min(kTokens, tokens - t), w.top_k,
+    const size_t first = size_t(t) * w.hidden, chosen = size_t(t) * k;
+    moe(w.experts, normed.data() + first, routed.weights + chosen, routed.ids + chosen, std::min(kTokens, tokens - t), k,
         y + first, y + first);
   }
 }
 
-void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
-           const int64_t* lengths, const Cache& cache, float* y, float* logits, float* weights, int64_t* ids) {
+void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, const Sequences& sequences,
+           const CacheView& cache, int index, float* y, const Routed& routed, const Policies* policies) {
   static thread_local std::vector<float> buffer;
-  const size_t total = std::accumulate(tokens, tokens + batch, size_t(0)), kv_width = size_t(w.kv_heads) * w.head_dim;
-  buffer.resize(2 * total * (w.hidden + kv_width));
-  float *q = buffer.data(), *attended = q + total * w.hidden, *k = attended + total * w.hidden, *v = k + total * kv_width;
-  attention_inputs(w, x, cos, sin, int(total), q, k, v);
-  attention(q, k, v, batch, tokens, lengths, w.heads, w.kv_heads, w.head_dim, cache, attended);
-  attention_output(w, x, attended, int(total), y, logits, weights, ids);
-}
-
-void layers(const std::vector<const LayerWeights*>& stack, const float* x, const float* cos, const float* sin, int batch,
-            const int64_t* tokens, const int64_t* lengths, const std::vector<Cache>& caches, float* y, float* logits,
-            float* weights, int64_t* ids) {
-  static thread_local std::vector<float> between;
-  const size_t total = std::accumulate(tokens, tokens + batch, size_t(0));
-  for (size_t i = 0; i < stack.size(); i++) {
-    const LayerWeights& w = *stack[i];
-    layer(w, x, cos, sin, batch, tokens, lengths, caches[i], y, logits, weights, ids);
-    logits += total * w.experts.count, weights += total * w.top_k, ids += total * w.top_k;
-    if (i + 1 == stack.size()) break;
-    between.assign(y, y + total * w.hidden);  // o_proj adds its input to its output, so these must be two places
-    x = between.data();
-  }
+  const int tokens = sequences.tokens();
+  const size_t kv_width = size_t(w.kv_heads) * w.head_dim;
+  buffer.resize(2 * size_t(tokens) * (w.hidden + kv_width));
+  float *q = buffer.data(), *attended = q + size_t(tokens) * w.hidden, *k = attended + size_t(tokens) * w.hidden;
+  float* v = k + tokens * kv_width;
+  attention_inputs(w, x, cos, sin, tokens, q, k, v);
+  attention(q, k, v, sequences, w.heads, cache, index, attended);
+  attention_output(w, x, attended, tokens, y, routed, policies, index);
 }
 
 }  // namespace olmoe

@@ -22,19 +22,19 @@ struct LayerWeights {
 void attention_inputs(const LayerWeights& w, const float* x, const float* cos, const float* sin, int tokens, float* q,
                       float* k, float* v);
 
-// x (N, D) and what attention gave (N, H*Dh) -> y (N, D), the layer's output, and the router's logits (N, E),
-// weights and ids (N, K).
-void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y, float* logits,
-                      float* weights, int64_t* ids);
+// What the routers of a call decide: for each layer logits (N, E), weights and ids (N, K).
+struct Routed {
+  float *logits, *weights;
+  int64_t* ids;
+};
 
-// Both, and between them attention over a KV cache as `attention` has it, for sequences that lie end to end.
-void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, int batch, const int64_t* tokens,
-           const int64_t* lengths, const Cache& cache, float* y, float* logits, float* weights, int64_t* ids);
+// x (N, D) and what attention gave (N, H*Dh) -> y (N, D), the layer's output, and what its router decided. y may not be x.
+// With `policies`, of which those for `index` count, K is theirs (see `route`).
+void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y,
+                      const Routed& routed, const Policies* policies = nullptr, int index = 0);
 
-// Layers one after the other, each with a cache of its own. `y` may not be x; logits, weights and ids have a leading
-// dimension for the layers, which all have as many experts and choose as many.
-void layers(const std::vector<const LayerWeights*>& stack, const float* x, const float* cos, const float* sin, int batch,
-            const int64_t* tokens, const int64_t* lengths, const std::vector<Cache>& caches, float* y, float* logits,
-            float* weights, int64_t* ids);
+// Both, and between them attention over layer `index` of a KV cache, for sequences that lie end to end.
+void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, const Sequences& sequences,
+           const CacheView& cache, int index, float* y, const Routed& routed, const Policies* policies = nullptr);
 
 }  // namespace olmoe

@@ -36,7 +36,7 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
          const float* add, float* y) {
   const Kernels& kernel = kernels();
   ThreadPool& threads = pool();
-  const int d = experts.down.rows, width = experts.width, routed = tokens * k;
+  const int d = experts.down.rows, width = experts.width;
 
   // Sort the N*K rows by expert, ties by token: a counting sort. Buffers are kept between calls.
   static thread_local std::vector<int> offsets, position;
@@ -44,14 +44,17 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   static thread_local std::vector<float> outputs;
   static thread_local Activations prepared, hidden;
   offsets.assign(experts.count + 1, 0);
-  for (int i = 0; i < routed; i++) offsets[ids[i] + 1]++;
+  for (int i = 0; i < tokens * k; i++)
+    if (ids[i] >= 0) offsets[ids[i] + 1]++;
   for (int e = 0; e < experts.count; e++) offsets[e + 1] += offsets[e];
-  position.resize(routed);
+  const int routed = offsets.back();
+  position.resize(tokens * k);
   inputs.resize(routed);
   prepared.set(experts.gate_up, x, tokens, experts.gate_up.columns, threads);
   {
     std::vector<int> next(offsets.begin(), offsets.end() - 1);
-    for (int i = 0; i < routed; i++) {
+    for (int i = 0; i < tokens * k; i++) {
+      if (ids[i] < 0) continue;
       position[i] = next[ids[i]]++;
       inputs[position[i]] = prepared.row(i / k);
     }
@@ -128,8 +131,8 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
         std::memset(sum, 0, size_t(d) * sizeof(float));
       else if (add != y)
         std::memcpy(sum, add + size_t(t) * d, size_t(d) * sizeof(float));
-      for (int i = 0; i < k; i++)
-        kernel.axpy(weights[t * k + i], outputs_.data() + size_t(position_[t * k + i]) * d, d, sum);
+      for (int i = t * k; i < (t + 1) * k; i++)
+        if (ids[i] >= 0) kernel.axpy(weights[i], outputs_.data() + size_t(position_[i]) * d, d, sum);
     }
   });
 }

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "../cache.h"
 #include "../threads.h"
 #include "../types.h"
 
@@ -61,30 +62,34 @@ struct Product {
 void linear(std::initializer_list<Product> products, const Activations& x);
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);
 
+// Changes of what routers choose, for some or all tokens of a call (olmoe/runner/base.py: RouterPolicy).
+struct Policies {
+  const float* bias = nullptr;      // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
+  const int32_t* top_k = nullptr;   // (policies), experts that a token chooses
+  const uint8_t* norm = nullptr;    // (policies), whether the chosen probabilities are divided by their sum
+  const int32_t* of_token = nullptr;  // (N), the policy of each token, or -1
+  int layers = 0, largest = 0;      // L, and the largest of `top_k` and the model's own
+};
+
 // Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort
-// has it). logits (N, E) -> weights (N, K), ids (N, K).
-void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids);
+// has it). logits (N, E) -> weights (N, K), ids (N, K). With `policies`, of which those for `layer` count, K is the largest
+// of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them.
+void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids,
+           const Policies* policies = nullptr, int layer = 0);
 
 struct Experts {
   Matrix gate_up;  // (E) x (2F, D), gate rows first
   Matrix down;     // (E) x (D, F)
   int count = 0, width = 0;
 };
-// y (N, D) = add + sum over k of weights[n, k] * expert ids[n, k] of x[n]; `add` may be null or y itself.
+// y (N, D) = add + sum over k of weights[n, k] * expert ids[n, k] of x[n], where -1 is no expert; `add` may be null or y.
 void moe(const Experts& experts, const float* x, const float* weights, const int64_t* ids, int tokens, int k,
          const float* add, float* y);
 
-// Sequences of one batch: `tokens[b]` new tokens each, laid end to end, after `lengths[b]` cached ones.
-// q (N, H, Dh), k and v (N, G, Dh) -> out (N, H, Dh). Keys and values are first written to the cache
-// (B, G, capacity, Dh).
-struct Cache {
-  uint8_t* keys;
-  uint8_t* values;
-  Type type;
-  int64_t capacity;
-};
-void attention(const float* q, const float* k, const float* v, int batch, const int64_t* tokens, const int64_t* lengths,
-               int heads, int kv_heads, int head_dim, const Cache& cache, float* out);
+// Attention of the new tokens of each sequence over layer `index` of a cache, to which their keys and values are written
+// first. q (N, H, Dh), k and v (N, G, Dh) -> out (N, H, Dh).
+void attention(const float* q, const float* k, const float* v, const Sequences& sequences, int heads,
+               const CacheView& cache, int index, float* out);
 
 // Rows of an embedding matrix: ids (N) -> out (N, D). `ids` must be below m.rows.
 void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);

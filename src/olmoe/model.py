@@ -34,6 +34,7 @@ from olmoe import ops
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.errors import ConfigError
 from olmoe.ops.activation import plain_activation
+from olmoe.ops.types import RoutePolicy
 from olmoe.runtime import advise_large_pages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -183,11 +184,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
 
-    def forward(self, x_ND: Tensor) -> RouterOutput:
+    def forward(self, x_ND: Tensor, policy: RoutePolicy | None = None) -> RouterOutput:
         """x (N, D) -> logits (N, E), weights and expert ids (N, K)."""
         with ops.without_autocast(x_ND):
             logits_NE = F.linear(x_ND.float(), self.weight.float())
-        return RouterOutput(logits_NE, *ops.route(logits_NE, self.top_k, self.norm_topk_prob, backend=self.backend))
+        chosen = ops.route(logits_NE, self.top_k, self.norm_topk_prob, policy, backend=self.backend)
+        return RouterOutput(logits_NE, *chosen)
 
 
 class Experts(nn.Module):
@@ -233,11 +235,13 @@ class SparseMoeBlock(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+    def forward(self, x: Tensor, policy: RoutePolicy | None = None) -> tuple[Tensor, RouterOutput]:
         """x (..., D) -> (..., D) and what the router decided for the flattened tokens."""
         x_ND = x.reshape(-1, x.shape[-1])
-        routed = self.gate(x_ND)
-        return self.experts(x_ND, routed.expert_ids, routed.weights).view(x.shape), routed
+        routed = self.gate(x_ND) if policy is None else self.gate(x_ND, policy)
+        # A policy may choose fewer experts for some tokens: -1, with a weight of 0.
+        expert_ids = routed.expert_ids if policy is None else routed.expert_ids.clamp(min=0)
+        return self.experts(x_ND, expert_ids, routed.weights).view(x.shape), routed
 
 
 class DecoderLayer(nn.Module):
@@ -250,13 +254,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoeBlock(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
-        """x (..., D) -> (..., D) and what the router decided."""
-        return self.after_attention(x + self.self_attn(self.input_layernorm(x), rope, attend))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, policy: RoutePolicy | None = None
+    ) -> tuple[Tensor, RouterOutput]:
+        """x (..., D) -> (..., D) and what the router decided, by `policy` if there is one."""
+        return self.after_attention(x + self.self_attn(self.input_layernorm(x), rope, attend), policy)
 
-    def after_attention(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+    def after_attention(self, x: Tensor, policy: RoutePolicy | None = None) -> tuple[Tensor, RouterOutput]:
         """The second half of `forward`, for what comes out of the first."""
-        y, routed = self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        y, routed = self.mlp(normed) if policy is None else self.mlp(normed, policy)
         return x + y, routed
 
 
@@ -270,18 +277,23 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Output:
-        """input_ids and positions (...), see `RotaryEmbedding.forward` for `length` -> hidden states (..., D)."""
-        x, routers = self.blocks(self.embed_tokens(input_ids), self.rotary(positions, length), attend)
-        return Output(self.norm(x), routers)
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        length: Tensor | None = None,
+        policies: Sequence[RoutePolicy] | None = None,
+    ) -> Output:
+        """input_ids and positions (...), see `RotaryEmbedding.forward` for `length` -> hidden states (..., D).
 
-    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Sequence[RouterOutput]]:
-        """All blocks, one after the other: x (..., D) -> (..., D) and what each router decided."""
-        routers = []
-        for layer in self.layers:
-            x, routed = layer(x, rope, attend)
+        `policies`, one a layer, change what the routers choose.
+        """
+        x, rope, routers = self.embed_tokens(input_ids), self.rotary(positions, length), []
+        for number, layer in enumerate(self.layers):
+            x, routed = layer(x, rope, attend) if policies is None else layer(x, rope, attend, policies[number])
             routers.append(routed)
-        return x, routers
+        return Output(self.norm(x), routers)
 
 
 class CausalLM(nn.Module):
@@ -299,17 +311,20 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        length: Tensor | None = None,
+        policies: Sequence[RoutePolicy] | None = None,
+    ) -> Output:
         """See `Decoder.forward`."""
-        return self.model(input_ids, positions, attend, length)
+        return self.model(input_ids, positions, attend, length, policies)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> (..., V)."""
         return self.lm_head(hidden)
-
-    def step(self, input_ids: Tensor, positions: Tensor, attend: Attend, length: Tensor | None = None) -> Tensor:
-        """The logits (..., V) of all positions and nothing else: a step of decoding. Arguments as for `forward`."""
-        return self.logits(self(input_ids, positions, attend, length).hidden)
 
 
 def initialize(model: CausalLM, seed: int) -> None:

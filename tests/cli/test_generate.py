@@ -77,6 +77,8 @@ def test_quiet_leaves_stderr_empty(capsys, folder):
         (["--top-p", "0.2"], {"top_p": 0.2}),
         (["--min-p", "0.5"], {"min_p": 0.5}),
         (["--repetition-penalty", "1.9"], {"repetition_penalty": 1.9}),
+        (["--presence-penalty", "0.5"], {"presence_penalty": 0.5}),
+        (["--frequency-penalty", "0.25"], {"frequency_penalty": 0.25}),
         (["--max-new-tokens", "3"], {"max_new_tokens": 3}),
         (["--stop", "zebra", "--stop", "a"], {"stop": ["zebra", "a"]}),
         (["--ignore-eos"], {"ignore_eos": True}),
@@ -102,7 +104,7 @@ def test_the_defaults_are_those_of_sampling_params(capsys, monkeypatch, folder):
         main(["generate", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name, value in vars(SamplingParams()).items():
-        if name not in ("seed", "stop", "ignore_eos", "logprobs"):
+        if name not in ("seed", "stop", "ignore_eos", "logprobs", "logit_bias"):
             assert re.search(rf"--{name.replace('_', '-')} [^-]*\({value}\)", shown), name
 
 

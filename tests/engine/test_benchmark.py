@@ -12,13 +12,13 @@ from conftest import make_model
 from olmoe import packed
 from olmoe.config import ModelConfig
 from olmoe.engine import benchmark
-from olmoe.engine.benchmark import Ceiling, Runner, StepBytes, measure, random_model, skeleton, step_bytes
+from olmoe.engine.benchmark import Ceiling, Measured, StepBytes, measure, random_model, skeleton, step_bytes
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.fused import FusedDecoderLayer
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
 from olmoe.packing import RECIPES
 from olmoe.quant import PackedModule
+from olmoe.runner import CpuRunner, TorchRunner
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
@@ -28,16 +28,13 @@ FORMATS = (*RECIPES, "bf16", "fp32")
 @pytest.mark.parametrize("format", FORMATS)
 def test_random_models_compute_finite_logits(format):
     model = random_model(small_config(**WHOLE), format)
-    runner = Runner(model)
-    cache = runner.cache(2, 8)
-    assert runner.prefill(cache, 5) > 0
-    assert cache.lengths == [5, 5]
-    assert runner.decode(cache) > 0
-    assert cache.lengths == [6, 6]
-    with torch.inference_mode():
-        ids = torch.arange(4)
-        hidden = model(ids, ids, runner.cache(1, 4).attend_prefill([4])).hidden
-        logits = model.logits(hidden)
+    measured = Measured(model)
+    running = measured.sequences(2, 8)
+    assert measured.prefill(running, 5) > 0
+    assert running.lengths == [5, 5]
+    assert measured.decode(running) > 0
+    assert running.lengths == [6, 6]
+    logits = measured.sequences(2, 4).prefill([[0], [0, 1]])
     assert torch.isfinite(logits).all()
     assert logits.std() > 0  # neither zeros nor one value
     assert not torch.equal(logits[0], logits[1])
@@ -135,18 +132,18 @@ def test_bandwidth_is_measured_with_and_without_the_kernels(monkeypatch):
 
 
 def test_measure_counts_every_sequence_and_reports_every_step(monkeypatch):
-    runner = Runner(random_model(small_config(**WHOLE), "int4"))
+    measured = Measured(random_model(small_config(**WHOLE), "int4"))
     prompts, batches, reports = [], [], []
-    monkeypatch.setattr(runner, "prefill", lambda cache, n: prompts.append((len(cache.lengths), n)) or 0.5)
+    monkeypatch.setattr(measured, "prefill", lambda running, n: prompts.append((len(running.lengths), n)) or 0.5)
 
-    def decode(cache):
-        batches.append(list(cache.lengths))
-        cache.advance([1] * len(cache.lengths))
+    def decode(running):
+        batches.append(list(running.lengths))
+        running.lengths = [length + 1 for length in running.lengths]
         return 0.25
 
-    monkeypatch.setattr(runner, "decode", decode)
+    monkeypatch.setattr(measured, "decode", decode)
     speed = measure(
-        runner,
+        measured,
         prefill=20,
         decode=3,
         context=7,
@@ -162,23 +159,22 @@ def test_measure_counts_every_sequence_and_reports_every_step(monkeypatch):
 
 
 def test_numbers_below_one_are_refused():
-    runner = Runner(make_model())
+    measured = Measured(make_model())
     for name in ("prefill", "decode", "context", "batch", "repeats"):
         options = {"prefill": 1, "decode": 1, "context": 1, "batch": 1, "repeats": 1} | {name: 0}
         with pytest.raises(UserError, match="at least 1"):
-            measure(runner, **options)
+            measure(measured, **options)
 
 
-@pytest.mark.parametrize(("backend", "fused"), [("auto", True), ("torch", False)])
-def test_the_backend_decides_who_computes(backend, fused):
-    runner = Runner(make_model(), backend)
-    assert all(isinstance(layer, FusedDecoderLayer) == fused for layer in runner.model.model.layers)
-    assert runner.cache(1, 4)._kernels == (fused and cpu.available())
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_backend_decides_who_computes(backend):
+    kind = CpuRunner if backend == "auto" and cpu.available() else TorchRunner
+    assert type(Measured(make_model(), backend)._runner) is kind
 
 
 def test_kernels_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(extension, "_load", lambda: (None, "there are none"))
-    refused(lambda: Runner(make_model(), "cpu"), BackendUnavailableError)
+    refused(lambda: Measured(make_model(), "cpu"), BackendUnavailableError)
 
 
 def test_machine_facts_are_complete():

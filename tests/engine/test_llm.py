@@ -18,6 +18,7 @@ from olmoe.config import RopeParameters
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
+from olmoe.engine.running import RunningSequences
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.tokenizer import Tokenizer
@@ -358,13 +359,13 @@ def test_statistics_count_tokens(llm, tokenizer):
 def test_statistics_do_not_count_the_readers_time(llm, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(llm_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    decode = llm._decode
+    decode = RunningSequences.step
 
     def timed_decode(*arguments):
         clock[0] += 1.0
         return decode(*arguments)
 
-    monkeypatch.setattr(llm, "_decode", timed_decode)
+    monkeypatch.setattr(RunningSequences, "step", timed_decode)
     stream = llm.stream("dog", SamplingParams(max_new_tokens=6, ignore_eos=True))
     for _ in stream:
         clock[0] += 1000.0

@@ -17,13 +17,13 @@ import torch
 from configurations import VOCAB_SIZE
 from conftest import make_model
 from olmoe.engine import llm as llm_module
-from olmoe.engine import prefill as prefill_module
-from olmoe.engine.kv_cache import KVCache, token_bytes
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
+from olmoe.engine.running import RunningSequences
 from olmoe.errors import UserError
 from olmoe.model import causal_attend
 from olmoe.ops import cpu
+from olmoe.runner import TorchRunner
 
 kernels = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}"))
 PROMPTS = ["Once upon a time", "O", "The dog ran to the park. They were very happy.", "the girl"]
@@ -174,30 +174,36 @@ def test_threads_are_those_of_the_process(tokenizer, monkeypatch):
 # ---- batches larger than the memory ----
 
 
-class Recorded(KVCache):
-    """A cache that notes the bytes of all that there are when it is made."""
+class Recorded(RunningSequences):
+    """Sequences that note the bytes of the caches of all that there are when they are made."""
 
     sizes: list[int]
-    alive: weakref.WeakSet[KVCache]
+    alive: weakref.WeakSet[RunningSequences]
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         self.alive.add(self)
-        tensors = [t for cache in self.alive for t in (*cache._keys, *cache._values)]
+        tensors = [t for each in self.alive for t in (*each._cache.blocks.keys, *each._cache.blocks.values)]
         self.sizes.append(sum(t.numel() * t.element_size() for t in tensors))
 
 
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     Recorded.sizes, Recorded.alive = [], weakref.WeakSet()
-    monkeypatch.setattr(llm_module, "KVCache", Recorded)
+    monkeypatch.setattr(llm_module, "RunningSequences", Recorded)
     return Recorded.sizes
+
+
+def token_bytes(model) -> int:
+    """What a token takes in a cache in fp32."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * 4
 
 
 @pytest.mark.parametrize("backend", [kernels, "torch"])
 def test_a_large_batch_keeps_within_its_bytes_and_gives_the_same_texts(tokenizer, sizes, backend):
     model = make_model(num_key_value_heads=2)
-    per_token = token_bytes(model.config, torch.float32)
+    per_token = token_bytes(model)
     prompts = [[5 + (i * 7 + j) % 200 for j in range(1 + i * 13 % 90)] for i in range(60)]
     params = [
         SamplingParams(max_new_tokens=1 + i % 11, temperature=0.9 * (i % 2), seed=i, logprobs=1) for i in range(60)
@@ -219,7 +225,7 @@ def test_a_large_batch_keeps_within_its_bytes_and_gives_the_same_texts(tokenizer
 
 def test_memory_does_not_grow_with_the_number_of_prompts(tokenizer, sizes):
     model = make_model()
-    llm = LLM.from_parts(model, tokenizer, cache_bytes=400 * token_bytes(model.config, torch.float32))
+    llm = LLM.from_parts(model, tokenizer, cache_bytes=400 * token_bytes(model))
     largest = []
     for count in (10, 300):
         sizes.clear()
@@ -242,32 +248,17 @@ def test_bytes_of_the_cache_are_a_whole_number(tokenizer, value):
         LLM.from_parts(make_model(), tokenizer, cache_bytes=value)
 
 
-def test_sequences_that_finish_free_their_room_without_a_second_cache(llm, monkeypatch):
-    cache = KVCache(llm.config, 4, 10, dtype=torch.float32, device=torch.device("cpu"))
-    keep, total = cache.keep, sum(t.numel() for t in (*cache._keys, *cache._values))
-    largest = []
-    select = torch.Tensor.index_select
-
-    def counting(self, *arguments):
-        new = select(self, *arguments)
-        largest.append(sum(t.numel() for t in (*cache._keys, *cache._values)) + new.numel())
-        return new
-
-    monkeypatch.setattr(torch.Tensor, "index_select", counting)
-    keep([0, 1, 2])
-    assert max(largest) < 1.5 * total
-
-
-def test_prompts_without_continuing_kernels_go_through_in_bounded_numbers(tokenizer, monkeypatch):
-    monkeypatch.setattr(prefill_module, "WHOLE_TOKENS", 20)
+def test_prompts_go_through_in_bounded_numbers(tokenizer, monkeypatch):
+    monkeypatch.setattr(TorchRunner, "chunk_tokens", 20)
     model, seen = make_model(), []
     llm = LLM.from_parts(model, tokenizer, backend="torch")
     prompts = [[5] * 12, [6] * 8, [7] * 30, [8], [9] * 19, [10] * 2]
     expected = [llm.generate(prompt, SamplingParams(max_new_tokens=6))[0].token_ids for prompt in prompts]
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].numel()))
+    llm.recompile()
     found = llm.generate(prompts, SamplingParams(max_new_tokens=6))
     assert [c.token_ids for c in found] == expected
-    assert seen[:5] == [30, 19, 12 + 8, 2 + 1, len(prompts)]  # the last one decodes
+    assert seen[:5] == [20, 20, 20, 12, len(prompts)]  # the last one decodes
 
 
 class Terminal(io.StringIO):

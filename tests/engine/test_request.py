@@ -30,6 +30,10 @@ def test_defaults_are_greedy_and_unfiltered():
         ("top_p", [0.0, -0.5, 1.01, math.nan]),
         ("min_p", [-0.01, 1.01, math.nan]),
         ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),
+        ("presence_penalty", [math.inf, -math.inf, math.nan]),
+        ("frequency_penalty", [math.inf, -math.inf, math.nan]),
+        ("logit_bias", [[1], {-1: 1.0}, {1.5: 1.0}, {"a": 1.0}, {True: 1.0}, {2**63: 1.0}, {1: "a"}, {1: None}]),
+        ("logit_bias", [{1: math.nan}, {1: math.inf}, {1: True}, {"-1": 1.0}, "1"]),
         ("seed", [-1, 2**63]),
         ("stop", [("a", ""), "", (1,), (None,)]),
     ],
@@ -48,6 +52,16 @@ def test_limits_of_the_ranges_are_allowed():
 def test_one_stop_string_needs_no_list():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ["a", "b"]
+
+
+def test_biases_may_be_keyed_as_json_has_them_and_ban():
+    assert SamplingParams(logit_bias={"7": 1, 8: -math.inf}).logit_bias == {7: 1.0, 8: -math.inf}
+    assert SamplingParams(logit_bias={}).logit_bias == {}
+
+
+def test_requests_that_look_alike_are_two():
+    first, second = (Request([1], SamplingParams(), 5) for _ in range(2))
+    assert first != second
 
 
 NAMES = [field.name for field in fields(SamplingParams)]

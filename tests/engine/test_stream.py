@@ -13,9 +13,10 @@ from conftest import make_model
 from olmoe import checkpoint
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
+from olmoe.engine.running import RunningSequences
 from olmoe.engine.stream import Stream
 
-PARAMS = SamplingParams(max_new_tokens=25, temperature=1.0, seed=3)
+PARAMS = SamplingParams(max_new_tokens=25, temperature=1.0, seed=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_an_interrupt_of_the_model_leaves_the_text_so_far(llm, pieces, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm, "_decode", interrupted)
+    monkeypatch.setattr(RunningSequences, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         found += stream
     assert found == pieces[:1]
@@ -142,7 +143,7 @@ def test_the_end_of_a_with_block_closes(llm, pieces):
 
 def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
     inside, closed = threading.Event(), threading.Event()
-    decode = llm._decode
+    decode = RunningSequences.step
 
     def slow(*arguments):
         inside.set()
@@ -151,7 +152,7 @@ def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
 
     stream, found = llm.stream("dog", PARAMS), []
     found.append(next(stream))
-    monkeypatch.setattr(llm, "_decode", slow)
+    monkeypatch.setattr(RunningSequences, "step", slow)
     reader = threading.Thread(target=lambda: found.extend(stream))
     reader.start()
     assert inside.wait(60)
@@ -166,7 +167,7 @@ def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
 def test_closing_frees_the_cache(llm):
     def caches() -> int:
         gc.collect()
-        return sum(type(each).__name__ == "KVCache" for each in gc.get_objects())
+        return sum(type(each).__name__ == "RunningSequences" for each in gc.get_objects())
 
     before = caches()
     stream = llm.stream("dog", PARAMS)

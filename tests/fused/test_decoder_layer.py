@@ -13,6 +13,7 @@ from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.fused import FusedDecoderLayer, prepared_layer
 from olmoe.model import DecoderLayer, Linear, set_backend
 from olmoe.ops import cpu
+from olmoe.runner import require_backend
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
@@ -340,6 +341,6 @@ def test_a_named_backend_that_cannot_is_an_error(change):
 
 
 def test_unknown_names_are_refused():
-    assert "'gpu'" in refused(lambda: fused.require("gpu"), UserError)
+    assert "'gpu'" in refused(lambda: require_backend("gpu"), UserError)
     for name in ("auto", "cpu", "torch", "reference"):
-        fused.require(name)
+        require_backend(name)

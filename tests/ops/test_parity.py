@@ -18,6 +18,7 @@ from ops.tolerances import forward_tolerance, gradient_tolerance
 OPERATIONS = [
     "linear", "rms_norm", "apply_rope", "attention", "route", "sort_by_expert",
     "gather_rows", "experts", "combine", "moe", "linear_cross_entropy",
+    "sample",  # in cpu/test_sampling_parity.py
 ]  # fmt: skip
 
 

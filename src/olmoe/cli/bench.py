@@ -51,23 +51,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from olmoe import fused
     from olmoe.engine import benchmark
     from olmoe.errors import UserError
     from olmoe.ops import cpu
+    from olmoe.runner import require_backend
     from olmoe.runtime import keep_freed_memory, peak_memory_bytes, set_threads
 
     for option in ("prefill", "decode", "context", "batch", "repeats"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"--{option} must be at least 1, not {value}.")
-    fused.require(arguments.backend)
+    require_backend(arguments.backend)
     if arguments.isa is not None:
         if arguments.backend not in ("auto", "cpu"):
             raise UserError(
                 f"--isa is for the C++ kernels, not for --backend {arguments.backend}; leave one of them out."
             )
-        fused.require("cpu")
+        require_backend("cpu")
         cpu.set_isa(arguments.isa)
     set_threads(arguments.threads)
     keep_freed_memory()
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     benchmark.reset_peak_memory()
     started = time.perf_counter()
     model, stored = _load(folder, config, arguments.format)
-    runner = benchmark.Runner(model, arguments.backend)
+    runner = benchmark.Measured(model, arguments.backend)
     load_seconds = time.perf_counter() - started
     step = benchmark.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
     ceiling = benchmark.Ceiling(bandwidth, step, arguments.batch)

@@ -29,6 +29,8 @@ SAMPLING = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
     "seed",
     "stop",
     "logprobs",
@@ -72,6 +74,18 @@ def _add_sampling_arguments(group: Any) -> None:
         type=float,
         metavar="X",
         help=f"above 1 discourages repetition ({default.repetition_penalty})",
+    )
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help=f"lowers the logits of tokens in the text ({default.presence_penalty})",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help=f"the same for each time that they occur ({default.frequency_penalty})",
     )
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")

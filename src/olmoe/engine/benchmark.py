@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 import olmoe
-from olmoe import fused, packed
+from olmoe import packed
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache, default_cache_dtype
-from olmoe.engine.prefill import prefill
+from olmoe.engine.running import RunningSequences
 from olmoe.errors import UserError, shown
-from olmoe.model import CausalLM, Experts, allocate, set_backend
+from olmoe.model import CausalLM, Experts, allocate
 from olmoe.ops import AUTO, cpu
 from olmoe.ops.cpu.extension import kernels
 from olmoe.packing import RECIPES
 from olmoe.quant import PackedExperts, PackedLayout, PackedModule
 from olmoe.quant.blocks import BLOCK, GROUP, SCALE_BYTES
+from olmoe.runner import make_runner
+from olmoe.runner.base import default_cache_dtype
 from olmoe.runtime import available_memory_bytes
 
 PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -159,7 +160,7 @@ def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch
     """What a decoding step of `batch` sequences reads after `context` tokens each.
 
     Weights are all but the embeddings; of the experts K of E for one sequence, and for several as many as they choose
-    together if each chooses evenly. `cache_dtype` is by default that of `Runner`. `model` may be on the meta device.
+    together if each chooses evenly. `cache_dtype` is by default that of `LLM`. `model` may be on the meta device.
     """
     config, weights = model.config, 0.0
     share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch
@@ -204,50 +205,38 @@ def reset_peak_memory() -> None:
 # ---- speed ----
 
 
-class Runner:
+class Measured:
     """Prefill and decode steps of a model on random ids, without a tokenizer. `cache_dtype` as in `LLM`."""
 
     def __init__(self, model: CausalLM, backend: str = AUTO, cache_dtype: torch.dtype | None = None) -> None:
-        fused.require(backend)
-        self.model, self.backend = model, backend
-        set_backend(model, backend)
-        if backend in (AUTO, "cpu"):
-            fused.fuse(model)
-        self.cache_dtype = cache_dtype or default_cache_dtype(model)
+        self.model, self._runner = model, make_runner(model, backend)
+        self.cache_dtype = cache_dtype or self._runner.cache_dtype
         self._generator = torch.Generator().manual_seed(1)
 
-    def cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache."""
-        device = torch.device("cpu")
-        return KVCache(self.model.config, batch, capacity, dtype=self.cache_dtype, device=device, backend=self.backend)
+    def sequences(self, batch: int, capacity: int) -> RunningSequences:
+        """Sequences with nothing in their cache."""
+        return RunningSequences(self._runner, batch, capacity, self.cache_dtype)
 
-    def _ids(self, count: int) -> Tensor:
-        return torch.randint(0, self.model.config.vocab_size, (count,), generator=self._generator)
+    def _ids(self, count: int) -> list[int]:
+        return torch.randint(0, self.model.config.vocab_size, (count,), generator=self._generator).tolist()
 
-    @torch.inference_mode()
-    def prefill(self, cache: KVCache, length: int) -> float:
-        """Seconds for a prompt of `length` random ids for every sequence of an empty cache, to the last logits."""
-        prompts = [self._ids(length).tolist() for _ in cache.lengths]
+    def prefill(self, running: RunningSequences, length: int) -> float:
+        """Seconds for a prompt of `length` random ids for every one of empty sequences, to the last logits."""
+        prompts = [self._ids(length) for _ in running.lengths]
         started = time.perf_counter()
-        prefill(self.model, cache, prompts)
+        running.prefill(prompts)
         return time.perf_counter() - started
 
-    @torch.inference_mode()
-    def decode(self, cache: KVCache) -> float:
+    def decode(self, running: RunningSequences) -> float:
         """Seconds for one new token of every sequence, the choice of the likeliest included."""
-        batch = len(cache.lengths)
-        ids = self._ids(batch)
+        ids = self._ids(len(running.lengths))
         started = time.perf_counter()
-        positions = torch.tensor(cache.lengths)
-        cache.start_decode()
-        self.model.step(ids, positions, cache.attend_decode, positions + 1).argmax(-1).tolist()
-        seconds = time.perf_counter() - started
-        cache.advance([1] * batch)
-        return seconds
+        running.step(ids).argmax(-1).tolist()
+        return time.perf_counter() - started
 
 
 def measure(
-    runner: Runner,
+    measured: Measured,
     *,
     prefill: int,
     decode: int,
@@ -264,21 +253,21 @@ def measure(
     if min(prefill, decode, context, batch, repeats) < 1:
         raise UserError("Prefill, decode, context, batch and repeats must be at least 1.")
     total, done = repeats + batch + decode, 0
-    runner.prefill(runner.cache(1, _WARM_UP), _WARM_UP)  # the first call of anything is slower
+    measured.prefill(measured.sequences(1, _WARM_UP), _WARM_UP)  # the first call of anything is slower
     times = []
     for _ in range(repeats):
-        times.append(runner.prefill(runner.cache(1, prefill), prefill))
+        times.append(measured.prefill(measured.sequences(1, prefill), prefill))
         done += 1
         progress(done, total)
-    cache = runner.cache(batch, context + decode + 1)
-    runner.prefill(cache, context)
+    running = measured.sequences(batch, context + decode + 1)
+    measured.prefill(running, context)
     done += batch
     progress(done, total)
-    runner.decode(cache)
-    cache.lengths = [context] * batch
+    measured.decode(running)
+    running.lengths = [context] * batch
     steps = []
     for _ in range(decode):
-        steps.append(runner.decode(cache))
+        steps.append(measured.decode(running))
         done += 1
         progress(done, total)
     return {

@@ -13,19 +13,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from olmoe import checkpoint, fused, hub
+from olmoe import checkpoint, hub
 from olmoe.config import ModelConfig
-from olmoe.engine.kv_cache import KVCache, default_cache_dtype, token_bytes
-from olmoe.engine.prefill import prefill
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
-from olmoe.engine.request import Completion, Request, SamplingParams, Statistics, in_batch, whole_number
-from olmoe.engine.sampler import Sampler, token_logprob
+from olmoe.engine.request import (
+    Completion,
+    Request,
+    SamplingParams,
+    Statistics,
+    TokenLogprob,
+    in_batch,
+    whole_number,
+)
+from olmoe.engine.running import RunningSequences
+from olmoe.engine.sampler import Choice, Sampler
 from olmoe.engine.stream import Stream
 from olmoe.engine.text_stream import TextStream
 from olmoe.engine.waves import waves
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
-from olmoe.model import CausalLM, set_backend
+from olmoe.model import CausalLM
 from olmoe.ops import AUTO
+from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
@@ -67,7 +75,7 @@ class LLM:
         `cache_bytes` bounds the keys and values that `generate` holds at once.
         """
         self._limit(threads, cache_bytes)
-        fused.require(backend)
+        require_backend(backend)
         folder = hub.resolve(
             hub.SHIPPED if model_id is None else model_id,
             revision=revision,
@@ -95,7 +103,7 @@ class LLM:
         cache_bytes: int = CACHE_BYTES,
     ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
-        fused.require(backend)
+        require_backend(backend)
         llm = cls.__new__(cls)
         llm._limit(threads, cache_bytes)
         llm.device = next(model.parameters()).device
@@ -110,14 +118,19 @@ class LLM:
         config = model.config
         if backend == "cpu" and self.device.type != "cpu":
             raise BackendUnavailableError(f"Backend 'cpu' runs on the CPU, but the model is on {self.device}.")
-        self.backend = backend
-        set_backend(model, backend)
-        if backend in (AUTO, "cpu"):
-            fused.fuse(model)
         _check_fit(tokenizer, config)
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.backend, self.model, self.tokenizer, self.config = backend, model, tokenizer, config
+        self.recompile()
         # Scaled RoPE stretches the context that the model was trained on.
         self.context_length = int(config.max_position_embeddings * config.rope.factor)
+
+    def recompile(self) -> None:
+        """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
+
+        Generation runs what was compiled from the model when this object was made, or by the last call of this.
+        Weights that are written in place need no call, unless they are vectors in half precision.
+        """
+        self._runner = make_runner(self.model, self.backend)
 
     def generate(
         self,
@@ -206,6 +219,11 @@ class LLM:
             raise UserError(
                 f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}."
             )
+        unknown = [i for i in params.logit_bias or () if i >= self.tokenizer.vocab_size]
+        if unknown:
+            raise UserError(
+                f"logit_bias holds the id {unknown[0]}, but the tokenizer has {self.tokenizer.vocab_size} ids."
+            )
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
@@ -221,8 +239,10 @@ class LLM:
     ) -> Generator[tuple[int, str], None, None]:
         """Generate until every request has finished, yielding (request number, new text)."""
         called = time.perf_counter()
-        room = self.cache_bytes // token_bytes(self.config, default_cache_dtype(self.model))
-        for wave in waves([request.most_tokens for request in requests], room, MOST_SEQUENCES):
+        runner = self._runner
+        room = self.cache_bytes // runner.position_bytes
+        needs = [request.most_tokens for request in requests]
+        for wave in waves(needs, room, MOST_SEQUENCES, runner.block_positions):
             members = [requests[number] for number in wave]
             for row, text in self._wave(members, [streams[number] for number in wave], statistics, called):
                 yield wave[row], text
@@ -232,38 +252,32 @@ class LLM:
     ) -> Generator[tuple[int, str], None, None]:
         """As `_run`, all at once. Its cache goes when it ends: two waves never hold one at the same time."""
         started = time.perf_counter()
-        cache = KVCache(
-            self.config,
-            len(requests),
-            max(request.most_tokens for request in requests),
-            dtype=default_cache_dtype(self.model),
-            device=self.device,
-            backend=self.backend,
-        )
-        logits = prefill(self.model, cache, [request.prompt_ids for request in requests])
+        running = RunningSequences(self._runner, len(requests), max(request.most_tokens for request in requests))
+        logits = running.prefill([request.prompt_ids for request in requests])
         seconds = time.perf_counter() - started
         statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         statistics.prefill_seconds += seconds
         for request in requests:
             request.timings.queue_seconds, request.timings.prefill_seconds = started - called, seconds
-        yield from self._steps(requests, streams, statistics, cache, logits)
+        yield from self._steps(requests, streams, statistics, running, logits)
 
     def _steps(
         self,
         requests: list[Request],
         streams: list[TextStream],
         statistics: Statistics,
-        cache: KVCache,
+        running: RunningSequences,
         logits: Tensor,
     ) -> Generator[tuple[int, str], None, None]:
         """Choose and decode until every request has finished. `logits` (B, V) are those after the prompts."""
-        samplers = [Sampler(request.params, self.tokenizer.vocab_size) for request in requests]
+        sampler = Sampler(self.tokenizer.vocab_size, self.backend)
         active = list(range(len(requests)))
         while active:
             started = time.perf_counter()
             pieces: list[tuple[int, str]] = []
-            for row, number in enumerate(active):
-                text = self._choose(requests[number], streams[number], samplers[number], logits[row], statistics)
+            choices = sampler.choose_rows(logits, [requests[number] for number in active])
+            for number, choice in zip(active, choices, strict=True):
+                text = self._take(choice, requests[number], streams[number], statistics)
                 if text:
                     pieces.append((number, text))
             self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
@@ -274,26 +288,21 @@ class LLM:
             if len(unfinished) < len(active):
                 active = [active[row] for row in unfinished]
                 if active:
-                    cache.keep(unfinished)
+                    running.keep(unfinished)
             if active:
-                logits = self._decode([requests[number].token_ids[-1] for number in active], cache)
+                logits = running.step([requests[number].token_ids[-1] for number in active])
             self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
 
-    def _choose(
-        self, request: Request, stream: TextStream, sampler: Sampler, logits: Tensor, statistics: Statistics
-    ) -> str:
-        """The next token of one request, from logits (V,) -> the text that it makes certain."""
-        try:
-            token_id = sampler.choose(logits, request.prompt_ids + request.token_ids)
-        except UserError as error:
-            raise in_batch(error, request.where) from None
+    def _take(self, choice: Choice, request: Request, stream: TextStream, statistics: Statistics) -> str:
+        """Add what was chosen for a request -> the text that it makes certain."""
+        if choice.error is not None:
+            raise in_batch(UserError(choice.error), request.where)
         statistics.decode_tokens += bool(request.token_ids)
         statistics.new_tokens += 1
-        request.token_ids.append(token_id)
-        if request.params.logprobs is not None:
-            logprob = token_logprob(logits, token_id, request.params.logprobs, self.tokenizer.vocab_size)
-            request.logprobs.append(logprob)
-        return self._accept(request, stream, token_id)
+        request.token_ids.append(choice.token_id)
+        if choice.logprob is not None and choice.top is not None:
+            request.logprobs.append(TokenLogprob(choice.token_id, choice.logprob, choice.top))
+        return self._accept(request, stream, choice.token_id)
 
     @staticmethod
     def _took(seconds: float, requests: list[Request], statistics: Statistics) -> None:
@@ -313,15 +322,6 @@ class LLM:
             request.finish_reason = "length"
             text += stream.finish()
         return text
-
-    def _decode(self, token_ids: list[int], cache: KVCache) -> Tensor:
-        """One new id of each sequence through the network -> logits (B, V)."""
-        positions_B = torch.tensor(cache.lengths, device=self.device)
-        cache.start_decode()
-        ids_B = torch.tensor(token_ids, device=self.device)
-        logits_BV = self.model.step(ids_B, positions_B, cache.attend_decode, positions_B + 1)
-        cache.advance([1] * len(token_ids))
-        return logits_BV
 
 
 def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -24,6 +24,9 @@ class SamplingParams:
       to p (1: all). `min_p`: tokens of at least p times the most probable one's probability (0: all).
     - `repetition_penalty`: above 1, logits of tokens already in prompt or text are divided (if positive) or
       multiplied (if negative) by it (Keskar et al. 2019).
+    - `presence_penalty`, `frequency_penalty`: subtracted from logits of tokens already in the text (not the prompt),
+      once and for each time that they occur, as in OpenAI's interface.
+    - `logit_bias`: added to the logits of these ids; -inf bans a token.
     - `seed`: the same seed gives the same text, in a batch or alone; None draws a new one.
     - `stop`: the text ends before the first of these strings. `ignore_eos`: do not end at EOS ids.
     - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
@@ -39,6 +42,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
@@ -49,7 +55,7 @@ class SamplingParams:
             value = getattr(self, each.name)
             if value is None:
                 value = each.default
-            if value is not None:  # which is the default of `seed` and `logprobs`
+            if value is not None:  # which is the default of `logit_bias`, `seed` and `logprobs`
                 value = _checked(each.name, value)
             object.__setattr__(self, each.name, value)
 
@@ -104,6 +110,13 @@ def _texts(value: object) -> Sequence[str]:
     return list(value) if isinstance(value, list) else tuple(value)
 
 
+def _biases(value: object) -> dict[int, float]:
+    """Ids, perhaps written as strings (JSON has no other keys), to numbers that may be added to a logit."""
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {int(i) if isinstance(i, str) and i.isdecimal() else _whole(i): _number(x) for i, x in value.items()}
+
+
 # Of each parameter: what type it has, how that is read, which of the values read are allowed, and that in words.
 _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str]] = {
     "max_new_tokens": ("a whole number", _whole, lambda n: n >= 1, "at least 1"),
@@ -112,6 +125,14 @@ _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str
     "top_p": ("a number", _number, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": ("a number", _number, lambda x: 0 <= x <= 1, "between 0 and 1"),
     "repetition_penalty": ("a number", _number, lambda x: 0 < x < math.inf, "above 0"),
+    "presence_penalty": ("a number", _number, math.isfinite, "a finite number"),
+    "frequency_penalty": ("a number", _number, math.isfinite, "a finite number"),
+    "logit_bias": (
+        "a mapping of token ids to numbers",
+        _biases,
+        lambda biases: all(0 <= i < 2**63 and x < math.inf for i, x in biases.items()),
+        "a mapping of token ids to numbers, of which only -inf is not finite",
+    ),
     "seed": ("a whole number", _whole, lambda n: 0 <= n < 2**63, "between 0 and 2^63 - 1"),
     "stop": (
         "a text or several",
@@ -185,7 +206,7 @@ class Statistics:
     finished: int = 0  # texts
 
 
-@dataclass
+@dataclass(eq=False)  # two that look alike are two
 class Request:
     """A prompt in progress: its ids, its parameters, and what has been generated."""
 

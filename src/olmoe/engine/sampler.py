@@ -1,81 +1,101 @@
-"""Choosing the next token from logits, one request at a time, so that a batch samples as its members would alone."""
+"""Choosing the next tokens of all requests in progress, so that a batch samples as its members would alone."""
 
 from __future__ import annotations
 
-import torch
+import secrets
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
 from torch import Tensor
 
-from olmoe.engine.request import SamplingParams, TokenLogprob
-from olmoe.errors import UserError
+from olmoe import ops
+from olmoe.engine.request import Request
+from olmoe.ops import AUTO, SamplingRow, SamplingStatus
+
+_ERRORS = {
+    SamplingStatus.NOT_FINITE: (
+        "The model's logits are not finite: its weights are broken, or overflow in float16; try dtype float32."
+    ),
+    SamplingStatus.NOTHING_ALLOWED: "No token is left to choose: logit_bias or a mask bans all; allow at least one.",
+}
+
+
+class Choice(NamedTuple):
+    """The next token of one request, or in `error` the sentence that says why there is none (then the id is -1).
+
+    `logprob` and `top`, ids to log-probabilities by falling probability, are what `SamplingParams.logprobs` asks for:
+    those of the model itself, before temperature, penalties, biases and filters.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: dict[int, float] | None = None
+    error: str | None = None
 
 
 class Sampler:
-    """The sampling state of one request: its random generator.
+    """Chooses for any requests, in any order and company: each token depends on its own request alone.
 
     `allowed` is the tokenizer's number of ids: rows of the output head beyond it are padding, which was
     never trained, and can never be chosen.
     """
 
-    def __init__(self, params: SamplingParams, allowed: int) -> None:
-        self._params, self._allowed = params, allowed
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+    def __init__(self, allowed: int, backend: str = AUTO) -> None:
+        self._allowed, self._backend = allowed, backend
+        self._rows: WeakKeyDictionary[Request, SamplingRow] = WeakKeyDictionary()
 
-    def choose(self, logits: Tensor, history: list[int]) -> int:
-        """The next id. logits (V,) of one sequence; `history` is its prompt and text so far, for the penalty.
+    def choose_rows(
+        self, logits: Tensor, requests: Sequence[Request], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Choice]:
+        """The next token of each request, which the caller adds to its `token_ids`. logits (B, V).
 
-        Raises `UserError` if the logits are not finite: no choice among them would mean anything.
+        `masks` are the tokens that each may have, as `SamplingRow.mask` says; None allows all.
         """
-        scores = logits.float().cpu()[: self._allowed].clone()
-        if not scores.isfinite().all():
-            raise UserError(
-                "The model's logits are not finite: its weights are broken, or overflow in float16; try dtype float32."
-            )
-        if self._params.repetition_penalty != 1.0:
-            penalize(scores, history, self._params.repetition_penalty)
-        if self._params.temperature == 0.0:
-            return int(scores.argmax())
-        probabilities = filtered(scores, self._params).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        rows = [self._row(request) for request in requests]
+        for row, mask in zip(rows, masks or [None] * len(rows), strict=True):
+            row.mask = mask
+        samples = ops.sample(logits.float().cpu(), rows, self._allowed, backend=self._backend)
+        return [_choice(row, *values) for row, *values in zip(rows, *(t.tolist() for t in samples), strict=True)]
+
+    def _row(self, request: Request) -> SamplingRow:
+        """What the operation has to know of a request, brought up to date."""
+        row = self._rows.get(request)
+        if row is None:
+            row = self._rows[request] = _new_row(request)
+        row.ids.extend(request.token_ids[len(row.ids) - row.prompt_length :])
+        row.position = len(request.token_ids)
+        return row
 
 
-def token_logprob(logits: Tensor, token_id: int, count: int, allowed: int) -> TokenLogprob:
-    """How probable `token_id` and the `count` likeliest tokens were. logits (V,), of which `allowed` are tokens."""
-    logprobs = logits.float().cpu()[:allowed].log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return TokenLogprob(token_id, float(logprobs[token_id]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+def _new_row(request: Request) -> SamplingRow:
+    params = request.params
+    biases = params.logit_bias or {}
+    return SamplingRow(
+        temperature=float(params.temperature),
+        top_k=int(params.top_k),
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
+        repetition_penalty=float(params.repetition_penalty),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        bias_ids=array("q", biases.keys()),
+        biases=array("d", biases.values()),
+        # From the operating system: torch's global generator has no part in it.
+        seed=secrets.randbits(63) if params.seed is None else int(params.seed),
+        logprobs=params.logprobs,
+        ids=array("q", request.prompt_ids),
+        prompt_length=len(request.prompt_ids),
+    )
 
 
-def penalize(scores: Tensor, history: list[int], penalty: float) -> None:
-    """Lower, in place, the scores (V,) of ids in `history`: positive ones divided, negative ones multiplied."""
-    seen = torch.tensor(sorted({i for i in history if 0 <= i < len(scores)}), dtype=torch.long)
-    old = scores[seen]
-    limit = torch.finfo(scores.dtype).max  # an extreme penalty must not make an infinite score
-    scores[seen] = torch.where(old > 0, old / penalty, old * penalty).clamp(-limit, limit)
-
-
-def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, then top-k, top-p, min-p; what they exclude becomes -inf. scores (V,) -> (V,).
-
-    The order is transformers'. At least one token always remains. Scores are taken relative to the
-    largest, which changes no probability and keeps it finite at any temperature.
-    """
-    number = torch.finfo(scores.dtype)
-    scores = (scores - scores.max()) / min(max(params.temperature, number.tiny), number.max)
-    if 0 < params.top_k < len(scores):
-        kth = scores.topk(params.top_k).values[-1]
-        scores = scores.masked_fill(scores < kth, float("-inf"))
-    if params.top_p < 1.0:
-        ordered, order = scores.sort(descending=True, stable=True)
-        probabilities = ordered.softmax(dim=-1)
-        # A token stays if those before it have not yet reached p.
-        excluded = probabilities.cumsum(dim=-1) - probabilities >= params.top_p
-        excluded[0] = False
-        scores = scores.index_fill(0, order[excluded], float("-inf"))
-    if params.min_p > 0.0:
-        probabilities = scores.softmax(dim=-1)
-        scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
-    return scores
+def _choice(
+    row: SamplingRow, token_id: int, status: int, logprob: float, top_ids: list[int], top_logprobs: list[float]
+) -> Choice:
+    if status != SamplingStatus.CHOSEN:
+        return Choice(token_id, error=_ERRORS[SamplingStatus(status)])
+    if row.logprobs is None:
+        return Choice(token_id)
+    top = {i: value for i, value in zip(top_ids, top_logprobs, strict=True) if i >= 0}
+    return Choice(token_id, logprob, top)

@@ -15,24 +15,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.fused.causal_lm import FusedCausalLM
-from olmoe.fused.decoder import STEP_ROWS, FusedDecoder, all_layers
+from olmoe.fused.decoder import STEP_ROWS, all_layers
 from olmoe.fused.decoder_layer import FusedDecoderLayer
 from olmoe.fused.prepared_layer import kernel_matrix
-from olmoe.model import CausalLM, Decoder, DecoderLayer
-from olmoe.ops.cpu import extension
-from olmoe.ops.dispatch import AUTO, PRIORITY
+from olmoe.model import DecoderLayer
 
 __all__ = [
     "STEP_ROWS",
-    "FusedCausalLM",
-    "FusedDecoder",
     "FusedDecoderLayer",
     "all_layers",
     "fuse",
     "kernel_matrix",
-    "require",
     "unfuse",
 ]
 
@@ -42,29 +35,11 @@ def fuse(root: nn.Module) -> None:
     for module in root.modules():
         if type(module) is DecoderLayer:
             module.__class__ = FusedDecoderLayer
-        elif type(module) is Decoder:
-            module.__class__ = FusedDecoder
-        elif type(module) is CausalLM:
-            module.__class__ = FusedCausalLM
 
 
 def unfuse(root: nn.Module) -> None:
     """Make fused layers, decoders and language models plain ones again."""
     for module in root.modules():
-        if type(module) is FusedCausalLM:
-            module.__dict__.pop("_head", None)
-            module.__class__ = CausalLM  # type: ignore[assignment]
-        if type(module) is FusedDecoder:
-            module.__dict__.pop("_whole", None)
-            module.__class__ = Decoder  # type: ignore[assignment]
         if type(module) is FusedDecoderLayer:
             module.__dict__.pop("_prepared", None)
             module.__class__ = DecoderLayer  # type: ignore[assignment]
-
-
-def require(backend: str) -> None:
-    """Raise unless `backend` is auto or a name of `olmoe.ops.dispatch.PRIORITY`, and can run here."""
-    if backend not in (AUTO, *PRIORITY):
-        raise UserError(f"Unknown backend {backend!r}; choose one of {', '.join((AUTO, *PRIORITY))}.")
-    if backend == "cpu" and (reason := extension.unavailable()) is not None:
-        raise BackendUnavailableError(f"Backend 'cpu' cannot run here: {reason}; use the backend torch.")

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from olmoe.fused.prepared_layer import PreparedLayer, prepare
 from olmoe.model import Attend, DecoderLayer, RouterOutput
 from olmoe.ops.cpu import extension
-from olmoe.ops.cpu.functional import CachedTokens
+from olmoe.ops.types import RoutePolicy
 
 
 class FusedDecoderLayer(DecoderLayer):
@@ -22,10 +22,12 @@ class FusedDecoderLayer(DecoderLayer):
 
     _prepared: PreparedLayer | None = None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, RouterOutput]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, policy: RoutePolicy | None = None
+    ) -> tuple[Tensor, RouterOutput]:
         """See `DecoderLayer.forward`."""
-        done = self.through_kernels(x, rope, attend)
-        return super().forward(x, rope, attend) if done is None else done
+        done = self.through_kernels(x, rope, attend) if policy is None else None
+        return super().forward(x, rope, attend, policy) if done is None else done
 
     def through_kernels(
         self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
@@ -44,19 +46,6 @@ class FusedDecoderLayer(DecoderLayer):
         weights, ids = torch.empty(n, top_k), torch.empty(n, top_k, dtype=torch.long)
         outputs = y.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
         routed = RouterOutput(logits, weights, ids)
-        if (cached := getattr(attend, "cached", None)) is not None:
-            cache: CachedTokens = cached(self.self_attn.layer)
-            cache.check(n, width // head_dim, head_dim)
-            prepared.kernel.forward(
-                rows_ND.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
-                cache.counts,
-                cache.lengths,
-                *cache.addresses(),
-                *outputs,
-            )
-            return y.to(x.dtype).view(x.shape), routed
         q, k, v = torch.empty(n, d), torch.empty(n, width), torch.empty(n, width)
         prepared.kernel.attention_inputs(
             rows_ND.data_ptr(), cos.data_ptr(), sin.data_ptr(), n, q.data_ptr(), k.data_ptr(), v.data_ptr()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from olmoe.errors import BackendUnavailableError
-from olmoe.fused import require
 from olmoe.model import set_backend
 from olmoe.ops import AUTO
+from olmoe.runner import require_backend
 
 
 class KernelBackend:
@@ -32,7 +32,7 @@ class KernelBackend:
         kernels, or on another device.
         """
         assert isinstance(self, nn.Module)
-        require(backend)
+        require_backend(backend)
         if backend == "cpu":
             elsewhere = {p.device.type for p in self.parameters()} - {"cpu"}
             if elsewhere:

@@ -84,7 +84,7 @@ class OlmoeTopKRouter(Router):
         super().__init__(OlmoeConfig.network(config))
         self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
 
-    def forward(self, hidden_states: Tensor) -> RouterOutput:
+    def forward(self, hidden_states: Tensor) -> RouterOutput:  # type: ignore[override]
         """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K)."""
         return super().forward(hidden_states.reshape(-1, self.hidden_dim))
 
@@ -159,7 +159,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, FusedDeco
         note(ATTENTIONS, weights)
         return self.after_attention(x + attended)[0]
 
-    def after_attention(self, x: Tensor) -> tuple[Tensor, Any]:
+    def after_attention(self, x: Tensor, policy: None = None) -> tuple[Tensor, Any]:  # type: ignore[override]
         """See `DecoderLayer.after_attention`; the router notes by itself what it decides."""
         return x + self.mlp(self.post_attention_layernorm(x)), None
 

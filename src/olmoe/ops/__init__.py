@@ -9,6 +9,7 @@ E experts, K experts per token, M = N*K routed rows, F expert width, V vocabular
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from olmoe.ops import reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
@@ -17,11 +18,12 @@ from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
 from olmoe.ops.dispatch import AUTO, backends, call
 from olmoe.ops.reference import Activation
-from olmoe.ops.types import Samples, SamplingRow, SamplingStatus, SortedRows
+from olmoe.ops.types import RoutePolicy, Samples, SamplingRow, SamplingStatus, SortedRows
 
 __all__ = [
     "AUTO",
     "Activation",
+    "RoutePolicy",
     "Samples",
     "SamplingRow",
     "SamplingStatus",
@@ -69,12 +71,22 @@ def attention(
     return call("attention", backend, q, k, v, mask, causal)
 
 
-def route(logits: Tensor, k: int, norm_topk_prob: bool = False, *, backend: str = AUTO) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, k: int, norm_topk_prob: bool = False, policy: RoutePolicy | None = None, *, backend: str = AUTO
+) -> tuple[Tensor, Tensor]:
     """Softmax over all experts in fp32, then top-k. logits (N, E) -> weights (N, K) fp32, expert ids (N, K).
 
-    Without `norm_topk_prob` (OLMoE) the weights are the probabilities themselves and sum to less than 1.
+    Without `norm_topk_prob` (OLMoE) the weights are the probabilities themselves and sum to less than 1. With a
+    `policy` K is its width, and behind the experts of a token that chooses fewer there are ids of -1 and weights of 0.
     """
-    return call("route", backend, logits, k, norm_topk_prob)
+    if policy is None:
+        return call("route", backend, logits, k, norm_topk_prob)
+    weights_NK, expert_ids_NK = call("route", backend, logits.float() + policy.bias, policy.width, False)
+    kept_NK = torch.arange(policy.width, device=logits.device) < policy.top_k.unsqueeze(1)
+    weights_NK = weights_NK * kept_NK
+    renormalized_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+    weights_NK = torch.where(policy.renormalize.unsqueeze(1), renormalized_NK, weights_NK)
+    return weights_NK, expert_ids_NK.masked_fill(~kept_NK, -1)
 
 
 def sort_by_expert(expert_ids_NK: Tensor, num_experts: int, *, backend: str = AUTO) -> SortedRows:

@@ -102,3 +102,16 @@ class Samples(NamedTuple):
             top_ids=torch.full((b, most), -1),
             top_logprobs=torch.full((b, most), torch.nan),
         )
+
+
+class RoutePolicy(NamedTuple):
+    """Changes of what one layer's router chooses for N tokens.
+
+    `bias` (N, E) fp32 is added to the logits (minus infinity: not this expert), `top_k` (N) experts are chosen, `width`
+    being the largest of these, and where `renormalize` (N, bool) their weights are divided by their sum.
+    """
+
+    bias: Tensor
+    top_k: Tensor
+    renormalize: Tensor
+    width: int

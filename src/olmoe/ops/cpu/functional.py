@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmoe.ops.cpu.extension import FLOAT_TYPES, float_matrix, isa, kernels, unsupported, unsupported_weight, wide
+from olmoe.ops.cache import BlockCache, Table, one_block_each
+from olmoe.ops.cpu.extension import float_matrix, isa, kernels, unsupported, unsupported_weight, wide
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
 from olmoe.runtime import cpu_has_amx, cpu_multiplies_bf16
@@ -235,44 +236,6 @@ class CachedTokens(NamedTuple):
         same = self.keys.shape == other.keys.shape and self.keys.dtype == other.keys.dtype
         return same and self.counts == other.counts and self.lengths == other.lengths
 
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Where keys and values are, their type and capacity, for the kernels."""
-        return self.keys.data_ptr(), self.values.data_ptr(), FLOAT_TYPES[self.keys.dtype], self.keys.shape[2]
-
-
-class CachedLayers:
-    """The KV caches of all layers of a decoder, alike in form, for one call of the kernels.
-
-    `keys` and `values` are their addresses; see `CachedTokens` for the rest.
-    """
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], counts: list[int], lengths: list[int]) -> None:
-        """Raises nothing: that all are contiguous and of one shape and dtype is asserted."""
-        self._kept = [*keys, *values]
-        self.shape, dtype = self._kept[0].shape, self._kept[0].dtype
-        assert all(t.shape == self.shape and t.dtype == dtype and t.is_contiguous() for t in self._kept)
-        self.keys, self.values = [t.data_ptr() for t in keys], [t.data_ptr() for t in values]
-        self.type, self.capacity = FLOAT_TYPES[dtype], self.shape[2]
-        self.counts, self.lengths = counts, lengths
-
-    @classmethod
-    def of(cls, layers: Sequence[CachedTokens]) -> CachedLayers:
-        """Of the caches of each layer, which are for the same tokens."""
-        first = layers[0]
-        assert all(layer.counts == first.counts and layer.lengths == first.lengths for layer in layers)
-        return cls([c.keys for c in layers], [c.values for c in layers], first.counts, first.lengths)
-
-    def at(self, counts: list[int], lengths: list[int]) -> CachedLayers:
-        """The same caches with other new tokens."""
-        other = object.__new__(CachedLayers)
-        other.__dict__.update(self.__dict__, counts=counts, lengths=lengths)
-        return other
-
-    def fit(self, n: int, layers: int, kv_heads: int, head_dim: int) -> bool:
-        """Whether `n` new tokens of so many layers have their places here."""
-        alike = len(self.keys) == len(self.values) == layers
-        return alike and _places_fit(self.shape, self.counts, self.lengths, n, kv_heads, head_dim)
-
 
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], keys: Tensor, values: Tensor
@@ -282,11 +245,21 @@ def cached_attention(
     Sequence b has `counts[b]` new tokens after `lengths[b]` cached ones; all new tokens lie end to end. q (N, H, Dh),
     k, v (N, G, Dh); keys, values (B, G, capacity, Dh) fp32, bf16 or fp16, written in place -> (N, H, Dh) in q's dtype.
     """
+    CachedTokens(keys, values, counts, lengths).check(len(q), *k.shape[1:])
+    return block_attention(q, k, v, counts, lengths, BlockCache([keys], [values]), one_block_each(len(counts)), 0)
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], cache: BlockCache, table: Table, layer: int
+) -> Tensor:
+    """The same over one layer of a cache in blocks, of which each sequence has those of its row of `table` (B, W)."""
     (n, heads, head_dim), kv_heads = q.shape, k.shape[1]
     assert k.shape == v.shape == (n, kv_heads, head_dim)
     assert heads % kv_heads == 0
-    cache = CachedTokens(keys, values, counts, lengths)
-    cache.check(n, kv_heads, head_dim)
+    assert (cache.kv_heads, cache.head_dim) == (kv_heads, head_dim)
+    assert sum(counts) == n
+    assert cache.device.type == "cpu"
+    cache.check(table, counts, lengths)
     queries, new_keys, new_values, out = wide(q), wide(k), wide(v), torch.empty(n, heads, head_dim)
     kernels().attention(
         queries.data_ptr(),
@@ -294,10 +267,10 @@ def cached_attention(
         new_values.data_ptr(),
         counts,
         lengths,
+        table,
         heads,
-        kv_heads,
-        head_dim,
-        *cache.addresses(),
+        cache.kernel,
+        layer,
         out.data_ptr(),
     )
     return out.to(q.dtype)

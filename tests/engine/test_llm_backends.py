@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from conftest import make_model
-from olmoe import fused
 from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.fused import FusedDecoderLayer
 from olmoe.model import DecoderLayer
 from olmoe.ops import cpu
+from olmoe.runner import CpuRunner, TorchRunner, require_backend
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
@@ -66,10 +65,10 @@ def test_every_backend_generates_the_same_text(plain, tokenizer):
 @needs_kernels
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
 def test_a_backend_is_what_computes(folder, backend, monkeypatch):
-    """Layers fuse for kernels alone, and with these no plain layer runs at all."""
+    """With the kernels no module runs at all."""
     llm = LLM(folder, backend=backend)
     kernels = backend in ("auto", "cpu")
-    assert {type(layer) for layer in llm.model.model.layers} == {FusedDecoderLayer if kernels else DecoderLayer}
+    assert type(llm._runner) is (CpuRunner if kernels else TorchRunner)
     if kernels:
         monkeypatch.setattr(DecoderLayer, "forward", None)
     assert all(len(ids) == 20 for ids in texts(llm))
@@ -97,6 +96,29 @@ def test_the_command_line_takes_a_backend(plain, capsys):
         written.append(capsys.readouterr().out)
     assert len(set(written)) == 1
     assert written[0].startswith(PROMPTS[0])
+
+
+@needs_kernels
+def test_models_that_the_kernels_cannot_compute(tokenizer):
+    model = make_model(hidden_act="gelu")
+    assert texts(LLM.from_parts(model, tokenizer)) == texts(LLM.from_parts(model, tokenizer, backend="torch"))
+    message = refused(lambda: LLM.from_parts(model, tokenizer, backend="cpu"), BackendUnavailableError)
+    assert "activation" in message
+
+
+def test_one_model_behind_several(tokenizer):
+    """Another `LLM` changes nothing for the first, and changes of the model count when it is compiled again."""
+    model = make_model(**WHOLE)
+    llm = LLM.from_parts(model, tokenizer)
+    expected, runner = texts(llm), llm._runner
+    LLM.from_parts(model, tokenizer, backend="reference")
+    assert llm._runner is runner
+    assert texts(llm) == expected
+    model.lm_head.weight = torch.nn.Parameter(torch.roll(model.lm_head.weight.detach(), 1, 0))
+    assert texts(llm) == expected
+    llm.recompile()
+    assert texts(llm) != expected
+    assert texts(llm) == texts(LLM.from_parts(model, tokenizer, backend="reference"))
 
 
 # ---- threads, forks, interrupts ----
@@ -184,7 +206,7 @@ def test_without_kernels_asking_for_them_is_an_error(plain, tokenizer, absent, c
     assert "not installed" in message
     assert "torch" in message
     refused(lambda: LLM.from_parts(make_model(), tokenizer, backend="cpu"), BackendUnavailableError)
-    refused(lambda: fused.require("cpu"), BackendUnavailableError)
+    refused(lambda: require_backend("cpu"), BackendUnavailableError)
     capsys.readouterr()
     assert main(["generate", "Once", "--model", str(plain), "--backend", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,27 +1,56 @@
-"""The contiguous cache against attention written out position by position, with unwritten places poisoned."""
+"""Attention over a cache in blocks, by the kernels and by torch, against attention written out position by position.
+
+Places that were never written are poisoned.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from configurations import small_config
-from olmoe.engine.kv_cache import KVCache
 from olmoe.ops import cpu
+from olmoe.ops.cache import BlockCache
+from olmoe.ops.cpu.functional import block_attention
+from olmoe.runner import Batch, CacheView
+from olmoe.runner.torch_runner import BlockAttend
 
 kernels = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}"))
 backends = pytest.mark.parametrize("backend", [kernels, "torch"])
 
 
-def poisoned(config, batch: int, capacity: int, dtype=torch.float32, backend="auto") -> KVCache:
-    """A cache whose every place holds NaN: reading one that was never written shows."""
-    cache = KVCache(config, batch, capacity, dtype=dtype, device=torch.device("cpu"), backend=backend)
-    for t in (*cache._keys, *cache._values):
-        t.fill_(math.nan)
-    return cache
+class Cache:
+    """Sequences in a cache whose every place holds NaN: reading one that was never written shows."""
+
+    def __init__(self, config, batch, capacity, dtype=torch.float32, backend="cpu", block_size=None) -> None:
+        """`block_size` None: one block a sequence."""
+        size = block_size or capacity
+        width = -(-capacity // size)
+        self.blocks = BlockCache.allocate(
+            config.num_hidden_layers, batch * width, config.kv_heads, size, config.head_dim, dtype=dtype,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        for t in (*self.blocks.keys, *self.blocks.values):
+            t.fill_(math.nan)
+        order = np.arange(batch) if block_size is None else np.random.default_rng(0).permutation(batch * width)
+        self.table = order.astype(np.int32).reshape(batch, width)
+        self.lengths, self._backend = [0] * batch, backend
+
+    def attend(self, counts):
+        """Attention of `counts` new tokens of each sequence: q, k, v, layer -> out."""
+        if self._backend == "torch":
+            return BlockAttend(Batch([0] * sum(counts), counts, self.lengths), CacheView(self.blocks, self.table))
+        return lambda q, k, v, layer: block_attention(q, k, v, counts, self.lengths, self.blocks, self.table, layer)
+
+    def advance(self, counts):
+        self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, rows):
+        self.table, self.lengths = self.table[rows], [self.lengths[row] for row in rows]
 
 
 def attention_by_hand(q_HD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
@@ -59,15 +88,16 @@ class Sequences:
 
 
 @backends
+@pytest.mark.parametrize("block_size", [None, 64], ids=["contiguous", "blocks"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[5], [3, 3], [4, 1, 7], [70, 2]], ids=str)
-def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths, backend):
+@pytest.mark.parametrize("lengths", [[5], [3, 3], [4, 1, 7], [70, 2], [130, 64, 61]], ids=str)
+def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths, block_size, backend):
     config = small_config(num_key_value_heads=kv_heads)
     steps = 4
     sequences = Sequences(config, [length + steps for length in lengths])
-    cache = poisoned(config, len(lengths), max(lengths) + steps, backend=backend)
+    cache = Cache(config, len(lengths), max(lengths) + steps, backend=backend, block_size=block_size)
 
-    attend = cache.attend_prefill(lengths)
+    attend = cache.attend(lengths)
     for layer in range(config.num_hidden_layers):
         out = attend(*sequences.prompt(layer, lengths), layer)
         expected = [sequences.expected(layer, r, p) for r, length in enumerate(lengths) for p in range(length)]
@@ -77,33 +107,31 @@ def test_prefill_and_decode_see_exactly_what_came_before(kv_heads, lengths, back
     for step in range(steps):
         places = [length + step for length in lengths]
         assert cache.lengths == places
-        cache.start_decode()
         for layer in range(config.num_hidden_layers):
-            out = cache.attend_decode(*sequences.step(layer, list(range(len(lengths))), places), layer)
+            out = cache.attend([1] * len(lengths))(*sequences.step(layer, list(range(len(lengths))), places), layer)
             expected = [sequences.expected(layer, r, p) for r, p in enumerate(places)]
             torch.testing.assert_close(out, torch.stack(expected), rtol=1e-5, atol=1e-6)
         cache.advance([1] * len(lengths))
 
 
 @backends
+@pytest.mark.parametrize("block_size", [None, 64], ids=["contiguous", "blocks"])
 @pytest.mark.parametrize("rows", [[0, 2], [2, 0], [1], [2, 1, 0], [0, 1, 2]], ids=str)
-def test_keep_drops_and_reorders_sequences(rows, backend):
+def test_rows_of_the_table_drop_and_reorder_sequences(rows, block_size, backend):
     config = small_config(num_key_value_heads=2)
     lengths = [4, 1, 7]
     sequences = Sequences(config, [length + 2 for length in lengths])
-    cache = poisoned(config, 3, 9, backend=backend)
-    attend = cache.attend_prefill(lengths)
+    cache = Cache(config, 3, 9, backend=backend, block_size=block_size)
+    attend = cache.attend(lengths)
     for layer in range(config.num_hidden_layers):
         attend(*sequences.prompt(layer, lengths), layer)
     cache.advance(lengths)
-    cache.start_decode()  # a mask of three rows, which must not outlive `keep`
     cache.keep(rows)
     for step in range(2):
         places = [lengths[row] + step for row in rows]
         assert cache.lengths == places
-        cache.start_decode()
         for layer in range(config.num_hidden_layers):
-            out = cache.attend_decode(*sequences.step(layer, rows, places), layer)
+            out = cache.attend([1] * len(rows))(*sequences.step(layer, rows, places), layer)
             expected = [sequences.expected(layer, r, p) for r, p in zip(rows, places, strict=True)]
             torch.testing.assert_close(out, torch.stack(expected), rtol=1e-5, atol=1e-6)
         cache.advance([1] * len(rows))
@@ -114,9 +142,9 @@ def test_prompts_of_a_batch_do_not_see_each_other(backend):
     config = small_config()
     sequences = Sequences(config, [3, 4])
     q, k, v = sequences.prompt(0, [3, 4])
-    out = poisoned(config, 2, 4, backend=backend).attend_prefill([3, 4])(q, k, v, 0)
+    out = Cache(config, 2, 4, backend=backend).attend([3, 4])(q, k, v, 0)
     k[3:], v[3:] = 100.0, -100.0  # another second prompt
-    changed = poisoned(config, 2, 4, backend=backend).attend_prefill([3, 4])(q, k, v, 0)
+    changed = Cache(config, 2, 4, backend=backend).attend([3, 4])(q, k, v, 0)
     assert torch.equal(out[:3], changed[:3])
     assert not torch.allclose(out[3:], changed[3:])
 
@@ -124,11 +152,11 @@ def test_prompts_of_a_batch_do_not_see_each_other(backend):
 @backends
 def test_the_cache_has_the_dtype_and_the_size_that_were_asked_for(backend):
     config = small_config(num_key_value_heads=2)
-    cache = poisoned(config, 2, 11, torch.bfloat16, backend)
-    assert len(cache._keys) == len(cache._values) == config.num_hidden_layers
-    assert all(t.shape == (2, 2, 11, config.head_dim) for t in (*cache._keys, *cache._values))
+    cache = Cache(config, 2, 11, torch.bfloat16, backend)
+    assert len(cache.blocks.keys) == len(cache.blocks.values) == config.num_hidden_layers
+    assert all(t.shape == (2, 2, 11, config.head_dim) for t in (*cache.blocks.keys, *cache.blocks.values))
     q, k, v = (t.bfloat16() for t in Sequences(config, [3, 2]).prompt(0, [3, 2]))
-    assert cache.attend_prefill([3, 2])(q, k, v, 0).dtype == torch.bfloat16
+    assert cache.attend([3, 2])(q, k, v, 0).dtype == torch.bfloat16
 
 
 @backends
@@ -140,11 +168,10 @@ def test_a_cache_of_another_dtype_than_its_queries_rounds_keys_and_values_alone(
     for part in sequences.parts[0]:
         for name in part:
             part[name] = part[name].to(dtype).float()
-    cache = poisoned(config, 2, 8, cache_dtype, backend)
-    cache.attend_prefill([5, 3])(*(t.to(dtype) for t in sequences.prompt(0, [5, 3])), 0)
+    cache = Cache(config, 2, 8, cache_dtype, backend)
+    cache.attend([5, 3])(*(t.to(dtype) for t in sequences.prompt(0, [5, 3])), 0)
     cache.advance([5, 3])
-    cache.start_decode()
-    out = cache.attend_decode(*(t.to(dtype) for t in sequences.step(0, [0, 1], [5, 3])), 0)
+    out = cache.attend([1, 1])(*(t.to(dtype) for t in sequences.step(0, [0, 1], [5, 3])), 0)
     assert out.dtype == dtype
     for part in sequences.parts[0]:
         part["k"], part["v"] = (part[name].to(cache_dtype).float() for name in "kv")
@@ -154,19 +181,16 @@ def test_a_cache_of_another_dtype_than_its_queries_rounds_keys_and_values_alone(
 
 
 @pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
-def test_auto_takes_the_kernels_on_a_cpu_and_torch_does_not():
-    """A batch decodes bit for bit as its sequences alone, which torch's masked attention does not promise."""
+def test_the_kernels_attend_in_a_batch_as_alone():
+    """Bit for bit, which torch's masked attention does not promise."""
     config = small_config()
-    assert poisoned(config, 1, 4)._kernels
-    assert not poisoned(config, 1, 4, backend="torch")._kernels
     sequences, lengths = Sequences(config, [90, 3, 20]), [89, 2, 19]
 
     def decoded(rows):
-        cache = poisoned(config, len(rows), 90)
+        cache = Cache(config, len(rows), 90)
         prompts = [sequences.prompt(0, lengths)[i].split(lengths) for i in range(3)]
-        cache.attend_prefill([lengths[r] for r in rows])(*(torch.cat([p[r] for r in rows]) for p in prompts), 0)
+        cache.attend([lengths[r] for r in rows])(*(torch.cat([p[r] for r in rows]) for p in prompts), 0)
         cache.advance([lengths[r] for r in rows])
-        cache.start_decode()
-        return cache.attend_decode(*sequences.step(0, rows, [lengths[r] for r in rows]), 0)
+        return cache.attend([1] * len(rows))(*sequences.step(0, rows, [lengths[r] for r in rows]), 0)
 
     assert torch.equal(decoded([0, 1, 2]), torch.cat([decoded([r]) for r in range(3)]))

@@ -1,0 +1,36 @@
+"""Inference on a compiled network: a runner is made once from a model, and one call of it takes any mixture of tokens.
+
+`base` says what goes in and comes out; `cpu_runner` is the C++ kernels, `torch_runner` the plain network on any device.
+"""
+
+from __future__ import annotations
+
+from olmoe.runner.base import (
+    Batch,
+    CacheView,
+    RouterPolicy,
+    RouterTrace,
+    Runner,
+    StepOutput,
+    Unfit,
+    Want,
+)
+from olmoe.runner.choose import BACKENDS, make_runner, require_backend
+from olmoe.runner.cpu_runner import CpuRunner
+from olmoe.runner.torch_runner import TorchRunner
+
+__all__ = [
+    "BACKENDS",
+    "Batch",
+    "CacheView",
+    "CpuRunner",
+    "RouterPolicy",
+    "RouterTrace",
+    "Runner",
+    "StepOutput",
+    "TorchRunner",
+    "Unfit",
+    "Want",
+    "make_runner",
+    "require_backend",
+]

@@ -1,0 +1,174 @@
+"""What every runner takes and gives: one call for prompts, chunks of prompts, decoding steps and any mixture of them.
+
+A runner is compiled once from the weights of a model, and immutable from then on. It knows neither requests nor text.
+
+Shapes legend: B sequences of a call, N new tokens of all of them end to end, R rows whose logits are wanted, L layers,
+E experts, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from olmoe.config import ModelConfig
+from olmoe.errors import UserError
+from olmoe.model import CausalLM
+from olmoe.ops.cache import BlockCache, Table
+from olmoe.quant import PackedModule
+
+
+class Unfit(Exception):
+    """A model that a runner cannot compute; the message says why."""
+
+
+class CacheView(NamedTuple):
+    """The cache of the sequences of one call: all blocks, and which of them each sequence has, (B, W)."""
+
+    blocks: BlockCache
+    table: Table
+
+
+@dataclass(frozen=True, eq=False)
+class RouterPolicy:
+    """Changes of what routers choose, for all layers; what is None stays the model's own.
+
+    - `bias` (L, E): added to the router logits before the softmax. Minus infinity keeps an expert from being chosen.
+    - `banned` (L, E): experts that are not chosen, True for those.
+    - `top_k`: experts that a token chooses in each layer.
+    - `renormalize`: whether the chosen probabilities are divided by their sum.
+    """
+
+    bias: npt.ArrayLike | None = None
+    banned: npt.ArrayLike | None = None
+    top_k: int | None = None
+    renormalize: bool | None = None
+
+    def resolve(self, config: ModelConfig) -> ResolvedPolicy:
+        """All values, for a model. Raises `UserError` for shapes and numbers that do not fit it."""
+        shape = (config.num_hidden_layers, config.num_experts)
+        bias = np.zeros(shape, dtype=np.float32)
+        if self.bias is not None:
+            given = np.asarray(self.bias, dtype=np.float32)
+            if given.shape != shape:
+                raise UserError(f"A router bias must have the shape {shape} (layers, experts), not {given.shape}.")
+            if np.isnan(given).any() or np.isposinf(given).any():
+                raise UserError("A router bias must be made of numbers, or minus infinity for experts to leave out.")
+            bias = given.copy()
+        if self.banned is not None:
+            banned = np.asarray(self.banned, dtype=bool)
+            if banned.shape != shape:
+                raise UserError(f"A mask of banned experts must have the shape {shape}, not {banned.shape}.")
+            bias[banned] = -np.inf
+        top_k = config.num_experts_per_tok if self.top_k is None else self.top_k
+        if not 1 <= top_k <= config.num_experts:
+            raise UserError(f"A router policy's top_k must be from 1 to {config.num_experts}, not {top_k}.")
+        left = int(np.isfinite(bias).sum(axis=1).min())
+        if left < top_k:
+            raise UserError(f"A router policy leaves {left} experts in a layer, but each token chooses {top_k}.")
+        norm = config.norm_topk_prob if self.renormalize is None else self.renormalize
+        return ResolvedPolicy(bias, top_k, norm)
+
+
+class ResolvedPolicy(NamedTuple):
+    """A `RouterPolicy` with the values of a model: bias (L, E) fp32, experts a token, whether to renormalise."""
+
+    bias: npt.NDArray[np.float32]
+    top_k: int
+    renormalize: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New tokens of B sequences, end to end: `counts[b]` of each, after `lengths[b]` that the cache holds.
+
+    `totals` is the length that each sequence is known to reach with tokens still to come, by default with those of
+    this call; RoPE of the kind "dynamic" depends on it. `policies` are the sequences' router policies, by default none.
+    """
+
+    ids: Sequence[int]
+    counts: Sequence[int]
+    lengths: Sequence[int]
+    totals: Sequence[int] | None = None
+    policies: Sequence[ResolvedPolicy | None] | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """Assert that numbers belong together, and ids to the vocabulary (`IndexError`)."""
+        assert len(self.counts) == len(self.lengths)
+        assert len(self.ids) == sum(self.counts)
+        if self.ids and not 0 <= min(self.ids) <= max(self.ids) < vocab_size:
+            raise IndexError(f"ids from {min(self.ids)} to {max(self.ids)} are not all below {vocab_size}")
+
+    def positions(self) -> list[int]:
+        """The position of each token in its sequence."""
+        pairs = zip(self.lengths, self.counts, strict=True)
+        return [position for length, count in pairs for position in range(length, length + count)]
+
+    def ends(self) -> list[int]:
+        """The row of each sequence's last new token."""
+        ends, row = [], -1
+        for count in self.counts:
+            row += count
+            ends.append(row)
+        return ends
+
+    def sequence_of_token(self) -> list[int]:
+        """The number of the sequence that each token belongs to."""
+        return [b for b, count in enumerate(self.counts) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Want:
+    """Which rows of the call need logits, and of which the routing is wanted."""
+
+    logits: Sequence[int]
+    traced: Sequence[int] = field(default=())
+
+
+class RouterTrace(NamedTuple):
+    """What routers chose: expert ids (R, L, K) int16, -1 where a policy chooses fewer, and weights (R, L, K) fp32."""
+
+    expert_ids: Tensor
+    weights: Tensor
+
+
+class StepOutput(NamedTuple):
+    """Logits (R, V) of the rows that wanted them, in fp32, and the trace where it was wanted."""
+
+    logits: Tensor
+    trace: RouterTrace | None
+
+
+class Runner(Protocol):
+    """One model, compiled for one kind of device."""
+
+    config: ModelConfig
+    cache_dtype: torch.dtype  # of keys and values, unless another is asked for
+    chunk_tokens: int  # new tokens of one call beyond which it is not faster
+    block_positions: int  # a sequence takes a multiple of so many positions in a cache of `new_cache`
+
+    @property
+    def position_bytes(self) -> int:
+        """What the keys and values of a token take in the cache, of all layers."""
+        ...
+
+    def new_cache(self, sequences: int, positions: int, dtype: torch.dtype | None = None) -> BlockCache:
+        """An empty cache with blocks of the size that suits the runner, enough for so many sequences of that length."""
+        ...
+
+    def forward(self, batch: Batch, cache: CacheView, want: Want) -> StepOutput:
+        """New tokens through the network: their keys and values to the cache, and what is wanted of them."""
+        ...
+
+
+def default_cache_dtype(model: CausalLM) -> torch.dtype:
+    """That of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
+    packed = any(isinstance(module, PackedModule) for module in model.modules())
+    hidden: torch.dtype = model.model.norm.weight.dtype
+    return torch.float16 if packed and hidden == torch.float32 else hidden

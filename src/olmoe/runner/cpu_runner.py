@@ -1,0 +1,115 @@
+"""The network on the C++ kernels: one call of them from token ids to logits.
+
+Hidden states are fp32 throughout. A row's logits have the same bits whatever else is in the batch, however its prompt
+was split, and for any number of threads.
+
+Shapes legend: N new tokens, R wanted rows, L layers, E experts, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from olmoe.model import CausalLM
+from olmoe.ops.cache import KEY_BLOCK, BlockCache
+from olmoe.ops.cpu import extension
+from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Unfit, Want, default_cache_dtype
+from olmoe.runner.compile import CompiledDecoder
+from olmoe.runner.rope_table import RopeTable
+
+
+class CpuRunner:
+    """A `Runner` on the C++ kernels' view of a model's weights, which it keeps alive.
+
+    Raises `Unfit` where the kernels cannot compute the model. Weights that are replaced later, and modules that are
+    changed, count in a new runner only.
+    """
+
+    # Every expert of the released shapes gets 64 of them on average, enough for full speed, and what a layer computes
+    # on the way takes 0.1 GB.
+    chunk_tokens = 512
+    block_positions = KEY_BLOCK
+
+    def __init__(self, model: CausalLM) -> None:
+        reason = extension.unavailable()
+        if reason is not None:
+            raise Unfit(reason)
+        self.config = model.config
+        self._compiled = CompiledDecoder(model)
+        self._rope = RopeTable(model.model.rotary)
+        self.cache_dtype = default_cache_dtype(model)
+
+    @property
+    def position_bytes(self) -> int:
+        """See `Runner.position_bytes`."""
+        first = self._compiled.layers[0]
+        return 2 * len(self._compiled.layers) * first.kv_heads * first.head_dim * self.cache_dtype.itemsize
+
+    def new_cache(self, sequences: int, positions: int, dtype: torch.dtype | None = None) -> BlockCache:
+        """See `Runner.new_cache`. By default fp16 for packed models, and the dtype of others."""
+        first = self._compiled.layers[0]
+        blocks = sequences * -(-positions // KEY_BLOCK)
+        return BlockCache.allocate(
+            len(self._compiled.layers),
+            blocks,
+            first.kv_heads,
+            KEY_BLOCK,
+            first.head_dim,
+            dtype=dtype or self.cache_dtype,
+            device=torch.device("cpu"),
+        )
+
+    def forward(self, batch: Batch, cache: CacheView, want: Want) -> StepOutput:
+        """See `Runner.forward`."""
+        compiled, blocks, table = self._compiled, cache.blocks, cache.table
+        batch.check(compiled.embeddings)
+        first = compiled.layers[0]
+        assert len(blocks.keys) == len(compiled.layers)
+        assert (blocks.kv_heads, blocks.head_dim) == (first.kv_heads, first.head_dim)
+        assert blocks.device.type == "cpu"
+        blocks.check(table, batch.counts, batch.lengths)
+        angles, top_k = self._rope.angles(batch), first.top_k
+        policies, kept = [], []
+        if batch.policies is not None and any(p is not None for p in batch.policies):
+            kept = _policy_arrays(batch, len(compiled.layers), first.experts)
+            policies = [array.ctypes.data for array in kept]
+            top_k = max(top_k, int(kept[1].max()))
+        logits = torch.empty(len(want.logits), compiled.vocab_size)
+        traced = (len(want.traced), len(compiled.layers), top_k)
+        ids, weights = torch.empty(traced, dtype=torch.int16), torch.empty(traced)
+        extension.kernels()  # with as many threads as torch has
+        compiled.kernel.forward(
+            batch.ids,
+            angles.rows,
+            angles.cos.data_ptr(),
+            angles.sin.data_ptr(),
+            batch.counts,
+            batch.lengths,
+            table,
+            blocks.kernel,
+            policies,
+            top_k,
+            want.logits,
+            logits.data_ptr(),
+            want.traced,
+            ids.data_ptr(),
+            weights.data_ptr(),
+        )
+        return StepOutput(logits, RouterTrace(ids, weights) if want.traced else None)
+
+
+def _policy_arrays(batch: Batch, layers: int, experts: int) -> list[np.ndarray]:
+    """What the kernels read of a batch's policies: biases, experts a token, renormalise, and each token's policy."""
+    assert batch.policies is not None
+    assert len(batch.policies) == len(batch.counts)
+    found = [policy for policy in batch.policies if policy is not None]
+    numbers = iter(range(len(found)))
+    of_sequence = [-1 if policy is None else next(numbers) for policy in batch.policies]
+    assert all(policy.bias.shape == (layers, experts) for policy in found)
+    return [
+        np.stack([policy.bias for policy in found]),
+        np.array([policy.top_k for policy in found], dtype=np.int32),
+        np.array([policy.renormalize for policy in found], dtype=np.uint8),
+        np.array([of_sequence[b] for b in batch.sequence_of_token()], dtype=np.int32),
+    ]
