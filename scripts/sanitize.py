@@ -1,8 +1,8 @@
 """Run the tests of the C++ kernels with sanitizers: `make sanitize`.
 
 Builds the extension module with the address and undefined-behaviour sanitizers in build/sanitize, and runs
-tests/ops/cpu and tests/fused with it in the place of the installed one. Also builds and runs the thread
-pool's own test (csrc/tests/threads.cpp) with the thread sanitizer. Needs GCC, CMake and nanobind.
+tests/ops/cpu, tests/runner and those of the kernels in tests/hf with it in the place of the installed one. Also builds
+and runs the thread pool's own test (csrc/tests/threads.cpp) with the thread sanitizer. Needs GCC, CMake and nanobind.
 
 Arguments after the script's name are given to pytest. As a pytest plugin (`-p sanitize`) this file loads the module
 that OLMOE_TEST_KERNELS names.
@@ -79,7 +79,12 @@ def main() -> None:
     """Build, then run everything."""
     module = build()
     check_threads()
-    tests = sys.argv[1:] or ["tests/ops/cpu", "tests/fused", "tests/runner"]
+    tests = sys.argv[1:] or [
+        "tests/ops/cpu",
+        "tests/runner",
+        "tests/hf/test_kernel_layer.py",
+        "tests/hf/test_kernel_layer_changes.py",
+    ]
     run(
         sys.executable, "-m", "pytest", "-p", "sanitize", *tests,
         # libstdc++ too: the address sanitizer must find its exceptions when it starts.

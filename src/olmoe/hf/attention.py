@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from olmoe.fused import STEP_ROWS, all_layers
 from olmoe.hf.cache_name import is_paged, one_cache, updated
 from olmoe.hf.config import FromConfig, OlmoeConfig
 from olmoe.hf.growing_cache import GrowingLayer, growing_layer
+from olmoe.hf.kernel_step import STEP_ROWS, all_layers
 from olmoe.model import Attention, DecoderLayer, RMSNorm, RouterOutput
 from olmoe.ops import AUTO
 from olmoe.ops.autocast import autocast_dtype

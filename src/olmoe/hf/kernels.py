@@ -1,6 +1,6 @@
 """The choice of what computes a model of transformers' face.
 
-Nothing has to be switched on: its decoder layers are those of `olmoe.fused`, which use the C++ kernels where a model
+Nothing has to be switched on: its decoder layers (`olmoe.hf.kernel_layer`) use the C++ kernels where a model
 runs without gradients on a CPU, and are plain ones for training, adapters, hooks, parallelism and compiled graphs.
 """
 

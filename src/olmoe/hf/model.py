@@ -21,14 +21,13 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from olmoe import ops
-from olmoe.fused import FusedDecoderLayer
-from olmoe.fused.prepared_layer import PreparedLayer
 from olmoe.hf.attention import CachedAttend, OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding, rope_of, step
 from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, one_cache, warns_of_old_name
 from olmoe.hf.config import FromConfig, OlmoeConfig, adopt
 from olmoe.hf.experts_interface import experts_forward
 from olmoe.hf.initialization import Initialization
 from olmoe.hf.inputs import causal_mask, kept, positions_of
+from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.lora import route_lora
@@ -46,6 +45,7 @@ from olmoe.hf.recording import (
 )
 from olmoe.hf.switching import EXPERTS, SwitchableExperts, is_ours
 from olmoe.model import Experts, Linear, Router, RouterOutput, SparseMoeBlock
+from olmoe.runner.compile import CompiledLayer
 from olmoe.runtime import log
 
 
@@ -107,7 +107,7 @@ class OlmoeSparseMoeBlock(SparseMoeBlock):
         return self.experts(x_ND, expert_ids_NK, weights_NK).view(hidden_states.shape)
 
 
-class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, FusedDecoderLayer):
+class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDecoderLayer):
     """The network's block under transformers' signature. Its parts are in transformers' order, as optimizers number
     parameters.
     """  # fmt: skip
@@ -163,8 +163,8 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, FusedDeco
         """See `DecoderLayer.after_attention`; the router notes by itself what it decides."""
         return x + self.mlp(self.post_attention_layernorm(x)), None
 
-    def current(self, x: Tensor) -> PreparedLayer | None:
-        """See `FusedDecoderLayer.current`; what transformers reads from the configuration may have changed."""
+    def current(self, x: Tensor) -> CompiledLayer | None:
+        """See `KernelDecoderLayer.current`; what transformers reads from the configuration may have changed."""
         attention, experts = self._modules.get("self_attn"), getattr(self._modules.get("mlp"), "experts", None)
         if isinstance(attention, OlmoeAttention):
             attention.follow_config()

@@ -22,6 +22,7 @@ from olmoe.model import (
     RotaryEmbedding,
     Router,
     SparseMoeBlock,
+    network_type,
 )
 from olmoe.ops.cpu import extension
 from olmoe.ops.dispatch import AUTO
@@ -32,7 +33,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others have no part in inference
 # What the kernels stand for; anything else, a subclass too, computes in its own way.
 _TYPES: dict[str, tuple[type[nn.Module], ...]] = {
-    "": (DecoderLayer,), "self_attn": (Attention,), "mlp": (SparseMoeBlock,), "gate": (Router,),
+    "self_attn": (Attention,), "mlp": (SparseMoeBlock,), "gate": (Router,),
     "experts": (Experts, PackedExperts), **dict.fromkeys(PROJECTIONS, (Linear, PackedLinear)),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"), (RMSNorm,)),
 }  # fmt: skip
@@ -48,11 +49,13 @@ class CompiledLayer:
     top_k: int
     dtype: torch.dtype
 
-    def __init__(self, layer: DecoderLayer, types: dict[str, tuple[type[nn.Module], ...]] | None = None) -> None:
-        """`types` are further types of modules, by the last part of their path, that stand for the network's own."""
-        allowed = {name: (*known, *(types or {}).get(name, ())) for name, known in _TYPES.items()}
+    def __init__(self, layer: DecoderLayer) -> None:
+        """Of the layer's parts; what its own class is, and whether it has hooks, concerns the caller."""
         for path, module in layer.named_modules():
-            require_unmodified(module, allowed.get(path.rpartition(".")[2], ()))
+            name = path.rpartition(".")[2]
+            if path and name != "act_fn":  # see `Experts.activation`
+                require_unmodified(module, _TYPES.get(name, ()))
+        _require_backend(layer)
         attention, router, moe = layer.self_attn, layer.mlp.gate, layer.mlp.experts
         norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
         _require_alike(layer)
@@ -83,7 +86,7 @@ class CompiledLayer:
             matrix_shape(moe, "down_proj")[-1],
         )
 
-    def alike(self) -> tuple[object, ...]:
+    def signature(self) -> tuple[object, ...]:
         """What layers of one decoder must have in common."""
         return self.hidden, self.dtype, self.head_dim, self.kv_heads, self.experts, self.top_k
 
@@ -133,9 +136,11 @@ class CompiledDecoder:
         layers: list[Any] = list(decoder.layers)
         if not layers:
             raise Unfit("a model without layers")
+        for layer in layers:
+            require_unmodified(layer, (DecoderLayer,))
         self.layers = [CompiledLayer(layer) for layer in layers]
         first = self.layers[0]
-        if any(layer.alike() != first.alike() for layer in self.layers):
+        if any(layer.signature() != first.signature() for layer in self.layers):
             raise Unfit("layers that differ in their shapes or dtypes")
         if any(matrix_shape(m, "weight")[1:] != (first.hidden,) for m in (decoder.embed_tokens, head)):
             raise Unfit("embeddings or an output head of another width than the layers")
@@ -153,13 +158,11 @@ class CompiledDecoder:
 
 def require_unmodified(module: nn.Module, types: tuple[type[nn.Module], ...]) -> None:
     """Raise `Unfit` unless `module` computes what one of `types` does, on the backend of the kernels."""
-    if type(module) not in types or "forward" in vars(module):
+    if network_type(module) not in types or "forward" in vars(module):
         raise Unfit(f"modules of type {type(module).__name__} in the place of ours")
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise Unfit("modules with hooks")
-    backend = vars(module).get("backend", AUTO)
-    if backend not in (AUTO, "cpu"):
-        raise Unfit(f"the backend {backend}")
+    _require_backend(module)
     if isinstance(module, PackedModule):
         for format in module.formats.values():
             if format.name not in extension.PACKED_TYPES:
@@ -171,12 +174,20 @@ def require_unmodified(module: nn.Module, types: tuple[type[nn.Module], ...]) ->
             raise Unfit(f"parameters of {p.dtype}")
 
 
+def _require_backend(module: nn.Module) -> None:
+    backend = vars(module).get("backend", AUTO)
+    if backend not in (AUTO, "cpu"):
+        raise Unfit(f"the backend {backend}")
+
+
 def _require_alike(layer: DecoderLayer) -> None:
     """Raise `Unfit` unless the settings and shapes of a layer belong together."""
     attention, router, moe = layer.self_attn, layer.mlp.gate, layer.mlp.experts
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     if moe.activation is not F.silu:
         raise Unfit("experts with another activation than silu")
+    if attention.clip_qkv is not None and not attention.clip_qkv > 0:
+        raise Unfit(f"the clip_qkv {attention.clip_qkv}")
     if len({norm.eps for norm in norms}) > 1:
         raise Unfit("norms that differ in their epsilon")
     d, width, e = layer.input_layernorm.weight.numel(), attention.k_norm.weight.numel(), router.weight.shape[0]

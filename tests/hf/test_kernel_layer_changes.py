@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from conftest import make_model
-from fused_layers import WIDTH, both, random, run, same
-from olmoe import fused
-from olmoe.fused import FusedDecoderLayer
+from kernel_layers import WIDTH, both, random, run, same, through_kernels
+from kernel_layers import plain as unfused
+from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.ops import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
@@ -64,7 +64,7 @@ def test_every_change_of_a_weight_is_noticed(change, dtype, inference):
         layer.requires_grad_(False)
         for bias in ("q", "k", "v", "o"):
             layer.get_parameter(f"self_attn.{bias}_proj.bias").add_(0.3)
-        fused.fuse(model)
+        through_kernels(model)
         last = run(model, x)[0]
         for name in NAMES:
             change(layer, name)
@@ -79,7 +79,7 @@ def test_every_change_of_a_weight_is_noticed(change, dtype, inference):
 
 def test_settings_that_change_are_noticed():
     model, x = make_model(), random(3, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     run(model, x)
     layer = model.model.layers[0]
     for owner, name, value in (
@@ -96,7 +96,7 @@ def test_settings_that_change_are_noticed():
 def test_fewer_experts_at_the_same_address():
     """Slices keep the address of what they are cut from, and kernels that remember eight experts would read them."""
     model, x = make_model(), random(3, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     run(model, x)
     mlp = model.model.layers[0].mlp
     for p in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
@@ -109,7 +109,7 @@ def test_fewer_experts_at_the_same_address():
 
 def test_shapes_that_do_not_belong_together_fail_as_on_torch():
     model, x = make_model(), random(3, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     run(model, x)
     model.model.layers[0].self_attn.q_proj.weight.data = torch.zeros(16, WIDTH)
     with pytest.raises((RuntimeError, AssertionError)):
@@ -120,13 +120,13 @@ def test_shapes_that_do_not_belong_together_fail_as_on_torch():
 
 def test_other_dtypes_and_back():
     model, x = make_model(), random(3, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     run(model, x)
     for dtype in (torch.float16, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float32):
         model.to(dtype)
         ours = run(model, x.to(dtype))
         plain = copy.deepcopy(model)
-        fused.unfuse(plain)
+        unfused(plain)
         tolerance = {torch.bfloat16: 2**-4, torch.float16: 2**-7}.get(dtype, 1e-5)
         expected = run(plain, x.to(dtype))
         assert ours[0].dtype == dtype
@@ -135,7 +135,7 @@ def test_other_dtypes_and_back():
 
 def test_copies_pickles_and_saved_models():
     model, x = make_model(), random(3, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     expected = run(model, x)
     file = io.BytesIO()
     torch.save(model, file)
@@ -147,7 +147,7 @@ def test_copies_pickles_and_saved_models():
         torch.load(file, weights_only=False),
     ]
     for other in copies:
-        assert type(other.model.layers[0]) is FusedDecoderLayer
+        assert type(other.model.layers[0]) is KernelDecoderLayer
         same(expected, run(other, x), 0.0)
     with torch.no_grad():
         copies[0].model.layers[0].input_layernorm.weight.zero_()

@@ -14,13 +14,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from olmoe.fused.decoder_layer import inputs_fit
-from olmoe.fused.prepared_layer import PreparedLayer
-from olmoe.fused.watch import has_hooks
+from olmoe.hf.kernel_layer import inputs_fit
 from olmoe.model import RouterOutput
 from olmoe.ops.cache import BlockCache, one_block_each
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import CachedTokens
+from olmoe.runner.compile import HOOKS, CompiledLayer
 
 # Rows that one call for all layers may take: a step of decoding, for many sequences too, but no long prompt.
 STEP_ROWS = 64
@@ -60,12 +59,12 @@ def all_layers(
     """
     if not layers or not inputs_fit(x, rope):
         return None
-    stack: list[PreparedLayer] = []
+    stack: list[CompiledLayer] = []
     for layer in layers:
-        prepared = layer.current(x) if _alone(layer, kind) else None
-        if prepared is None or (stack and prepared.form() != stack[0].form()):
+        compiled = layer.current(x) if _unmodified(layer, kind) else None
+        if compiled is None or (stack and compiled.signature() != stack[0].signature()):
             return None
-        stack.append(prepared)
+        stack.append(compiled)
     first, tokens = stack[0], reserve()
     if tokens is None:
         return None
@@ -76,15 +75,15 @@ def all_layers(
     cache = BlockCache([c.keys for c in tokens], [c.values for c in tokens])
     assert len(tokens) == len(stack)
     tokens[0].check(len(rows_ND), first.kv_heads, first.head_dim)
-    for prepared in stack:
-        prepared.refresh()
+    for compiled in stack:
+        compiled.refresh()
     n, count = len(rows_ND), len(stack)
     # The kernels write over their input, which may be the caller's.
     rows_ND = rows_ND.clone() if rows_ND.data_ptr() == x.data_ptr() else rows_ND
     y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
     weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
     extension.kernels().Layer.forward_all(
-        [prepared.kernel for prepared in stack],
+        [compiled.kernel for compiled in stack],
         rows_ND.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
@@ -100,6 +99,6 @@ def all_layers(
     return y.to(x.dtype).view(x.shape), StackedRouters(logits, weights, ids)
 
 
-def _alone(layer: Any, kind: type) -> bool:
+def _unmodified(layer: Any, kind: type) -> bool:
     """Whether a call of `layer` would be that of its class `kind` and nothing else."""
-    return not has_hooks(layer) and type(layer) is kind and "forward" not in vars(layer)
+    return not any(getattr(layer, hooks) for hooks in HOOKS) and type(layer) is kind and "forward" not in vars(layer)

@@ -1,4 +1,4 @@
-"""Whether what a view of some modules depends on is still what it was.
+"""Whether what a view of some modules depends on is unchanged.
 
 Modules change without telling: hooks, adapters and settings come and go, and weights are replaced. So it is asked at
 every call, in C++, because a step of decoding has pushed all of these objects out of the caches.
@@ -21,8 +21,8 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS)
 
 
-class Watch:
-    """Remembers modules as they are, until it is `complete`; `still` says whether they are that yet.
+class Snapshot:
+    """Remembers modules as they are, until it is `complete`; `unchanged` says whether they are that yet.
 
     Everything lies in lists of Python's, through which its garbage collector finds the way back to the modules.
     """
@@ -39,11 +39,11 @@ class Watch:
         self._layout: object = None  # of all parameters
 
     def child(self, owner: nn.Module, name: str) -> None:
-        """Watch which module `owner` has under `name`."""
+        """Remember which module `owner` has under `name`."""
         self._entry(owner._modules, name)
 
     def module(self, module: nn.Module, settings: Iterable[str] = ()) -> None:
-        """Watch the type of `module`, its hooks, parameters and number of attributes, and those named in `settings`."""
+        """Remember the type of `module`, its hooks, parameters and number of attributes, and what `settings` name."""
         attributes = vars(module)
         self._modules.append(module)
         self._types.append(type(module))
@@ -58,17 +58,11 @@ class Watch:
             if parameter is not None:
                 self.parameters.append(parameter)
 
-    def include(self, other: Watch) -> None:
-        """Watch all that `other` does as well."""
-        for name, mine in vars(self).items():
-            if isinstance(mine, list):
-                mine.extend(getattr(other, name))
-
     def complete(self) -> None:
-        """Called once, when all is watched: where the parameters lie from now on."""
+        """Called once, when all is remembered: where the parameters lie from now on."""
         self._layout = _layout(self.parameters)
 
-    def still(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether nothing changed since `complete`."""
         same: bool = extension.kernels().unchanged(
             self._dicts, self._names, self._values, self._modules, self._types, self._counted, self._counts

@@ -1,4 +1,4 @@
-"""One decoder layer, plain and fused, side by side."""
+"""One decoder layer, plain and through the kernels, side by side."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import copy
 
 import torch
 
-from olmoe import fused
-from olmoe.model import causal_attend
+from olmoe.hf.kernel_layer import KernelDecoderLayer, inputs_fit
+from olmoe.model import DecoderLayer, causal_attend
 
 WIDTH = 32
+
+
+def through_kernels(model):
+    """Make the decoder layers of the plain network those of the transformers face, which use the kernels."""
+    for module in model.modules():
+        if type(module) is DecoderLayer:
+            module.__class__ = KernelDecoderLayer
+
+
+def plain(model):
+    """The opposite."""
+    for module in model.modules():
+        if type(module) is KernelDecoderLayer:
+            module.__dict__.pop("_view", None)
+            module.__class__ = DecoderLayer
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -35,22 +50,23 @@ def run(model, x, layer=0, **options):
 
 def fits(model, x, layer=0):
     """Whether the kernels take this call."""
-    return model.model.layers[layer]._fitting(x, rotations(model, x)) is not None
+    rope = rotations(model, x)
+    return inputs_fit(x, rope) and model.model.layers[layer].current(x) is not None
 
 
 def both(model, x, **options):
-    """The plain layer's results and the fused one's, from copies of `model`."""
-    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
-    fused.unfuse(plain)
-    fused.fuse(ours)
+    """The plain layer's results and those through the kernels, from copies of `model`."""
+    other, ours = copy.deepcopy(model), copy.deepcopy(model)
+    plain(other)
+    through_kernels(ours)
     with torch.inference_mode():
         assert fits(ours, x)
-    return run(plain, x, **options), run(ours, x, **options)
+    return run(other, x, **options), run(ours, x, **options)
 
 
-def same(plain, ours, tolerance):
+def same(expected, ours, tolerance):
     """Outputs within `tolerance` of their largest, the same experts, and weights that follow."""
-    (y, routed), (y_ours, routed_ours) = plain, ours
+    (y, routed), (y_ours, routed_ours) = expected, ours
     assert y_ours.shape == y.shape
     assert y_ours.dtype == y.dtype
     assert [t.shape for t in routed_ours] == [t.shape for t in routed]

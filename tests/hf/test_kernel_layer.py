@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from conftest import make_model
-from fused_layers import WIDTH, attend, both, fits, random, rotations, run, same
-from olmoe import checkpoint, fused
+from kernel_layers import WIDTH, attend, both, fits, random, rotations, run, same, through_kernels
+from kernel_layers import plain as unfused
+from olmoe import checkpoint
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.fused import FusedDecoderLayer, prepared_layer
+from olmoe.hf import kernel_layer
+from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.model import DecoderLayer, Linear, set_backend
 from olmoe.ops import cpu
 from olmoe.runner import require_backend
@@ -73,7 +75,7 @@ def test_rope_of_one_row_for_all_and_of_other_dtypes():
     model = make_model()
     x, layer = random(2, 4, WIDTH), 0
     expected = run(model, x)
-    fused.fuse(model)
+    through_kernels(model)
     cos, sin = model.model.rotary(torch.arange(4))
     for rope in ((cos, sin), (cos[None].double(), sin[None].double()), (cos.T.contiguous().T, sin.T.contiguous().T)):
         with torch.inference_mode():
@@ -114,7 +116,7 @@ def alone(q, k, v, layer):
 def test_threads_and_other_tokens_do_not_change_a_bit(tmp_path):
     model = checkpoint.load(packed_folder(tmp_path / "m", "int4", **WHOLE))
     x = random(12, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     before, expected = torch.get_num_threads(), run(model, x, attend=alone)
     rope = rotations(model, x)
     try:
@@ -134,7 +136,7 @@ def test_threads_and_other_tokens_do_not_change_a_bit(tmp_path):
 def test_more_tokens_than_experts_take_at_a_time(tmp_path):
     model = checkpoint.load(packed_folder(tmp_path / "m", "int8", **WHOLE))
     x = random(1030, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     whole, parts = run(model, x, attend=alone), [run(model, part, attend=alone) for part in x.split(100)]
     assert torch.equal(whole[0], torch.cat([y for y, _ in parts]))
     assert torch.equal(whole[1].expert_ids, torch.cat([routed.expert_ids for _, routed in parts]))
@@ -145,11 +147,11 @@ def test_more_tokens_than_experts_take_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("many", [True, False], ids=["prompts too", "few rows only"])
 def test_the_kernels_take_what_they_should(many, monkeypatch):
-    monkeypatch.setattr(prepared_layer, "many_rows", lambda dtype: many and dtype == torch.float32)
+    monkeypatch.setattr(kernel_layer, "many_rows", lambda dtype: many and dtype == torch.float32)
     model = make_model()
-    fused.fuse(model)
+    through_kernels(model)
     layer = model.model.layers[0]
-    assert type(layer) is FusedDecoderLayer
+    assert type(layer) is KernelDecoderLayer
     with torch.inference_mode():
         assert fits(model, random(8, WIDTH))
         assert fits(model, random(9, WIDTH)) == many  # or torch is faster
@@ -160,9 +162,9 @@ def test_the_kernels_take_what_they_should(many, monkeypatch):
         for backend in ("torch", "reference"):
             set_backend(model, backend)
             assert not fits(model, random(2, WIDTH))
-    fused.unfuse(model)
+    unfused(model)
     assert type(layer) is DecoderLayer
-    assert "_prepared" not in vars(layer)
+    assert "_view" not in vars(layer)
 
 
 class Adapter(nn.Module):
@@ -220,7 +222,7 @@ def own_forward(layer):
 def test_what_does_not_fit_runs_on_torch(change):
     """Also when it comes after the kernels were in use."""
     ours, plain, x = make_model(), make_model(), random(4, WIDTH)
-    fused.fuse(ours)
+    through_kernels(ours)
     before = run(ours, x)[0]
     for model in (ours, plain):
         change(model.model.layers[0])
@@ -232,7 +234,7 @@ def test_what_does_not_fit_runs_on_torch(change):
 
 def test_global_hooks_see_every_module():
     model, x, seen = make_model(), random(2, WIDTH), []
-    fused.fuse(model)
+    through_kernels(model)
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(type(module)))
     try:
         run(model, x)
@@ -248,7 +250,7 @@ def test_gradients_are_those_of_the_plain_layer():
         for fuse in (False, True):
             model, x = make_model(), random(2, WIDTH).requires_grad_(needs)
             if fuse:
-                fused.fuse(model)
+                through_kernels(model)
             model.model.layers[0](x, rotations(model, x), attend)[0].square().sum().backward()
             gradients.append([x.grad] + [p.grad for p in model.model.layers[0].parameters()])
         for plain, ours in zip(*gradients, strict=True):
@@ -265,7 +267,7 @@ def test_gradients_through_cached_keys_of_a_frozen_model():
         model, x, prefix = make_model().requires_grad_(False), random(1, 3, WIDTH), random(1, 2, WIDTH, seed=1)
         prefix.requires_grad_()
         if fuse:
-            fused.fuse(model)
+            through_kernels(model)
             assert fits(model, x)
 
         def attend_behind(q, k, v, layer, prefix=prefix):
@@ -283,7 +285,7 @@ def test_gradients_through_cached_keys_of_a_frozen_model():
 def test_compiled_as_one_graph():
     model, x = make_model(), random(2, WIDTH)
     expected = run(model, x)
-    fused.fuse(model)
+    through_kernels(model)
     rope = rotations(model, x)
     with torch.no_grad():
         layer = torch.compile(model.model.layers[0], backend="eager", fullgraph=True)
@@ -292,7 +294,7 @@ def test_compiled_as_one_graph():
 
 def test_meta_tensors():
     model = make_model()
-    fused.fuse(model)
+    through_kernels(model)
     run(model, random(2, WIDTH))
     model.to("meta")
     set_backend(model, "torch")
@@ -307,7 +309,7 @@ def test_meta_tensors():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_to_a_gpu_and_back():
     model, x = make_model(), random(2, WIDTH)
-    fused.fuse(model)
+    through_kernels(model)
     expected = run(model, x)
     model.cuda()
     rope = tuple(t.cuda() for t in rotations(model, x))
@@ -332,7 +334,7 @@ def test_to_a_gpu_and_back():
 )
 def test_a_named_backend_that_cannot_is_an_error(change):
     model, x = change(make_model(), random(2, WIDTH))
-    fused.fuse(model)
+    through_kernels(model)
     set_backend(model, "cpu")
     rope = rotations(model, random(2, WIDTH))
     with torch.set_grad_enabled(x.requires_grad):
