@@ -252,13 +252,6 @@ def test_qlora_trains_adapters_on_a_packed_model_and_merges_after_dequantizing(f
     assert torch.allclose(logits(model.merge_and_unload()), adapted, atol=1e-4)
 
 
-def test_adapters_on_packed_parameters_are_refused(folder):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(ValueError, match=r"uint8"):  # torch's own sentence: codes are no numbers to add to
-        peft.get_peft_model(load(folder), config)(IDS)
-
-
 def test_bitsandbytes_is_not_needed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ImportError
     model = load(folder, device_map="auto")

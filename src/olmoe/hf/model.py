@@ -11,25 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from olmoe import ops
+from olmoe.hf.adapted import settle
 from olmoe.hf.attention import CachedAttend, OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding, rope_of, step
 from olmoe.hf.cache_name import CACHE, EitherNameGenerationMixin, one_cache, warns_of_old_name
 from olmoe.hf.config import FromConfig, OlmoeConfig, adopt
-from olmoe.hf.experts_interface import experts_forward
+from olmoe.hf.experts import OlmoeExperts
 from olmoe.hf.initialization import Initialization
 from olmoe.hf.inputs import causal_mask, kept, positions_of
 from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.hf.kernels import KernelBackend
-from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.lora import route_lora
 from olmoe.hf.losses import router_losses, share_of_step
 from olmoe.hf.quantization import PackedLoading
@@ -43,36 +40,10 @@ from olmoe.hf.recording import (
     recording,
     wanted_states,
 )
-from olmoe.hf.switching import EXPERTS, SwitchableExperts, is_ours
-from olmoe.model import Experts, Linear, Router, RouterOutput, SparseMoeBlock
+from olmoe.hf.switching import SwitchableExperts
+from olmoe.model import Linear, Router, RouterOutput, SparseMoeBlock
 from olmoe.runner.compile import CompiledLayer
 from olmoe.runtime import log
-
-
-@use_experts_implementation(experts_interface=EXPERTS)
-class OlmoeExperts(Experts):
-    """The network's experts under transformers' signature, or what its experts interface computes in their place."""
-
-    computes_as = Experts
-
-    def __init__(self, config: OlmoeConfig) -> None:
-        super().__init__(OlmoeConfig.network(config))
-        self.act_fn: nn.Module = ACT2FN[config.hidden_act]
-        accept_single_experts(self)
-
-    def computes_itself(self) -> bool:
-        """Whether no function of the interface does."""
-        config: Any = self.config
-        return is_ours(config._experts_implementation)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (N, D), expert ids and weights (N, K) -> (N, D)."""
-        if self._is_expert_parallel:
-            return experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        if any(p.requires_grad for p in self.act_fn.parameters()):  # the fast ways know functions of one argument
-            weights = (self.gate_up_proj, self.down_proj)
-            return ops.moe(hidden_states, top_k_weights, top_k_index, *weights, self.act_fn, backend="reference")
-        return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
 class OlmoeTopKRouter(Router):
@@ -178,7 +149,6 @@ class OlmoePreTrainedModel(Initialization, KernelBackend, SwitchableExperts, Pac
 
     config: OlmoeConfig
     config_class = OlmoeConfig
-    experts_class = OlmoeExperts
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("OlmoeDecoderLayer",)
@@ -266,6 +236,8 @@ class OlmoeModel(OlmoePreTrainedModel):
         given = position_ids is not None
         position_ids = positions_of(x, position_ids, cache_position, cache)
         mask = causal_mask(config, x, attention_mask, cache, position_ids, kwargs, made, given)
+        if not is_compiling():
+            settle(self)
         route_lora(self.layers)
         rope = self.rotary_emb(x, position_ids)
         layers = list(self.layers)[: config.num_hidden_layers]
@@ -344,6 +316,8 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         `cache` is what transformers calls `past_key_values` from 5.24 on.
         """
         config = self.config
+        if not is_compiling():
+            settle(self)
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         auxiliary = output_router_logits
         if self.training and labels is not None and not auxiliary:

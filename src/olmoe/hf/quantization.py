@@ -34,6 +34,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
 
 from olmoe.errors import CheckpointError, ConfigError, shown
+from olmoe.hf.adapted import Trained, notice_adapters, plain_module, show_head, unwrapped
 from olmoe.hf.switching import describe
 from olmoe.hub import place_of
 from olmoe.model import Experts, Linear
@@ -41,7 +42,6 @@ from olmoe.packed import pack_modules
 from olmoe.quant import (
     BLOCK_FORMATS,
     FORMATS,
-    PackedEmbedding,
     PackedExperts,
     PackedLayout,
     PackedLinear,
@@ -235,8 +235,12 @@ class PackedQuantizer(HfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         # Packed stacks are saved under their own names, not taken apart expert by expert.
         model._weight_conversions = []
+        notice_adapters()
+        show_head(model.get_output_embeddings())
+        norm = model.base_model.norm.weight
         for module in model.modules():
             if isinstance(module, PackedModule):
+                module.plain = (norm,)
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.requires_grad_(_is_plain(module, name))
         return model
@@ -292,34 +296,12 @@ def _is_plain(module: nn.Module, name: str) -> bool:
 
 
 def unpack(model: Any, dtype: torch.dtype) -> None:
-    """Put plain `Linear` and `Experts` modules with the decoded weights back."""
+    """Put plain `Linear` and `Experts` modules with the decoded weights back; adapters around them stay."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, PackedModule):
-            continue
-        plain: nn.Module
-        with torch.device("meta"):
-            if isinstance(module, PackedExperts):
-                plain = model.experts_class(model.config)
-                plain.act_fn = module.act_fn  # type: ignore[assignment]
-            elif isinstance(module, PackedEmbedding):
-                plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
-            else:
-                assert isinstance(module, PackedLinear)
-                plain = Linear(module.in_features, module.out_features, bias=False)
-                plain.bias = module.bias
-        if hasattr(plain, "backend"):
-            plain.backend = module.backend
-        for matrix in ("gate_up_proj", "down_proj") if isinstance(module, PackedExperts) else ("weight",):
-            if matrix not in module.shapes:  # it was plain beside a packed one
-                setattr(plain, matrix, getattr(module, matrix))
-            elif isinstance(module, PackedExperts):
-                stack = [module.decode(matrix, dtype, e) for e in range(module.num_experts)]
-                setattr(plain, matrix, nn.Parameter(torch.stack(stack)))
-            else:
-                setattr(plain, matrix, nn.Parameter(module.decode(matrix, dtype)))
-        model.set_submodule(name, plain.train(module.training))
+        if isinstance(module, PackedModule):
+            model.set_submodule(name, plain_module(module, dtype))
     if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
-        model.lm_head.weight = model.get_input_embeddings().weight
+        unwrapped(model.lm_head).weight = unwrapped(model.get_input_embeddings()).weight
 
 
 class PackedLoading:
@@ -375,6 +357,27 @@ class PackedLoading:
                     )
         super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' documentation. A packed checkpoint says for whole kinds of modules how they are packed."""
+        assert isinstance(self, nn.Module)
+        trained = [name for name, module in self.named_modules() if isinstance(module, Trained)]
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # which are saved alone
+        if trained and not adapters and any(isinstance(module, PackedModule) for module in self.modules()):
+            raise ConfigError(
+                f"{trained[0]} was trained whole and is not packed, so it cannot be saved among packed modules; call "
+                "dequantize() on the model first."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """See `nn.Module`. PEFT asks for embeddings by BERT's name first, and its guess at ours knows no packing."""
+        assert isinstance(self, nn.Module)
+        if target == "embeddings.word_embeddings":
+            embeddings: nn.Module = self.get_input_embeddings()  # type: ignore[operator]
+            if isinstance(unwrapped(embeddings), PackedModule):
+                return embeddings
+        return super().get_submodule(target)  # type: ignore[misc]
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """See transformers' documentation. Packed weights count as the weights they stand for."""
         assert isinstance(self, nn.Module)
@@ -382,7 +385,7 @@ class PackedLoading:
         excluded = {id(p) for module in embeddings for p in module.parameters()}
         total = 0
         for module in self.modules():
-            codes = {id(module.get_parameter(name)): name for name in _packed_matrices(module)}
+            codes = {id(module._parameters[name]): name for name in _packed_matrices(module)}
             others = {id(p) for name, p in module.named_parameters(recurse=False) if not _is_plain(module, name)}
             for parameter in module.parameters(recurse=False):
                 if id(parameter) in excluded or id(parameter) in others - codes.keys():

@@ -36,6 +36,8 @@ class PackedModule(nn.Module):
     """
 
     backend = ops.AUTO
+    # An unpacked parameter of the same model, which tells those who read weights decoded what dtype it computes in.
+    plain: tuple[nn.Parameter, ...] = ()
 
     compute_dtype: torch.dtype | None
     shapes: dict[str, tuple[int, int]]  # of each packed matrix (of one expert's, in a stack)
@@ -87,9 +89,15 @@ class PackedModule(nn.Module):
     def parts(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
         """The stored parts of the matrix `name`; of a stack those of one `expert`. Views of the parameters."""
         parts = {
-            part: getattr(self, _parameter_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])
+            part: self.get_stored(_parameter_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])
         }
         return parts if expert is None else {part: value[expert] for part, value in parts.items()}
+
+    def get_stored(self, name: str) -> Tensor:
+        """The parameter `name` as it is stored, also where reading the attribute decodes (`olmoe.hf.adapted`)."""
+        stored = self._parameters[name]
+        assert stored is not None
+        return stored
 
     def product(self, x: Tensor, name: str, expert: int | None = None) -> Tensor:
         """x times the transpose of the decoded matrix, in x's dtype. x (..., C) -> (..., R)."""
@@ -99,6 +107,12 @@ class PackedModule(nn.Module):
         if transformed() or not (torch.is_grad_enabled() and x.requires_grad):
             return ops.linear(x, self.decode(name, x.dtype, expert), backend=self.backend)
         return _Product.apply(x, self, name, expert)
+
+    def fastest_product(self, x: Tensor, name: str, expert: int) -> Tensor:
+        """`product` with a matrix of a stack, by the C++ kernels where they multiply with it."""
+        if not self.kernels(x, name):
+            return self.product(x, name, expert)
+        return cpu.packed_linear(x, self.parts(name, expert)[CODES], self.formats[name].name, *self.shapes[name])
 
     def kernels(self, x: Tensor, *names: str, others: tuple[Tensor | None, ...] = (), unfit: str | None = None) -> bool:
         """Whether the C++ kernels multiply `x` with the matrices `names` as they lie.
@@ -167,7 +181,9 @@ class PackedLinear(PackedModule, nn.Linear):
         """x (..., in) -> (..., out) in x's dtype."""
         if self.kernels(x, "weight", others=(self.bias,)):
             rows, columns = self.shapes["weight"]
-            return cpu.packed_linear(x, self.weight, self.formats["weight"].name, rows, columns, self.bias)
+            return cpu.packed_linear(
+                x, self.get_stored("weight"), self.formats["weight"].name, rows, columns, self.bias
+            )
         wide = x.to(self.compute_dtype or x.dtype)
         y = self.product(wide, "weight")
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
@@ -253,20 +269,26 @@ class PackedExperts(PackedModule):
             return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, packed[0], packed[1], self.shapes["down_proj"][1])
         if mapped(expert_ids_NK):  # which experts were chosen cannot be asked for
             wide_ND = x_ND.to(self.compute_dtype or x_ND.dtype)
-            gate_up, down = (self._whole(name, wide_ND.dtype) for name in ("gate_up_proj", "down_proj"))
+            gate_up, down = (self.whole(name, wide_ND.dtype) for name in ("gate_up_proj", "down_proj"))
             inputs = wide_ND, weights_NK, expert_ids_NK, gate_up, down
             return ops.moe(*inputs, self.activation, backend=self.backend).to(x_ND.dtype)
+        return self.routed(x_ND, expert_ids_NK, weights_NK, self.product)
+
+    def routed(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, product: Callable[[Tensor, str, int], Tensor]
+    ) -> Tensor:
+        """`forward` by `product(x, name, expert)`, this module's own or one that adds to it."""
         rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
         x_MD = ops.gather_rows(x_ND.to(self.compute_dtype or x_ND.dtype), rows, backend=self.backend)
         offsets, pieces = rows.offsets_E.tolist(), []
         for e, (start, end) in enumerate(pairwise(offsets)):
             if start < end:
-                gate, up = self.product(x_MD[start:end], "gate_up_proj", e).chunk(2, dim=-1)
-                pieces.append(self.product(self.activation(gate) * up, "down_proj", e))
+                gate, up = product(x_MD[start:end], "gate_up_proj", e).chunk(2, dim=-1)
+                pieces.append(product(self.activation(gate) * up, "down_proj", e))
         out_MD = torch.cat(pieces) if pieces else x_MD
         return ops.combine(out_MD, weights_NK, rows, backend=self.backend).to(x_ND.dtype)
 
-    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """A stack of matrices, decoded if it is packed."""
         if name not in self.formats:
             plain: Tensor = getattr(self, name)

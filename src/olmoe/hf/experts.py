@@ -1,0 +1,44 @@
+"""The experts of transformers' face."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+from olmoe import ops
+from olmoe.hf.config import OlmoeConfig
+from olmoe.hf.experts_interface import experts_forward
+from olmoe.hf.loading import accept_single_experts
+from olmoe.hf.switching import EXPERTS, is_ours
+from olmoe.model import Experts
+
+
+@use_experts_implementation(experts_interface=EXPERTS)
+class OlmoeExperts(Experts):
+    """The network's experts under transformers' signature, or what its experts interface computes in their place."""
+
+    computes_as = Experts
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(OlmoeConfig.network(config))
+        self.act_fn: nn.Module = ACT2FN[config.hidden_act]
+        accept_single_experts(self)
+
+    def computes_itself(self) -> bool:
+        """Whether no function of the interface does."""
+        config: Any = self.config
+        return is_ours(config._experts_implementation) and not self._is_expert_parallel
+
+    def fitting_backend(self) -> str:
+        """`backend`, or the one that trains parameters of the activation: the others know functions of one argument."""
+        return "reference" if any(p.requires_grad for p in self.act_fn.parameters()) else self.backend
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (N, D), expert ids and weights (N, K) -> (N, D)."""
+        if self._is_expert_parallel:
+            return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        inputs = hidden_states, top_k_weights, top_k_index, self.gate_up_proj, self.down_proj
+        return ops.moe(*inputs, self.activation, backend=self.fitting_backend())
