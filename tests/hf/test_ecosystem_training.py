@@ -9,6 +9,7 @@ import transformers
 import olmoe
 from configurations import VOCAB_SIZE, small_config
 from conftest import TEXT
+from quantized_models import IDS, QuantizedModels
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")  # which transformers' Trainer needs
@@ -130,3 +131,42 @@ def test_trl_with_adapters_on_attention_and_experts(model, tmp_path, text_tokeni
     values = losses(trainer)
     assert values[-1] < values[0] - 0.2, values
     assert {type(layer.mlp.experts).__name__ for layer in model.model.layers} == {"RoutedParamWrapper"}
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "q4_0"])
+def test_trl_with_adapters_on_quantized_experts(format, tmp_path, text_tokenizer):
+    """TRL multiplies with the head itself, which is packed too in q4_0."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    model = QuantizedModels(tmp_path).load(format)
+    data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments(tmp_path / "run"), max_length=24, gradient_checkpointing=True),
+        train_dataset=data,
+        processing_class=text_tokenizer,
+        peft_config=peft.LoraConfig(
+            r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ),
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    values = losses(trainer)
+    assert values[-1] < values[0] - 0.2, values
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_trainer_resumes_adapters_on_quantized_experts(tmp_path):
+    peft = pytest.importorskip("peft")
+    models, ends = QuantizedModels(tmp_path), []
+    data = datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1).tolist()])
+    settings = arguments(tmp_path / "run") | {"save_strategy": "steps", "save_steps": 6}
+    for checkpoint in (None, str(tmp_path / "run" / "checkpoint-6")):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+        model = peft.get_peft_model(models.load("q4_0"), config)
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(**settings), train_dataset=data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in ends[0].items():
+        assert torch.allclose(ends[1][name], value, atol=1e-5), name
