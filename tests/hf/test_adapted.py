@@ -346,6 +346,31 @@ def test_a_module_that_was_trained_whole_is_not_saved_among_packed_ones(models, 
     assert (logits(OlmoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("format", ["nf4", "q8_0"])
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=str)
+def test_tied_embeddings(tmp_path, format, saved):
+    models = QuantizedModels(tmp_path, tie_word_embeddings=True)
+    packed, plain = (stir(lora(models.load(format, d), modules_to_save=saved, **BOTH)) for d in (False, True))
+    expected = logits(plain)
+    assert (logits(packed) - expected).abs().max() < 1e-5
+    packed.dequantize()
+    assert (logits(packed.merge_and_unload()) - expected).abs().max() < 1e-4
+
+
+@some_formats
+def test_autocast_and_inference_mode(models, format):
+    for config in (peft.LoraConfig(r=2, **BOTH), peft.HRAConfig(r=2, target_modules=["q_proj"])):
+        model = stir(peft.get_peft_model(models.load(format), config))
+        expected = logits(model)
+        with torch.inference_mode():
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids=IDS, labels=IDS)
+        output.loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert (output.logits - expected).norm() < 0.2 * expected.norm()
+
+
 def test_a_packed_head_is_read_decoded_without_adapters_too(models):
     """Trainers fuse the loss with the head and multiply with its weight themselves."""
     model = models.load("q8_0")
