@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from olmoe import AutoModelForCausalLM, OlmoeForCausalLM, OlmoeForSequenceClassification
 from olmoe.errors import UserError
 from olmoe.hf import adapted
+from olmoe.hf.experts import OlmoeExperts
 from olmoe.model import set_backend
 from olmoe.ops.cpu import extension
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
@@ -360,6 +362,7 @@ def test_tied_embeddings(tmp_path, format, saved):
 @some_formats
 def test_autocast_and_inference_mode(models, format):
     for config in (peft.LoraConfig(r=2, **BOTH), peft.HRAConfig(r=2, target_modules=["q_proj"])):
+        torch.manual_seed(0)
         model = stir(peft.get_peft_model(models.load(format), config))
         expected = logits(model)
         with torch.inference_mode():
@@ -369,6 +372,8 @@ def test_autocast_and_inference_mode(models, format):
         output.loss.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         assert (output.logits - expected).norm() < 0.2 * expected.norm()
+        distances = (output.logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert distances.median() < 0.03  # of a token; single ones are routed elsewhere
 
 
 def test_a_packed_head_is_read_decoded_without_adapters_too(models):
@@ -387,3 +392,85 @@ def test_auto_classes_load_an_adapter_onto_its_quantized_base(models, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits(again), logits(model))
+
+
+@some_formats
+def test_gradients_of_each_example_and_second_derivatives(models, format):
+    """`vmap` cannot say which experts were chosen."""
+    model = stir(lora(models.load(format), **BOTH))
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    values = {name: p.detach() for name, p in live.items()}
+
+    def loss(parameters, rows):
+        return torch.func.functional_call(model, parameters, (rows,), {"labels": rows}).loss
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, IDS.unsqueeze(1))
+    for row in range(len(IDS)):
+        alone = torch.autograd.grad(loss(live, IDS[row : row + 1]), list(live.values()))
+        for name, expected in zip(live, alone, strict=True):
+            torch.testing.assert_close(each[name][row], expected, rtol=1e-4, atol=1e-6)
+
+    first = torch.autograd.grad(loss(live, IDS), list(live.values()), create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), list(live.values()))
+    directions = {name: torch.ones_like(p) for name, p in values.items()}
+    forward = torch.func.jvp(torch.func.grad(lambda p: loss(p, IDS)), (values,), (directions,))[1]
+    for name, expected in zip(live, second, strict=True):
+        torch.testing.assert_close(forward[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_each_example_in_half_precision(models):
+    """The factors are fp32, and what is decoded is not."""
+    model = stir(lora(models.load("nf4", dtype=torch.bfloat16), target_modules=[], target_parameters=EXPERTS))
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    x, ids = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.tensor([[0, 3, 7]] * 4)
+    ids, weights = torch.stack([ids, 7 - ids]), torch.full((2, 4, 3), 0.3)
+    with torch.no_grad():
+        each = torch.vmap(experts)(x, ids, weights)
+        for row in range(2):
+            expected = experts(x[row], ids[row], weights[row])
+            assert each.dtype == expected.dtype == torch.bfloat16
+            assert (each[row] - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def gelu_models(tmp_path_factory):
+    return QuantizedModels(tmp_path_factory.mktemp("gelu"), hidden_act="gelu")
+
+
+@pytest.mark.parametrize("format", ["nf4", "q4_0"])
+def test_decoded_experts_are_those_of_the_class(gelu_models, format):
+    """With its activation, under transformers' names, and switchable, alone and in adapters."""
+    plain = gelu_models.load(format)
+    expected = logits(plain)
+    for options in (
+        {"target_modules": ["q_proj"]},
+        BOTH,
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+    ):
+        model = lora(gelu_models.load(format), **options)
+        assert (logits(model) - expected).abs().max() < 1e-5
+        model.dequantize()
+        assert (logits(model) - expected).abs().max() < 1e-5
+        inner = model.base_model.model
+        experts = [module for module in inner.modules() if isinstance(module, OlmoeExperts)]
+        assert {type(module) for module in experts} <= {OlmoeExperts, adapted.TrainedExperts}
+        assert {type(module.act_fn).__name__ for module in experts} == {"GELUActivation"}
+        inner.set_experts_implementation("batched_mm")
+        with torch.no_grad():
+            assert (model(input_ids=IDS).logits - expected).abs().max() < 1e-4
+        inner.set_experts_implementation("eager")
+        module, x = experts[0], torch.ones(1, 32)
+        ids, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
+        assert torch.equal(module(hidden_states=x, top_k_index=ids, top_k_weights=weights), module(x, ids, weights))
+
+
+def test_experts_trained_whole_can_be_switched(models):
+    calls, model = [], stir(lora(models.load("nf4"), target_modules=["q_proj"], modules_to_save=["experts"]), std=0.05)
+    expected = logits(model)
+    functions = sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS
+    batched = functions["batched_mm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(type(functions)._global_mapping, "batched_mm", lambda *args: calls.append(1) or batched(*args))
+        model.base_model.model.set_experts_implementation("batched_mm")
+        assert (logits(model) - expected).abs().max() < 1e-5
+    assert len(calls) == 2  # one a layer

@@ -150,3 +150,26 @@ def test_gradients_of_each_example_and_second_derivatives_of_adapters():
     forward = torch.func.jvp(torch.func.grad(lambda p: loss(p, batch)), (values,), (directions,))[1]
     for name, expected in zip(live, second, strict=True):
         torch.testing.assert_close(forward[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_of_an_activation_are_trained_with_adapters():
+    model = adapted()
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.experts.get_base_layer().act_fn = torch.nn.PReLU()
+    model(ids(5), labels=ids(5)).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "act_fn" in name]
+    assert len(gradients) == 2
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_experts_held_elsewhere_contribute_nothing():
+    """Under expert parallelism a module's number of experts stands for those."""
+    model, count = adapted(), CONFIG["num_experts"]
+    with torch.no_grad():
+        model(ids(5))
+        experts = model.base_model.model.model.layers[0].mlp.experts
+        x, chosen, weights = torch.randn(4, CONFIG["hidden_size"]), torch.tensor([[0, 3]] * 4), torch.ones(4, 2)
+        expected = experts(x, chosen[:, :1], weights[:, :1])
+        experts.get_base_layer()._is_expert_parallel = True
+        result = experts(x, torch.where(chosen == 3, count, chosen), weights)
+    assert torch.allclose(result, expected, atol=1e-5)

@@ -9,7 +9,7 @@ from torch import nn
 from configurations import small_config
 from olmoe.errors import UserError
 from olmoe.model import Experts, Linear, activation
-from olmoe.quant import FourBit, Int8, PackedExperts, PackedLinear, make_format
+from olmoe.quant import FourBit, Int8, PackedEmbedding, PackedExperts, PackedLinear, make_format
 
 FORMATS = [FourBit("nf4", True), FourBit("fp4"), Int8()]
 named = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
@@ -140,3 +140,16 @@ def test_formats_by_name():
     assert make_format("nf4", True).double_quant
     with pytest.raises(UserError, match="'q9' is unknown"):
         make_format("q9")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q8_0", "q5_0", "q4_0"])
+def test_vmap_over_ids_of_an_embedding(format, backend):
+    """`vmap` cannot say which rows are asked for."""
+    embedding = PackedEmbedding(32, 64, make_format(format), torch.bfloat16)
+    embedding.pack("weight", random(32, 64))
+    embedding.backend = backend
+    ids = torch.tensor([[0, 3, 31], [7, 7, 1]])
+    found = torch.vmap(embedding)(ids)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, embedding(ids))

@@ -210,6 +210,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of ids -> (..., D) in `compute_dtype`, fp32 by default."""
         parts, (rows, columns) = self.parts("weight"), self.shapes["weight"]
+        if mapped(input):  # under vmap, which cannot say which rows are asked for
+            return F.embedding(input, self.decode("weight", torch.float32)).to(self.compute_dtype or torch.float32)
         if self.kernels(input, "weight"):
             values = cpu.packed_embedding(input, parts[CODES], self.formats["weight"].name, rows, columns)
             return values.to(self.compute_dtype or torch.float32)
