@@ -32,7 +32,7 @@ def shared_state(descriptor: int, config: Any) -> dict[str, Any]:
 
     import torch
 
-    from olmoe.checkpoint import parameter_shapes
+    from olmoe.weights.checkpoint import parameter_shapes
 
     shapes = parameter_shapes(config)
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
@@ -48,11 +48,11 @@ class Ours:
     """The engine on a packed folder, or on shared bf16 weights."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from olmoe import checkpoint
+        from olmoe.bench import benchmark
         from olmoe.config import ModelConfig
-        from olmoe.engine import benchmark
         from olmoe.ops import cpu
         from olmoe.runtime import keep_freed_memory, set_threads
+        from olmoe.weights import checkpoint
 
         set_threads(options["threads"])
         keep_freed_memory()
@@ -249,11 +249,11 @@ def write_packed(format: str, folder: str, config: str | None) -> None:
 
     import torch
 
-    from olmoe import packed
-    from olmoe.atomic import atomic_folder
+    from olmoe.bench.benchmark import random_model
     from olmoe.config import ModelConfig
-    from olmoe.engine.benchmark import random_model
-    from olmoe.packing import RECIPES
+    from olmoe.io.atomic import atomic_folder
+    from olmoe.weights import packed
+    from olmoe.weights.quantize import RECIPES
 
     model = random_model(ModelConfig.from_file(config) if config else ModelConfig(), format)
     tensors = packed.file_tensors(model, torch.bfloat16)

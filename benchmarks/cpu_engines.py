@@ -32,10 +32,10 @@ import torch
 from cpu_engine_worker import shared_state
 from machine import machine
 
-from olmoe import packed
+from olmoe.bench.benchmark import Ceiling, read_bandwidth, require_memory, skeleton, step_bytes
 from olmoe.config import ModelConfig
-from olmoe.engine.benchmark import Ceiling, read_bandwidth, require_memory, skeleton, step_bytes
 from olmoe.runtime import set_threads
+from olmoe.weights import packed
 
 WORKER = Path(__file__).with_name("cpu_engine_worker.py")
 RESULTS = Path(__file__).parent / "results" / "cpu_engines.jsonl"

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from olmoe import checkpoint
 from olmoe.config import ModelConfig
 from olmoe.model import CausalLM
+from olmoe.weights import checkpoint
 
 SHARD_BYTES = 10**9
 CHILD = """
 import json, sys, time
 import torch
-from olmoe import checkpoint
+from olmoe.weights import checkpoint
 from olmoe.runtime import peak_memory_bytes
 before, started = peak_memory_bytes(), time.perf_counter()
 model = checkpoint.load(sys.argv[1], dtype=torch.bfloat16)

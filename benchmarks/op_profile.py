@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from machine import limit_isa, machine
 
+from olmoe.bench.benchmark import FORMATS, random_model, read_bandwidth
 from olmoe.config import ModelConfig
-from olmoe.engine.benchmark import FORMATS, random_model, read_bandwidth
 from olmoe.ops import cpu
 from olmoe.ops.cache import BlockCache, one_block_each
 from olmoe.ops.cpu.extension import float_matrix, kernels

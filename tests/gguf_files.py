@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from olmoe import checkpoint
 from olmoe.config import ModelConfig
-from olmoe.gguf import metadata as keys
-from olmoe.gguf.block_types import BY_NAME
-from olmoe.gguf.encode import encode
-from olmoe.gguf.names import tensor_shapes
-from olmoe.gguf.writer import PlannedTensor, write
 from olmoe.model import CausalLM
+from olmoe.weights import checkpoint
+from olmoe.weights.gguf import metadata as keys
+from olmoe.weights.gguf.block_types import BY_NAME
+from olmoe.weights.gguf.encode import encode
+from olmoe.weights.gguf.names import tensor_shapes
+from olmoe.weights.gguf.writer import PlannedTensor, write
 
 TOKENS = ["<|end|>", "a", "b", "c", "ab", "abc", "  ", "[PAD7]"]
 TYPES = np.array([3, 1, 1, 1, 1, 1, 4, 5], np.int32)

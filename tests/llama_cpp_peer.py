@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olmoe.gguf.block_types import BY_NAME
+from olmoe.weights.gguf.block_types import BY_NAME
 
 NAMES = ("xllamacpp", "llama_cpp")
 CONTEXT = 256

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.model import CausalLM
-from olmoe.packing import RECIPES, pack
-from olmoe.weight_source import FolderSource
+from olmoe.weights import checkpoint
+from olmoe.weights.quantize import RECIPES, pack
+from olmoe.weights.source import FolderSource
 
 # Every matrix has whole blocks of 32 columns; small_config's own experts (12 wide) do not in down_proj.
 WHOLE = {"intermediate_size": 32}

@@ -11,8 +11,8 @@ from transformers import BitsAndBytesConfig
 from configurations import VOCAB_SIZE
 from olmoe import OlmoeForCausalLM
 from olmoe.model import set_backend
-from olmoe.packing import Recipe, pack
-from olmoe.weight_source import FolderSource
+from olmoe.weights.quantize import Recipe, pack
+from olmoe.weights.source import FolderSource
 from packed_folders import WHOLE, plain_folder
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {

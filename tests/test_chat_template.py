@@ -14,7 +14,7 @@ import pytest
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
 from olmoe.errors import TokenizerError
 from olmoe.hf.auto import AutoTokenizer
-from olmoe.hub import SHIPPED
+from olmoe.io.hub import SHIPPED
 from olmoe.tokenizer import Tokenizer
 from sentences import refused
 

@@ -20,7 +20,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines < (400 if path.name == "model.py" else 501), f"{path} has {lines} lines: split it along a seam"
+    assert lines < (400 if path.name == "network.py" else 501), f"{path} has {lines} lines: split it along a seam"
 
 
 def test_no_file_is_called_utils():
@@ -33,16 +33,22 @@ def test_every_module_says_what_it_is():
 
 
 def test_tests_mirror_the_source():
-    """A test file is `test_<module>.py` or `test_<module>_<aspect>.py`; those about several modules are listed.
+    """A test file lies where its module does, as `test_<module>.py` or `test_<module>_<aspect>.py`.
 
-    `test_ecosystem_<package>.py` are about what other packages do with our classes, `test_conformance.py` about
-    what transformers expects of every model, `test_documentation.py` about a page of docs/.
+    `test_ecosystem_<package>.py` are about what other packages do with our classes, `test_model_conformance.py` about
+    what transformers expects of every model, `test_documentation.py` about a page of docs/; those about several modules
+    are listed.
     """
-    besides = {"test_house", "test_readme", "test_init", "test_model", "test_primitives", "test_parity"}
-    modules = {p.stem for p in ROOT.glob("src/olmoe/**/*.py")} | {"ecosystem", "documentation", "conformance"}
-    tests = [p for p in ROOT.glob("tests/**/test_*.py") if p.stem not in besides]
-    named = [p.stem.removeprefix("test_") for p in tests]
-    assert [name for name in named if not any(name == m or name.startswith(f"{m}_") for m in modules)] == []
+    besides = {"test_house", "test_readme", "ops/test_primitives", "ops/test_parity", "hf/test_documentation"}
+    astray = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        place = path.relative_to(ROOT / "tests").with_suffix("")
+        modules = {"init", *(p.stem for p in (ROOT / "src" / "olmoe" / place.parent).glob("*.py"))}
+        name = place.name.removeprefix("test_")
+        known = any(name == module or name.startswith(f"{module}_") for module in modules)
+        if not known and str(place) not in besides and not name.startswith("ecosystem_"):
+            astray.append(str(place))
+    assert astray == []
 
 
 def test_no_path_of_one_machine_is_tracked():

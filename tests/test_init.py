@@ -30,7 +30,9 @@ def test_configuration_errors_and_sampling_parameters_need_no_torch():
 
 
 def test_modules_that_promise_to_be_without_torch_are():
-    code = "import olmoe.tokenizer, olmoe.engine.request, olmoe.engine.text_stream, olmoe.hub, olmoe.train.vocabulary"
+    code = (
+        "import olmoe.tokenizer, olmoe.engine.request, olmoe.engine.text_stream, olmoe.io.hub, olmoe.train.vocabulary"
+    )
     assert not heavy_modules_after(code) & {"torch", "transformers"}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from olmoe.hub import SHIPPED
+from olmoe.io.hub import SHIPPED
 from olmoe.train.config import load_config
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ from typing import Any
 
 from olmoe.config_keys import check_keys, is_no_token
 from olmoe.errors import ConfigError, shown
-from olmoe.foreign import check_contents
-from olmoe.text_file import read_text
+from olmoe.io.foreign import check_contents
+from olmoe.io.text_file import read_text
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
 from olmoe.errors import TokenizerError
-from olmoe.foreign import check_contents
-from olmoe.text_file import read_text
+from olmoe.io.foreign import check_contents
+from olmoe.io.text_file import read_text
 
 # The tokens that a tokenizer may name, and a chat template see, under transformers' names.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

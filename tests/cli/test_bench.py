@@ -10,11 +10,11 @@ import torch
 
 from configurations import small_config
 from conftest import make_model
-from olmoe import checkpoint
+from olmoe.bench import benchmark
 from olmoe.cli.main import main
-from olmoe.engine import benchmark
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
+from olmoe.weights import checkpoint
 from packed_folders import WHOLE, packed_folder
 
 QUICK = ["--prefill", "8", "--decode", "3", "--context", "4", "--repeats", "1"]

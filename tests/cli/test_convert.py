@@ -10,9 +10,9 @@ import torch
 
 from conftest import make_model
 from gguf_files import save_folder, write_tiny
-from olmoe import checkpoint
 from olmoe.cli.main import main
-from olmoe.gguf.source import GGUFSource
+from olmoe.weights import checkpoint
+from olmoe.weights.gguf.source import GGUFSource
 
 
 def convert(capsys, *arguments) -> tuple[int, str, str]:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from conftest import make_model
-from olmoe import checkpoint, hub
 from olmoe.cli.main import main
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
+from olmoe.io import hub
+from olmoe.weights import checkpoint
 
 PROMPT = "Once upon a time"
 

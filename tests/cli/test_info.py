@@ -11,9 +11,10 @@ import torch
 from huggingface_hub import constants
 
 from conftest import make_model
-from olmoe import checkpoint, hub
 from olmoe.cli.main import main
 from olmoe.config import ModelConfig, RopeParameters
+from olmoe.io import hub
+from olmoe.weights import checkpoint
 
 TOTAL, ACTIVE = 6_919_161_856, 1_282_017_280
 
@@ -193,8 +194,8 @@ def test_a_configuration_round_trips_through_its_file(capsys, tmp_path):
 
 
 def test_a_gguf_file_is_described_from_its_header(capsys, folder, tmp_path):
-    from olmoe import hub
-    from olmoe.gguf.to_gguf import to_gguf
+    from olmoe.io import hub
+    from olmoe.weights.gguf.to_gguf import to_gguf
 
     to_gguf(hub.SHIPPED, tmp_path / "m.gguf", "q4_0")
     facts = info_json(capsys, str(tmp_path / "m.gguf"))

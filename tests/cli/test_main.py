@@ -15,11 +15,11 @@ import torch
 
 import olmoe
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.cli.main import COMMANDS, main
 from olmoe.cli.version import version_text
 from olmoe.errors import CheckpointError
 from olmoe.ops import cpu
+from olmoe.weights import checkpoint
 
 COMMAND = [sys.executable, "-m", "olmoe.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from olmoe import packed
 from olmoe.cli import quantize
 from olmoe.cli.main import main
-from olmoe.packing import RECIPES
+from olmoe.weights import packed
+from olmoe.weights.quantize import RECIPES
 from packed_folders import WHOLE, plain_folder
 
 

@@ -13,7 +13,6 @@ import torch
 
 from configurations import CASES, VOCAB_SIZE
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.config import RopeParameters
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
@@ -22,6 +21,7 @@ from olmoe.engine.running import RunningSequences
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.tokenizer import Tokenizer
+from olmoe.weights import checkpoint
 
 PROMPTS = ["Once upon a time", "O", "The dog ran to the park. They were very happy. The end.", "😀 dog"]
 EOS = VOCAB_SIZE - 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from olmoe.engine.request import SamplingParams
-from olmoe.hub import SHIPPED
+from olmoe.io.hub import SHIPPED
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

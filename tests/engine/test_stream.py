@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.engine.llm import LLM
 from olmoe.engine.request import SamplingParams
 from olmoe.engine.running import RunningSequences
 from olmoe.engine.stream import Stream
+from olmoe.weights import checkpoint
 
 PARAMS = SamplingParams(max_new_tokens=25, temperature=1.0, seed=3, ignore_eos=True)
 

@@ -12,8 +12,9 @@ import transformers
 
 import olmoe
 from configurations import VOCAB_SIZE, small_config
-from olmoe import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, hub
+from olmoe import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from olmoe.errors import CheckpointError, ConfigError
+from olmoe.io import hub
 from olmoe.tokenizer import Tokenizer
 from sentences import refused
 
@@ -23,9 +24,9 @@ SENTENCE = "the dog ran  to a ball<|endoftext|>caf\u00e9 e\u0301 \u65e5 <|paddin
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_file):
-    """What olmoe.checkpoint.save leaves in a folder with a tokenizer.json: no tokenizer_config.json."""
+    """What olmoe.weights.checkpoint.save leaves in a folder with a tokenizer.json: no tokenizer_config.json."""
     from conftest import make_model
-    from olmoe import checkpoint
+    from olmoe.weights import checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoint")
     files = {"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmoe.hub import SHIPPED
+from olmoe.io.hub import SHIPPED
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "huggingface.md"
 EXAMPLE = re.compile(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)

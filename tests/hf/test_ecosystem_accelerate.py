@@ -90,7 +90,7 @@ def test_shards_are_complete_and_load(loader, original, tmp_path):
 
 
 def test_our_own_loader_reads_the_shards(original, tmp_path):
-    from olmoe import checkpoint
+    from olmoe.weights import checkpoint
 
     original.save_pretrained(tmp_path, max_shard_size="30KB")
     network = checkpoint.load(tmp_path)

@@ -9,13 +9,13 @@ from torch import nn
 from conftest import make_model
 from kernel_layers import WIDTH, attend, both, fits, random, rotations, run, same, through_kernels
 from kernel_layers import plain as unfused
-from olmoe import checkpoint
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.hf import kernel_layer
 from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.model import DecoderLayer, Linear, set_backend
 from olmoe.ops import cpu
 from olmoe.runner import require_backend
+from olmoe.weights import checkpoint
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 

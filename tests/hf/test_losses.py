@@ -9,12 +9,12 @@ import torch
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM
-from olmoe.checkpoint import load
 from olmoe.errors import ConfigError
 from olmoe.hf import model as hf_model
 from olmoe.hf.losses import share_of_step
 from olmoe.model import causal_attend
-from olmoe.router_losses import load_balancing, router_z
+from olmoe.model.router_losses import load_balancing, router_z
+from olmoe.weights.checkpoint import load
 
 
 def build(**changes):

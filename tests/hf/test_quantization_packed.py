@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from configurations import VOCAB_SIZE
-from olmoe import AutoModel, AutoModelForCausalLM, OlmoeForCausalLM, OlmoeForSequenceClassification, checkpoint
+from olmoe import AutoModel, AutoModelForCausalLM, OlmoeForCausalLM, OlmoeForSequenceClassification
 from olmoe.errors import UserError
 from olmoe.hf.quantization import PackedConfig
 from olmoe.model import causal_attend, set_backend
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
+from olmoe.weights import checkpoint
 from packed_folders import WHOLE, packed_folder
 
 IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.runner import CpuRunner
+from olmoe.weights import checkpoint
 from packed_folders import WHOLE, packed_folder
 from runner_calls import chunked, prompt, together
 

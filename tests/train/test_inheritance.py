@@ -10,15 +10,16 @@ import pytest
 import transformers
 
 from configurations import VOCAB_SIZE, small_config
-from olmoe import checkpoint, hub
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.errors import ConfigError, UserError
 from olmoe.hf.auto import AutoTokenizer
+from olmoe.io import hub
 from olmoe.model import CausalLM, initialize
 from olmoe.train.config import load_config
 from olmoe.train.inheritance import derive_eos, start_folder
 from olmoe.train.loop import train
 from olmoe.train.state import recorded_names
+from olmoe.weights import checkpoint
 from sentences import refused
 from training_runs import DEFAULTS, assert_same_run, to_toml, write_run
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from configurations import VOCAB_SIZE
-from olmoe import checkpoint, hub
 from olmoe.errors import ConfigError, UserError
+from olmoe.io import hub
 from olmoe.model import CausalLM, initialize
 from olmoe.train import loop, state
 from olmoe.train.config import LossConfig, load_config
@@ -25,6 +25,7 @@ from olmoe.train.evaluation import evaluate
 from olmoe.train.loop import Interrupted, train
 from olmoe.train.losses import objective
 from olmoe.train.optim import learning_rate
+from olmoe.weights import checkpoint
 from packed_folders import packed_folder
 from sentences import refused
 from training_runs import assert_same_run, fixed, read_metrics, text, write_run

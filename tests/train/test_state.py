@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from conftest import make_model
-from olmoe import checkpoint
 from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.model import CausalLM
 from olmoe.train import state
 from olmoe.train.config import OptimizerConfig
 from olmoe.train.optim import build_optimizer
 from olmoe.train.state import Progress, begin, discard, latest, prune, restore, save_state, truncate_metrics
+from olmoe.weights import checkpoint
 from sentences import refused
 
 FINGERPRINT = {"model": {"width": 3}, "optimizer": {"eps": 1e-8, "betas": (0.9, 0.95)}, "seed": 1}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from olmoe.bench.benchmark import Ceiling
     from olmoe.config import ModelConfig
-    from olmoe.engine.benchmark import Ceiling
     from olmoe.model import CausalLM
 
 RELEASED = "1b-7b"
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from olmoe.engine import benchmark
+    from olmoe.bench import benchmark
     from olmoe.errors import UserError
     from olmoe.ops import cpu
     from olmoe.runner import require_backend
@@ -141,9 +141,10 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | Non
     """Name, architecture and folder (None: random weights) of what is to be measured."""
     from pathlib import Path
 
-    from olmoe import hub, packed
     from olmoe.config import ModelConfig
     from olmoe.errors import UserError
+    from olmoe.io import hub
+    from olmoe.weights import packed
 
     wanted = arguments.random_weights
     if wanted is not None:
@@ -184,8 +185,8 @@ def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
 
 def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple[CausalLM, str]:
     """The model and the name of its format."""
-    from olmoe import checkpoint, packed
-    from olmoe.engine.benchmark import PLAIN_FORMATS, random_model
+    from olmoe.bench.benchmark import PLAIN_FORMATS, random_model
+    from olmoe.weights import checkpoint, packed
 
     if folder is None:
         return random_model(config, format or DEFAULT_FORMAT), format or DEFAULT_FORMAT

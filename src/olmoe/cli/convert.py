@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from olmoe import hub, targets
     from olmoe.errors import UserError
+    from olmoe.io import hub, targets
 
     source, target = arguments.source, Path(os.path.expanduser(arguments.target))
     to_gguf, from_gguf = _is_gguf(str(target)), _is_gguf(source)
@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         if to_gguf:
-            from olmoe.gguf.to_gguf import to_gguf as write_gguf
+            from olmoe.weights.gguf.to_gguf import to_gguf as write_gguf
 
             folder = hub.resolve(source, revision=arguments.revision, local_files_only=arguments.offline)
             write_gguf(folder, target, arguments.type, progress, overwrite=overwrite)
         else:
-            from olmoe.gguf.source import GGUFSource
-            from olmoe.gguf.to_folder import DTYPES, to_folder
+            from olmoe.weights.gguf.source import GGUFSource
+            from olmoe.weights.gguf.to_folder import DTYPES, to_folder
 
             dtype = DTYPES[arguments.type or "bf16"]
             to_folder(GGUFSource(os.path.expanduser(source)), target, dtype, progress, overwrite=overwrite)

@@ -234,7 +234,7 @@ def _read_stdin() -> str:
 def _decode(content: bytes, where: str) -> str:
     """UTF-8, as it is but for a byte order mark, which editors put before a text and which is none of it."""
     from olmoe.errors import UserError
-    from olmoe.text_file import decode
+    from olmoe.io.text_file import decode
 
     try:
         return decode(content)
@@ -264,7 +264,7 @@ def _generate(stream: Stream, prompt: str, *, show: bool) -> Completion:
 
 
 def _deliver(text: str, target: Path | None) -> None:
-    from olmoe import atomic
+    from olmoe.io import atomic
 
     if target is None:
         print(text, flush=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmoe.config import ModelConfig
-    from olmoe.packing import Packed
+    from olmoe.weights.quantize import Packed
 
 RELEASED = "1b-7b"
 
@@ -83,12 +83,12 @@ def _read(
     """Name, architecture, bytes on disk, how they are stored, and the contents of a packed folder."""
     from pathlib import Path
 
-    from olmoe import hub
     from olmoe.config import ModelConfig
+    from olmoe.io import hub
 
     name = arguments.model
     if name is not None and name.lower().endswith(".gguf"):
-        from olmoe.gguf.source import GGUFSource
+        from olmoe.weights.gguf.source import GGUFSource
 
         source = GGUFSource(Path(name).expanduser())
         kinds = sorted({tensor.kind.name for tensor in source.file.tensors.values()})
@@ -103,8 +103,8 @@ def _read(
         folder = hub.resolve_config(name, revision=arguments.revision, local_files_only=arguments.offline)
     if folder.is_file():
         return name, ModelConfig.from_file(folder), None, None, None
-    from olmoe import checkpoint, packed
-    from olmoe.packing import contents_of
+    from olmoe.weights import checkpoint, packed
+    from olmoe.weights.quantize import contents_of
 
     if packed.is_packed(folder):
         config, contents = contents_of(folder)
@@ -118,8 +118,8 @@ def _read(
 
 def _is_cached(name: str) -> bool:
     """Whether the weights of a hub model lie in the local cache."""
-    from olmoe import hub
     from olmoe.errors import CheckpointError
+    from olmoe.io import hub
 
     if "/" not in name:  # a short name of ours, which the hub does not know
         return False
@@ -131,7 +131,7 @@ def _is_cached(name: str) -> bool:
 
 def _gigabytes(config: ModelConfig) -> dict[str, dict[str, float]]:
     """What a model takes in every format: its weights, and the keys and values of a whole context."""
-    from olmoe.sizes import sizes
+    from olmoe.weights.sizes import sizes
 
     found: dict[str, dict[str, float]] = {}
     for name, size in sizes(config).items():

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from olmoe.analysis.quality import Report
     from olmoe.model import CausalLM
-    from olmoe.packing import Packed, Recipe
-    from olmoe.quality import Report
     from olmoe.tokenizer import Tokenizer
-    from olmoe.weight_source import WeightSource
+    from olmoe.weights.quantize import Packed, Recipe
+    from olmoe.weights.source import WeightSource
 
 FORMATS = {
     "int8": "8.5 bits a weight, hardly a difference",
@@ -57,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     import os
     from pathlib import Path
 
-    from olmoe import packed, targets
     from olmoe.errors import UserError
-    from olmoe.packing import RECIPES
+    from olmoe.io import targets
     from olmoe.runtime import set_threads
+    from olmoe.weights import packed
+    from olmoe.weights.quantize import RECIPES
 
     if arguments.format is None and not arguments.report:
         raise UserError(f"Give --format {'|'.join(FORMATS)} to pack, or --report to measure a DST that exists already.")
@@ -88,9 +89,9 @@ def _open(name: str, arguments: argparse.Namespace) -> WeightSource:
     """The source that a name means."""
     import os
 
-    from olmoe import hub
-    from olmoe.gguf.source import GGUFSource
-    from olmoe.weight_source import FolderSource
+    from olmoe.io import hub
+    from olmoe.weights.gguf.source import GGUFSource
+    from olmoe.weights.source import FolderSource
 
     if name.lower().endswith(".gguf"):
         return GGUFSource(os.path.expanduser(name))
@@ -100,8 +101,8 @@ def _open(name: str, arguments: argparse.Namespace) -> WeightSource:
 def _pack(source: WeightSource, target: Path, recipe: Recipe, arguments: argparse.Namespace) -> Packed:
     from tqdm import tqdm
 
-    from olmoe import sample_text
-    from olmoe.packing import pack
+    from olmoe.weights import sample_text
+    from olmoe.weights.quantize import pack
 
     windows = None
     if recipe.searches and arguments.calibration != "none":
@@ -120,7 +121,8 @@ def _pack(source: WeightSource, target: Path, recipe: Recipe, arguments: argpars
 def _report(source: WeightSource, target: Path, arguments: argparse.Namespace) -> Report:
     from tqdm import tqdm
 
-    from olmoe import quality, sample_text
+    from olmoe.analysis import quality
+    from olmoe.weights import sample_text
 
     candidate_source = _open(str(target), arguments)
     ids = sample_text.read_ids(arguments.text or sample_text.HELD_OUT, _tokenizer(source))[: arguments.tokens]
@@ -159,14 +161,16 @@ def _model(source: WeightSource, name: str, arguments: argparse.Namespace) -> Ca
     """The whole model: computing in fp32 if the memory suffices, else in the dtype that it is stored in."""
     import torch
 
-    from olmoe import checkpoint, hub, weight_source
+    from olmoe.io import hub
     from olmoe.runtime import available_memory_bytes, log
+    from olmoe.weights import checkpoint
+    from olmoe.weights.source import load_model
 
     free = available_memory_bytes()
     fits = free is None or 4 * source.config.num_parameters < 0.8 * free
     if not fits:
         log.warning("%s does not fit the memory in fp32, so it is measured in the dtype that it is stored in", name)
     if name.lower().endswith(".gguf"):
-        return weight_source.load_model(source, torch.float32 if fits else torch.bfloat16)
+        return load_model(source, torch.float32 if fits else torch.bfloat16)
     folder = hub.resolve(name, revision=arguments.revision, local_files_only=arguments.offline)
     return checkpoint.load(folder, dtype=torch.float32 if fits else None)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from olmoe import checkpoint, hub
 from olmoe.config import ModelConfig
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
 from olmoe.engine.request import (
@@ -31,12 +30,14 @@ from olmoe.engine.stream import Stream
 from olmoe.engine.text_stream import TextStream
 from olmoe.engine.waves import waves
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
+from olmoe.io import hub
+from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
-from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
+from olmoe.weights import checkpoint
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
 # them are hardly faster, and each needs its logits.

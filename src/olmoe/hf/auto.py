@@ -24,8 +24,8 @@ from olmoe.errors import CheckpointError
 from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
-from olmoe.hub import place_of
-from olmoe.text_file import read_text
+from olmoe.io.hub import place_of
+from olmoe.io.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 
 __all__ = [

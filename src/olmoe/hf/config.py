@@ -8,7 +8,7 @@ from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as Transfo
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
-from olmoe.hub import place_of
+from olmoe.io.hub import place_of
 
 MODEL_TYPE = "olmoe"
 ROUTER_LOSSES = ("pooled", "per_layer")
@@ -23,7 +23,7 @@ class OlmoeConfig(TransformersOlmoeConfig):
     Two optional parameters choose the auxiliary losses; they are written to `config.json` only if given:
 
     - `router_loss`: "pooled" (transformers' loss, the default) or "per_layer" (what OLMoE was trained with,
-      see `olmoe.router_losses`; then part of every training loss).
+      see `olmoe.model.router_losses`; then part of every training loss).
     - `router_z_loss_coef`: weight of the router z-loss (OLMoE: 0.001), with "per_layer" only.
     """
 

@@ -6,7 +6,7 @@ transformers' loss pools all layers before it multiplies:
                              P_e = mean over layers and tokens of p_e
 
 Its minimum is K (8 for OLMoE), and layers can cancel each other. OLMoE was trained with other losses, per
-layer and with minimum 1: `olmoe.router_losses`.
+layer and with minimum 1: `olmoe.model.router_losses`.
 
 Where gradients are accumulated, or averaged over processes, each batch adds its share of the step (`share_of_step`),
 as its cross-entropy does. transformers adds the whole loss once a batch, so there its weight grows with their number.
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from olmoe.hf.config import OlmoeConfig
 from olmoe.model import RouterOutput
+from olmoe.model.router_losses import load_balancing, router_z
 from olmoe.ops import route
-from olmoe.router_losses import load_balancing, router_z
 
 IGNORE = -100  # the label of tokens that nothing is learnt from
 

@@ -7,8 +7,8 @@ weight is encoded as soon as its tensors are read, so that one layer's experts a
 and norms are no candidates, and `lm_head`, a classifier's `score` and the embeddings stay as transformers
 documents it. bitsandbytes itself is not needed.
 
-A folder that `olmoe quantize` packed loads the same way (`olmoe.packed`): its `quantization_config` names a format for
-every matrix, and embeddings and `lm_head` may be packed too.
+A folder that `olmoe quantize` packed loads the same way (`olmoe.weights.packed`): its `quantization_config` names
+a format for every matrix, and embeddings and `lm_head` may be packed too.
 
 Nothing is registered with transformers before the first `from_pretrained` of one of our classes, which adds the
 method "olmoe" to its table of quantization methods.
@@ -36,9 +36,8 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.hf.adapted import Trained, notice_adapters, plain_module, show_head, unwrapped
 from olmoe.hf.switching import describe
-from olmoe.hub import place_of
+from olmoe.io.hub import place_of
 from olmoe.model import Experts, Linear
-from olmoe.packed import pack_modules
 from olmoe.quant import (
     BLOCK_FORMATS,
     FORMATS,
@@ -48,6 +47,7 @@ from olmoe.quant import (
     PackedModule,
     make_format,
 )
+from olmoe.weights.packed import pack_modules
 
 METHOD = "olmoe"
 _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,7 +17,7 @@ from typing import Any
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
-from olmoe.text_file import read_text
+from olmoe.io.text_file import read_text
 from olmoe.train.inheritance import inherit
 
 _LIMIT = 2**63  # of every number: what a seed or a file size can be

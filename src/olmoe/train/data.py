@@ -21,10 +21,10 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from olmoe import documents
-from olmoe.atomic import atomic_file, write_text
-from olmoe.documents import Chat
 from olmoe.errors import ConfigError
+from olmoe.io import documents
+from olmoe.io.atomic import atomic_file, write_text
+from olmoe.io.documents import Chat
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import Source
 from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
@@ -74,7 +74,7 @@ def name_files(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def read_documents(path: Path) -> Iterator[str | Chat]:
-    """The documents of a text or JSONL file; see `olmoe.documents`. Raises `ConfigError` for what is no such file."""
+    """The documents of a text or JSONL file; see `olmoe.io.documents`. Raises `ConfigError` for what is none."""
     return documents.read_documents(path, "The data file", ConfigError)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmoe import hub
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, UserError
+from olmoe.io import hub
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.run_folder import latest
 

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from olmoe import checkpoint, packed
-from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
+from olmoe.io.atomic import write_text
+from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM, initialize
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 from olmoe.train import state
 from olmoe.train.config import TrainConfig
@@ -45,6 +44,7 @@ from olmoe.train.optim import build_optimizer, clip_gradients, learning_rate
 from olmoe.train.run_folder import run_lock
 from olmoe.train.sources import SourceFiles, find_files, names_of, open_sources, prepare_files
 from olmoe.train.vocabulary import train_vocabulary
+from olmoe.weights import checkpoint, packed
 
 
 class Interrupted(Exception):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.model import CausalLM, causal_attend
-from olmoe.router_losses import load_balancing, router_z, tokens_per_expert
+from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.train.config import LossConfig
 
 IGNORE = -100

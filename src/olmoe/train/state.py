@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from olmoe import checkpoint, targets
-from olmoe.atomic import atomic_folder, write_text
 from olmoe.errors import CheckpointError, ConfigError, UserError, shown
+from olmoe.io import targets
+from olmoe.io.atomic import atomic_folder, write_text
+from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
-from olmoe.tensor_file import SINGLE_NAME
 from olmoe.train.run_folder import checkpoints, latest
+from olmoe.weights import checkpoint
 
 STATE_NAME = "training_state.pt"
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from olmoe.atomic import write_text
 from olmoe.errors import ConfigError
+from olmoe.io.atomic import write_text
 
 FIRST = ("|||IP_ADDRESS|||", "<|padding|>")
 SPACES = tuple(" " * n for n in range(24, 1, -1))

@@ -1,0 +1,1 @@
+"""What `olmoe bench` measures, over the real runner."""

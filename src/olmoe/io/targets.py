@@ -1,0 +1,142 @@
+"""What may be written over: nothing that exists, unless that is asked for, and then only files of the writer's own.
+
+Every command that writes a file or a folder asks here before it starts to work, and so do the library functions
+behind them. An empty folder counts as nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from olmoe.errors import UserError, shown
+from olmoe.io.atomic import atomic_folder
+
+# Of weights that are written in several files: how many there were before does not matter.
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json")
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is one of several that hold a model's weights, or their index."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def check_file(target: str | Path, *, overwrite: bool, source: str | Path | None = None) -> None:
+    """Raise `UserError` if something is at `target`; with `overwrite`, unless that is a file that can be replaced.
+
+    `source` is what will be read: it is never replaced.
+    """
+    target = Path(os.path.expanduser(target))
+    if not os.path.lexists(target):
+        return
+    _check_source(target, source)
+    if not overwrite:
+        raise UserError(
+            f"{target} exists already; choose a new name or remove it first, or replace it with --overwrite (in "
+            "Python, overwrite=True)."
+        )
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise UserError(f"{target} is no file that --overwrite could replace; choose another name.")
+
+
+def check_folder(
+    target: str | Path,
+    names: Collection[str],
+    *,
+    overwrite: bool,
+    shards: bool = False,
+    source: str | Path | None = None,
+) -> None:
+    """Raise `UserError` if `target` is not a new or empty folder; with `overwrite`, if it holds what is not ours.
+
+    Ours are files of the `names` that will be written and, with `shards`, weights in several files. `source` is what
+    will be read: no folder that it lies in is replaced.
+    """
+    target = Path(os.path.expanduser(target))
+    if os.path.lexists(target) and not os.path.isdir(target):
+        if os.path.exists(target):
+            raise UserError(f"{target} is a file, but a folder is to be written there; choose another place.")
+        raise UserError(f"{target} is a link to nothing; remove it or choose another place.")
+    _check_source(target, source)
+    found = entries(target)
+    if not found:
+        return
+    if not overwrite:
+        raise UserError(
+            f"{target} exists already and holds {some(found)}; choose a new folder, or replace it with --overwrite (in "
+            "Python, overwrite=True)."
+        )
+    if foreign := foreign_entries(target, names, shards=shards):
+        raise UserError(
+            f"{target} holds {some(foreign)}, which would not be written anew but lost, so it is not replaced even "
+            "with --overwrite; move what is to be kept, or choose a new folder."
+        )
+
+
+def foreign_entries(
+    target: Path, names: Collection[str], *, shards: bool = False, also: Callable[[str], bool] | None = None
+) -> list[str]:
+    """What a folder holds besides files of those `names`; see `check_folder`. `also` says what else is ours."""
+    return [
+        name
+        for name in entries(target)
+        if not os.path.isfile(target / name)
+        or not (name in names or (shards and is_shard(name)) or (also is not None and also(name)))
+    ]
+
+
+@contextlib.contextmanager
+def folder_that_keeps(target: str | Path, foreign: Collection[str]) -> Iterator[Path]:
+    """`atomic_folder`, where the `foreign` entries of an old `target` are found in the new one too."""
+    target = Path(os.path.expanduser(target))
+    with atomic_folder(target) as temporary:
+        yield temporary
+        for name in foreign:
+            if not os.path.lexists(temporary / name):
+                _link(target / name, temporary / name)
+
+
+def entries(target: Path) -> list[str]:
+    """The names in a folder, sorted; none if it does not exist. Raises `UserError` if it cannot be read."""
+    try:
+        return sorted(os.listdir(target))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place.") from None
+
+
+def some(names: list[str]) -> str:
+    """A few names, for a sentence."""
+    first = ", ".join(map(shown, names[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+
+
+def _check_source(target: Path, source: str | Path | None) -> None:
+    """What is read may be neither the target nor lie in it."""
+    if source is None or not os.path.exists(source):
+        return
+    wanted, given = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+    if wanted == given or (wanted.exists() and os.path.samefile(wanted, given)):
+        raise UserError(f"SRC and DST are both {target}, which would be replaced; choose another DST.")
+    if wanted in given.parents and entries(wanted):
+        raise UserError(f"{target} holds the source {given.name}, which would be replaced with it; choose another DST.")
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file or folder at a second place: hard links where the file system has them, else copies."""
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(str(old), str(new))
+
+
+def _link_file(old: str, new: str) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, new, follow_symlinks=False)

@@ -1,0 +1,138 @@
+"""A checkpoint folder, Hugging Face's or packed, to a GGUF file that llama.cpp loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from olmoe.io import targets
+from olmoe.io.text_file import read_text
+from olmoe.tokenizer import Tokenizer
+from olmoe.weights import packed
+from olmoe.weights.gguf import metadata as keys
+from olmoe.weights.gguf import tokenizer as vocabulary
+from olmoe.weights.gguf.block_types import BY_NAME, BlockType, Bytes
+from olmoe.weights.gguf.encode import encode, fitting
+from olmoe.weights.gguf.names import DOWN, EMBEDDING, GATE_UP, HEAD, tensor_names, tensor_shapes
+from olmoe.weights.gguf.packed_source import PackedSource
+from olmoe.weights.gguf.reader import Value
+from olmoe.weights.gguf.writer import PlannedTensor, write
+from olmoe.weights.source import FolderSource
+
+# Types of matrices that can be asked for -> general.file_type, llama.cpp's number for "mostly this".
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+_PACKED = ("Q8_0", "Q5_0", "Q4_0")  # what a packed checkpoint holds
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the file: from which parameter, and which part of an expert's rows of it."""
+
+    tensor: PlannedTensor
+    parameter: str
+    experts: int | None = None
+    first_row: int = 0  # of the parameter's, where one parameter holds two tensors
+
+
+def to_gguf(
+    folder: Path,
+    target: str | Path,
+    type_name: str | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the checkpoint in `folder` to the GGUF file `target`, atomically.
+
+    Matrices become `type_name`, one of `FILE_TYPES`; None keeps the blocks of a packed checkpoint as they are, value
+    for value, and makes bf16 of others. Norms and routers are fp32. A matrix whose rows are no whole blocks is
+    written as bf16. `progress(done, total)` counts bytes of the file. At most one tensor is in memory.
+
+    Raises `CheckpointError`, `ConfigError` or `TokenizerError` for what cannot be read or what GGUF cannot express,
+    `UserError` if the disk is full, or if `target` exists and is not a file to `overwrite`.
+    """
+    targets.check_file(target, overwrite=overwrite, source=folder)
+    source = PackedSource(folder) if packed.is_packed(folder) else FolderSource(folder)
+    config = source.config
+    tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
+    pieces = _plan(source, type_name)
+    metadata: dict[str, Value] = {
+        "general.architecture": keys.ARCHITECTURE,
+        "general.type": "model",
+        "general.name": folder.resolve().name,
+        "general.file_type": _file_type(pieces),
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+    metadata |= keys.to_metadata(config)
+    text = read_text(folder / "tokenizer.json")
+    metadata |= vocabulary.to_metadata(text, config.vocab_size, tokenizer.chat_template)
+    total, done = sum(piece.tensor.num_bytes for piece in pieces), 0
+
+    def counted() -> Iterator[Bytes]:
+        nonlocal done
+        for piece in pieces:
+            for data in _data(source, piece):
+                yield data
+                done += data.nbytes
+                if progress is not None:
+                    progress(done, total)
+        targets.check_file(target, overwrite=overwrite)  # once more, in case somebody put something there meanwhile
+
+    write(target, metadata, [piece.tensor for piece in pieces], counted())
+
+
+def _plan(source: FolderSource, type_name: str | None) -> list[_Piece]:
+    """Which tensors the file holds, each with its type and where its values come from."""
+    config = source.config
+    shapes = tensor_shapes(config)
+    names = tensor_names(config)
+    if config.tie_word_embeddings:
+        # llama.cpp's OLMoE needs a head of its own, so the shared matrix is written twice.
+        shapes[HEAD] = shapes[EMBEDDING]
+    pieces: list[_Piece] = []
+    for parameter, tensors in names.items():
+        kind = _kind_of(source, parameter, shapes[tensors[0]], type_name)
+        for number, name in enumerate(tensors):
+            shape = shapes[name]
+            planned = PlannedTensor(name, shape, fitting(kind, shape[-1]))
+            first_row = number * shape[-2] if number else 0
+            pieces.append(_Piece(planned, parameter, shape[0] if len(shape) == 3 else None, first_row))
+    if config.tie_word_embeddings:
+        first = pieces[0]
+        pieces.append(_Piece(PlannedTensor(HEAD, first.tensor.shape, first.tensor.kind), first.parameter))
+    return pieces
+
+
+def _kind_of(source: FolderSource, parameter: str, shape: tuple[int, ...], type_name: str | None) -> BlockType:
+    if len(shape) == 1 or parameter.endswith("mlp.gate.weight"):
+        return BY_NAME["F32"]
+    if type_name is not None:
+        return BY_NAME[type_name.upper()]
+    stored = source.stored_as(parameter) if isinstance(source, PackedSource) else ()
+    return BY_NAME[stored[0] if stored and stored[0] in _PACKED else "BF16"]
+
+
+def _data(source: FolderSource, piece: _Piece) -> Iterator[Bytes]:
+    """The tensor's bytes, expert by expert where it is a stack."""
+    kind, shape = piece.tensor.kind, piece.tensor.shape
+    rows = slice(piece.first_row, piece.first_row + shape[-2]) if len(shape) > 1 else slice(None)
+    stored = source if isinstance(source, PackedSource) and kind.name in _PACKED else None
+    for expert in [None] if piece.experts is None else range(piece.experts):
+        if stored is not None and stored.stored_as(piece.parameter) == (kind.name,):
+            yield stored.blocks(piece.parameter, expert)[rows]
+        else:
+            yield encode(piece.tensor.name, source.read(piece.parameter, expert)[rows], kind)
+
+
+def _file_type(pieces: list[_Piece]) -> int:
+    """llama.cpp's number for the type that most matrices have."""
+    sizes: dict[str, int] = {}
+    for piece in pieces:
+        if piece.parameter.endswith((GATE_UP, DOWN)):
+            name = piece.tensor.kind.name.lower()
+            sizes[name] = sizes.get(name, 0) + piece.tensor.num_bytes
+    return FILE_TYPES[max(sizes, key=sizes.__getitem__)]

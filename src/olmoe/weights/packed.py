@@ -1,0 +1,329 @@
+"""Packed checkpoints: a folder whose matrices are stored as `olmoe.quant.blocks` lays them out in memory.
+
+    config.json          the ordinary one, and under "quantization_config" an `olmoe.quant.layout.PackedLayout`
+    model.safetensors    one file; tensors are named like the parameters of the packed modules (`save_pretrained`
+                         may have made several with an index of it)
+    tokenizer files
+
+Loading maps the file and hangs views of it into packed modules: nothing is read, converted or copied but norms,
+routers, biases and matrices that stay plain, which take the dtype that the model computes in. Packed tensors come
+first in the file, each at a multiple of 64 bytes (of 32 where a matrix has an odd number of blocks of 16 rows).
+
+What `save_pretrained` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read the same way.
+
+Shapes legend: D hidden, E experts, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olmoe.config import ModelConfig, read_object
+from olmoe.config_keys import METHOD, check_quantization
+from olmoe.errors import CheckpointError, shown
+from olmoe.io.foreign import check_names
+from olmoe.io.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, TensorWriter
+from olmoe.model import CausalLM, Experts, Linear, without_values
+from olmoe.quant import (
+    SAVED_FORMATS,
+    BlockFormat,
+    Format,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLayout,
+    PackedLinear,
+    PackedModule,
+    SavedLayout,
+)
+from olmoe.quant.formats import CODES
+from olmoe.runtime import garbage_collection_paused
+
+FILE_NAME = SINGLE_NAME
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix where they are tied
+CONFIG_KEY = "quantization_config"
+FLOATS = ("F32", "F16", "BF16")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+Layout = PackedLayout | SavedLayout
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the `config.json` of a checkpoint folder says that its weights are packed (by whomever)."""
+    return _read_config(folder).get(CONFIG_KEY) not in (None, {})
+
+
+def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
+    """Architecture and formats of a packed folder. Raises `ConfigError` or `CheckpointError`."""
+    raw = _read_config(folder)
+    asked = raw.pop(CONFIG_KEY, None)
+    if isinstance(asked, Mapping):
+        check_quantization(CONFIG_KEY, asked)
+    if (
+        isinstance(asked, Mapping)
+        and asked.get("quant_method") == METHOD
+        and asked.get("weight_format") in SAVED_FORMATS
+    ):
+        config = ModelConfig.from_dict(raw)
+        return config, SavedLayout.from_dict(asked, open_files(folder, config).entries)
+    layout = PackedLayout.from_dict(asked)
+    return ModelConfig.from_dict(raw), layout
+
+
+def open_files(folder: Path, config: ModelConfig) -> TensorFiles:
+    """The tensors of a packed folder, under the names that the network has for them."""
+    files = TensorFiles(folder)
+    if config.tie_word_embeddings and HEAD in files.entries and EMBEDDING not in files.entries:
+        files.rename(HEAD, EMBEDDING)
+    return files
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """Load a packed folder, in evaluation mode without gradients. On a CPU its matrices are views of the file.
+
+    `dtype` is that of hidden states and products (None: fp32). `progress(done, total)` is called after each tensor.
+    Raises `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files.
+    """
+    with garbage_collection_paused():
+        return _load(folder, dtype or torch.float32, device, progress)
+
+
+def _load(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
+) -> CausalLM:
+    config, layout = read_layout(folder)
+    file = open_files(folder, config)
+    model = check(config, layout, file.entries, file.path)
+    set_compute_dtype(model, dtype)
+    names, fixed = [name for name, _ in model.named_parameters()], _packed_parts(model)
+    for done, name in enumerate(names, start=1):
+        value = file.tensor(name)
+        if name not in fixed:
+            value = value.to(dtype)
+        _set_parameter(model, name, value.to(device))
+        if progress is not None:
+            progress(done, len(names))
+    _tie(model)
+    return model.eval().requires_grad_(False)
+
+
+def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> CausalLM:
+    """The model that a file's tensors fit exactly, on the meta device. Raises `CheckpointError` if they do not."""
+    layers = {match[1] for name in entries if (match := _LAYER.match(name))}
+    if len(layers) != config.num_hidden_layers:
+        check_names(entries)
+        # Before modules are built, so that a hostile layer count cannot fill the memory.
+        raise CheckpointError(
+            f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {len(layers)}."
+        )
+    model = build(config, layout)
+    expected, fixed = dict(model.named_parameters()), _packed_parts(model)
+    for name, entry in entries.items():
+        if name not in expected:
+            check_names(entries)
+            raise CheckpointError(
+                f"{path} holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
+            )
+        if entry.shape != tuple(expected[name].shape):
+            raise CheckpointError(
+                f"Tensor {shown(name)} has shape {list(entry.shape)}, but config.json makes it "
+                f"{list(expected[name].shape)}."
+            )
+        wanted = (_NAMES[expected[name].dtype],) if name in fixed else FLOATS
+        if entry.dtype not in wanted:
+            raise CheckpointError(
+                f"Tensor {shown(name)} is stored as {entry.dtype}, but config.json makes it {' or '.join(wanted)}."
+            )
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise CheckpointError(f"{path} lacks {shown(missing[0])}{rest}, which config.json calls for.")
+    return model
+
+
+def _packed_parts(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold parts of packed matrices: codes, scales and what else a format stores."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for name, _ in module.named_parameters(recurse=False)
+        if stored_format(module, name) is not None
+    }
+
+
+def build(config: ModelConfig, layout: Layout) -> CausalLM:
+    """`CausalLM(config)` with packed modules where `layout` packs, on the meta device."""
+    model = without_values(config)
+    pack_modules(model, layout, compute_dtype=layout.compute_dtype if isinstance(layout, SavedLayout) else None)
+    return _tie(model)
+
+
+def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtype: torch.dtype | None = None) -> None:
+    """Put packed modules, on the meta device, in the places of the network's modules that `layout` packs.
+
+    Products are computed in `compute_dtype` (None: the dtype of hidden states), and embeddings start hidden states in
+    the dtype that they have. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its
+    head. Tied embeddings have the format that `model.embed_tokens` has; the caller ties the parameters again. A head
+    other than `lm_head` is left alone.
+    """
+    config: Any = getattr(root, "config", None)
+    tied = config is not None and config.tie_word_embeddings
+    for name, module in list(root.named_modules()):
+        full = prefix + name
+        if isinstance(module, Experts | Linear | nn.Embedding) and (full.startswith("model.") or full == "lm_head"):
+            packed = packed_module(module, full, layout, tied, compute_dtype)
+            if packed is not None:
+                root.set_submodule(name, packed.train(module.training))
+
+
+def packed_module(
+    module: nn.Module, name: str, layout: Layout, tied: bool, compute_dtype: torch.dtype | None
+) -> nn.Module | None:
+    """The packed module for the place of `module`; None where `layout` leaves all its matrices plain."""
+    with torch.device("meta"):
+        if isinstance(module, Experts):
+            e, d, f = module.down_proj.shape
+            formats = {
+                "gate_up_proj": layout.format_of(f"{name}.gate_up_proj", 2 * f, d),
+                "down_proj": layout.format_of(f"{name}.down_proj", d, f),
+            }
+            if not any(formats.values()):
+                return None
+            experts = PackedExperts(e, d, f, module.act_fn, formats, compute_dtype)
+            for leaf in formats:
+                if formats[leaf] is None:
+                    setattr(experts, leaf, nn.Parameter(getattr(experts, leaf).to(module.down_proj.dtype)))
+            return experts
+        owner = "model.embed_tokens" if tied and name == "lm_head" else name
+        assert isinstance(module, Linear | nn.Embedding)
+        format = layout.format_of(f"{owner}.weight", *module.weight.shape)
+        if format is None:
+            return None
+        if isinstance(module, nn.Embedding):
+            rows, columns = module.weight.shape
+            return PackedEmbedding(rows, columns, format, module.weight.dtype, module.padding_idx)
+        linear = PackedLinear(module.in_features, module.out_features, module.bias is not None, format, compute_dtype)
+        if module.bias is not None:
+            linear.bias = nn.Parameter(linear.bias.to(module.weight.dtype))
+        return linear
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the embedding start hidden states in `dtype`; every other module follows its input."""
+    for module in model.modules():
+        if isinstance(module, PackedEmbedding):
+            module.compute_dtype = dtype
+
+
+def file_tensors(model: CausalLM, plain: torch.dtype | Mapping[str, torch.dtype]) -> Tensors:
+    """Shape and dtype of every tensor of a packed file by name, in the order of the file.
+
+    `model` is one of `build`; `plain` is the dtype of what is not packed, one for all or by name. Codes come first,
+    those of whole cache lines before others, so that sizes keep the next one aligned.
+    """
+    tensors: Tensors = {}
+    for name, parameter in model.named_parameters():
+        dtype = parameter.dtype
+        if dtype != torch.uint8:
+            dtype = plain if isinstance(plain, torch.dtype) else plain[name]
+        tensors[name] = (tuple(parameter.shape), dtype)
+
+    def place(item: tuple[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bool, bool, int]:
+        (shape, dtype) = item[1]
+        # Then wider values before narrower ones, so that none starts at an odd multiple.
+        return dtype != torch.uint8, math.prod(shape) % 64 != 0, -dtype.itemsize
+
+    return dict(sorted(tensors.items(), key=place))
+
+
+def writer(path: Path, tensors: Tensors) -> TensorWriter:
+    """The file of a packed folder, ready to be filled."""
+    return TensorWriter(path, tensors, {"format": "pt"})
+
+
+def config_text(config: ModelConfig, layout: PackedLayout, stored: torch.dtype) -> str:
+    """`config.json` of a packed folder; `stored` is the dtype of what is not packed."""
+    values = config.to_dict(str(stored).removeprefix("torch.")) | {CONFIG_KEY: layout.to_dict()}
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def matrices(model: CausalLM) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter of a model of `build`: its name, its module, and its name there."""
+    for name, _ in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        yield name, model.get_submodule(owner), leaf
+
+
+def format_of(module: nn.Module, leaf: str) -> Format | None:
+    """The format in which a module of `build` stores the matrix `leaf`; None for a plain one."""
+    return module.formats.get(leaf) if isinstance(module, PackedModule) else None
+
+
+def block_format_of(module: nn.Module, leaf: str) -> BlockFormat | None:
+    """`format_of` a module of a packed checkpoint, whose formats are all of blocks."""
+    format = format_of(module, leaf)
+    assert format is None or isinstance(format, BlockFormat)
+    return format
+
+
+def stored_format(module: PackedModule, leaf: str) -> Format | None:
+    """The format that the parameter `leaf` is a part of: codes, or scales; None for a plain one."""
+    for name, format in module.formats.items():
+        if leaf == name or any(leaf == f"{name}_{part}" for part in format.parts(*module.shapes[name])):
+            return format
+    return None
+
+
+def weights_of(module: nn.Module, leaf: str) -> int:
+    """How many weights the parameter `leaf` of a module of `build` stands for; scales stand for none."""
+    if isinstance(module, PackedModule) and leaf in module.shapes:
+        return math.prod(module.stack) * math.prod(module.shapes[leaf])
+    if isinstance(module, PackedModule) and stored_format(module, leaf) is not None:
+        return 0
+    return module.get_parameter(leaf).numel()
+
+
+def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | None = None) -> Tensor:
+    """A parameter of a module of `build` as a floating tensor; of a stack that of one `expert`."""
+    leaf = parameter.rpartition(".")[2]
+    format = format_of(module, leaf)
+    if format is None:
+        value = files.tensor(parameter)
+        return value if expert is None else value[expert]
+    assert isinstance(module, PackedModule)
+    parts = {}
+    for part in format.parts(*module.shapes[leaf]):
+        value = files.tensor(parameter if part == CODES else f"{parameter}_{part}")
+        parts[part] = value if expert is None else value[expert]
+    return format.decode(parts, *module.shapes[leaf], torch.float32)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "config.json")
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _tie(model: CausalLM) -> CausalLM:
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model

@@ -1,0 +1,36 @@
+"""Text that models are calibrated and measured on: files of text or JSONL, to token ids, to windows.
+
+Each document (see `olmoe.io.documents`) ends with the model's end-of-text token.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from olmoe.errors import UserError
+from olmoe.io.documents import read_documents
+from olmoe.tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets" / "text"  # sources and status in its README.md
+HELD_OUT, CALIBRATION = ASSETS / "held_out.txt", ASSETS / "calibration.txt"
+
+
+def read_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of all documents of a file. Raises `UserError` if it cannot be read or holds no text."""
+    path = Path(os.path.expanduser(path))
+    ids: list[int] = []
+    for document in read_documents(path):
+        if not isinstance(document, str):
+            ids += [*tokenizer.encode_chat(document, add_generation_prompt=False), *tokenizer.eos_ids[:1]]
+        elif document.strip():
+            ids += [*tokenizer.encode(document.strip()), *tokenizer.eos_ids[:1]]
+    if not ids:
+        raise UserError(f"The text {path} is empty; give one with at least a few sentences.")
+    return ids
+
+
+def windows(token_ids: list[int], length: int, most: int) -> list[list[int]]:
+    """At most `most` consecutive windows of `length` ids; one shorter window if there are not enough for one."""
+    full = [token_ids[i : i + length] for i in range(0, len(token_ids) - length + 1, length)]
+    return full[:most] or [token_ids]
