@@ -26,7 +26,7 @@ $(VENV)/torch: Makefile
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
-CSRC := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
+CSRC := CMakeLists.txt $(shell find csrc -type f)
 
 $(VENV)/run: $(VENV)/torch pyproject.toml $(CSRC)
 	$(PIP) --editable .

@@ -70,7 +70,7 @@ def build() -> Path:
 def check_threads() -> None:
     """The thread pool under the thread sanitizer, which Python and torch could not run under."""
     program = BUILD / "threads"
-    sources = ROOT / "csrc" / "tests" / "threads.cpp", ROOT / "csrc" / "threads.cpp"
+    sources = ROOT / "csrc" / "tests" / "threads.cpp", ROOT / "csrc" / "core" / "threads.cpp"
     run(compiler(), "-std=c++20", "-g", "-O1", "-fsanitize=thread", *sources, "-o", program, "-pthread")
     run(program)
 

@@ -8,9 +8,9 @@
 #include <initializer_list>
 #include <vector>
 
-#include "../cache.h"
-#include "../threads.h"
-#include "../types.h"
+#include "../core/cache.h"
+#include "../core/threads.h"
+#include "../core/types.h"
 
 namespace olmoe {
 

@@ -1,6 +1,6 @@
 // The thread pool by itself, to be run under the thread sanitizer (scripts/sanitize.py): every piece runs once, what
 // helpers wrote is seen by the caller, and pools come and go, also while another thread changes their size.
-#include "../threads.h"
+#include "../core/threads.h"
 
 #include <unistd.h>
 

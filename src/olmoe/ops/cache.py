@@ -1,4 +1,4 @@
-"""Keys and values of sequences in blocks: the one class in Python that knows how they lie (csrc/cache.h in C++).
+"""Keys and values of sequences in blocks: the one class in Python that knows how they lie (csrc/core/cache.h in C++).
 
 A block holds `block_size` positions of one sequence for all KV heads, and a row of an int32 table says which blocks a
 sequence has, in the order of its positions. Sequences join and leave without a copy. A contiguous cache is the case of

@@ -133,7 +133,7 @@ def test_without_the_module_its_name_is_an_error(absent):
 def test_a_compiler_without_vector_types_is_told_in_one_sentence():
     """As MSVC, which defines no __GNUC__: the build fails there, and the package installs without kernels."""
     compiler = shutil.which("c++") or shutil.which("g++")
-    header = Path(__file__).parents[3] / "csrc" / "types.h"
+    header = Path(__file__).parents[3] / "csrc" / "core" / "types.h"
     if compiler is None or not header.exists():
         pytest.skip("needs a compiler and a checkout")
     command = [compiler, "-std=c++20", "-E", "-x", "c++", str(header)]

@@ -16,7 +16,7 @@ from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.ops.transforms import observed, transformed
 from olmoe.runtime import log
 
-# `Type` of csrc/types.h.
+# `Type` of csrc/core/types.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED_TYPES = {"q8_0": 3, "q4_0": 4, "q5_0": 5}
 # Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.

@@ -1,5 +1,5 @@
 // The kernels, compiled for avx2 (see CMakeLists.txt for the flags).
-#include "table.h"
+#include "../common/table.h"
 
 namespace olmoe {
 const Kernels& avx2_kernels() {

@@ -5,9 +5,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "ops/decoder.h"
-#include "ops/sampling.h"
-#include "watch.h"
+#include "../ops/decoder.h"
+#include "../ops/sampling.h"
+#include "snapshot.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "snapshot.h"
 
 #include <string>
 

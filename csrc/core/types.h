@@ -63,7 +63,7 @@ struct Matrix {
 
 // What a matrix is multiplied with: a row of int8 blocks for packed matrices, of bf16 where `Kernels::bf16_rows` multiply,
 // else of fp32. Among many, an fp32 row also has its values by column modulo the kernels' `lanes` (see
-// kernels/float_tiles.h); else `lanes` is null.
+// isa/common/float_tiles.h); else `lanes` is null.
 struct ActivationRow {
   union {
     const ActivationBlock* blocks;

@@ -1,5 +1,5 @@
 // The kernels, compiled for scalar (see CMakeLists.txt for the flags).
-#include "table.h"
+#include "../common/table.h"
 
 namespace olmoe {
 const Kernels& scalar_kernels() {
