@@ -27,6 +27,7 @@ $(VENV)/torch: Makefile
 	@touch $@
 
 CSRC := CMakeLists.txt $(shell find csrc -type f)
+CPP := $(filter %.h %.cpp,$(CSRC))
 
 $(VENV)/run: $(VENV)/torch pyproject.toml $(CSRC)
 	$(PIP) --editable .
@@ -44,6 +45,7 @@ generate: $(VENV)/run
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -56,6 +58,7 @@ sanitize: $(VENV)/dev
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix .
 
 clean:

@@ -25,11 +25,11 @@ inline void relax() {
 #endif
 }
 
-constexpr int kSpins = 2000;    // some 20 to 50 microseconds
-constexpr int kPieces = 3;      // a thread takes this part of its share of what is left
-constexpr int kKept = 1;        // so many pieces for each thread are not taken ahead
+constexpr int kSpins = 2000;              // some 20 to 50 microseconds
+constexpr int kPieces = 3;                // a thread takes this part of its share of what is left
+constexpr int kKept = 1;                  // so many pieces for each thread are not taken ahead
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
-constexpr int kYields = 1000;   // other threads that want this core get it here
+constexpr int kYields = 1000;             // other threads that want this core get it here
 
 std::mutex pool_mutex;
 std::unique_ptr<ThreadPool> current;
@@ -81,8 +81,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
   const uint32_t job = announced_.load(std::memory_order_relaxed) + 1;
-  // Closed before it is described: a helper that still looks at the job before this one must not read the new count with
-  // the old claim, and take what that job never had. Who reads the count sees this too.
+  // Closed before it is described: a helper that still looks at the job before this one must not read the new count
+  // with the old claim, and take what that job never had. Who reads the count sees this too.
   claim_.store(uint64_t(job) << 32 | kClosed, std::memory_order_relaxed);
   count_.store(count, std::memory_order_release), grain_.store(grain, std::memory_order_relaxed);
   call_.store(call, std::memory_order_relaxed), work_.store(work, std::memory_order_relaxed);
@@ -100,8 +100,8 @@ void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
 }
 
 bool ThreadPool::take_piece(uint32_t job, int& begin, int& end) {
-  // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all threads
-  // end together.
+  // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all
+  // threads end together.
   const int share = kPieces * threads();
   uint64_t claim = claim_.load(std::memory_order_acquire);
   while (claim >> 32 == job) {

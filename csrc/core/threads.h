@@ -30,9 +30,9 @@ class ThreadPool {
       work(0, count, -1);
       return;
     }
-    run_pieces(count, grain, [](const void* w, int begin, int end, int next) {
-      (*static_cast<const Work*>(w))(begin, end, next);
-    }, &work);
+    run_pieces(
+        count, grain,
+        [](const void* w, int begin, int end, int next) { (*static_cast<const Work*>(w))(begin, end, next); }, &work);
   }
 
  private:
@@ -44,8 +44,9 @@ class ThreadPool {
 
   std::vector<std::thread> helpers_;
   // One job at a time. Whoever takes a piece changes `claim_`, the number of the job and the first item that nobody has
-  // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over, and
-  // nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it is.
+  // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over,
+  // and nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it
+  // is.
   alignas(64) std::atomic<uint64_t> claim_{0};
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<uint32_t> announced_{0};  // the number of the newest job; helpers sleep on it

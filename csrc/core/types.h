@@ -8,13 +8,14 @@
 #include <cstdint>
 
 #if !defined(__GNUC__) && !defined(__clang__)
-#error "The kernels are written with the vector types of GCC and Clang, which this compiler (MSVC?) lacks; olmoe runs on torch without them."
+#error \
+    "The kernels need the vector types of GCC and Clang, which this compiler lacks; olmoe runs on torch without them."
 #endif
 
 namespace olmoe {
 
-constexpr int kBlock = 32;      // columns that share a scale
-constexpr int kGroup = 16;      // rows that are stored interleaved
+constexpr int kBlock = 32;         // columns that share a scale
+constexpr int kGroup = 16;         // rows that are stored interleaved
 constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
 
 enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5 };
@@ -61,8 +62,8 @@ struct Matrix {
   const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }
 };
 
-// What a matrix is multiplied with: a row of int8 blocks for packed matrices, of bf16 where `Kernels::bf16_rows` multiply,
-// else of fp32. Among many, an fp32 row also has its values by column modulo the kernels' `lanes` (see
+// What a matrix is multiplied with: a row of int8 blocks for packed matrices, of bf16 where `Kernels::bf16_rows`
+// multiply, else of fp32. Among many, an fp32 row also has its values by column modulo the kernels' `lanes` (see
 // isa/common/float_tiles.h); else `lanes` is null.
 struct ActivationRow {
   union {
@@ -85,7 +86,8 @@ struct Kernels {
   void (*rows)(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                int ld, const uint8_t* next);
   // The same for bf16 matrices with `bf16_inputs`, and x in bf16; null where the CPU has no instruction for it.
-  void (*bf16_rows)(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out, int ld);
+  void (*bf16_rows)(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
+                    int ld);
   // Lanes of a sum of `rows`, and the number of tokens from which `tiles` are faster, by the type of a plain matrix.
   int lanes, many[3];
   // The same for plain matrices and rows that have `lanes`, with the same bits and faster for many tokens. `scratch`
@@ -103,9 +105,9 @@ struct Kernels {
   // y += a * x
   void (*axpy)(float a, const float* x, int n, float* y);
   // Attention of `queries` consecutive tokens of one query head over the keys and values of its KV head, of which each
-  // kKeyBlock lie together (kKeyBlock, Dh); query t sees the first `first + t`. q and out have a stride of `ld` floats a
-  // token. `scratch` holds attention_scratch floats. `next` are the first keys of another head that the thread looks at
-  // after these, to be fetched meanwhile, or null.
+  // kKeyBlock lie together (kKeyBlock, Dh); query t sees the first `first + t`. q and out have a stride of `ld` floats
+  // a token. `scratch` holds attention_scratch floats. `next` are the first keys of another head that the thread looks
+  // at after these, to be fetched meanwhile, or null.
   void (*attention)(const float* q, int queries, int ld, const void* const* keys, const void* const* values, Type cache,
                     int first, int head_dim, float scale, float* out, float* scratch, const void* next);
   // Read n bytes, a multiple of 4 kB, and return something that depends on all of them.
@@ -113,11 +115,11 @@ struct Kernels {
   // fp32 values to and from a cache of the given type.
   void (*store)(const float* x, int n, Type type, void* out);
   void (*load)(const void* x, int n, Type type, float* out);
-  // Codes and scales of least error (olmoe/quant/search.py) of at most kPanel rows, a multiple of kGroup, of a row-major
-  // matrix of a plain type, as groups of kQ4 or kQ5 that follow each other.
+  // Codes and scales of least error (olmoe/quant/search.py) of at most kPanel rows, a multiple of kGroup, of a
+  // row-major matrix of a plain type, as groups of kQ4 or kQ5 that follow each other.
   void (*search)(const uint8_t* weight, Type stored, int rows, int columns, Type type, uint8_t* out);
-  // The same, but each column makes up for what those before it changed. `factor` is as pack_factor leaves it, `scratch`
-  // has kPanel floats a column. Null where the CPU does not multiply and add at once.
+  // The same, but each column makes up for what those before it changed. `factor` is as pack_factor leaves it,
+  // `scratch` has kPanel floats a column. Null where the CPU does not multiply and add at once.
   void (*compensate)(const uint8_t* weight, Type stored, int rows, int columns, const float* factor, Type type,
                      uint8_t* out, float* scratch);
   // Copy n scores; the largest of them, or NaN if any is not finite.

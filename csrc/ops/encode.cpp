@@ -1,5 +1,5 @@
-// Matrices into blocks with chosen codes, panels of rows on all threads. A panel has what it needs to itself, so results
-// do not depend on the threads.
+// Matrices into blocks with chosen codes, panels of rows on all threads. A panel has what it needs to itself, so
+// results do not depend on the threads.
 #include <algorithm>
 #include <cstring>
 

@@ -68,8 +68,8 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
   constexpr int kTokens = 1024;
   for (int t = 0; t < tokens; t += kTokens) {
     const size_t first = size_t(t) * w.hidden, chosen = size_t(t) * k;
-    moe(w.experts, normed.data() + first, routed.weights + chosen, routed.ids + chosen, std::min(kTokens, tokens - t), k,
-        y + first, y + first);
+    moe(w.experts, normed.data() + first, routed.weights + chosen, routed.ids + chosen, std::min(kTokens, tokens - t),
+        k, y + first, y + first);
   }
 }
 

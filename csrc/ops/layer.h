@@ -28,8 +28,8 @@ struct Routed {
   int64_t* ids;
 };
 
-// x (N, D) and what attention gave (N, H*Dh) -> y (N, D), the layer's output, and what its router decided. y may not be x.
-// With `policies`, of which those for `index` count, K is theirs (see `route`).
+// x (N, D) and what attention gave (N, H*Dh) -> y (N, D), the layer's output, and what its router decided. y may not be
+// x. With `policies`, of which those for `index` count, K is theirs (see `route`).
 void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y,
                       const Routed& routed, const Policies* policies = nullptr, int index = 0);
 

@@ -20,8 +20,8 @@ void Activations::reserve(const Matrix& m, int tokens) {
   columns_ = m.columns;
   zero_ = m.packed() ? m.zero() : 0;
   bf16_ = in_bf16(m);
-  const size_t row_bytes = packed_ ? m.blocks() * sizeof(ActivationBlock)
-                           : size_t(columns_) * (bf16_ ? sizeof(uint16_t) : sizeof(float));
+  const size_t row_bytes =
+      packed_ ? m.blocks() * sizeof(ActivationBlock) : size_t(columns_) * (bf16_ ? sizeof(uint16_t) : sizeof(float));
   split_ = many(m, tokens) && columns_ >= kLaneSteps * kernels().lanes;
   // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
   const size_t lanes = (row_bytes + 63) / 64 * 64;

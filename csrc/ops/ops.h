@@ -16,8 +16,8 @@ namespace olmoe {
 
 // The chosen kernels (see dispatch.cpp).
 const Kernels& kernels();
-bool set_isa(const char* name);        // false: this machine or build lacks it
-std::vector<const char*> isas();       // what this machine can run, best first
+bool set_isa(const char* name);   // false: this machine or build lacks it
+std::vector<const char*> isas();  // what this machine can run, best first
 
 // Rows of activations in the form that a matrix wants them in (see ActivationRow). Keeps its memory between calls.
 class Activations {
@@ -42,8 +42,8 @@ class Activations {
 void rms_norm(const float* x, const float* weight, float eps, int tokens, int d, float* out);
 void rope(float* x, const float* cos, const float* sin, int tokens, int heads, int head_dim);
 
-// out[t * ld + r] = m[row + r] . x[t] for some rows, the first of them at a group's border, on the calling thread, which
-// reads the group `next` of `m` after these, if that is known.
+// out[t * ld + r] = m[row + r] . x[t] for some rows, the first of them at a group's border, on the calling thread,
+// which reads the group `next` of `m` after these, if that is known.
 void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld,
               const uint8_t* next = nullptr);
 
@@ -64,16 +64,16 @@ void linear(const Matrix& m, const Activations& x, const float* bias, const floa
 
 // Changes of what routers choose, for some or all tokens of a call (olmoe/runner/base.py: RouterPolicy).
 struct Policies {
-  const float* bias = nullptr;      // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
-  const int32_t* top_k = nullptr;   // (policies), experts that a token chooses
-  const uint8_t* norm = nullptr;    // (policies), whether the chosen probabilities are divided by their sum
+  const float* bias = nullptr;     // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
+  const int32_t* top_k = nullptr;  // (policies), experts that a token chooses
+  const uint8_t* norm = nullptr;   // (policies), whether the chosen probabilities are divided by their sum
   const int32_t* of_token = nullptr;  // (N), the policy of each token, or -1
-  int layers = 0, largest = 0;      // L, and the largest of `top_k` and the model's own
+  int layers = 0, largest = 0;        // L, and the largest of `top_k` and the model's own
 };
 
 // Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort
-// has it). logits (N, E) -> weights (N, K), ids (N, K). With `policies`, of which those for `layer` count, K is the largest
-// of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them.
+// has it). logits (N, E) -> weights (N, K), ids (N, K). With `policies`, of which those for `layer` count, K is the
+// largest of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them.
 void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids,
            const Policies* policies = nullptr, int layer = 0);
 
@@ -82,12 +82,13 @@ struct Experts {
   Matrix down;     // (E) x (D, F)
   int count = 0, width = 0;
 };
-// y (N, D) = add + sum over k of weights[n, k] * expert ids[n, k] of x[n], where -1 is no expert; `add` may be null or y.
+// y (N, D) = add + sum over k of weights[n, k] * expert ids[n, k] of x[n], where -1 is no expert; `add` may be null or
+// y.
 void moe(const Experts& experts, const float* x, const float* weights, const int64_t* ids, int tokens, int k,
          const float* add, float* y);
 
-// Attention of the new tokens of each sequence over layer `index` of a cache, to which their keys and values are written
-// first. q (N, H, Dh), k and v (N, G, Dh) -> out (N, H, Dh).
+// Attention of the new tokens of each sequence over layer `index` of a cache, to which their keys and values are
+// written first. q (N, H, Dh), k and v (N, G, Dh) -> out (N, H, Dh).
 void attention(const float* q, const float* k, const float* v, const Sequences& sequences, int heads,
                const CacheView& cache, int index, float* out);
 

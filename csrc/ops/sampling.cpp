@@ -250,8 +250,8 @@ int64_t choose(const SamplingRow& row, int all, float top, Scratch& s, const Ker
     // those that min-p leaves out, which come last. Half of it, because sums are rounded.
     const float bound = float(std::log((total - target) / n / 2));
     n = narrow(std::max(bound, least), n, all, n / 2, s, kernel);
-    const Cut p = cut(
-        z, n, 0.0f, Histogram<double>{s.masses}, [shares](int i) { return double(shares[i]); }, target, s, kernel);
+    const Cut p =
+        cut(z, n, 0.0f, Histogram<double>{s.masses}, [shares](int i) { return double(shares[i]); }, target, s, kernel);
     least = std::max(least, p.value);
     for (int i = p.ties; i < s.equals; i++) shares[s.ties[i]] = 0;
   }

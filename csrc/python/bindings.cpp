@@ -53,9 +53,10 @@ NB_MODULE(_kernels, m) {
   m.def("get_threads", &get_threads);
 
   nb::class_<Matrix>(m, "Matrix")
-      .def("__init__", [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
-        new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
-      })
+      .def("__init__",
+           [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
+             new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
+           })
       .def_ro("rows", &Matrix::rows)
       .def_ro("columns", &Matrix::columns);
 
@@ -105,29 +106,43 @@ NB_MODULE(_kernels, m) {
   });
   // Keys and values: the addresses of each layer's.
   nb::class_<CacheView>(m, "CacheView")
-      .def("__init__", [](CacheView* self, const std::vector<Address>& keys, const std::vector<Address>& values, int type,
-                          int kv_heads, int head_dim, int64_t block_size) {
+      .def("__init__", [](CacheView* self, const std::vector<Address>& keys, const std::vector<Address>& values,
+                          int type, int kv_heads, int head_dim, int64_t block_size) {
         new (self) CacheView{{}, Type(type), kv_heads, head_dim, block_size};
-        for (size_t i = 0; i < keys.size(); i++) self->layers.push_back({at<uint8_t>(keys[i]), at<uint8_t>(values.at(i))});
+        for (size_t i = 0; i < keys.size(); i++)
+          self->layers.push_back({at<uint8_t>(keys[i]), at<uint8_t>(values.at(i))});
       });
 
-  m.def("attention", [](Address q, Address k, Address v, const Counts& counts, const Counts& lengths, const Table& table,
-                        int heads, const CacheView& cache, int layer, Address out) {
+  m.def("attention", [](Address q, Address k, Address v, const Counts& counts, const Counts& lengths,
+                        const Table& table, int heads, const CacheView& cache, int layer, Address out) {
     Running running;
     attention(at<float>(q), at<float>(k), at<float>(v), sequences(counts, lengths, table), heads, cache, layer,
               at<float>(out));
   });
 
   nb::class_<SamplingRow>(m, "SamplingRow")
-      .def(
-          "__init__",
-          [](SamplingRow* self, double temperature, int64_t top_k, double top_p, double min_p, double repetition,
-             double presence, double frequency, uint64_t seed, uint64_t position, int logprobs, Address ids,
-             int64_t prompt, int64_t length, Address bias_ids, Address biases, int64_t bias_count, Address mask) {
-            new (self) SamplingRow{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed, position,
-                                   logprobs, at<int64_t>(ids), prompt, length, at<int64_t>(bias_ids),
-                                   at<double>(biases), bias_count, at<uint32_t>(mask)};
-          });
+      .def("__init__",
+           [](SamplingRow* self, double temperature, int64_t top_k, double top_p, double min_p, double repetition,
+              double presence, double frequency, uint64_t seed, uint64_t position, int logprobs, Address ids,
+              int64_t prompt, int64_t length, Address bias_ids, Address biases, int64_t bias_count, Address mask) {
+             new (self) SamplingRow{temperature,
+                                    top_p,
+                                    min_p,
+                                    repetition,
+                                    presence,
+                                    frequency,
+                                    top_k,
+                                    seed,
+                                    position,
+                                    logprobs,
+                                    at<int64_t>(ids),
+                                    prompt,
+                                    length,
+                                    at<int64_t>(bias_ids),
+                                    at<double>(biases),
+                                    bias_count,
+                                    at<uint32_t>(mask)};
+           });
   m.def("sample", [](Address logits, int64_t stride, int allowed, const std::vector<const SamplingRow*>& rows,
                      Address ids, Address status, Address logprobs, Address top_ids, Address top_logprobs, int most) {
     Running running;
@@ -163,21 +178,22 @@ NB_MODULE(_kernels, m) {
            })
       // Over layer `index` of a cache.
       .def("forward",
-           [](const LayerWeights& self, Address x, Address cos, Address sin, const Counts& counts, const Counts& lengths,
-              const Table& table, const CacheView& cache, int index, Address y, Address logits, Address weights,
-              Address ids) {
+           [](const LayerWeights& self, Address x, Address cos, Address sin, const Counts& counts,
+              const Counts& lengths, const Table& table, const CacheView& cache, int index, Address y, Address logits,
+              Address weights, Address ids) {
              Running running;
              layer(self, at<float>(x), at<float>(cos), at<float>(sin), sequences(counts, lengths, table), cache, index,
                    at<float>(y), {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
            })
-      .def("attention_output", [](const LayerWeights& self, Address x, Address attended, int tokens, Address y,
-                                  Address logits, Address weights, Address ids) {
-        Running running;
-        attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y),
-                         {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
-      })
-      // Layers one after the other, layer i over layer i of the cache; x is overwritten. Of what the routers decide, each
-      // has its own part: logits (L, N, E), weights and ids (L, N, K).
+      .def("attention_output",
+           [](const LayerWeights& self, Address x, Address attended, int tokens, Address y, Address logits,
+              Address weights, Address ids) {
+             Running running;
+             attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y),
+                              {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
+           })
+      // Layers one after the other, layer i over layer i of the cache; x is overwritten. Of what the routers decide,
+      // each has its own part: logits (L, N, E), weights and ids (L, N, K).
       .def_static("forward_all", [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
                                     const Counts& counts, const Counts& lengths, const Table& table,
                                     const CacheView& cache, Address y, Address logits, Address weights, Address ids) {
@@ -197,26 +213,25 @@ NB_MODULE(_kernels, m) {
 
   nb::class_<DecoderWeights>(m, "Decoder")
       .def("__init__",
-           [](DecoderWeights* self, const std::vector<const LayerWeights*>& layers, const Matrix& embedding, Address norm,
-              float eps, const Matrix& head) {
+           [](DecoderWeights* self, const std::vector<const LayerWeights*>& layers, const Matrix& embedding,
+              Address norm, float eps, const Matrix& head) {
              new (self) DecoderWeights{{}, embedding, head, at<float>(norm), eps};
              for (const LayerWeights* layer : layers) self->layers.push_back(*layer);
            })
-      // `policies`: addresses of biases, numbers of experts, whether to renormalise, and each token's policy; and the largest
-      // number of experts; or None. `rows` and `traced` say which tokens' logits and routing are written.
-      .def("forward",
-           [](const DecoderWeights& self, const Counts& ids, const Counts& angles, Address cos, Address sin,
-              const Counts& counts, const Counts& lengths, const Table& table, const CacheView& cache,
-              const std::vector<Address>& policies, int largest, const Counts& rows, Address logits, const Counts& traced,
-              Address trace_ids, Address trace_weights) {
-             Running running;
-             Policies changed;
-             if (!policies.empty())
-               changed = {at<float>(policies.at(0)),   at<int32_t>(policies.at(1)), at<uint8_t>(policies.at(2)),
-                          at<int32_t>(policies.at(3)), int(self.layers.size()),     largest};
-             const Wanted wanted{rows.data(),   int(rows.size()),       at<float>(logits), traced.data(),
-                                 int(traced.size()), at<int16_t>(trace_ids), at<float>(trace_weights)};
-             forward(self, {ids.data(), angles.data(), at<float>(cos), at<float>(sin)}, sequences(counts, lengths, table),
-                     cache, policies.empty() ? nullptr : &changed, wanted);
-           });
+      // `policies`: addresses of biases, numbers of experts, whether to renormalise, and each token's policy; and the
+      // largest number of experts; or None. `rows` and `traced` say which tokens' logits and routing are written.
+      .def("forward", [](const DecoderWeights& self, const Counts& ids, const Counts& angles, Address cos, Address sin,
+                         const Counts& counts, const Counts& lengths, const Table& table, const CacheView& cache,
+                         const std::vector<Address>& policies, int largest, const Counts& rows, Address logits,
+                         const Counts& traced, Address trace_ids, Address trace_weights) {
+        Running running;
+        Policies changed;
+        if (!policies.empty())
+          changed = {at<float>(policies.at(0)),   at<int32_t>(policies.at(1)), at<uint8_t>(policies.at(2)),
+                     at<int32_t>(policies.at(3)), int(self.layers.size()),     largest};
+        const Wanted wanted{rows.data(),        int(rows.size()),       at<float>(logits),       traced.data(),
+                            int(traced.size()), at<int16_t>(trace_ids), at<float>(trace_weights)};
+        forward(self, {ids.data(), angles.data(), at<float>(cos), at<float>(sin)}, sequences(counts, lengths, table),
+                cache, policies.empty() ? nullptr : &changed, wanted);
+      });
 }

@@ -42,8 +42,8 @@ bool unchanged(const nb::list& dicts, const nb::list& keys, const nb::list& valu
   for (Py_ssize_t i = 0; i < entries; i++) {
     fetch(dicts, i + 2 * kAhead);
     if (i + kAhead < entries) {
-      const auto* keys_of_later = reinterpret_cast<const char*>(
-          reinterpret_cast<const PyDictObject*>(item(dicts, i + kAhead))->ma_keys);
+      const auto* keys_of_later =
+          reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(item(dicts, i + kAhead))->ma_keys);
       for (int line = 0; line < 4; line++) __builtin_prefetch(keys_of_later + 64 * line);
     }
     PyObject* found = PyDict_GetItemWithError(item(dicts, i), item(keys, i));

@@ -17,7 +17,8 @@ void check(bool ok, const char* what) {
   std::exit(1);
 }
 
-// Short jobs of few and of many items in turn: a helper that is late for one must not work on the next as if it were it.
+// Short jobs of few and of many items in turn: a helper that is late for one must not work on the next as if it were
+// it.
 void run_uneven_jobs(ThreadPool& pool, int jobs) {
   for (int job = 0; job < jobs; job++) {
     const int count = job % 2 ? 4096 : 2;

@@ -58,9 +58,9 @@ OLMOE_INLINE void dots(const float* q, size_t ld, const void* keys, size_t key, 
   }
 }
 
-// Scores of a block of keys to their exponentials, relative to the largest score so far. `row` holds kKeyBlock scores, of
-// which the query sees `seen`, at least one; the exponentials of the others become 0. What was summed before, `total` and
-// `sums` (Dh), shrinks where the largest score grew.
+// Scores of a block of keys to their exponentials, relative to the largest score so far. `row` holds kKeyBlock scores,
+// of which the query sees `seen`, at least one; the exponentials of the others become 0. What was summed before,
+// `total` and `sums` (Dh), shrinks where the largest score grew.
 OLMOE_INLINE void weigh(float* row, int seen, float& top, float& total, float* sums, int head_dim) {
   for (int s = seen; s < kKeyBlock; s++) row[s] = -INFINITY;
   vf largest = load(row);
@@ -192,7 +192,8 @@ inline void attend_block(const float* q, int queries, int ld, const void* const*
       int s = 0;
       for (; s + 4 <= count; s += 4)
         dots<Type::kF32, QUERIES, 4>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
-      for (; s < count; s++) dots<Type::kF32, QUERIES, 1>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
+      for (; s < count; s++)
+        dots<Type::kF32, QUERIES, 1>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
     };
     int t = 0;
     for (; t + 2 <= queries; t += 2) score.template operator()<2>(t);

@@ -1,5 +1,5 @@
-// Products of row-major bf16 rows by the instruction for them, which multiplies pairs of bf16 numbers into sums in fp32.
-// Activations are rounded to bf16 first, as every product of the bf16 format takes them.
+// Products of row-major bf16 rows by the instruction for them, which multiplies pairs of bf16 numbers into sums in
+// fp32. Activations are rounded to bf16 first, as every product of the bf16 format takes them.
 //
 // Weights and activations lie along the columns alike, so nothing has to be rearranged: a sum has 16 lanes, lane l
 // taking the pairs l, l + 16, ..., and these are added at the end. Every tile does so in the same order, so that a
@@ -20,8 +20,8 @@ OLMOE_INLINE __m128 sum_each(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));  // a b a b in each quarter
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
-  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
-                                        _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+  const __m512 quarters =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
@@ -100,8 +100,8 @@ inline void dot_vector(const uint16_t* weight, int columns, const uint16_t* x, f
     const __mmask32 mask = (1u << (columns - i)) - 1;
     const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + i);
     for (int r = 0; r < kRows; r++)
-      total[r] = _mm512_dpbf16_ps(total[r],
-                                  (__m512bh)_mm512_maskz_loadu_epi16(mask, weight + size_t(r) * columns + i), v);
+      total[r] =
+          _mm512_dpbf16_ps(total[r], (__m512bh)_mm512_maskz_loadu_epi16(mask, weight + size_t(r) * columns + i), v);
   }
   _mm_storeu_ps(out, sum_each(total[0], total[1], total[2], total[3]));
   _mm_storeu_ps(out + 4, sum_each(total[4], total[5], total[6], total[7]));

@@ -11,8 +11,8 @@
 namespace olmoe {
 namespace {
 
-constexpr int kTileRows = 2 * W;                   // two vectors of rows
-constexpr int kTileTokens = W == 16 ? 12 : 6;      // as many sums as there are registers for
+constexpr int kTileRows = 2 * W;               // two vectors of rows
+constexpr int kTileTokens = W == 16 ? 12 : 6;  // as many sums as there are registers for
 constexpr int kTilesInPanel = kPanelRows / kTileRows;
 static_assert(kPanelRows % kTileRows == 0);
 
@@ -117,8 +117,8 @@ OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_s
 #pragma GCC unroll 8
   for (int l = 0; l < 8; l++) {
     const __m256i zero = _mm256_setzero_si256();
-    const __m256i column = l % 2 ? _mm256_unpackhi_epi64(b[l / 2], b[4 + l / 2])
-                                 : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
+    const __m256i column =
+        l % 2 ? _mm256_unpackhi_epi64(b[l / 2], b[4 + l / 2]) : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
     const __m256i low = _mm256_unpacklo_epi16(zero, column), high = _mm256_unpackhi_epi16(zero, column);
     float* lane = place + l * lane_size;
     store(lane, (vf)_mm256_permute2x128_si256(low, high, 0x20));
@@ -138,7 +138,8 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
     int i = 0;
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if (T == Type::kBF16 && count == W)
-      for (; i + 2 <= steps; i += 2) pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, place + size_t(i) * kTileRows);
+      for (; i + 2 <= steps; i += 2)
+        pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, place + size_t(i) * kTileRows);
 #endif
     for (; i < steps; i++) {
       vf v[W];
@@ -163,8 +164,8 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
 // as a binary counter is: the n-th (from 0) to as many earlier sums as n ends in ones. sums [level][token][kPanelRows].
 // A function of its own, so that its pointers get all registers.
 template <int TOKENS>
-__attribute__((noinline)) void lane_tile(const float* panel, int steps, const ActivationRow* x, size_t start, int n, float* sums,
-                                         size_t level_size) {
+__attribute__((noinline)) void lane_tile(const float* panel, int steps, const ActivationRow* x, size_t start, int n,
+                                         float* sums, size_t level_size) {
   const float* a[TOKENS];
 #pragma GCC unroll 16
   for (int t = 0; t < TOKENS; t++) a[t] = x[t].lanes + start;
@@ -195,8 +196,8 @@ __attribute__((noinline)) void lane_tile(const float* panel, int steps, const Ac
 
 // lane_tile for `count` tokens, up to TOKENS.
 template <int TOKENS>
-inline void lane_tile_of(int count, const float* panel, int steps, const ActivationRow* x, size_t start, int n, float* sums,
-                         size_t level_size) {
+inline void lane_tile_of(int count, const float* panel, int steps, const ActivationRow* x, size_t start, int n,
+                         float* sums, size_t level_size) {
   if (count == TOKENS) return lane_tile<TOKENS>(panel, steps, x, start, n, sums, level_size);
   if constexpr (TOKENS > 1) lane_tile_of<TOKENS - 1>(count, panel, steps, x, start, n, sums, level_size);
 }
@@ -217,8 +218,8 @@ struct Ahead {
 inline int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
 // lane_tile for all tokens. The last two tiles are about equal: with few sums at a time a tile waits for their latency.
-inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, int tokens, size_t start, int n, float* sums,
-                       size_t level_size, Ahead& ahead) {
+inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, int tokens, size_t start, int n,
+                       float* sums, size_t level_size, Ahead& ahead) {
   while (tokens > 0) {
     const int count = tokens <= kTileTokens ? tokens : tokens < 2 * kTileTokens ? (tokens + 1) / 2 : kTileTokens;
     ahead.fetch();
@@ -262,7 +263,8 @@ inline void float_tiles(const uint8_t* group, int rows, int columns, const Activ
       }
       for (int r = 0; r < count; r++) {
         float s = total[r];
-        for (int c = steps * W; c < columns; c++) s = multiply_add(scalar_as<T>(weight + r * row_bytes, c), x[t].f32[c], s);
+        for (int c = steps * W; c < columns; c++)
+          s = multiply_add(scalar_as<T>(weight + r * row_bytes, c), x[t].f32[c], s);
         y[r] = s;
       }
     }

@@ -11,11 +11,11 @@ namespace olmoe {
 namespace {
 
 #if defined(__AVX2__)
-// Fetch a part of `bytes` into the second cache, the lines of slot number `slot` of `slots`. Where few tokens make memory
-// what counts, the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of each group.
-// So while a thread reads some groups, it fetches those that it reads next, in one stream from end to end, block by
-// block the part that takes as long. Spread over the block's work, because the CPU drops some of many at once; `sum`, which
-// each seems to change, keeps the compiler from gathering them.
+// Fetch a part of `bytes` into the second cache, the lines of slot number `slot` of `slots`. Where few tokens make
+// memory what counts, the hardware's own prefetching is too late: it stops at the ends of pages and at the scales of
+// each group. So while a thread reads some groups, it fetches those that it reads next, in one stream from end to end,
+// block by block the part that takes as long. Spread over the block's work, because the CPU drops some of many at once;
+// `sum`, which each seems to change, keeps the compiler from gathering them.
 template <typename Vector>
 OLMOE_INLINE void fetch(const uint8_t* place, int bytes, int slot, int slots, Vector& sum) {
   const int lines = (bytes + 63) / 64;
@@ -172,8 +172,8 @@ OLMOE_INLINE void unpack(const uint8_t* block, int half, int j, __m256i& low, __
   high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble);
   if constexpr (T == Type::kQ5) {
     // Each byte gets the byte of bits that its own is in, then keeps that bit alone.
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3,
-                                            3, 3, 3, 3, 3);
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3,
+                                            3, 3, 3, 3, 3, 3, 3);
     const __m256i own = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     const __m256i fifth = _mm256_set1_epi8(16);
     auto add = [&](__m256i codes, int word) {
@@ -266,8 +266,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         const uint8_t* codes = group + g * group_bytes + size_t(b) * kBytes;
-        const uint8_t* scales =
-            group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
+        const uint8_t* scales = group + g * group_bytes + size_t(blocks) * kBytes + size_t(b) * 2 * kGroup + 16 * half;
         fetch(soon, kSoon, 2 * g + half, 2 * GROUPS, total[g][half]);
         __m256i s;
         if constexpr (T != Type::kQ8) {
@@ -283,9 +282,9 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
         } else {
           s = _mm256_setzero_si256();
           for (int j = 0; j < 8; j++) {
-            const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j + 32 * half)), offset);
-            const __m256i p =
-                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four(a[b].q + 4 * j), w));
+            const __m256i w =
+                _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(codes + 64 * j + 32 * half)), offset);
+            const __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four(a[b].q + 4 * j), w));
             s = _mm256_add_epi32(s, _mm256_madd_epi16(p, ones));
           }
         }

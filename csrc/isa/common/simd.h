@@ -56,8 +56,8 @@ OLMOE_INLINE float sum(vf v) {
 #endif
 }
 
-// a * b + c of single numbers, rounded once where the CPU can. Whether the compiler makes one instruction of the expression
-// depends on what is around it, and so would the result.
+// a * b + c of single numbers, rounded once where the CPU can. Whether the compiler makes one instruction of the
+// expression depends on what is around it, and so would the result.
 OLMOE_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FP_FAST_FMAF)
   return __builtin_fmaf(a, b, c);

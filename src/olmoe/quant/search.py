@@ -9,8 +9,8 @@ squared change is the sum over rows of (w - q) H (w - q)^T.
   for by the columns that are still free (the method of GPTQ, arXiv 2210.17323, here with a scale search in each
   block of 32 columns).
 
-Both are here in torch, and in C++ (csrc/isa/common/encode.h) with the same arithmetic in the same order: a change of one
-is a change of the other.
+Both are here in torch, and in C++ (csrc/isa/common/encode.h) with the same arithmetic in the same order: a change of
+one is a change of the other.
 
 Shapes legend: R rows, C columns, N blocks.
 """
