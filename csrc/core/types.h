@@ -7,26 +7,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "traits.h"
+
 #if !defined(__GNUC__) && !defined(__clang__)
 #error \
     "The kernels need the vector types of GCC and Clang, which this compiler lacks; olmoe runs on torch without them."
 #endif
 
 namespace olmoe {
-
-constexpr int kBlock = 32;         // columns that share a scale
-constexpr int kGroup = 16;         // rows that are stored interleaved
-constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
-
-enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5 };
-
-// Bytes of codes of one block of a group. q5 has 8 words of 64 bits, bit 4*r+i of word j the fifth bit of row r and
-// column 4j+i, and then the low four bits as q4 has them.
-constexpr int code_bytes(Type type) { return type == Type::kQ4 ? 256 : type == Type::kQ5 ? 320 : 512; }
-// Bytes of one number of a plain matrix or cache.
-constexpr int sizeof_type(Type type) { return type == Type::kF32 ? 4 : 2; }
-
-constexpr int low_bits_at(Type type) { return type == Type::kQ5 ? 64 : 0; }
 
 // One block of an activation row, quantized to int8: x = d * q. `correction` is -zero * sum(q), where `zero` is
 // what the weight's unsigned codes are offset by, so that an unsigned dot product that starts there is the signed one.
@@ -46,18 +34,13 @@ struct Matrix {
   size_t stride = 0;
   bool bf16_inputs = false;  // a bf16 matrix whose activations may be rounded to bf16, because that is what they were
 
-  bool packed() const { return type >= Type::kQ8; }
-  int zero() const { return type == Type::kQ4 ? 8 : type == Type::kQ5 ? 16 : 128; }
+  bool packed() const { return is_packed(type); }
+  int zero() const { return zero_of(type); }
   int blocks() const { return columns / kBlock; }
   int groups() const { return (rows + kGroup - 1) / kGroup; }
   // Bytes of 16 rows.
   size_t group_bytes() const {
-    switch (type) {
-      case Type::kF32: return size_t(columns) * 4 * kGroup;
-      case Type::kBF16:
-      case Type::kF16: return size_t(columns) * 2 * kGroup;
-      default: return size_t(blocks()) * (code_bytes(type) + 2 * kGroup);
-    }
+    return packed() ? packed_group_bytes(type, blocks()) : size_t(columns) * sizeof_type(type) * kGroup;
   }
   const uint8_t* group(int expert, int g) const { return data + expert * stride + g * group_bytes(); }
 };

@@ -32,7 +32,7 @@ void encode(const Matrix& m, const float* factor, Type type, uint8_t* out) {
   const Kernels& k = kernels();
   const int panels = (m.rows + kPanel - 1) / kPanel;
   const size_t row_bytes = size_t(m.columns) * sizeof_type(m.type);
-  const size_t panel_bytes = size_t(kPanel / kGroup) * (m.columns / kBlock) * (code_bytes(type) + 2 * kGroup);
+  const size_t panel_bytes = kPanel / kGroup * packed_group_bytes(type, m.columns / kBlock);
   static std::vector<float> packed_memory;  // one operation at a time, see Running
   float* packed = nullptr;
   if (factor) {

@@ -1,9 +1,14 @@
-// The kernels, compiled for avx512 (see CMakeLists.txt for the flags).
+// The kernels, compiled for avx512 (isa.cmake has the flags).
+#include "packed_tiles.h"
+
+#include "../common/packed_rows.h"
 #include "../common/table.h"
 
 namespace olmoe {
+
 const Kernels& avx512_kernels() {
   static const Kernels table = make_table("avx512");
   return table;
 }
+
 }  // namespace olmoe

@@ -122,7 +122,7 @@ inline void store_codes(const float* codes, int ld, Type type, uint8_t* out) {
         for (int i = 0; i < 4; i++) word |= uint64_t(code(r, 4 * j + i) >> 4) << (4 * r + i);
       std::memcpy(out + 8 * j, &word, 8);
     }
-    out += low_bits_at(type);
+    out += Packed<Type::kQ5>::kNibblesAt;
   }
   for (int j = 0; j < 4; j++)
     for (int v = 0; v < kGroup; v += W) {
@@ -158,11 +158,12 @@ struct Place {
   uint8_t* scales;
 };
 inline Place place_of(uint8_t* out, Type type, int blocks, int group, int block) {
-  uint8_t* start = out + size_t(group) * blocks * (code_bytes(type) + 2 * kGroup);
-  return {start + size_t(block) * code_bytes(type), start + size_t(blocks) * code_bytes(type) + block * 2 * kGroup};
+  return with_packed(type, [&]<typename Format>() -> Place {
+    uint8_t* start = out + group * Format::group_bytes(blocks);
+    return {start + size_t(block) * Format::kCodeBytes,
+            start + size_t(blocks) * Format::kCodeBytes + block * Format::kScaleBytes};
+  });
 }
-
-inline int zero_of(Type type) { return type == Type::kQ5 ? 16 : 8; }
 
 // See Kernels::search.
 inline void search(const uint8_t* weight, Type stored, int rows, int columns, Type type, uint8_t* out) {

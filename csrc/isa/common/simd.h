@@ -66,6 +66,13 @@ OLMOE_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
+// The same of vectors.
+OLMOE_INLINE vf multiply_add(vf a, vf b, vf c) {
+  vf out;
+  for (int i = 0; i < W; i++) out[i] = multiply_add(a[i], b[i], c[i]);
+  return out;
+}
+
 OLMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 OLMOE_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
@@ -126,7 +133,14 @@ OLMOE_INLINE vf load_f16(const uint16_t* p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  return vf{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+  // As half_to_float, without a branch.
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  const vi bits = __builtin_convertvector(h, vi), shifted = (bits & 0x7fff) << 13, exponent = bits & 0x7c00;
+  const vi rebased = shifted + (112 << 23) + ((exponent == 0x7c00) & (112 << 23));
+  // Zeros and subnormals: the mantissa below an implicit one, which is taken away.
+  const vi small = (vi)((vf)(rebased + (1 << 23)) - 0x1p-14f);
+  return (vf)((exponent == 0 ? small : rebased) | (bits & 0x8000) << 16);
 #endif
 }
 

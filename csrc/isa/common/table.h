@@ -1,4 +1,5 @@
-// The kernels of the instruction set that the including file is compiled for, as one table.
+// The kernels of the instruction set that the including file is compiled for, as one table. That file has included what
+// multiplies packed rows, `packed_rows`.
 #pragma once
 
 #include "attention.h"
@@ -7,7 +8,6 @@
 #include "encode.h"
 #include "float_rows.h"
 #include "float_tiles.h"
-#include "packed_rows.h"
 #include "sampling.h"
 
 namespace olmoe {
@@ -16,12 +16,12 @@ namespace {
 inline void rows(Type type, const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                  int ld, const uint8_t* next) {
   switch (type) {
-    case Type::kQ4: return packed_rows<Type::kQ4>(group, rows, columns, x, tokens, out, ld, next);
-    case Type::kQ5: return packed_rows<Type::kQ5>(group, rows, columns, x, tokens, out, ld, next);
-    case Type::kQ8: return packed_rows<Type::kQ8>(group, rows, columns, x, tokens, out, ld, next);
     case Type::kBF16: return float_rows<Type::kBF16>(group, rows, columns, x, tokens, out, ld);
     case Type::kF16: return float_rows<Type::kF16>(group, rows, columns, x, tokens, out, ld);
     case Type::kF32: return float_rows<Type::kF32>(group, rows, columns, x, tokens, out, ld);
+    default:
+      return with_packed(
+          type, [&]<typename Format>() { packed_rows<Format::kType>(group, rows, columns, x, tokens, out, ld, next); });
   }
 }
 

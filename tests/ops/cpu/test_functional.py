@@ -15,6 +15,7 @@ from olmoe import ops
 from olmoe.errors import BackendUnavailableError
 from olmoe.ops import dispatch, reference, torch_fast
 from olmoe.ops.cpu import extension, functional
+from olmoe.ops.cpu.extension import float_matrix, kernels
 from olmoe.ops.cpu.functional import cached_attention
 from ops.cpu.matrices import error, random
 from ops.tolerances import forward_tolerance
@@ -403,6 +404,21 @@ def test_conversion_to_the_cache_rounds_as_torch_does(isa):
         number = ~expected.isnan()
         assert torch.equal(ours[number], expected[number])
         assert ours[~number].isnan().all()
+
+
+def test_every_half_precision_number_is_read_exactly(isa):
+    """All of them: zeros of both signs, subnormals, infinities and NaN, in vectors and one by one."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        table = bits.view(dtype)
+        for columns in (2**16, 32, 1):
+            rows = table.view(-1, columns)
+            ids = torch.arange(len(rows))
+            ours = torch.full(rows.shape, 7.0)
+            kernels().embed(float_matrix(rows), ids.data_ptr(), len(ids), ours.data_ptr())
+            number = ~rows.isnan()
+            assert torch.equal(ours[number].view(torch.int32), rows.float()[number].view(torch.int32))
+            assert ours[~number].isnan().all()
 
 
 # ---- what the kernels refuse ----
