@@ -26,7 +26,7 @@ class ThreadPool {
   template <typename Work>
   void run(int count, int grain, const Work& work) {
     if (count <= 0) return;
-    if (helpers_.empty() || count <= grain) {
+    if (helpers_.empty() || alone_ || count <= grain) {
       work(0, count, -1);
       return;
     }
@@ -34,6 +34,20 @@ class ThreadPool {
         count, grain,
         [](const void* w, int begin, int end, int next) { (*static_cast<const Work*>(w))(begin, end, next); }, &work);
   }
+
+  // While one of these lives, what is run stays on the calling thread, if `small`: work that is over before a helper has
+  // been woken gains nothing by it, and loses much where other programs want the helper's core. Results do not change.
+  class Alone {
+   public:
+    Alone(ThreadPool& pool, bool small) : pool_(pool), before_(pool.alone_) { pool.alone_ = before_ || small; }
+    ~Alone() { pool_.alone_ = before_; }
+    Alone(const Alone&) = delete;
+    Alone& operator=(const Alone&) = delete;
+
+   private:
+    ThreadPool& pool_;
+    const bool before_;
+  };
 
  private:
   using Call = void (*)(const void* work, int begin, int end, int next);
@@ -43,6 +57,7 @@ class ThreadPool {
   void help();
 
   std::vector<std::thread> helpers_;
+  bool alone_ = false;  // of the calling thread alone
   // One job at a time. Whoever takes a piece changes `claim_`, the number of the job and the first item that nobody has
   // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over,
   // and nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it

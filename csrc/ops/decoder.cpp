@@ -3,6 +3,12 @@
 #include <algorithm>
 
 namespace olmoe {
+namespace {
+
+// Fewer products of two numbers in the head are not worth other threads.
+constexpr int64_t kAloneProducts = 1 << 20;
+
+}  // namespace
 
 void forward(const DecoderWeights& w, const Tokens& tokens, const Sequences& sequences, const CacheView& cache,
              const Policies* policies, const Wanted& wanted) {
@@ -37,6 +43,7 @@ void forward(const DecoderWeights& w, const Tokens& tokens, const Sequences& seq
   if (!wanted.count) return;
   for (int r = 0; r < wanted.count; r++)  // each into a row that is free: y is no longer needed
     std::copy_n(x + wanted.rows[r] * d, d, y + size_t(r) * d);
+  const ThreadPool::Alone alone(pool(), int64_t(wanted.count) * w.head.rows * d < kAloneProducts);
   rms_norm(y, w.norm, w.eps, wanted.count, d, y);
   static thread_local Activations inputs;
   inputs.set(w.head, y, wanted.count, d, pool());

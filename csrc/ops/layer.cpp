@@ -23,12 +23,27 @@ void finish_heads(const LayerWeights& w, float* q, float* k, const float* cos, c
   });
 }
 
+// Less than this many products of two numbers in a layer is not worth other threads: its parts take microseconds.
+constexpr int64_t kAloneProducts = 1 << 21;
+
+// Of all weights that a token meets in a layer.
+int64_t products_of_token(const LayerWeights& w) {
+  const int64_t attention = 2 * int64_t(w.hidden) * w.hidden + 2 * int64_t(w.kv_heads) * w.head_dim * w.hidden;
+  return attention + 3 * int64_t(w.top_k) * w.experts.width * w.hidden + int64_t(w.experts.count) * w.hidden;
+}
+
+// `met` counts keys and values of a head and a token, over all tokens.
+bool is_small(const LayerWeights& w, int tokens, int64_t met = 0) {
+  return tokens * products_of_token(w) + 2 * met * w.hidden < kAloneProducts;
+}
+
 }  // namespace
 
 void attention_inputs(const LayerWeights& w, const float* x, const float* cos, const float* sin, int tokens, float* q,
                       float* k, float* v) {
   static thread_local std::vector<float> normed;
   static thread_local Activations inputs;
+  const ThreadPool::Alone alone(pool(), is_small(w, tokens));
   normed.resize(size_t(tokens) * w.hidden);
   rms_norm(x, w.input_norm, w.eps, tokens, w.hidden, normed.data());
   const int kv_width = w.kv_heads * w.head_dim;
@@ -56,6 +71,7 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
                       const Routed& routed, const Policies* policies, int index) {
   static thread_local std::vector<float> normed;
   static thread_local Activations inputs;
+  const ThreadPool::Alone alone(pool(), is_small(w, tokens));
   normed.resize(size_t(tokens) * w.hidden);
   inputs.set(w.o, attended, tokens, w.hidden, pool());
   linear(w.o, inputs, w.o_bias, x, y, w.hidden);
@@ -77,12 +93,18 @@ void layer(const LayerWeights& w, const float* x, const float* cos, const float*
            const CacheView& cache, int index, float* y, const Routed& routed, const Policies* policies) {
   static thread_local std::vector<float> buffer;
   const int tokens = sequences.tokens();
+  int64_t met = 0;
+  for (int b = 0; b < sequences.batch; b++) met += sequences.counts[b] * (sequences.lengths[b] + sequences.counts[b]);
+  const bool small = is_small(w, tokens, met);
   const size_t kv_width = size_t(w.kv_heads) * w.head_dim;
   buffer.resize(2 * size_t(tokens) * (w.hidden + kv_width));
   float *q = buffer.data(), *attended = q + size_t(tokens) * w.hidden, *k = attended + size_t(tokens) * w.hidden;
   float* v = k + tokens * kv_width;
   attention_inputs(w, x, cos, sin, tokens, q, k, v);
-  attention(q, k, v, sequences, w.heads, cache, index, attended);
+  {
+    const ThreadPool::Alone alone(pool(), small);
+    attention(q, k, v, sequences, w.heads, cache, index, attended);
+  }
   attention_output(w, x, attended, tokens, y, routed, policies, index);
 }
 

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kBins = kDigits, kTables = 4;
 constexpr int kFewCandidates = 4096;  // among so many, a selection by comparing is faster than by digits
+constexpr int kAloneScores = 1 << 15;  // rows with fewer together are not worth another thread
 constexpr uint32_t kSeen = 1u << 31;  // a token of prompt or text; the bits below count it in the text
 
 // Memory of one thread, kept between calls.
@@ -287,7 +288,8 @@ void report(const float* logits, int n, float top, int count, int64_t chosen, fl
 void sample(const float* logits, int64_t stride, int allowed, const std::vector<const SamplingRow*>& rows,
             const Samples& out) {
   const Kernels& kernel = kernels();
-  pool().run(int(rows.size()), 1, [&](int begin, int end, int) {
+  const int grain = std::max(1, kAloneScores / allowed);
+  pool().run(int(rows.size()), grain, [&](int begin, int end, int) {
     static thread_local Scratch s;
     s.reserve(allowed);
     for (int r = begin; r < end; r++) {

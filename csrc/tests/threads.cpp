@@ -45,6 +45,28 @@ void run_jobs(ThreadPool& pool, int jobs) {
   }
 }
 
+// Small work stays where it is, with scopes in scopes, and the pool is whole again afterwards.
+void run_alone(ThreadPool& pool) {
+  const std::thread::id here = std::this_thread::get_id();
+  auto elsewhere = [&] {
+    std::atomic<int> pieces = 0;
+    pool.run(64, 1, [&](int begin, int end, int) {
+      if (std::this_thread::get_id() != here) pieces += end - begin;
+      if (std::this_thread::get_id() == here) usleep(2000);  // so that helpers get some, if they may
+    });
+    return pieces.load();
+  };
+  {
+    const ThreadPool::Alone alone(pool, true);
+    check(elsewhere() == 0, "small work on the calling thread");
+    const ThreadPool::Alone inner(pool, false);
+    check(elsewhere() == 0, "large work within small work on the calling thread");
+  }
+  const ThreadPool::Alone alone(pool, false);
+  if (pool.threads() > 1) check(elsewhere() > 0, "other work on all threads");
+  run_jobs(pool, 50);
+}
+
 void use_shared_pool(int jobs) {
   for (int i = 0; i < jobs; i++) {
     set_threads(1 + i % 4);
@@ -63,6 +85,7 @@ int main() {
     run_uneven_jobs(pool, 2000);
     usleep(20000);  // long enough for helpers to sleep
     run_jobs(pool, 20);
+    run_alone(pool);
   }
   for (int i = 0; i < 50; i++) ThreadPool pool(4);  // ends without a job
 
