@@ -44,7 +44,7 @@ class RunningSequences:
             view = CacheView(self._cache.blocks, self._cache.table[rows])
             last.append(self._runner.forward(batch, view, Want(ends)).logits)
         self.lengths = totals
-        return torch.cat(last)
+        return last[0] if len(last) == 1 else torch.cat(last)
 
     def step(self, token_ids: Sequence[int]) -> Tensor:
         """One new token of each sequence -> logits (B, V) after it."""

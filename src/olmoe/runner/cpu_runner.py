@@ -49,6 +49,7 @@ class CpuRunner:
     def new_cache(self, sequences: int, positions: int, dtype: torch.dtype | None = None) -> BlockCache:
         """See `Runner.new_cache`. By default fp16 for packed models, and the dtype of others."""
         first = self._compiled.layers[0]
+        self._rope.reserve(positions)  # now, rather than within a decoding step
         blocks = sequences * -(-positions // KEY_BLOCK)
         return BlockCache.allocate(
             len(self._compiled.layers),

@@ -14,6 +14,9 @@ from olmoe.model import RotaryEmbedding
 from olmoe.runner.base import Batch
 
 _FIRST_POSITIONS = 256
+# So many cosines torch computes on the calling thread, also where it leaves them to MKL. After more its other threads
+# spin for milliseconds, on cores that those of the kernels need.
+_SERIAL_ELEMENTS = 64
 
 
 class Angles(NamedTuple):
@@ -31,20 +34,36 @@ class RopeTable:
         self._rotary = RotaryEmbedding(rotary.rope, rotary.head_dim, rotary.max_positions)
         self._table: tuple[Tensor, Tensor] | None = None  # replaced whole, so that threads see one or the other
 
+    def reserve(self, positions: int) -> None:
+        """Make room for so many positions: who knows them beforehand spares a later call the work."""
+        if self._rotary.rope.rope_type != "dynamic":
+            self._grown(positions)
+
+    @torch.inference_mode()
+    def _grown(self, positions: int) -> tuple[Tensor, Tensor]:
+        """The table, with room for so many positions."""
+        table = self._table
+        if table is None or positions > len(table[0]):
+            count = _FIRST_POSITIONS
+            while count < positions:
+                count *= 2
+            cos, sin = self._rotary(torch.arange(count))
+            self._table = table = cos.contiguous(), sin.contiguous()
+        return table
+
     @torch.inference_mode()
     def angles(self, batch: Batch) -> Angles:
         """Those of every token of a call."""
         positions = batch.positions()
-        if self._rotary.rope.rope_type == "dynamic":
-            totals = batch.totals or [a + b for a, b in zip(batch.lengths, batch.counts, strict=True)]
-            length = torch.tensor([totals[b] for b in batch.sequence_of_token()])
-            cos, sin = self._rotary(torch.tensor(positions), length)
-            return Angles(cos.contiguous(), sin.contiguous(), list(range(len(positions))))
-        last, table = max(positions), self._table
-        if table is None or last >= len(table[0]):
-            count = _FIRST_POSITIONS
-            while count <= last:
-                count *= 2
-            cos, sin = self._rotary(torch.arange(count))
-            self._table = table = cos.contiguous(), sin.contiguous()
-        return Angles(*table, positions)
+        if self._rotary.rope.rope_type != "dynamic":
+            return Angles(*self._grown(max(positions) + 1), positions)
+        totals = batch.totals or [a + b for a, b in zip(batch.lengths, batch.counts, strict=True)]
+        lengths = [totals[b] for b in batch.sequence_of_token()]
+        half = self._rotary.head_dim // 2
+        cos, sin = torch.empty(len(positions), half), torch.empty(len(positions), half)
+        # A decoding step has few; those of a prompt are worth torch's threads.
+        size = max(1, _SERIAL_ELEMENTS // half) if len(positions) == len(batch.counts) else len(positions)
+        for start in range(0, len(positions), size):
+            piece = slice(start, start + size)
+            cos[piece], sin[piece] = self._rotary(torch.tensor(positions[piece]), torch.tensor(lengths[piece]))
+        return Angles(cos, sin, list(range(len(positions))))
