@@ -15,7 +15,7 @@ from olmoe.cli.main import main
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
 from olmoe.weights import checkpoint
-from packed_folders import WHOLE, packed_folder
+from packed_folders import WHOLE, packed_folder, plain_folder
 
 QUICK = ["--prefill", "8", "--decode", "3", "--context", "4", "--repeats", "1"]
 
@@ -84,6 +84,44 @@ def test_a_batch_is_named_in_the_table(capsys, config_file):
     assert "decode at 4, batch 2 " in out
 
 
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        ([], {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}),
+        (
+            ["--temperature", "0.8", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01"],
+            {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01},
+        ),
+    ],
+    ids=["as generate", "sampled"],
+)
+def test_the_whole_path_stands_beside_bare_steps(capsys, config_file, options, sampling):
+    code, out, _ = bench(capsys, "--random-weights", config_file, "--whole-path", *options, *QUICK)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("Memory reads reach ")
+    whole = json.loads(lines[-1])["whole_path"]
+    assert whole["sampling"] == sampling
+    assert whole["rounds"] == 1
+    # One round, so that its ratio is that of the two numbers.
+    assert whole["ratio"] == pytest.approx(whole["whole_tokens_per_s"] / whole["bare_tokens_per_s"], rel=0.01, abs=1e-3)
+    (line,) = (line for line in lines if line.startswith("whole path at 4, in turn "))
+    assert line.endswith(f"{whole['ratio']:.3f} of bare steps")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own tokenizer", "a stand-in"])
+def test_the_whole_path_of_a_checkpoint(capsys, tmp_path, tokenizer_file, own):
+    folder = plain_folder(tmp_path / "plain", tokenizer_file if own else None)
+    code, out, _ = bench(capsys, "--model", folder, "--whole-path", "--json", *QUICK)
+    assert code == 0
+    assert json.loads(out)["whole_path"]["whole_tokens_per_s"] > 0
+
+
+def test_without_it_there_is_none(capsys, config_file):
+    _, out, _ = bench(capsys, "--random-weights", config_file, "--json", *QUICK)
+    assert "whole_path" not in json.loads(out)
+
+
 def test_checkpoints_are_measured_in_what_they_are_stored_as(capsys, tmp_path):
     folder = tmp_path / "plain"
     checkpoint.save(make_model(), folder, dtype=torch.bfloat16)
@@ -145,6 +183,11 @@ def test_threads_backend_and_instruction_set_are_used(capsys, config_file):
         (["--random-weights", "CONFIG", "--backend", "torch", "--isa", "scalar"], ["--isa", "torch"]),
         (["--random-weights", "CONFIG", "--prefill", "1000"], ["1000", "128"]),
         (["--random-weights", "CONFIG", "--context", "100", "--decode", "29"], ["129", "128"]),
+        (["--random-weights", "CONFIG", "--top-p", "0.9"], ["--top-p 0.9", "--whole-path"]),
+        (["--random-weights", "CONFIG", "--temperature", "0"], ["--temperature 0.0", "--whole-path"]),
+        (["--random-weights", "CONFIG", "--whole-path", "--batch", "2"], ["--whole-path", "--batch 2"]),
+        (["--random-weights", "CONFIG", "--whole-path", "--top-p", "2"], ["top_p", "2.0"]),
+        (["--random-weights", "CONFIG", "--whole-path", "--context", "100", "--decode", "28"], ["129", "128"]),
         (["--model", "./no/such/folder"], ["folder"]),
         (["--format", "int4"], ["olmoe quantize"]),  # of the shipped model, which is not packed
     ],

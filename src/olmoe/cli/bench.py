@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from olmoe.bench.benchmark import Ceiling
+    from olmoe.bench.benchmark import Ceiling, Measured
     from olmoe.config import ModelConfig
+    from olmoe.engine.request import SamplingParams
     from olmoe.model import CausalLM
 
 RELEASED = "1b-7b"
 DEFAULT_FORMAT = "int4"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference (%(default)s)")
     parser.add_argument("--isa", help="instruction set of the C++ kernels (default: the best that this CPU has)")
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+    whole = parser.add_argument_group("what users get")
+    whole.add_argument(
+        "--whole-path",
+        action="store_true",
+        help="decode in turn through all that `olmoe generate` does as well: tokenizer, sampling, text; and print the "
+        "ratio to bare steps. Sampling is greedy unless the options below say otherwise",
+    )
+    whole.add_argument("--temperature", type=float, help="with --whole-path: as for `olmoe generate`")
+    whole.add_argument("--top-k", type=int, metavar="K", help="the same")
+    whole.add_argument("--top-p", type=float, metavar="P", help="the same")
+    whole.add_argument("--min-p", type=float, metavar="P", help="the same")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"--{option} must be at least 1, not {value}.")
+    params = _sampling(arguments)
     require_backend(arguments.backend)
     if arguments.isa is not None:
         if arguments.backend not in ("auto", "cpu"):
@@ -102,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
             progress=progress,
         )
+    whole = {} if params is None else _whole_path(runner, folder, arguments, params)
     peak, decoded = peak_memory_bytes(), speed["decode_tokens_per_second"]
     # Once more, in case others used the memory before; a smaller block, because the model takes its room now.
     ceiling = benchmark.Ceiling(max(bandwidth, benchmark.read_bandwidth(size=2**28)), step, arguments.batch)
@@ -112,7 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'':<28} {'tokens/s':>10} {'of ceiling':>11} {'GB/s':>8}\n"
         f"{f'prefill {prefill}':<28} {speed['prefill_tokens_per_second']:>10.1f}\n"
         f"{label:<28} {decoded:>10.1f} {share:>10.0%} {achieved:>8.1f}\n"
-        f"load {load_seconds:.2f} s, peak memory {_size(peak)}"
+        + _whole_text(whole, arguments.context)
+        + f"load {load_seconds:.2f} s, peak memory {_size(peak)}"
     )
     facts = {
         "benchmark": "bench",
@@ -132,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
         "load_s": round(load_seconds, 3),
         "peak_memory_gb": round(peak / 1e9, 3),
         "ceiling": ceiling.to_dict(),
-    }
+    } | ({"whole_path": whole} if whole else {})
     print(json.dumps(facts | benchmark.machine_facts()))
     return 0
 
@@ -176,7 +192,8 @@ def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
 
     room = int(config.max_position_embeddings * config.rope.factor)
     prefill: int = min(512, room) if arguments.prefill is None else arguments.prefill
-    needs = {"--prefill asks": prefill, "--context and --decode ask": arguments.context + arguments.decode}
+    decoded = arguments.context + arguments.decode + (1 if arguments.whole_path else 0)
+    needs = {"--prefill asks": prefill, "--context and --decode ask": decoded}
     for who, length in needs.items():
         if length > room:
             raise UserError(f"{who} for {length} tokens, but the model's context ends at {room}; take fewer.")
@@ -197,6 +214,70 @@ def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple
     dtype = model.model.norm.weight.dtype
     names = {value: key for key, value in PLAIN_FORMATS.items()}
     return model, names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
+    """How the whole path samples; None if it is not asked for. Raises `UserError` for what does not go together."""
+    from olmoe.engine.request import SamplingParams
+    from olmoe.errors import UserError
+
+    given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
+    if arguments.whole_path:
+        if arguments.batch > 1:
+            raise UserError(f"--whole-path decodes one text at a time, not --batch {arguments.batch}; leave one out.")
+        return SamplingParams(**given, seed=0)
+    for name, value in given.items():
+        raise UserError(f"--{name.replace('_', '-')} {value} needs --whole-path, which samples; add it.")
+    return None
+
+
+def _whole_path(
+    runner: Measured, folder: Path | None, arguments: argparse.Namespace, params: SamplingParams
+) -> dict[str, Any]:
+    """What decoding through the whole path yields beside bare steps, and how it sampled; for JSON."""
+    from tqdm import tqdm
+
+    from olmoe.bench.whole_path import WholePath, measure_whole_path, stand_in_tokenizer
+    from olmoe.engine.llm import LLM
+    from olmoe.tokenizer import Tokenizer
+
+    config = runner.model.config
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
+    else:
+        tokenizer = stand_in_tokenizer(config.vocab_size, config.eos_token_ids)
+    llm = LLM.from_parts(runner.model, tokenizer, backend=arguments.backend)
+    with tqdm(desc="whole path", unit="turn", disable=arguments.quiet or None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        speed = measure_whole_path(
+            runner,
+            WholePath(llm, arguments.context, params),
+            context=arguments.context,
+            decode=arguments.decode,
+            rounds=arguments.repeats,
+            progress=progress,
+        )
+    return {
+        "bare_tokens_per_s": round(speed["bare_tokens_per_second"], 2),
+        "whole_tokens_per_s": round(speed["whole_tokens_per_second"], 2),
+        "ratio": round(speed["ratio"], 3),
+        "rounds": arguments.repeats,
+        "sampling": {name: getattr(params, name) for name in SAMPLING},
+    }
+
+
+def _whole_text(whole: dict[str, Any], context: int) -> str:
+    if not whole:
+        return ""
+    bare, through, ratio = (whole[key] for key in ("bare_tokens_per_s", "whole_tokens_per_s", "ratio"))
+    return (
+        f"{f'bare steps at {context}, in turn':<28} {bare:>10.1f}\n"
+        f"{f'whole path at {context}, in turn':<28} {through:>10.1f}   {ratio:.3f} of bare steps\n"
+    )
 
 
 def _ceiling_text(ceiling: Ceiling, context: int) -> str:
