@@ -94,6 +94,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        eos: Any = self.eos_token_id
+        if isinstance(eos, list):
+            object.__setattr__(self, "eos_token_id", tuple(eos))
+        self._check_sizes()
+        self._check_values()
+        self._check_tokens()
+
+    def _check_sizes(self) -> None:
         for name in (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
             "num_key_value_heads max_position_embeddings num_experts num_experts_per_tok"
@@ -116,6 +124,8 @@ class ModelConfig:
             )
         if self.num_experts_per_tok > self.num_experts:
             raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}.")
+
+    def _check_values(self) -> None:
         for name in ("rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
@@ -127,12 +137,11 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}.")
         if not isinstance(self.hidden_act, str):
             raise ConfigError(f"hidden_act must be the name of an activation, not {shown(self.hidden_act)}.")
+
+    def _check_tokens(self) -> None:
         if self.pad_token_id is not None and not _is_token_id(self.pad_token_id):
             raise ConfigError(f"pad_token_id must be null or a token id, not {shown(self.pad_token_id)}.")
         eos: Any = self.eos_token_id
-        if isinstance(eos, list):
-            eos = tuple(eos)
-            object.__setattr__(self, "eos_token_id", eos)
         if eos is not None and not all(map(_is_token_id, eos if isinstance(eos, tuple) else (eos,))):
             raise ConfigError(f"eos_token_id must be null, a token id or a list of them, not {shown(eos)}.")
 

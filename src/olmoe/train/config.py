@@ -50,6 +50,11 @@ class DataConfig:
     sequence_length: int = 4096
     tokens_folder: str = "data"  # where token files and their descriptions are kept
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that is read, for whatever purpose."""
+        return (*self.train, *self.valid, *self.measure)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -221,8 +226,22 @@ def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
 
 def _check(config: TrainConfig) -> None:
     """Refuse values of the right type that make no training run."""
+    _check_ranges(config)
+    _check_places(config)
+    _check_model(config)
+    schedule = config.schedule
+    if schedule.kind not in ("cosine", "linear"):
+        raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")
+    if schedule.warmup_tokens >= schedule.total_tokens:
+        raise ConfigError(
+            f"schedule.warmup_tokens {schedule.warmup_tokens} must be below schedule.total_tokens "
+            f"{schedule.total_tokens}."
+        )
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    """Each number by itself."""
     data, optimizer, schedule = config.data, config.optimizer, config.schedule
-    sources = [*data.train, *data.valid, *data.measure]
     positive: dict[str, float] = {
         "data.sequence_length": data.sequence_length,
         "batch.sequences": config.batch.sequences,
@@ -234,7 +253,7 @@ def _check(config: TrainConfig) -> None:
         "evaluation.every_steps": config.evaluation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
-    } | {f"repeat of {source.path!r}": source.repeat for source in sources}
+    } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
         "schedule.warmup_tokens": schedule.warmup_tokens,
@@ -257,36 +276,39 @@ def _check(config: TrainConfig) -> None:
             "regularization.residual_dropout must be from 0 to below 1, not "
             f"{shown(config.regularization.residual_dropout)}."
         )
+
+
+def _check_places(config: TrainConfig) -> None:
+    """What is read and written."""
+    data = config.data
     if not config.run.output:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
-    for place in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in sources)):
+    for place in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in data.sources)):
         config.resolve(place)
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Whether model, tokenizer and windows of the data fit each other, and the training that there is."""
+    length = config.data.sequence_length
     if config.eos_is_written and not config.model.eos_token_ids:
         raise ConfigError("model.eos_token_id is needed for training: it ends each document.")
     if (config.tokenizer.vocab_size or 0) > config.model.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size {config.tokenizer.vocab_size} exceeds model.vocab_size {config.model.vocab_size}."
         )
-    if data.sequence_length < 2:
+    if length < 2:
         raise ConfigError("data.sequence_length must be at least 2: a window of T ids trains T - 1 predictions.")
-    if data.sequence_length > config.model.max_position_embeddings:
+    if length > config.model.max_position_embeddings:
         raise ConfigError(
-            f"data.sequence_length {data.sequence_length} exceeds model.max_position_embeddings "
+            f"data.sequence_length {length} exceeds model.max_position_embeddings "
             f"{config.model.max_position_embeddings}; lower the one or raise the other."
         )
     if config.model.attention_dropout:
         raise ConfigError(
             f"model.attention_dropout is {config.model.attention_dropout}, but OLMoE trains without it; remove it, or "
             "set regularization.residual_dropout."
-        )
-    if schedule.kind not in ("cosine", "linear"):
-        raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")
-    if schedule.warmup_tokens >= schedule.total_tokens:
-        raise ConfigError(
-            f"schedule.warmup_tokens {schedule.warmup_tokens} must be below schedule.total_tokens "
-            f"{schedule.total_tokens}."
         )
 
 
