@@ -27,8 +27,7 @@ from olmoe.io.hub import SHIPPED
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import TrainConfig, load_config
 from olmoe.train.data import TokenFile, open_tokens, prepare
-from olmoe.train.evaluation import Evaluation
-from olmoe.train.loop import evaluate_all
+from olmoe.train.evaluation import Evaluation, evaluate_all
 from olmoe.weights import checkpoint
 
 SAMPLES = ("Once upon a time", "One day, a little girl named Lily", "The fox and the crow")

@@ -57,6 +57,22 @@ def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, wind
     return Evaluation(nats / predicted, nats / math.log(2) / text_bytes, predicted, counts_LE.cpu())
 
 
+def evaluate_all(
+    model: CausalLM, held_out: list[tuple[TokenFile, Tokens]], length: int, windows: int
+) -> dict[str, Evaluation]:
+    """`evaluate` each held-out file; results by the file's name."""
+    return {file.name: evaluate(model, file, tokens, length, windows) for file, tokens in held_out}
+
+
+def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float | None]]:
+    """Loss and bits per byte by file, as metrics records hold them; null for bits of unknown bytes."""
+    bits = {name: r.bits_per_byte for name, r in results.items()}
+    return {
+        "held_out_loss": {name: round(r.loss, 5) for name, r in results.items()},
+        "bits_per_byte": {name: round(b, 5) if math.isfinite(b) else None for name, b in bits.items()},
+    }
+
+
 def _windows(total: int, length: int, windows: int) -> list[int]:
     """Starts of the windows to predict, `windows` of them at even distances, or all."""
     full = total // length

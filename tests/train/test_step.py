@@ -1,0 +1,124 @@
+"""One optimizer step, and that several processes can share it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from olmoe.config import ModelConfig
+from olmoe.errors import ConfigError
+from olmoe.model import CausalLM, initialize
+from olmoe.train.config import (
+    BatchConfig,
+    DataConfig,
+    OptimizerConfig,
+    RegularizationConfig,
+    RunConfig,
+    ScheduleConfig,
+    Source,
+    TokenizerConfig,
+    TrainConfig,
+)
+from olmoe.train.data import Mixture
+from olmoe.train.optim import build_optimizer, clip_gradients
+from olmoe.train.step import Scales, StepReport, accumulate, microbatches, train_step
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_experts=4,
+    num_experts_per_tok=2, max_position_embeddings=32, eos_token_id=0,
+)  # fmt: skip
+CONFIG = TrainConfig(
+    run=RunConfig(output="run", seed=1),
+    model=MODEL,
+    tokenizer=TokenizerConfig(path="tokenizer.json"),
+    data=DataConfig(train=(Source(path="text"),), sequence_length=12),
+    batch=BatchConfig(sequences=2, accumulation=4),
+    schedule=ScheduleConfig(total_tokens=12 * 8 * 10, warmup_tokens=12 * 8 * 2),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    regularization=RegularizationConfig(residual_dropout=0.1),
+)
+
+
+@pytest.fixture
+def model():
+    model = CausalLM(MODEL)
+    initialize(model, 1)
+    return model
+
+
+@pytest.fixture
+def mixture():
+    tokens = np.random.default_rng(1).integers(0, 61, 1000).astype("<u2")
+    return Mixture([(tokens, 1.0)], 12, 1)
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_a_step_number_names_its_microbatches(mixture):
+    batches = list(microbatches(mixture, CONFIG, 3, CPU))
+    assert [batch.first for batch in batches] == [24, 26, 28, 30]
+    for batch in batches:
+        assert batch.windows.tolist() == [
+            mixture.window(batch.first).tolist(),
+            mixture.window(batch.first + 1).tolist(),
+        ]
+
+
+def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
+    batches, scales = list(microbatches(mixture, CONFIG, 0, CPU)), Scales.of(CONFIG)
+    whole, shares = StepReport(), [StepReport(), StepReport()]
+    accumulate(model, batches, scales, CONFIG, whole)
+    expected = gradients(model)
+    parts = []
+    for rank, share in enumerate(shares):
+        model.zero_grad()
+        accumulate(model, batches[rank::2], scales, CONFIG, share)
+        parts.append(gradients(model))
+    for want, *got in zip(expected, *parts, strict=True):
+        torch.testing.assert_close(sum(got), want, rtol=1e-4, atol=1e-7)
+    for name in ("cross_entropy", "load_balancing", "router_z"):
+        assert sum(getattr(share, name) for share in shares) == pytest.approx(getattr(whole, name), rel=1e-6)
+    assert torch.equal(shares[0].counts_LE + shares[1].counts_LE, whole.counts_LE)
+    assert int(whole.counts_LE.sum()) == 2 * 2 * 8 * 12  # layers, experts of a token, windows, tokens
+
+
+def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixture):
+    optimizer, seen = build_optimizer(model, CONFIG.optimizer), []
+
+    def clip(parameters, max_norm):
+        seen.append((gradients(model), max_norm))
+        return clip_gradients(parameters, max_norm)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    tokens = CONFIG.tokens_per_step
+    report = train_step(
+        model, optimizer, microbatches(mixture, CONFIG, 1, CPU), Scales.of(CONFIG), CONFIG, tokens, clip
+    )
+    assert report.learning_rate == pytest.approx(1e-2 * 0.55)  # half of the warm-up
+    assert [max_norm for _, max_norm in seen] == [1.0]
+    squares = sum(float(g.double().square().sum()) for g in seen[0][0])
+    assert report.grad_norm == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert set(report.values()) == {
+        "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean",
+    }  # fmt: skip
+
+
+def test_a_norm_that_is_not_finite_changes_no_weight(model, mixture):
+    config = replace(CONFIG, regularization=RegularizationConfig())
+    optimizer = build_optimizer(model, config.optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ConfigError, match=r"The gradient norm is nan at step 3; lower optimizer.learning_rate"):
+        train_step(
+            model, optimizer, microbatches(mixture, config, 2, CPU), Scales.of(config), config,
+            2 * config.tokens_per_step, lambda parameters, norm: torch.tensor(math.nan),
+        )  # fmt: skip
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
