@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -31,13 +30,13 @@ from olmoe.engine.text_stream import TextStream
 from olmoe.engine.waves import waves
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.io import hub
-from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights import checkpoint
+from olmoe.weights.generation import end_ids
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
 # them are hardly faster, and each needs its logits.
@@ -86,9 +85,7 @@ class LLM:
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
         config = ModelConfig.from_file(folder / "config.json")
-        tokenizer = Tokenizer.from_folder(
-            folder, eos_ids=_generation_eos(folder) or config.eos_token_ids, pad_id=config.pad_token_id
-        )
+        tokenizer = Tokenizer.from_folder(folder, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
         _check_fit(tokenizer, config)
         model = checkpoint.load(folder, dtype=memory_dtype, device=self.device, progress=progress)
         self._assemble(model, tokenizer, backend)
@@ -332,17 +329,3 @@ def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:
             f"The tokenizer has {tokenizer.vocab_size} ids, but the model only {config.vocab_size}; "
             "they do not belong together."
         )
-
-
-def _generation_eos(folder: Path) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, which may be more than the model's own."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return ()
-    try:
-        value = json.loads(read_text(path)).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error}).") from None
-    if isinstance(value, int):
-        return (value,)
-    return tuple(value) if isinstance(value, list) and all(isinstance(i, int) for i in value) else ()

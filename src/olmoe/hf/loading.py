@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from olmoe.model import Experts
+from olmoe.weights.names import DOWN, GATE_UP, expert_names
 
 
 def accept_single_experts(experts: Experts) -> None:
@@ -24,12 +25,9 @@ def accept_single_experts(experts: Experts) -> None:
 def _stack(module: Experts, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
     """Replace single tensors of all experts by the two stacks; an incomplete set stays, and is reported as such."""
     count = module.gate_up_proj.shape[0]
-    names = [
-        [f"{prefix}{e}.{projection}.weight" for projection in ("gate_proj", "up_proj", "down_proj")]
-        for e in range(count)
-    ]
+    names = [expert_names(prefix, e) for e in range(count)]
     if not all(name in state_dict for expert in names for name in expert):
         return
     gates, ups, downs = ([state_dict.pop(expert[i]) for expert in names] for i in range(3))
-    state_dict[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
-    state_dict[f"{prefix}down_proj"] = torch.stack(downs)
+    state_dict[f"{prefix}{GATE_UP}"] = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+    state_dict[f"{prefix}{DOWN}"] = torch.stack(downs)

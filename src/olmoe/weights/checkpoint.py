@@ -35,29 +35,23 @@ from olmoe.io import foreign, hub, targets
 from olmoe.io.targets import some
 from olmoe.io.tensor_file import INDEX_NAME, SINGLE_NAME, read_index
 from olmoe.model import CausalLM, allocate, without_values
-from olmoe.weights import packed
-from olmoe.weights.packed import EMBEDDING, HEAD
+from olmoe.weights import generation, packed
+from olmoe.weights.names import EMBEDDING, HEAD, Part, count_layers, expert_part, parameter_shapes, parts_of
+from olmoe.weights.shards import MAX_SHARD_BYTES, cut, write_index
 
-MAX_SHARD_BYTES = 4 * 10**9
 # Text files of a checkpoint folder that go where its weights go.
 TRAVELLING = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    generation.FILE_NAME,
 )
 # In the metadata of weights that `save` wrote: which files it wrote beside them, but for those.
 _EXTRA_FILES = "olmoe_extra_files"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old transformers versions stored; they follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-# One spelling a number, so that no two names mean the same tensor.
-_NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-_LAYER_NAME = re.compile(rf"model\.layers\.({_NUMBER})\.")
-_EXPERT_NAME = re.compile(
-    rf"(?P<prefix>model\.layers\.{_NUMBER}\.mlp\.experts)\.(?P<expert>{_NUMBER})\.(?P<part>gate|up|down)_proj\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -67,15 +61,6 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: F32, F16, BF16
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a stored tensor goes: a parameter, and the part of it (None: all)."""
-
-    parameter: str
-    index: tuple[Any, ...] | None
-    shape: tuple[int, ...]
 
 
 def load(
@@ -100,7 +85,7 @@ def load(
         return packed.load(folder, dtype=dtype, device=device, progress=progress)
     config = ModelConfig.from_file(folder / "config.json")
     stored = read_headers(folder)
-    targets = plan(config, stored)
+    parts = plan(config, stored)
     check_tie(config, stored)
     if dtype is None:
         dtype = dominant_dtype(stored)
@@ -117,17 +102,15 @@ def load(
         model.lm_head.weight = model.model.embed_tokens.weight  # now they are two
     parameters = dict(model.named_parameters())
     done = 0
-    for file in sorted({tensor.file for name, tensor in stored.items() if name in targets}):
-        names = [name for name, tensor in stored.items() if tensor.file == file and name in targets]
+    for file in sorted({tensor.file for name, tensor in stored.items() if name in parts}):
+        names = [name for name, tensor in stored.items() if tensor.file == file and name in parts]
         for name, value in _read_tensors(file, names):
-            target = targets[name]
-            parameter = parameters[target.parameter].data
-            part = parameter if target.index is None else parameter[target.index]
-            part.copy_(value)
-            _check_range(name, value, part)
+            place = parameters[parts[name].parameter].data[parts[name].index]
+            place.copy_(value)
+            _check_range(name, value, place)
             done += 1
             if progress is not None:
-                progress(done, len(targets))
+                progress(done, len(parts))
             del value  # it keeps its whole shard mapped
     return model
 
@@ -169,7 +152,7 @@ def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) ->
             f"{folder} holds other files and no config.json, and saving would replace it whole; choose a new folder."
         )
     written = _files_of_save(folder)
-    names = {SINGLE_NAME, "config.json", "generation_config.json", *extra_files, *written}
+    names = {SINGLE_NAME, "config.json", generation.FILE_NAME, *extra_files, *written}
     foreign = targets.foreign_entries(folder, names, shards=True)
     if foreign and not overwrite:
         raise CheckpointError(
@@ -198,57 +181,29 @@ def write_model(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """`save` into an existing folder that the caller makes atomic; `metadata` are written into each shard."""
-    config = model.config
-    shards: list[list[str]] = [[]]
-    used = total = 0
     tensors = dict(exported_tensors(model))
-    for name, value in tensors.items():
+    for value in tensors.values():
         if value.dtype == torch.uint8:
             raise CheckpointError("A packed model is not written again; copy its folder, or pack another one.")
         if (dtype or value.dtype) not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"Weights cannot be saved as {dtype or value.dtype}; use float32, bfloat16 or float16."
             )
-        size = value.numel() * (dtype or value.dtype).itemsize
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-        total += size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
+    sizes = {name: value.numel() * (dtype or value.dtype).itemsize for name, value in tensors.items()}
+    shards = cut(sizes, max_shard_bytes)
+    for file, names in shards.items():
         _write_shard(folder / file, {name: tensors[name] for name in names}, dtype, metadata or {})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_index(folder, shards, sum(sizes.values()))
     stored = dtype or next(model.parameters()).dtype
-    (folder / "config.json").write_text(config.to_json(str(stored).removeprefix("torch.")), encoding="utf-8")
-    generation = {
-        "_from_model_config": True,
-        "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.to_dict()["eos_token_id"],
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(model.config.to_json(str(stored).removeprefix("torch.")), encoding="utf-8")
+    (folder / generation.FILE_NAME).write_text(generation.generation_text(model.config), encoding="utf-8")
 
 
 def exported_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the per-expert layout by name, as views of the parameters."""
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        if name.endswith("experts.gate_up_proj"):
-            prefix, width = name.removesuffix(".gate_up_proj"), value.shape[1] // 2
-            for e in range(value.shape[0]):
-                yield f"{prefix}.{e}.gate_proj.weight", value[e, :width]
-                yield f"{prefix}.{e}.up_proj.weight", value[e, width:]
-        elif name.endswith("experts.down_proj"):
-            prefix = name.removesuffix(".down_proj")
-            for e in range(value.shape[0]):
-                yield f"{prefix}.{e}.down_proj.weight", value[e]
-        else:
-            yield name, value
+        for part in parts_of(name, tuple(parameter.shape)):
+            yield part.name, parameter.detach()[part.index]
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -282,37 +237,36 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Target]:
+def plan(config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, Part]:
     """Match stored tensors to parameters by name and shape. Raises `CheckpointError` on any mismatch."""
-    layers = {m[1] for name in stored if (m := _LAYER_NAME.match(name))}
-    if len(layers) != config.num_hidden_layers:
+    if (layers := count_layers(stored)) != config.num_hidden_layers:
         foreign.check_names(stored)
         # Checked before names are listed, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
-            f"config.json says {config.num_hidden_layers} layers, but the checkpoint holds tensors of {len(layers)}."
+            f"config.json says {config.num_hidden_layers} layers, but the checkpoint holds tensors of {layers}."
         )
-    targets: dict[str, Target] = {}
+    parts: dict[str, Part] = {}
     expected = parameter_shapes(config)
     for name, tensor in stored.items():
         if IGNORED.search(name) or (config.tie_word_embeddings and name == HEAD and EMBEDDING in stored):
             continue
-        target = _target(config, name, expected)
-        if target is None:
+        part = _part(config, name, expected)
+        if part is None:
             foreign.check_names(stored)
             raise CheckpointError(
                 f"The checkpoint holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
             )
-        if tensor.shape != target.shape:
+        if tensor.shape != part.shape:
             raise CheckpointError(
-                f"Tensor {shown(name)} has shape {list(tensor.shape)}, but config.json makes it {list(target.shape)}."
+                f"Tensor {shown(name)} has shape {list(tensor.shape)}, but config.json makes it {list(part.shape)}."
             )
         if tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"Tensor {shown(name)} is stored as {tensor.dtype}; only {', '.join(FLOAT_DTYPES)} can be loaded."
             )
-        targets[name] = target
-    _check_complete(config, targets, expected)
-    return targets
+        parts[name] = part
+    _check_complete(config, parts, expected)
+    return parts
 
 
 def check_tie(config: ModelConfig, stored: dict[str, StoredTensor]) -> None:
@@ -327,35 +281,6 @@ def check_tie(config: ModelConfig, stored: dict[str, StoredTensor]) -> None:
         )
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of `CausalLM(config)`, without building it."""
-    d, kv, e, f = config.hidden_size, config.kv_heads * config.head_dim, config.num_experts, config.intermediate_size
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (d,),
-        "post_attention_layernorm.weight": (d,),
-        "self_attn.q_proj.weight": (d, d),
-        "self_attn.k_proj.weight": (kv, d),
-        "self_attn.v_proj.weight": (kv, d),
-        "self_attn.o_proj.weight": (d, d),
-        "self_attn.q_norm.weight": (d,),
-        "self_attn.k_norm.weight": (kv,),
-        "mlp.gate.weight": (e, d),
-        "mlp.experts.gate_up_proj": (e, 2 * f, d),
-        "mlp.experts.down_proj": (e, d, f),
-    }
-    if config.attention_bias:
-        layer |= {f"self_attn.{p}_proj.bias": (d if p in "qo" else kv,) for p in "qkvo"}
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab_size, d),
-        "model.norm.weight": (d,),
-    }
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, d)
-    return shapes
-
-
 def dominant_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     """The dtype that most of a checkpoint's values are stored in."""
     sizes: dict[str, int] = {}
@@ -365,29 +290,21 @@ def dominant_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     return FLOAT_DTYPES[max(sizes, key=sizes.__getitem__)]
 
 
-def _target(config: ModelConfig, name: str, expected: dict[str, tuple[int, ...]]) -> Target | None:
-    """Where the tensor `name` belongs, or None if nowhere."""
+def _part(config: ModelConfig, name: str, expected: dict[str, tuple[int, ...]]) -> Part | None:
+    """Which part of the network the tensor `name` is, or None if there is none."""
     if name == HEAD and config.tie_word_embeddings:  # the one matrix, under its other name
         name = EMBEDDING
     if name in expected:
-        return Target(name, None, expected[name])
-    match = _EXPERT_NAME.fullmatch(name)
-    if match is None or int(match["expert"]) >= config.num_experts:
-        return None
-    e, f, d, part = int(match["expert"]), config.intermediate_size, config.hidden_size, match["part"]
-    parameter = f"{match['prefix']}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-    if parameter not in expected:
-        return None
-    if part == "down":
-        return Target(parameter, (e,), (d, f))
-    return Target(parameter, (e, slice(0, f) if part == "gate" else slice(f, 2 * f)), (f, d))
+        return Part(name, expected[name], name)
+    part = expert_part(name, config)
+    return part if part is not None and part.parameter in expected else None
 
 
-def _check_complete(config: ModelConfig, targets: dict[str, Target], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_complete(config: ModelConfig, parts: dict[str, Part], expected: dict[str, tuple[int, ...]]) -> None:
     """Every element of every parameter must come from exactly one stored tensor."""
     filled = dict.fromkeys(expected, 0)
-    for target in targets.values():
-        filled[target.parameter] += math.prod(target.shape)
+    for part in parts.values():
+        filled[part.parameter] += math.prod(part.shape)
     missing = [name for name, shape in expected.items() if filled[name] < math.prod(shape)]
     if missing:
         hint = "; set tie_word_embeddings to true if the embeddings are its head too" if missing == [HEAD] else ""

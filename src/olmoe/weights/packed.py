@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,12 @@ from olmoe.quant import (
 )
 from olmoe.quant.formats import CODES
 from olmoe.runtime import garbage_collection_paused
+from olmoe.weights.names import EMBEDDING, HEAD, count_layers
 
 FILE_NAME = SINGLE_NAME
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix where they are tied
 CONFIG_KEY = "quantization_config"
 FLOATS = ("F32", "F16", "BF16")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 Layout = PackedLayout | SavedLayout
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -124,12 +122,11 @@ def _load(
 
 def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> CausalLM:
     """The model that a file's tensors fit exactly, on the meta device. Raises `CheckpointError` if they do not."""
-    layers = {match[1] for name in entries if (match := _LAYER.match(name))}
-    if len(layers) != config.num_hidden_layers:
+    if (layers := count_layers(entries)) != config.num_hidden_layers:
         check_names(entries)
         # Before modules are built, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
-            f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {len(layers)}."
+            f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {layers}."
         )
     model = build(config, layout)
     expected, fixed = dict(model.named_parameters()), _packed_parts(model)

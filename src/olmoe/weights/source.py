@@ -77,11 +77,10 @@ class FolderSource:
         self.config = ModelConfig.from_file(folder / "config.json")
         self._stored = checkpoint.read_headers(folder)
         self._places: dict[tuple[str, int | None], list[str]] = {}
-        self._targets = checkpoint.plan(self.config, self._stored)
+        self._parts = checkpoint.plan(self.config, self._stored)
         checkpoint.check_tie(self.config, self._stored)
-        for name, target in self._targets.items():
-            expert = None if target.index is None else target.index[0]
-            self._places.setdefault((target.parameter, expert), []).append(name)
+        for name, part in self._parts.items():
+            self._places.setdefault((part.parameter, part.expert), []).append(name)
 
     @property
     def path(self) -> Path:
@@ -101,7 +100,7 @@ class FolderSource:
                 return self._whole(name)
             return self._counted(self._handle(stored.file).get_slice(name)[expert])
         # The gate comes first in a fused matrix, and its rows start at 0.
-        names.sort(key=lambda name: _first_row(self._targets[name]))
+        names.sort(key=lambda name: self._parts[name].first_row)
         pieces = [self._whole(name) for name in names]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -128,10 +127,6 @@ class FolderSource:
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt", device="cpu")
         return self._handles[file]
-
-
-def _first_row(target: checkpoint.Target) -> int:
-    return target.index[1].start if target.index is not None and len(target.index) > 1 else 0
 
 
 def load_model(source: WeightSource, dtype: torch.dtype) -> CausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from olmoe.config import ModelConfig
+from olmoe.weights import names as parameters
 
 _LAYER = {
     "input_layernorm.weight": "attn_norm",
@@ -15,7 +16,7 @@ _LAYER = {
     "post_attention_layernorm.weight": "ffn_norm",
     "mlp.gate.weight": "ffn_gate_inp",
 }
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+GATE_UP, DOWN = f"{parameters.EXPERTS}.{parameters.GATE_UP}", f"{parameters.EXPERTS}.{parameters.DOWN}"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -27,7 +28,7 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     With tied embeddings there is no parameter `lm_head.weight`; files still hold `output.weight`, which
     llama.cpp requires of OLMoE.
     """
-    names: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": (EMBEDDING,)}
+    names: dict[str, tuple[str, ...]] = {parameters.EMBEDDING: (EMBEDDING,)}
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
         names |= {ours + parameter: (f"{theirs}{name}.weight",) for parameter, name in _LAYER.items()}
@@ -35,31 +36,17 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         names[ours + DOWN] = (f"{theirs}ffn_down_exps.weight",)
     names["model.norm.weight"] = ("output_norm.weight",)
     if not config.tie_word_embeddings:
-        names["lm_head.weight"] = (HEAD,)
+        names[parameters.HEAD] = (HEAD,)
     return names
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Row-major shapes of all tensors that a file of this configuration holds."""
-    d, kv, e, f = config.hidden_size, config.kv_heads * config.head_dim, config.num_experts, config.intermediate_size
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (d,),
-        "attn_q": (d, d),
-        "attn_k": (kv, d),
-        "attn_v": (kv, d),
-        "attn_output": (d, d),
-        "attn_q_norm": (d,),
-        "attn_k_norm": (kv,),
-        "ffn_norm": (d,),
-        "ffn_gate_inp": (e, d),
-        "ffn_gate_exps": (e, f, d),
-        "ffn_up_exps": (e, f, d),
-        "ffn_down_exps": (e, d, f),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["output_norm.weight"] = (d,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, d)
+    shapes_of = parameters.parameter_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter, tensors in tensor_names(config).items():
+        shape = shapes_of[parameter]
+        if len(tensors) > 1:  # the halves of a stack
+            shape = (shape[0], shape[1] // len(tensors), shape[2])
+        shapes |= dict.fromkeys(tensors, shape)
     return shapes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from olmoe.errors import CheckpointError, TokenizerError, shown
 from olmoe.tokenizer import Tokenizer
+from olmoe.weights import generation
 from olmoe.weights.gguf import metadata as keys
 from olmoe.weights.gguf import tokenizer as vocabulary
 from olmoe.weights.gguf.block_types import Bytes, dequantize
@@ -118,13 +118,7 @@ class GGUFSource:
 
         Raises `TokenizerError` if the tokenizer is broken or not of OLMoE's kind.
         """
-        config = self.config
-        generation = {
-            "_from_model_config": True,
-            "pad_token_id": config.pad_token_id,
-            "eos_token_id": config.to_dict()["eos_token_id"],
-        }
-        files = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
+        files = {generation.FILE_NAME: generation.generation_text(self.config)}
         if f"{vocabulary.PREFIX}model" in self.file.metadata:
             files |= self._tokenizer_files()
         return files

@@ -1,0 +1,35 @@
+"""`generation_config.json`: which ids end and pad a generated text, if not the model's own. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from olmoe.config import ModelConfig
+from olmoe.errors import CheckpointError
+from olmoe.io.text_file import read_text
+
+FILE_NAME = "generation_config.json"
+
+
+def generation_text(config: ModelConfig) -> str:
+    """The file's contents for a model whose own ids are to be used."""
+    values = {
+        "_from_model_config": True,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.to_dict()["eos_token_id"],
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def end_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """The ids that end a text of a checkpoint folder: those of its generation_config.json, else the model's own."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return config.eos_token_ids
+    try:
+        value = json.loads(read_text(path)).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}).") from None
+    ids = value if isinstance(value, list) else [value]
+    return tuple(ids) if ids and all(isinstance(i, int) for i in ids) else config.eos_token_ids
