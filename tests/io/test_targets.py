@@ -101,3 +101,24 @@ def test_what_is_foreign_stays_beside_the_new(tmp_path):
         raise UserError("This is a bad day.")
     assert sorted(os.listdir(folder)) == ["config.json", "link", "notes.txt", "sub"]
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_command_s_own_option_is_named_and_python_s_is_not(tmp_path):
+    fill(tmp_path, "file")
+    by_command = refused(lambda: targets.check_file(tmp_path / "file", overwrite=False, option="--output"))
+    assert by_command.endswith("exists already; choose another name, or replace it with --overwrite.")
+    assert "overwrite=True" in refused(lambda: targets.check_file(tmp_path / "file", overwrite=False))
+    assert "--output cannot" in refused(lambda: targets.check_file(tmp_path, overwrite=True, option="--output"))
+
+
+def test_a_place_is_one_where_folders_can_be_made(tmp_path):
+    fill(tmp_path, "file")
+    targets.check_place(tmp_path / "new" / "newer" / "x")
+    assert "cannot be written, because" in refused(lambda: targets.check_place(tmp_path / "file" / "x"))
+
+
+def test_only_checkpoints_are_replaced_whole(tmp_path):
+    targets.check_is_checkpoint(tmp_path / "new", "packing")
+    targets.check_is_checkpoint(fill(tmp_path / "ours", "config.json", "notes.txt"), "packing")
+    message = refused(lambda: targets.check_is_checkpoint(fill(tmp_path / "theirs", "notes.txt"), "packing"))
+    assert "holds other files and no config.json, and packing would replace it whole" in message

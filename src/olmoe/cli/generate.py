@@ -172,6 +172,7 @@ def _target(arguments: argparse.Namespace) -> Path | None:
     from pathlib import Path
 
     from olmoe.errors import UserError
+    from olmoe.io import targets
 
     if arguments.output in (None, "-"):
         if arguments.overwrite:
@@ -180,15 +181,8 @@ def _target(arguments: argparse.Namespace) -> Path | None:
     if not arguments.output:
         raise UserError("--output needs the name of a file, not an empty one.")
     target = Path(os.path.expanduser(arguments.output))
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(f"{target} is not a regular file, so --output cannot replace it; choose another name.")
-    if os.path.lexists(target) and not arguments.overwrite:
-        raise UserError(f"{target} exists already; choose another name, or replace it with --overwrite.")
-    folder = os.path.dirname(os.path.realpath(target))
-    while not os.path.lexists(folder):  # what is missing will be made
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{target} cannot be written, because {folder} is no folder that can; choose another place.")
+    targets.check_file(target, overwrite=arguments.overwrite, option="--output")
+    targets.check_place(target)
     return target
 
 

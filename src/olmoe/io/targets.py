@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from olmoe.errors import UserError, shown
+from olmoe.errors import CheckpointError, UserError, shown
 from olmoe.io.atomic import atomic_folder
 
 # Of weights that are written in several files: how many there were before does not matter.
@@ -25,22 +25,41 @@ def is_shard(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 
 
-def check_file(target: str | Path, *, overwrite: bool, source: str | Path | None = None) -> None:
+def check_file(
+    target: str | Path, *, overwrite: bool, source: str | Path | None = None, option: str | None = None
+) -> None:
     """Raise `UserError` if something is at `target`; with `overwrite`, unless that is a file that can be replaced.
 
-    `source` is what will be read: it is never replaced.
+    `source` is what will be read: it is never replaced. `option` is the command's that names the target; without it
+    the caller may be a program, to which `--overwrite` means nothing.
     """
     target = Path(os.path.expanduser(target))
     if not os.path.lexists(target):
         return
     _check_source(target, source)
-    if not overwrite:
-        raise UserError(
-            f"{target} exists already; choose a new name or remove it first, or replace it with --overwrite (in "
-            "Python, overwrite=True)."
-        )
     if os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(f"{target} is no file that --overwrite could replace; choose another name.")
+        what = option or "--overwrite"
+        raise UserError(f"{target} is not a regular file, so {what} cannot replace it; choose another name.")
+    if not overwrite:
+        python = " (in Python, overwrite=True)" if option is None else ""
+        raise UserError(f"{target} exists already; choose another name, or replace it with --overwrite{python}.")
+
+
+def check_place(target: Path) -> None:
+    """Raise `UserError` if no file can be written at `target`; missing folders count as made."""
+    folder = os.path.dirname(os.path.realpath(target))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{target} cannot be written, because {folder} is no folder that can; choose another place.")
+
+
+def check_is_checkpoint(target: Path, doing: str) -> None:
+    """Raise `CheckpointError` if `target` is a folder of anything else, which `doing` would replace whole."""
+    if target.is_dir() and entries(target) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} holds other files and no config.json, and {doing} would replace it whole; choose a new folder."
+        )
 
 
 def check_folder(

@@ -147,10 +147,7 @@ def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) ->
     """What stays of an old folder; raises `CheckpointError` if something would be lost."""
     if not folder.is_dir() or not targets.entries(folder):
         return []
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds other files and no config.json, and saving would replace it whole; choose a new folder."
-        )
+    targets.check_is_checkpoint(folder, "saving")
     written = _files_of_save(folder)
     names = {SINGLE_NAME, "config.json", generation.FILE_NAME, *extra_files, *written}
     foreign = targets.foreign_entries(folder, names, shards=True)

@@ -128,10 +128,7 @@ def pack(
 
 def _check_target(source: WeightSource, target: Path, names: set[str], overwrite: bool) -> None:
     """Raise `UserError` if packing into `target` would lose anything; see `pack`."""
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(
-            f"{target} holds other files and no config.json, and packing would replace it whole; choose a new folder."
-        )
+    targets.check_is_checkpoint(target, "packing")
     ours = target.is_dir() and (target / "config.json").is_file() and packed.is_packed(target)
     if ours and not overwrite:
         overwrite = not targets.foreign_entries(target, names)
