@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from olmoe.errors import CheckpointError
-from olmoe.quant.layout import PackedLayout, make_block_format
+from olmoe.quant import PackedLayout, make_block_format
 
 
 def test_a_name_wins_over_patterns_and_the_longest_pattern_over_others():

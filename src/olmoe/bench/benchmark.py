@@ -28,7 +28,7 @@ from olmoe.model import CausalLM, Experts, allocate
 from olmoe.ops import AUTO, cpu
 from olmoe.ops.cpu.extension import kernels
 from olmoe.quant import PackedExperts, PackedLayout, PackedModule
-from olmoe.quant.blocks import BLOCK, GROUP, SCALE_BYTES
+from olmoe.quant.formats.blocks import BLOCK, GROUP, SCALE_BYTES
 from olmoe.runner import make_runner
 from olmoe.runner.base import default_cache_dtype
 from olmoe.runtime import available_memory_bytes
@@ -123,7 +123,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
                 start = _fill(parameter, (noise * (_EMBEDDING_FACTOR if embedding else 1)).to(parameter.dtype), start)
             else:
                 assert isinstance(module, PackedModule)
-                start = _fill(parameter, whole if module.formats[name].name == "q8_0" else nibbles, start)
+                start = _fill(parameter, whole if module.formats[name].bits == 8 else nibbles, start)
                 scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
                 parameter[..., -scale_bytes:].view(torch.int16).fill_(_EMBEDDING_SCALE if embedding else _SCALE)
     packed.set_compute_dtype(model, torch.float32)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from olmoe.weights.recipes import RECIPES
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from olmoe.analysis.quality import Report
     from olmoe.model import CausalLM
     from olmoe.tokenizer import Tokenizer
-    from olmoe.weights.quantize import Packed, Recipe
+    from olmoe.weights.quantize import Packed
+    from olmoe.weights.recipes import Recipe
     from olmoe.weights.source import WeightSource
 
-FORMATS = {
-    "int8": "8.5 bits a weight, hardly a difference",
-    "int4": "4.5 bits, embeddings and output head 5.5; codes chosen on calibration text",
-    "int4-high": "int4 with all but the experts at 8.5 bits: a third of the loss, a quarter more bytes a token",
-    "q4_0": "4.5 bits, plain rounding, for comparisons",
-}
+FORMATS = {name: recipe.summary for name, recipe in RECIPES.items()}
 # Tokens that int4 is calibrated on; more cost time, and hardly help.
 CALIBRATION_TOKENS = 8192
 WINDOW = 512
@@ -61,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.io import targets
     from olmoe.runtime import set_threads
     from olmoe.weights import packed
-    from olmoe.weights.quantize import RECIPES
 
     if arguments.format is None and not arguments.report:
         raise UserError(f"Give --format {'|'.join(FORMATS)} to pack, or --report to measure a DST that exists already.")

@@ -39,12 +39,13 @@ from olmoe.hf.switching import describe
 from olmoe.io.hub import place_of
 from olmoe.model import Experts, Linear
 from olmoe.quant import (
-    BLOCK_FORMATS,
     FORMATS,
+    FourBit,
     PackedExperts,
     PackedLayout,
     PackedLinear,
     PackedModule,
+    layout_formats,
     make_format,
 )
 from olmoe.weights.packed import pack_modules
@@ -83,7 +84,7 @@ class PackedConfig(BitsAndBytesConfig):
                 f"choose {' or '.join(_COMPUTE_DTYPES)}."
             )
         self.layout: PackedLayout | None = None
-        if weight_format in BLOCK_FORMATS:
+        if weight_format in layout_formats():
             if skip_modules is not None or double_quant:
                 raise ConfigError(
                     f"{weight_format} takes neither skip_modules nor double_quant; name the matrices that stay plain "
@@ -91,13 +92,16 @@ class PackedConfig(BitsAndBytesConfig):
                 )
             self.layout = PackedLayout(weight_format, overrides or {}, recipe)
         elif overrides:
-            raise ConfigError(f"Only {', '.join(BLOCK_FORMATS)} take overrides, not {weight_format}; leave them out.")
-        four_bit = weight_format not in ("int8", "q8_0")
+            raise ConfigError(
+                f"Only {', '.join(layout_formats())} take overrides, not {weight_format}; leave them out."
+            )
+        format = make_format(weight_format)
+        four_bit = format.bits < 8
         super().__init__(
             load_in_4bit=four_bit,
             load_in_8bit=not four_bit,
             llm_int8_skip_modules=skip_modules,
-            bnb_4bit_quant_type=weight_format if weight_format in ("nf4", "fp4") else "fp4",
+            bnb_4bit_quant_type=format.name if isinstance(format, FourBit) else "fp4",
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=double_quant,
         )

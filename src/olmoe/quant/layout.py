@@ -10,26 +10,18 @@ leaves a matrix plain, in whatever floating dtype it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from olmoe.errors import CheckpointError, shown
-from olmoe.quant.blocks import Q4_0, Q5_0, Q8_0, BlockFormat, packable
+from olmoe.quant.formats import PLAIN, Format, layout_formats, make_format, saved_formats
 
 METHOD = "olmoe"
-PLAIN = "bf16"
-BLOCK_FORMATS = ("q8_0", "q5_0", "q4_0")
 # More than any checkpoint has matrices or needs letters; a hostile file cannot keep the matcher busy.
 MAX_OVERRIDES, MAX_PATTERN = 4096, 200
 _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype", "skip_modules", "double_quant"}
-
-
-def make_block_format(name: str) -> BlockFormat:
-    """The format of that name, one of `BLOCK_FORMATS`."""
-    formats: dict[str, Callable[[], BlockFormat]] = {"q8_0": Q8_0, "q5_0": Q5_0, "q4_0": Q4_0}
-    return formats[name]()
 
 
 @dataclass(frozen=True)
@@ -41,10 +33,10 @@ class PackedLayout:
     recipe: str | None = None  # how the scales were chosen; for people
 
     def __post_init__(self) -> None:
-        if self.weight_format not in BLOCK_FORMATS:
+        known = layout_formats()
+        if self.weight_format not in known:
             raise CheckpointError(
-                f"The weights are packed as {shown(self.weight_format)}; only {', '.join(BLOCK_FORMATS)} can be loaded "
-                "here."
+                f"The weights are packed as {shown(self.weight_format)}; only {', '.join(known)} can be loaded here."
             )
         if not isinstance(self.overrides, Mapping) or len(self.overrides) > MAX_OVERRIDES:
             raise CheckpointError(
@@ -53,10 +45,10 @@ class PackedLayout:
         for pattern, name in self.overrides.items():
             if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN or pattern.count("*") > 4:
                 raise CheckpointError(f"quantization_config overrides {shown(pattern)}, which names no matrix.")
-            if not isinstance(name, str) or name not in (*BLOCK_FORMATS, PLAIN):
+            if not isinstance(name, str) or name not in (*known, PLAIN):
                 raise CheckpointError(
                     f"quantization_config stores {shown(pattern)} as {shown(name)}; choose "
-                    f"{', '.join((*BLOCK_FORMATS, PLAIN))}."
+                    f"{', '.join((*known, PLAIN))}."
                 )
         if self.recipe is not None and not isinstance(self.recipe, str):
             raise CheckpointError(f"The recipe of quantization_config must be a text, not {shown(self.recipe)}.")
@@ -77,7 +69,7 @@ class PackedLayout:
                 f"quantization_config holds {shown(unknown[0])}, which this version of olmoe does not know; load the "
                 "checkpoint with the version that wrote it."
             )
-        if raw.get("weight_format") in ("nf4", "fp4", "int8"):
+        if raw.get("weight_format") in saved_formats():
             raise CheckpointError(
                 f"This checkpoint was saved in {raw['weight_format']} by the Hugging Face face; load it with "
                 "olmoe.OlmoeForCausalLM.from_pretrained, or pack the original with `olmoe quantize`."
@@ -92,14 +84,15 @@ class PackedLayout:
         return values | {"overrides": dict(self.overrides)}
 
     def name_of(self, parameter: str) -> str:
-        """The name of the format that `parameter` asks for, one of `BLOCK_FORMATS` or "bf16"."""
+        """The name of the format that `parameter` asks for, one of `layout_formats()` or "bf16"."""
         name = parameter.removesuffix(".weight")
         if name in self.overrides:
             return self.overrides[name]
         fitting = [pattern for pattern in self.overrides if "*" in pattern and fnmatchcase(name, pattern)]
         return self.overrides[max(fitting, key=lambda p: (len(p), p))] if fitting else self.weight_format
 
-    def format_of(self, parameter: str, rows: int, columns: int) -> BlockFormat | None:
+    def format_of(self, parameter: str, rows: int, columns: int) -> Format | None:
         """The format of a matrix of this shape; None where it stays plain."""
         name = self.name_of(parameter)
-        return make_block_format(name) if name != PLAIN and packable(rows, columns) else None
+        format = None if name == PLAIN else make_format(name)
+        return format if format is not None and format.fits(rows, columns) else None

@@ -60,17 +60,17 @@ class PackedModule(nn.Module):
         self.shapes[name], self.formats[name] = (rows, columns), format
         for part, (shape, dtype) in format.parts(rows, columns).items():
             value = torch.empty(*self.stack, *shape, dtype=dtype)
-            self.register_parameter(_parameter_name(name, part), nn.Parameter(value, requires_grad=False))
+            self.register_parameter(part_name(name, part), nn.Parameter(value, requires_grad=False))
 
     def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The parameters, by their names, that hold `weight`: (R, C), or a stack (E, R, C) expert by expert."""
         format = self.formats[name]
         if weight.dim() == 2:
-            return {_parameter_name(name, part): value for part, value in format.encode(weight).items()}
+            return {part_name(name, part): value for part, value in format.encode(weight).items()}
         stacked: dict[str, Tensor] = {}
         for e, matrix in enumerate(weight):
             for part, value in format.encode(matrix).items():
-                key = _parameter_name(name, part)
+                key = part_name(name, part)
                 if key not in stacked:
                     stacked[key] = value.new_empty(weight.shape[0], *value.shape)
                 stacked[key][e] = value
@@ -88,9 +88,7 @@ class PackedModule(nn.Module):
 
     def parts(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
         """The stored parts of the matrix `name`; of a stack those of one `expert`. Views of the parameters."""
-        parts = {
-            part: self.get_stored(_parameter_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])
-        }
+        parts = {part: self.get_stored(part_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])}
         return parts if expert is None else {part: value[expert] for part, value in parts.items()}
 
     def get_stored(self, name: str) -> Tensor:
@@ -138,8 +136,8 @@ class PackedModule(nn.Module):
         return f"{shapes}, compute_dtype={self.compute_dtype}"
 
 
-def _parameter_name(name: str, part: str) -> str:
-    """The codes take the matrix's own name, as loaders look for it; the rest append theirs."""
+def part_name(name: str, part: str) -> str:
+    """What stores a part of the matrix `name`: codes take its own name, as loaders expect, others append theirs."""
     return name if part == CODES else f"{name}_{part}"
 
 

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 
 from olmoe.errors import CheckpointError, shown
-from olmoe.quant.eight_bit import Int8
-from olmoe.quant.formats import Format
-from olmoe.quant.four_bit import FourBit
+from olmoe.quant.formats import Format, make_format, saved_formats
 
-SAVED_FORMATS = ("nf4", "fp4", "int8")
 _COMPUTE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCALES = "_absmax"
 _KNOWN = {"quant_method", "weight_format", "double_quant", "compute_dtype", "skip_modules", "overrides", "recipe"}
@@ -28,7 +25,7 @@ _KNOWN = {"quant_method", "weight_format", "double_quant", "compute_dtype", "ski
 
 @dataclass(frozen=True)
 class SavedLayout:
-    """The formats of all matrices: one of `SAVED_FORMATS` for those of `packed_names`, the others plain."""
+    """The formats of all matrices: one of `saved_formats()` for those of `packed_names`, the others plain."""
 
     weight_format: str
     double_quant: bool
@@ -46,7 +43,7 @@ class SavedLayout:
                 "checkpoint with the version that wrote it."
             )
         name, double_quant, compute = raw["weight_format"], raw.get("double_quant"), raw.get("compute_dtype")
-        if name not in SAVED_FORMATS or double_quant not in (None, False, True) or raw.get("overrides"):
+        if name not in saved_formats() or double_quant not in (None, False, True) or raw.get("overrides"):
             raise CheckpointError(
                 f"quantization_config asks for {shown(name)} with double_quant {shown(double_quant)} and overrides "
                 f"{shown(raw.get('overrides'))}, which no version of olmoe saves."
@@ -66,4 +63,4 @@ class SavedLayout:
         """The format of a matrix of this shape; None where it stays plain."""
         if parameter not in self.packed_names:
             return None
-        return Int8() if self.weight_format == "int8" else FourBit(self.weight_format, self.double_quant)
+        return make_format(self.weight_format, self.double_quant)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from olmoe.ops.cpu import encode as kernels
-from olmoe.quant.blocks import BLOCK, GROUP, PIECE, BlockFormat, extreme
+from olmoe.quant.formats.blocks import BLOCK, GROUP, PIECE, BlockFormat, extreme
 
 # Where the extreme value of a block may land, as a share of the grid's lower end (-8 of q4_0, -16 of q5_0): on either
 # end, a bit before, beyond.
@@ -41,9 +41,9 @@ def search(format: BlockFormat, blocks: Tensor, importance: Tensor) -> tuple[Ten
     """Codes (N, 32) uint8 and scales (N,) fp16 of least weighted error.
 
     blocks (N, 32) fp32, importance of the same shape or one that broadcasts to it.
-    `q8_0` needs no search: its reference rounding loses a hundredth of what 4 bits do.
+    Formats that gain nothing by it (q8_0) are rounded.
     """
-    if format.name == "q8_0":
+    if not format.searched:
         return format.quantize(blocks)
     top = extreme(blocks)
     inverse_top = torch.where(top == 0, 0.0, 1.0 / top)
@@ -92,7 +92,7 @@ def encode(format: BlockFormat, weight: Tensor, inputs: Inputs | Tensor | None) 
 
     `inputs` may be a covariance (C, C) of this matrix alone.
     """
-    if inputs is None or format.name == "q8_0":
+    if inputs is None or not format.searched:
         factor = None
     else:
         factor = (Inputs(inputs) if isinstance(inputs, Tensor) else inputs).factor

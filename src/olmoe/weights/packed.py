@@ -32,8 +32,6 @@ from olmoe.io.foreign import check_names
 from olmoe.io.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, TensorWriter
 from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import (
-    SAVED_FORMATS,
-    BlockFormat,
     Format,
     PackedEmbedding,
     PackedExperts,
@@ -41,8 +39,9 @@ from olmoe.quant import (
     PackedLinear,
     PackedModule,
     SavedLayout,
+    saved_formats,
 )
-from olmoe.quant.formats import CODES
+from olmoe.quant.modules import part_name
 from olmoe.runtime import garbage_collection_paused
 from olmoe.weights.names import EMBEDDING, HEAD, count_layers
 
@@ -69,7 +68,7 @@ def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
     if (
         isinstance(asked, Mapping)
         and asked.get("quant_method") == METHOD
-        and asked.get("weight_format") in SAVED_FORMATS
+        and asked.get("weight_format") in saved_formats()
     ):
         config = ModelConfig.from_dict(raw)
         return config, SavedLayout.from_dict(asked, open_files(folder, config).entries)
@@ -235,9 +234,10 @@ def file_tensors(model: CausalLM, plain: torch.dtype | Mapping[str, torch.dtype]
     those of whole cache lines before others, so that sizes keep the next one aligned.
     """
     tensors: Tensors = {}
+    fixed = _packed_parts(model)
     for name, parameter in model.named_parameters():
         dtype = parameter.dtype
-        if dtype != torch.uint8:
+        if name not in fixed:
             dtype = plain if isinstance(plain, torch.dtype) else plain[name]
         tensors[name] = (tuple(parameter.shape), dtype)
 
@@ -267,16 +267,14 @@ def matrices(model: CausalLM) -> Iterator[tuple[str, nn.Module, str]]:
         yield name, model.get_submodule(owner), leaf
 
 
+def is_whole(module: nn.Module, leaf: str) -> bool:
+    """Whether the parameter `leaf` stands for a matrix or vector: all but the scales beside codes do."""
+    return not isinstance(module, PackedModule) or leaf in module.shapes or stored_format(module, leaf) is None
+
+
 def format_of(module: nn.Module, leaf: str) -> Format | None:
     """The format in which a module of `build` stores the matrix `leaf`; None for a plain one."""
     return module.formats.get(leaf) if isinstance(module, PackedModule) else None
-
-
-def block_format_of(module: nn.Module, leaf: str) -> BlockFormat | None:
-    """`format_of` a module of a packed checkpoint, whose formats are all of blocks."""
-    format = format_of(module, leaf)
-    assert format is None or isinstance(format, BlockFormat)
-    return format
 
 
 def stored_format(module: PackedModule, leaf: str) -> Format | None:
@@ -291,7 +289,7 @@ def weights_of(module: nn.Module, leaf: str) -> int:
     """How many weights the parameter `leaf` of a module of `build` stands for; scales stand for none."""
     if isinstance(module, PackedModule) and leaf in module.shapes:
         return math.prod(module.stack) * math.prod(module.shapes[leaf])
-    if isinstance(module, PackedModule) and stored_format(module, leaf) is not None:
+    if not is_whole(module, leaf):
         return 0
     return module.get_parameter(leaf).numel()
 
@@ -306,7 +304,7 @@ def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | 
     assert isinstance(module, PackedModule)
     parts = {}
     for part in format.parts(*module.shapes[leaf]):
-        value = files.tensor(parameter if part == CODES else f"{parameter}_{part}")
+        value = files.tensor(part_name(parameter, part))
         parts[part] = value if expert is None else value[expert]
     return format.decode(parts, *module.shapes[leaf], torch.float32)
 

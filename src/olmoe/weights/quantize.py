@@ -26,37 +26,14 @@ from olmoe.io import targets
 from olmoe.io.atomic import atomic_folder
 from olmoe.io.tensor_file import DTYPES, TensorWriter
 from olmoe.model import CausalLM, DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
-from olmoe.quant import BlockFormat, PackedLayout, PackedModule, search
+from olmoe.quant import BlockFormat, Format, PackedModule, search
 from olmoe.quant.formats import CODES
+from olmoe.quant.modules import part_name
 from olmoe.weights import packed
+from olmoe.weights.recipes import RECIPES, Recipe
 from olmoe.weights.source import BlockSource, WeightSource
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is packed: which format each matrix gets, and whether codes are chosen with care."""
-
-    name: str
-    weight_format: str
-    overrides: dict[str, str]
-    searches: bool = False
-
-    def layout(self) -> PackedLayout:
-        """What `config.json` will say."""
-        return PackedLayout(self.weight_format, self.overrides, self.name)
-
-
-_ENDS = {"model.embed_tokens": "q5_0", "lm_head": "q5_0"}
-_HIGH = {"model.embed_tokens": "q8_0", "lm_head": "q8_0", "model.layers.*.self_attn.*": "q8_0"}
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("int8", "q8_0", {}),
-        Recipe("int4", "q4_0", _ENDS, searches=True),
-        Recipe("int4-high", "q4_0", _HIGH, searches=True),
-        Recipe("q4_0", "q4_0", {}),
-    )
-}
+__all__ = ["RECIPES", "Packed", "Recipe", "contents_of", "describe", "pack"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +155,9 @@ class _Packer:
     def __init__(self, source: WeightSource, recipe: Recipe, progress: Callable[[int, int], None] | None) -> None:
         self.source, self.recipe, self._progress = source, recipe, progress
         self.model = packed.build(source.config, recipe.layout())
-        self._places = {name: (module, leaf) for name, module, leaf in packed.matrices(self.model)}
+        self._places = {
+            name: (module, leaf) for name, module, leaf in packed.matrices(self.model) if packed.is_whole(module, leaf)
+        }
         plain = {
             name: source.read(name, self._first(name)).dtype for name in self._places if self._format(name) is None
         }
@@ -205,12 +184,12 @@ class _Packer:
     ) -> None:
         """Encode and write one matrix, or one expert's; `weight` is what the source would give, if it was read."""
         format = self._format(name)
-        if format is not None and (blocks := self._stored_blocks(name, expert, format)) is not None:
-            value = format.from_gguf(blocks)
-        else:
+        parts = None if format is None else self._stored_parts(name, expert, format)
+        if parts is None:
             weight = self.read(name, expert) if weight is None else weight
-            value = weight if format is None else self._encode(name, format, weight, inputs)
-        writer.write(name, value, (expert or 0) * value.nbytes)
+            parts = {CODES: weight} if format is None else self._encode(name, format, weight, inputs)
+        for part, value in parts.items():
+            writer.write(part_name(name, part), value, (expert or 0) * value.nbytes)
         self._left.pop(name, None)
         self._done += math.prod(self.source_shape(name))
         if self._progress is not None:
@@ -231,23 +210,25 @@ class _Packer:
         shape = self.tensors[name][0]
         return shape[1:] if self._first(name) == 0 else shape
 
-    def _encode(self, name: str, format: BlockFormat, weight: Tensor, inputs: search.Inputs | None) -> Tensor:
+    def _encode(self, name: str, format: Format, weight: Tensor, inputs: search.Inputs | None) -> dict[str, Tensor]:
         try:
-            if self.recipe.searches:
-                return search.encode(format, weight, inputs)
-            return format.encode(weight)[CODES]
+            if self.recipe.searches and isinstance(format, BlockFormat):
+                return {CODES: search.encode(format, weight, inputs)}
+            return format.encode(weight)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
-    def _format(self, name: str) -> BlockFormat | None:
-        return packed.block_format_of(*self._places[name])
+    def _format(self, name: str) -> Format | None:
+        return packed.format_of(*self._places[name])
 
-    def _stored_blocks(self, name: str, expert: int | None, format: BlockFormat) -> Tensor | None:
-        """The blocks of a matrix that its source stores in this format already."""
+    def _stored_parts(self, name: str, expert: int | None, format: Format) -> dict[str, Tensor] | None:
+        """The parts of a matrix that its source stores in this format already."""
         source = self.source
-        if not isinstance(source, BlockSource) or set(source.stored_as(name)) != {format.name.upper()}:
+        if not isinstance(source, BlockSource) or not isinstance(format, BlockFormat):
             return None
-        return torch.from_numpy(np.array(source.blocks(name, expert)))
+        if set(source.stored_as(name)) != {format.name.upper()}:
+            return None
+        return {CODES: format.from_gguf(torch.from_numpy(np.array(source.blocks(name, expert))))}
 
     def _first(self, name: str) -> int | None:
         """0 for a stack of experts, which is read one by one; None for others."""

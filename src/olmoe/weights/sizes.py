@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from olmoe.config import ModelConfig
 
-# Of one block of 32 weights; rows come in groups of 16 (`olmoe.quant.blocks`).
+# Of one block of 32 weights; rows come in groups of 16 (`olmoe.quant.formats.blocks`).
 _BLOCK_BYTES = {"q8_0": 34, "q5_0": 22, "q4_0": 18}
 _BLOCK, _GROUP = 32, 16
 # Recipes of `olmoe.weights.quantize` -> the formats of experts, of attention, and of embeddings and head.

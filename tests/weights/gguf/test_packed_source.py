@@ -8,7 +8,7 @@ import torch
 
 from conftest import make_model
 from gguf_files import save_folder
-from olmoe.quant.blocks import Q4_0
+from olmoe.quant.formats import Q4_0
 from olmoe.weights import quantize
 from olmoe.weights.gguf.block_types import BY_NAME, dequantize
 from olmoe.weights.gguf.encode import encode

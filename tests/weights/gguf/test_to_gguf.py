@@ -14,7 +14,7 @@ import torch
 from conftest import make_model
 from gguf_files import save_folder
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
-from olmoe.quant.blocks import Q4_0
+from olmoe.quant.formats import Q4_0
 from olmoe.weights import checkpoint
 from olmoe.weights.gguf.source import GGUFSource
 from olmoe.weights.gguf.to_gguf import FILE_TYPES, to_gguf

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.ops.cpu.extension import PACKED_TYPES, float_matrix, kernels, unsupported_weight
+from olmoe.ops.cpu.extension import BLOCK_BYTES, PACKED_TYPES, float_matrix, kernels, unsupported_weight
 
 FORMATS = ("q4_0", "q5_0")
 
@@ -38,8 +38,7 @@ def encode(format_name: str, weight: Tensor, factor: Tensor | None) -> Tensor:
     rows, columns = weight.shape
     assert columns % 32 == 0, columns
     assert factor is None or factor.shape == (columns, columns), factor.shape
-    block_bytes = {"q5_0": 22, "q4_0": 18}[format_name]
-    out = torch.empty(rows // 16, columns // 32 * 16 * block_bytes, dtype=torch.uint8)
+    out = torch.empty(rows // 16, columns // 32 * 16 * BLOCK_BYTES[format_name], dtype=torch.uint8)
     place = 0 if factor is None else factor.data_ptr()
     kernels().encode(float_matrix(weight.detach()), place, PACKED_TYPES[format_name], out.data_ptr())
     return out

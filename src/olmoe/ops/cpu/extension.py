@@ -19,6 +19,8 @@ from olmoe.runtime import log
 # `Type` of csrc/core/types.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED_TYPES = {"q8_0": 3, "q4_0": 4, "q5_0": 5}
+# Bytes of 32 columns of a row, codes and scale, in those formats.
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q5_0": 22}
 # Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -124,9 +126,8 @@ def float_matrix(weight: Tensor, inputs: torch.dtype = torch.float32) -> Any:
 
 
 def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> Any:
-    """A matrix of blocks, codes (G, bytes) uint8 or a stack (E, G, bytes), as `olmoe.quant.blocks` lays it out."""
-    block_bytes = {"q8_0": 34, "q5_0": 22, "q4_0": 18}[format_name]
-    shape = (-(-rows // 16), columns // 32 * 16 * block_bytes)
+    """A matrix of blocks, codes (G, bytes) uint8 or a stack (E, G, bytes), laid out by `olmoe.quant.formats.blocks`."""
+    shape = (-(-rows // 16), columns // 32 * 16 * BLOCK_BYTES[format_name])
     assert columns % 32 == 0
     assert codes.shape[-2:] == shape, (codes.shape, shape)
     assert codes.dtype == torch.uint8

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import CheckpointError, shown
-from olmoe.quant.blocks import BLOCK, Q4_0, Q5_0, Q8_0
+from olmoe.quant.formats import BlockFormat, layout_formats, make_format
+from olmoe.quant.formats.blocks import BLOCK
 from olmoe.weights.gguf.block_types import BY_NAME, BlockType, Bytes
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCKS = {"Q8_0": Q8_0(), "Q5_0": Q5_0(), "Q4_0": Q4_0()}
-ENCODABLE = (*_PLAIN, *_BLOCKS)
+# Formats of ours that GGUF has too, by its names for them.
+_FORMATS = {name.upper(): make_format(name) for name in layout_formats() if name.upper() in BY_NAME}
+BLOCKS = {name: format for name, format in _FORMATS.items() if isinstance(format, BlockFormat)}
+ENCODABLE = (*_PLAIN, *BLOCKS)
 # Weights encoded at a time: 1 M in fp32 are 4 MB.
 PIECE = 2**20
 
@@ -43,7 +46,7 @@ def _encode_rows(name: str, rows: Tensor, kind: BlockType) -> Tensor:
         if not all_finite(plain):
             raise CheckpointError(_refusal(name, kind))
         return plain.view(torch.uint8)
-    form = _BLOCKS[kind.name]
+    form = BLOCKS[kind.name]
     codes, scales = form.quantize(rows.float().reshape(-1, BLOCK))
     if kind.name == "Q8_0":
         scales = scales.abs()  # blocks of zeros have the scale 0 there, never -0

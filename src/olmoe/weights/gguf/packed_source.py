@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from olmoe.quant import PackedModule
-from olmoe.quant.blocks import BlockFormat
+from olmoe.quant.formats import BlockFormat
 from olmoe.weights.gguf.block_types import Bytes
 from olmoe.weights.source import FolderSource
 

@@ -13,7 +13,7 @@ from olmoe.weights import packed
 from olmoe.weights.gguf import metadata as keys
 from olmoe.weights.gguf import tokenizer as vocabulary
 from olmoe.weights.gguf.block_types import BY_NAME, BlockType, Bytes
-from olmoe.weights.gguf.encode import encode, fitting
+from olmoe.weights.gguf.encode import BLOCKS, encode, fitting
 from olmoe.weights.gguf.names import DOWN, EMBEDDING, GATE_UP, HEAD, tensor_names, tensor_shapes
 from olmoe.weights.gguf.packed_source import PackedSource
 from olmoe.weights.gguf.reader import Value
@@ -22,7 +22,6 @@ from olmoe.weights.source import FolderSource
 
 # Types of matrices that can be asked for -> general.file_type, llama.cpp's number for "mostly this".
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
-_PACKED = ("Q8_0", "Q5_0", "Q4_0")  # what a packed checkpoint holds
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 Progress = Callable[[int, int], None]
@@ -113,14 +112,14 @@ def _kind_of(source: FolderSource, parameter: str, shape: tuple[int, ...], type_
     if type_name is not None:
         return BY_NAME[type_name.upper()]
     stored = source.stored_as(parameter) if isinstance(source, PackedSource) else ()
-    return BY_NAME[stored[0] if stored and stored[0] in _PACKED else "BF16"]
+    return BY_NAME[stored[0] if stored and stored[0] in BLOCKS else "BF16"]
 
 
 def _data(source: FolderSource, piece: _Piece) -> Iterator[Bytes]:
     """The tensor's bytes, expert by expert where it is a stack."""
     kind, shape = piece.tensor.kind, piece.tensor.shape
     rows = slice(piece.first_row, piece.first_row + shape[-2]) if len(shape) > 1 else slice(None)
-    stored = source if isinstance(source, PackedSource) and kind.name in _PACKED else None
+    stored = source if isinstance(source, PackedSource) and kind.name in BLOCKS else None
     for expert in [None] if piece.experts is None else range(piece.experts):
         if stored is not None and stored.stored_as(piece.parameter) == (kind.name,):
             yield stored.blocks(piece.parameter, expert)[rows]

@@ -18,6 +18,18 @@ class Format(ABC):
     """Encodes one matrix (R, C) at a time, so that each expert of a stack can be decoded alone."""
 
     name: str
+    bits: int  # of one weight's code
+    # What a checkpoint says that packs only some modules: names of those it skips, as bitsandbytes' wishes do, with one
+    # format for all others; or, with False, a format for each matrix (`olmoe.quant.layout`).
+    skips_modules = False
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape can be stored; one that cannot stays plain."""
+        return rows > 0 and columns > 0
+
+    def with_packed_scales(self) -> Format:
+        """The same format with its scales quantized too, where it can ("double quantization"); else itself."""
+        return self
 
     @abstractmethod
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe.errors import ConfigError
-from olmoe.quant.formats import CODES, Format
+from olmoe.quant.formats.base import CODES, Format
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -74,10 +74,17 @@ def _pairs(name: str, device: torch.device) -> Tensor:
 class FourBit(Format):
     """NF4 or FP4 (`name`), with the scales in 8 bits too if `double_quant`."""
 
+    bits = 4
+    skips_modules = True
+
     def __init__(self, name: str, double_quant: bool = False) -> None:
         if name not in ("nf4", "fp4"):
             raise ConfigError(f"The 4-bit type {name!r} is unknown; choose 'nf4' or 'fp4'.")
         self.name, self.double_quant = name, double_quant
+
+    def with_packed_scales(self) -> FourBit:
+        """See `Format.with_packed_scales`."""
+        return FourBit(self.name, double_quant=True)
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `Format.parts`."""

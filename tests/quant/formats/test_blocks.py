@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from olmoe.errors import CheckpointError, ConfigError
-from olmoe.quant import make_format
-from olmoe.quant.blocks import Q4_0, Q5_0, Q8_0, extreme, packable
-from olmoe.quant.formats import CODES
+from olmoe.quant.formats import CODES, Q4_0, Q5_0, Q8_0, make_format
+from olmoe.quant.formats.blocks import extreme, packable
 
 FORMATS = [Q8_0(), Q5_0(), Q4_0()]
 # What a code is stored with added, written down once more.

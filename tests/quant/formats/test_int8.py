@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from olmoe.quant import Int8
-from olmoe.quant.eight_bit import DECODE_WEIGHTS
+from olmoe.quant.formats.int8 import DECODE_WEIGHTS
 
 
 def random_weight(rows, columns, dtype=torch.float32):

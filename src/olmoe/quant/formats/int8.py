@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.quant.formats import CODES, Format
+from olmoe.quant.formats.base import CODES, Format
 
 # Keeps the reciprocal of an all-zero row's scale finite.
 _TINY = 1e-38
@@ -26,6 +26,8 @@ class Int8(Format):
     """Row-wise absmax int8."""
 
     name = "int8"
+    bits = 8
+    skips_modules = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `Format.parts`."""

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe.errors import CheckpointError, ConfigError
-from olmoe.quant.formats import CODES, Format
+from olmoe.quant.formats.base import CODES, Format
 
 BLOCK = 32
 GROUP = 16
@@ -51,6 +51,7 @@ class BlockFormat(Format):
 
     code_bytes: int  # of one block of one row
     zero: int  # the code of the value 0
+    searched = True  # whether recipes that choose codes with care gain from it (`olmoe.quant.search`)
 
     def __init__(self) -> None:
         assert sys.byteorder == "little", "scales and interleaved words are little-endian"
@@ -59,6 +60,10 @@ class BlockFormat(Format):
     def block_bytes(self) -> int:
         """Bytes of one block of one row, codes and scale; also GGUF's type size."""
         return self.code_bytes + SCALE_BYTES
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """See `Format.fits`."""
+        return packable(rows, columns)
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `Format.parts`. Raises `ConfigError` for columns that are no multiple of 32."""
@@ -191,121 +196,6 @@ class BlockFormat(Format):
         return torch.cat((scale_bytes, self.flip(code_bytes)), dim=-1).flatten(1)[:rows]
 
 
-class Q8_0(BlockFormat):  # noqa: N801  (GGUF's name)
-    """8-bit codes: scale = largest magnitude / 127."""
-
-    name = "q8_0"
-    code_bytes = 32
-    zero = 128
-
-    def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """See `BlockFormat.quantize`: halves are rounded away from zero, by the fp32 scale."""
-        low, high = torch.aminmax(blocks, dim=1)
-        scales = torch.maximum(high, -low) / 127.0
-        # Twice the value, cut to an integer, shows on which side of a half it lies, exactly.
-        doubled = (blocks * _reciprocal(scales).unsqueeze(1)).mul_(2.0).to(torch.int16)
-        codes = torch.div(doubled + doubled.sign(), 2, rounding_mode="trunc")
-        return (codes + 128).to(torch.uint8), scales.half()
-
-    def round(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        """See `BlockFormat.round`."""
-        return (blocks * _reciprocal(scales.float()).unsqueeze(1)).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
-
-    def values(self, code_words: Tensor) -> Tensor:
-        """See `BlockFormat.values`."""
-        return code_words.float().sub_(128.0)
-
-    def to_bytes(self, codes: Tensor) -> Tensor:
-        """See `BlockFormat.to_bytes`."""
-        return codes
-
-    def flip(self, code_bytes: Tensor) -> Tensor:
-        """See `BlockFormat.flip`: q + 128 as a byte is q with its sign bit inverted."""
-        return code_bytes ^ 128
-
-
-class Q4_0(BlockFormat):  # noqa: N801  (GGUF's name)
-    """4-bit codes: scale = the value of largest magnitude / -8, so that this value is met."""
-
-    name = "q4_0"
-    code_bytes = 16
-    zero = 8
-
-    def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """See `BlockFormat.quantize`."""
-        scales = extreme(blocks) / -float(self.zero)
-        return self.round(blocks, scales), scales.half()
-
-    def round(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        """See `BlockFormat.round`."""
-        codes = blocks * _reciprocal(scales.float()).unsqueeze(1)
-        return codes.add_(self.zero + 0.5).clamp_(0, 2 * self.zero - 1).to(torch.uint8)  # which cuts, as C does
-
-    def values(self, code_words: Tensor) -> Tensor:
-        """See `BlockFormat.values`."""
-        out = torch.empty(len(code_words), BLOCK, dtype=torch.float32, device=code_words.device)
-        out[:, :16] = code_words & 15
-        out[:, 16:] = code_words >> 4
-        return out.sub_(8.0)
-
-    def to_bytes(self, codes: Tensor) -> Tensor:
-        """See `BlockFormat.to_bytes`."""
-        return codes[:, :16] | codes[:, 16:] << 4
-
-    def flip(self, code_bytes: Tensor) -> Tensor:
-        """See `BlockFormat.flip`: the bytes are the same."""
-        return code_bytes
-
-
-class Q5_0(Q4_0):  # noqa: N801  (GGUF's name)
-    """5-bit codes: scale = the value of largest magnitude / -16. Bytes: fifth bits of all columns, then as Q4_0."""
-
-    name = "q5_0"
-    code_bytes = 20
-    zero = 16
-
-    def values(self, code_words: Tensor) -> Tensor:
-        """See `BlockFormat.values`."""
-        places = torch.arange(8, dtype=torch.uint8, device=code_words.device)
-        fifth = (code_words[:, :4].unsqueeze(-1) >> places & 1).flatten(1)
-        return super().values(code_words[:, 4:]).add_(fifth << 4).sub_(8.0)
-
-    def to_bytes(self, codes: Tensor) -> Tensor:
-        """See `BlockFormat.to_bytes`."""
-        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        fifth = (codes.view(-1, 4, 8) >> 4 << places).sum(-1, dtype=torch.uint8)
-        return torch.cat((fifth, super().to_bytes(codes & 15)), dim=1)
-
-    def interleave(self, code_bytes: Tensor, scales: Tensor) -> Tensor:
-        """See `BlockFormat.interleave`."""
-        out = super().interleave(code_bytes, scales)
-        self._fifth_bits(out).copy_(_transpose_nibbles(self._fifth_bits(out).unflatten(-1, (GROUP, 4))).flatten(-2))
-        return out
-
-    def deinterleave(self, packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """See `BlockFormat.deinterleave`."""
-        rows = packed.clone()
-        self._fifth_bits(rows).copy_(_transpose_nibbles(self._fifth_bits(packed).unflatten(-1, (8, 8))).flatten(-2))
-        return super().deinterleave(rows, columns)
-
-    def shared_bits(self, code_bytes: Tensor, packed: Tensor, group: Tensor, row: Tensor) -> Tensor:
-        """See `BlockFormat.shared_bits`: two rows share each byte of the words of fifth bits."""
-        pairs = self._fifth_bits(packed).unflatten(-1, (8, 8))[group, :, :, row // 2]
-        nibbles = pairs >> (row % 2 * 4).to(torch.uint8).view(-1, 1, 1) & 15  # (N, B, 8)
-        return torch.cat((nibbles[..., 0::2] | nibbles[..., 1::2] << 4, code_bytes[..., 4:]), dim=-1)
-
-    def _fifth_bits(self, packed: Tensor) -> Tensor:
-        """The fifth bits of all blocks of groups, a view (G, B, 64) uint8."""
-        ends = packed.shape[1] // self.block_bytes * self.code_bytes
-        return packed[:, :ends].unflatten(1, (-1, self.code_bytes * GROUP))[:, :, : 4 * GROUP]
-
-
-def _transpose_nibbles(x: Tensor) -> Tensor:
-    """Matrices (..., R, C/2) uint8 of half bytes, the lower first -> (..., C, R/2)."""
-    nibbles = torch.stack((x & 15, x >> 4), dim=-1).flatten(-2).transpose(-1, -2)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-
-
 def extreme(blocks: Tensor) -> Tensor:
     """The value of largest magnitude of each block, the first of equal ones. (N, 32) -> (N,)."""
     low, high = torch.aminmax(blocks, dim=1)
@@ -317,7 +207,7 @@ def extreme(blocks: Tensor) -> Tensor:
     return values
 
 
-def _reciprocal(scales: Tensor) -> Tensor:
+def reciprocal(scales: Tensor) -> Tensor:
     """1/scale, and 0 where that is not finite (blocks of zeros)."""
     inverse = scales.reciprocal()
     return torch.where(torch.isfinite(inverse), inverse, 0.0)

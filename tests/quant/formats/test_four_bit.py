@@ -7,7 +7,7 @@ import torch
 
 from olmoe.errors import UserError
 from olmoe.quant import FourBit
-from olmoe.quant.four_bit import BLOCK, code_book, dynamic_code_book
+from olmoe.quant.formats.four_bit import BLOCK, code_book, dynamic_code_book
 
 CPU = torch.device("cpu")
 # Ragged last block; odd number of weights; more blocks than one nested block; several decoded pieces.
