@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from olmoe.model import CausalLM
     from olmoe.tokenizer import Tokenizer
+    from olmoe.weights.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _HOMES = {
     "UserError": "olmoe.errors",
     "infer_device": "olmoe.hf.auto",
     "pipeline": "olmoe.hf.auto",
+    "quantize": "olmoe.weights.quantize",
 }
 __all__ = [
     "LLM",
@@ -77,6 +79,7 @@ __all__ = [
     "__version__",
     "infer_device",
     "pipeline",
+    "quantize",
 ]
 
 

@@ -250,3 +250,77 @@ def test_what_somebody_put_there_meanwhile_stays(plain, tmp_path):
     refused(lambda: pack(FolderSource(plain), target, RECIPES["int8"], progress=progress))
     assert (target / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+# ---- the library call ----
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_library_call_writes_what_the_command_does(tmp_path, tokenizer_file, capsys):
+    import olmoe
+    from olmoe.cli.main import main
+
+    plain, text = plain_folder(tmp_path / "plain", tokenizer_file, **WHOLE), tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl. The dog ran to the ball.\n" * 6, encoding="utf-8")
+    seen = []
+    written = olmoe.quantize(
+        str(plain), tmp_path / "m", calibration=text, progress=lambda done, total: seen.append((done, total))
+    )
+    assert written.formats == ["bfloat16", "q4_0", "q5_0"]
+    assert seen[-1][0] == seen[-1][1] == ModelConfig.from_file(plain / "config.json").num_parameters
+    command = ["quantize", str(plain), str(tmp_path / "c"), "--format", "int4", "--calibration", str(text), "--quiet"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{written.table()}\n"
+    assert files_of(tmp_path / "m") == files_of(tmp_path / "c")
+    olmoe.quantize(FolderSource(plain), tmp_path / "t", calibration=[text.read_text(encoding="utf-8")])
+    assert files_of(tmp_path / "t") == files_of(tmp_path / "m")
+    olmoe.quantize(plain, tmp_path / "n", calibration=None)
+    assert files_of(tmp_path / "n") != files_of(tmp_path / "m")
+    olmoe.quantize(plain, tmp_path / "d")  # the sample that is shipped
+    assert files_of(tmp_path / "d").keys() == files_of(tmp_path / "m").keys()
+
+
+def test_the_library_call_takes_recipes_and_names_of_formats(plain, tmp_path):
+    import olmoe
+
+    assert olmoe.quantize(plain, tmp_path / "q5", "q5_0").formats == ["bfloat16", "q5_0"]
+    assert packed.read_layout(tmp_path / "q5")[1].recipe == "q5_0"
+    recipe = quantize.Recipe("mine", "q8_0", {"*.mlp.experts.*": "q4_0"})
+    assert olmoe.quantize(plain, tmp_path / "m", recipe).kinds["experts, down"][0] == "q4_0"
+
+
+def test_the_library_call_refuses_what_the_command_does(plain, tmp_path):
+    import olmoe
+
+    olmoe.quantize(plain, tmp_path / "m", "int8")
+    before = files_of(tmp_path / "m")
+    cases = [
+        (("nowhere/at/all", tmp_path / "new"), {}, "There is no folder"),
+        ((plain, tmp_path / "new", "int3"), {}, "packed as 'int3'; choose one of int8, int4, int4-high, q4_0"),
+        ((plain, tmp_path / "new", None), {}, "packed as None"),
+        ((plain, tmp_path / "new", "nf4"), {}, "packed as 'nf4'"),
+        ((plain, tmp_path / "new"), {}, "comes without a tokenizer.json"),
+        ((plain, tmp_path / "m", "int8"), {}, "overwrite=True"),
+        ((plain, plain, "int8"), {"overwrite": True}, "are both"),
+    ]
+    for arguments, options, sentence in cases:
+        with pytest.raises(UserError, match=sentence) as refusal:
+            olmoe.quantize(*arguments, **options)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "new").exists()
+    assert files_of(tmp_path / "m") == before
+    olmoe.quantize(plain, tmp_path / "m", "q4_0", overwrite=True)
+    assert packed.read_layout(tmp_path / "m")[1].recipe == "q4_0"
+
+
+def test_empty_calibration_text_is_refused(tmp_path, tokenizer_file):
+    import olmoe
+
+    plain = plain_folder(tmp_path / "plain", tokenizer_file, **WHOLE)
+    for documents in ([], [" "]):
+        with pytest.raises(UserError, match="calibration text is empty"):
+            olmoe.quantize(plain, tmp_path / "m", calibration=documents)
+    assert not (tmp_path / "m").exists()

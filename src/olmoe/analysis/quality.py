@@ -16,6 +16,7 @@ Shapes legend: B windows, T tokens of a window, N = B*T tokens, V vocabulary, K 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,10 +26,15 @@ from torch import Tensor
 
 from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
+from olmoe.runtime import available_memory_bytes, log
+from olmoe.weights import checkpoint, sample_text
+from olmoe.weights.source import WeightSource, load_model, open_source, tokenizer_of
 
 BATCH_TOKENS = 2048
 # Tokens whose logits of both models exist at a time: 256 x 50304 fp32 are 51 MB.
 LOGIT_TOKENS = 256
+# Tokens of a window of text, if positions reach that far.
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,42 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The numbers by name, for JSON."""
         return asdict(self) | {"routing_mean": self.routing_mean}
+
+
+def measure(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    text: str | os.PathLike[str] = sample_text.HELD_OUT,
+    tokens: int = 16384,
+    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """What `olmoe.quantize(source, target)` cost: both models on at most `tokens` tokens of held-out text.
+
+    Each is a checkpoint folder, a hub id or a .gguf file, and computes in fp32 if the memory suffices, else in the
+    dtype that it is stored in. `progress(done, total)` is called in tokens.
+    """
+    reference, candidate = (
+        open_source(name, revision=revision, token=token, local_files_only=local_files_only)
+        for name in (source, target)
+    )
+    ids = sample_text.read_ids(text, tokenizer_of(reference))[:tokens]
+    length = min(WINDOW, reference.config.max_position_embeddings)
+    return compare(_model(reference), _model(candidate), ids, length, progress)
+
+
+def _model(source: WeightSource) -> CausalLM:
+    """The whole model of a source."""
+    free = available_memory_bytes()
+    fits = free is None or 4 * source.config.num_parameters < 0.8 * free
+    if not fits:
+        log.warning("%s does not fit the memory in fp32, so it is measured as it is stored", source.path)
+    if source.path.is_dir():
+        return checkpoint.load(source.path, dtype=torch.float32 if fits else None)
+    return load_model(source, torch.float32 if fits else torch.bfloat16)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from olmoe.config import ModelConfig
-from olmoe.errors import CheckpointError
+from olmoe.errors import CheckpointError, UserError, shown
 from olmoe.io import targets
 from olmoe.io.atomic import atomic_folder
+from olmoe.io.documents import Chat
 from olmoe.io.tensor_file import DTYPES, TensorWriter
 from olmoe.model import CausalLM, DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
-from olmoe.quant import BlockFormat, Format, PackedModule, search
+from olmoe.quant import BlockFormat, Format, PackedModule, layout_formats, search
 from olmoe.quant.formats import CODES
 from olmoe.quant.modules import part_name
-from olmoe.weights import packed
+from olmoe.weights import packed, sample_text
 from olmoe.weights.recipes import RECIPES, Recipe
-from olmoe.weights.source import BlockSource, WeightSource
+from olmoe.weights.source import BlockSource, WeightSource, open_source, tokenizer_of
 
-__all__ = ["RECIPES", "Packed", "Recipe", "contents_of", "describe", "pack"]
+__all__ = ["RECIPES", "Packed", "Recipe", "contents_of", "describe", "pack", "quantize"]
+
+
+# Tokens that recipes are calibrated on; more cost time, and hardly help.
+CALIBRATION_TOKENS = 8192
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,74 @@ class Packed:
         weights = sum(weights for _, weights, _ in self.kinds.values())
         lines.append(f"| file | | {weights:,} | {self.file_bytes:,} | {self.bits_per_weight:.2f} |")
         return "\n".join(lines)
+
+
+def quantize(
+    source: str | os.PathLike[str] | WeightSource,
+    target: str | os.PathLike[str],
+    format: str | Recipe = "int4",
+    *,
+    calibration: str | os.PathLike[str] | Iterable[str | Chat] | None = sample_text.CALIBRATION,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Packed:
+    """Pack a model into a folder of fewer bits a weight, which `LLM`, `OlmoeForCausalLM` and all commands load.
+
+    >>> olmoe.quantize("allenai/OLMoE-1B-7B-0924", "olmoe-int4").bits_per_weight     # doctest: +SKIP
+
+    `source` is a checkpoint folder, a hub id (of `revision`, with `token`; `local_files_only` fetches nothing), a .gguf
+    file, or a `WeightSource` that is open already. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the
+    name of a weight format, which then takes every matrix.
+
+    `calibration` is text like that the model will meet, for recipes that choose codes by their effect (int4 and
+    int4-high): a file (text, or .jsonl with text or messages), or texts and chats themselves. Default is a short
+    public-domain sample; None does without. `progress(done, total)` is called after each matrix, in weights.
+
+    `target` is written whole or not at all. What exists there is refused unless `overwrite`, and then only files of a
+    model are replaced. Raises `UserError` subclasses for what is wrong with source, target or text.
+    """
+    recipe = _recipe(format)
+    target = Path(os.path.expanduser(target))
+    if not overwrite:  # before a source is fetched
+        path = os.path.expanduser(source) if isinstance(source, str | os.PathLike) else source.path
+        targets.check_folder(target, (), overwrite=False, source=path)
+    if isinstance(source, str | os.PathLike):
+        source = open_source(source, revision=revision, token=token, local_files_only=local_files_only)
+    # Before hours of work, and without the exception that `pack` makes for its own folders.
+    names = {packed.FILE_NAME, "config.json", *source.files()}
+    targets.check_folder(target, names, overwrite=overwrite, source=source.path)
+    windows = None
+    if recipe.searches and calibration is not None:
+        windows = _windows(source, calibration)
+    return pack(source, target, recipe, windows, progress, overwrite=overwrite)
+
+
+def _recipe(format: str | Recipe) -> Recipe:
+    """The recipe that a name means. Raises `UserError` if it means none."""
+    if isinstance(format, Recipe):
+        return format
+    if isinstance(format, str) and format in RECIPES:
+        return RECIPES[format]
+    if isinstance(format, str) and format in layout_formats():
+        return Recipe(format, format)
+    known = dict.fromkeys((*RECIPES, *layout_formats()))
+    raise UserError(f"Nothing can be packed as {shown(format)}; choose one of {', '.join(known)}.")
+
+
+def _windows(source: WeightSource, calibration: str | os.PathLike[str] | Iterable[str | Chat]) -> list[list[int]]:
+    """Windows of token ids of calibration text, equally long."""
+    tokenizer = tokenizer_of(source)
+    if isinstance(calibration, str | os.PathLike):
+        ids = sample_text.read_ids(calibration, tokenizer)
+    else:
+        ids = sample_text.ids_of(calibration, tokenizer)
+        if not ids:
+            raise UserError("The calibration text is empty; give a few sentences, or calibration=None to do without.")
+    length = min(WINDOW, source.config.max_position_embeddings)
+    return sample_text.windows(ids, length, CALIBRATION_TOKENS // length)
 
 
 def pack(

@@ -6,27 +6,34 @@ Each document (see `olmoe.io.documents`) ends with the model's end-of-text token
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from olmoe.errors import UserError
-from olmoe.io.documents import read_documents
+from olmoe.io.documents import Chat, read_documents
 from olmoe.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets" / "text"  # sources and status in its README.md
 HELD_OUT, CALIBRATION = ASSETS / "held_out.txt", ASSETS / "calibration.txt"
 
 
-def read_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
+def read_ids(path: str | os.PathLike[str], tokenizer: Tokenizer) -> list[int]:
     """Token ids of all documents of a file. Raises `UserError` if it cannot be read or holds no text."""
     path = Path(os.path.expanduser(path))
+    ids = ids_of(read_documents(path), tokenizer)
+    if not ids:
+        raise UserError(f"The text {path} is empty; give one with at least a few sentences.")
+    return ids
+
+
+def ids_of(documents: Iterable[str | Chat], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of documents: texts, or chats as lists of messages."""
     ids: list[int] = []
-    for document in read_documents(path):
+    for document in documents:
         if not isinstance(document, str):
             ids += [*tokenizer.encode_chat(document, add_generation_prompt=False), *tokenizer.eos_ids[:1]]
         elif document.strip():
             ids += [*tokenizer.encode(document.strip()), *tokenizer.eos_ids[:1]]
-    if not ids:
-        raise UserError(f"The text {path} is empty; give one with at least a few sentences.")
     return ids
 
 

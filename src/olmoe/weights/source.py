@@ -8,6 +8,8 @@ Shapes legend: D hidden, E experts, F expert width.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from olmoe.config import ModelConfig
+from olmoe.errors import TokenizerError
+from olmoe.io import hub
 from olmoe.io.tensor_file import TensorFiles
 from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM, allocate, without_values
-from olmoe.tokenizer import TEMPLATES_FOLDER
+from olmoe.tokenizer import TEMPLATES_FOLDER, Tokenizer
 from olmoe.weights import checkpoint, packed
 
 # Bytes read before mapped files are closed, so that their pages no longer count as this process's memory.
@@ -59,6 +63,37 @@ class BlockSource(WeightSource, Protocol):
     def blocks(self, parameter: str, expert: int | None = None) -> Any:
         """The bytes of a matrix row by row, (R, bytes) uint8, as a numpy array; all its tensors have one type."""
         ...
+
+
+def open_source(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> WeightSource:
+    """The source that a name means: a .gguf file, a checkpoint folder, or a hub id."""
+    if os.fspath(name).lower().endswith(".gguf"):
+        from olmoe.weights.gguf.source import GGUFSource  # which is built on this module
+
+        return GGUFSource(os.path.expanduser(name))
+    place = name if isinstance(name, str) else Path(name)
+    return FolderSource(hub.resolve(place, revision=revision, token=token, local_files_only=local_files_only))
+
+
+def tokenizer_of(source: WeightSource) -> Tokenizer:
+    """The tokenizer that travels with the weights. Raises `TokenizerError` if there is none."""
+    files = source.files()
+    if "tokenizer.json" not in files:
+        raise TokenizerError(
+            "The model comes without a tokenizer.json, which is needed to read text; put one beside it, or do without "
+            "calibration text (--calibration none) and reports."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():  # chat templates included, for calibration on chats
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return Tokenizer.from_folder(folder, eos_ids=source.config.eos_token_ids, pad_id=source.config.pad_token_id)
 
 
 class FolderSource:
