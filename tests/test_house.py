@@ -39,7 +39,14 @@ def test_tests_mirror_the_source():
     what transformers expects of every model, `test_documentation.py` about a page of docs/; those about several modules
     are listed.
     """
-    besides = {"test_house", "test_readme", "ops/test_primitives", "ops/test_parity", "hf/test_documentation"}
+    besides = {
+        "test_house",
+        "test_readme",
+        "test_recipes",
+        "ops/test_primitives",
+        "ops/test_parity",
+        "hf/test_documentation",
+    }
     astray = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         place = path.relative_to(ROOT / "tests").with_suffix("")

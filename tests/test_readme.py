@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -83,14 +84,32 @@ def test_make_test_is_what_ci_runs(environment):
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", LONG)
-def test_long_training_command_names_a_valid_configuration(command):
-    """An hour of training is not repeated here; its configuration must load, and the command exist."""
-    config = load_config(ROOT / command.split()[-1])
+def test_a_long_training_command_is_shown():
+    assert LONG == ["olmoe train configs/olmoe-tiny.toml"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("olmoe-tiny*.toml")), ids=lambda path: path.name)
+def test_long_training_command_names_a_valid_configuration(path):
+    """An hour of training is not repeated here; its configuration must load, and so must those of the later stages."""
+    config = load_config(path)
     assert config.model.num_parameters == 7_637_120
 
 
-@pytest.mark.parametrize("path", re.findall(r"^([\w./-]+/|[\w./-]+\.(?:py|md|toml))\s{2,}", README, flags=re.MULTILINE))
+TREE = re.findall(r"(?<![\w/.])[\w./-]+/(?= )", re.findall(r"```\n(src/.*?)```", README, flags=re.DOTALL)[-1])
+LINKS = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"`((?:src|docs|benchmarks)/[\w./-]+)`", README)
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 110
+    assert len(TREE) >= 10
+
+
+@pytest.mark.parametrize("path", sorted(set(LINKS)))
+def test_what_readme_points_at_exists(path):
+    assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", TREE)
 def test_file_tree_names_files_that_exist(path):
     assert any(ROOT.rglob(path.rstrip("/").split("/")[-1])), path
 
@@ -104,3 +123,68 @@ def test_python_example_runs():
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+# ---- the table of results ----
+
+
+@pytest.fixture(scope="module")
+def results_table():
+    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_what_the_committed_results_say(results_table):
+    assert results_table.with_table(README, results_table.table()) == README, "run python scripts/results_table.py"
+
+
+def test_another_table_is_noticed(results_table):
+    forged = README.replace("| 44.1 tokens/s |", "| 54.1 tokens/s |")
+    assert forged != README
+    assert results_table.with_table(forged, results_table.table()) == README
+
+
+def test_every_result_has_an_id_of_its_own(results_table):
+    keys = [row.key for row in results_table.ROWS]
+    assert len(set(keys)) == len(keys)
+
+
+def lines_with_shares(*shares):
+    part = {"tokens_per_s": {"ours": 2.0, "peer": 1.0}, "ratio": {"best": 2.0}}
+    return [{"parts": {"int4": {"decode_64": part | {"share_of_ceiling": share}}}, "at": share} for share in shares]
+
+
+def test_nothing_above_its_ceiling_is_quoted(results_table):
+    (row,) = [row for row in results_table.ROWS if row.key == "cpu_engines:int4.decode_64"]
+    line, figure = results_table.newest(row, lines_with_shares(0.7, 0.8, 1.03))
+    assert (line["at"], figure.share) == (0.8, 0.8)
+    with pytest.raises(results_table.AboveCeiling, match=r"int4\.decode_64: all 2 measurements"):
+        results_table.newest(row, lines_with_shares(1.2, 1.03))
+    with pytest.raises(LookupError):
+        results_table.newest(row, [])
+
+
+# ---- the journal ----
+
+JOURNAL = ROOT / "docs" / "journal"
+ENTRIES = sorted(path.name for path in JOURNAL.glob("*.md") if path.name != "README.md")
+
+
+def test_the_journals_index_names_every_entry_in_the_order_of_dates():
+    index = (JOURNAL / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d-]+) \| \[.+\]\((.+)\) \| .+\. \|$", index, flags=re.MULTILINE)
+    assert sorted(name for _, name in rows) == ENTRIES
+    assert all(name.startswith(date) for date, name in rows)
+    assert [date for date, _ in rows] == sorted(date for date, _ in rows)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_has_a_date_a_question_numbers_and_a_verdict(name):
+    text = (JOURNAL / name).read_text(encoding="utf-8")
+    assert re.match(rf"# .+\n{name[:10]}(?: to [\d-]+)?\n\n\*\*Question\.\*\* ", text)
+    assert re.search(r"\n## Numbers\n.*\d.*\n## Verdict\n\S", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\(([\w.-]+\.md)\)", text):
+        assert (JOURNAL / link).is_file(), link

@@ -237,7 +237,7 @@ def advise_large_pages(address: int, size: int) -> None:
     """Ask the system to back memory that is not written yet with pages of 2 MB; does nothing where there are none.
 
     Weights of gigabytes in pages of 4 kB have page tables that no cache holds: decoding in bf16 is a tenth faster
-    without (docs/journal.md).
+    without (docs/journal/2026-11-24-bf16-decoding.md).
     """
     page, advice = 2**21, 14  # MADV_HUGEPAGE of Linux
     start = -(-address // page) * page

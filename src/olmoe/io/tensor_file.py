@@ -74,9 +74,10 @@ class TensorFile:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file.") from None
 
     def _ask_for_large_pages(self) -> None:
-        """Let what is read from disk come in pages of 2 MB: weights are read a tenth faster (docs/journal.md).
+        """Let what is read from disk come in pages of 2 MB: weights are read a tenth faster.
 
         Which pages the system's cache holds is decided when a file is first read. Some systems refuse.
+        docs/journal/2026-11-25-pages-of-2-mb.md has the measurement.
         """
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -28,7 +28,7 @@ FEW_ROWS = 8
 WIDE_COLUMNS = 1024
 # Experts with up to this many rows each are the kernels', where `many_rows` does not give them all to the kernels: the
 # crossover measured with two threads against a torch that multiplies bf16 by instructions for it, and against one that
-# converts the weights first (docs/journal.md).
+# converts the weights first (docs/journal/2026-11-24-experts-interface.md).
 ROWS_PER_EXPERT = 2
 CONVERTED_ROWS_PER_EXPERT = 12
 

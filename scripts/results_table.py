@@ -1,0 +1,271 @@
+"""Write README's table of results from the lines that are committed in `benchmarks/results`.
+
+    python scripts/results_table.py            # writes the table
+    python scripts/results_table.py --check    # exits with 1 where README holds another one
+
+Each row has an id, `file:part`, and quotes the newest line of that file which measured that part. A line whose figure
+lies above the ceiling of the same line is never quoted: the ceiling and the figure were then measured in two states of
+the machine, and neither says what the other is worth. Where every line is like that, the script fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: written by scripts/results_table.py -->", "<!-- end of results -->"
+# Parameters of the released model that every token of a prompt is multiplied with: active ones without embeddings and
+# head. A decoding step reads the head besides.
+LAYER_PARAMETERS = 1_282_017_280 - 2 * 50_304 * 2048
+STEP_PARAMETERS = LAYER_PARAMETERS + 50_304 * 2048
+
+Line = dict[str, Any]
+
+
+class AboveCeiling(Exception):
+    """A row of which every measurement lies above its own ceiling."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a line says of one part: our number, the peer's, and how many times better ours is.
+
+    Where both were measured in turn, `ratio` is the one that the benchmark wrote: the median over its rounds, not the
+    quotient of two medians. `share` is how much of its ceiling ours reaches, where the line has a ceiling.
+    """
+
+    ours: float
+    peer: float
+    peer_name: str
+    ratio: float
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: where its numbers are, and in which words and unit they are said."""
+
+    file: str
+    part: str
+    what: str
+    unit: str
+    read: Callable[[Line], Figure | None]
+
+    @property
+    def key(self) -> str:
+        """The result's id."""
+        return f"{self.file}:{self.part}"
+
+
+def engines(group: str, measure: str) -> Callable[[Line], Figure | None]:
+    """Tokens a second of `cpu_engines.py` against the fastest of llama.cpp's formats."""
+
+    def read(line: Line) -> Figure | None:
+        part = line["parts"].get(group, {}).get(measure)
+        if part is None:
+            return None
+        speeds = dict(part["tokens_per_s"])
+        ours = speeds.pop("ours")
+        name = max(speeds, key=speeds.__getitem__)
+        return Figure(ours, speeds[name], name, part["ratio"]["best"], part.get("share_of_ceiling"))
+
+    return read
+
+
+def peaks(group: str) -> Callable[[Line], Figure | None]:
+    """Peak gigabytes of a part of `cpu_engines.py`, against the peer that needs least."""
+
+    def read(line: Line) -> Figure | None:
+        found = dict(line["parts"].get(group, {}).get("peak_gb", {}))
+        if not found:
+            return None
+        ours = found.pop("ours")
+        name = min(found, key=found.__getitem__)
+        return Figure(ours, found[name], name, found[name] / ours)
+
+    return read
+
+
+def loading(weights: str) -> Callable[[Line], Figure | None]:
+    """Seconds that opening a file takes when the page cache holds it, against the peer that is fastest."""
+
+    def read(line: Line) -> Figure | None:
+        found = {name: start["load_s"] for name, start in line.get("starts", {}).get(weights, {}).items()}
+        if not found:
+            return None
+        ours = found.pop("ours")
+        name = min(found, key=found.__getitem__)
+        return Figure(ours, found[name], name, found[name] / ours)
+
+    return read
+
+
+def bf16(measure: str, kernels: str) -> Callable[[Line], Figure | None]:
+    """The whole released model in bf16 beside transformers; the ceiling is the machine's products, or its reads."""
+
+    def read(line: Line) -> Figure | None:
+        if line["layers"] != 16 or line.get("clock") != "wall" or line.get("kernels") != kernels:
+            return None
+        speed, limits = line[measure], line["ceilings"]
+        if measure == "prefill":
+            ceiling = max(limits["fp32_gflops"], limits["bf16_gflops"]) * 1e9 / (2 * LAYER_PARAMETERS)
+        else:
+            ceiling = limits["read_gb_per_s"] * 1e9 / (2 * STEP_PARAMETERS)
+        return Figure(speed["ours"], speed["transformers"], "transformers", speed["ratio"], speed["ours"] / ceiling)
+
+    return read
+
+
+def experts(tokens: int, dtype: str) -> Callable[[Line], Figure | None]:
+    """Our experts of the released widths inside transformers' own model."""
+
+    def read(line: Line) -> Figure | None:
+        if (line["shape"], line.get("tokens"), line["dtype"]) != ("olmoe", tokens, dtype):
+            return None
+        if line.get("train") or line["isa_limit"] != "none" or line["threads"] != 2:
+            return None
+        ms = line["ms"]
+        share = line["floor_ms"] / ms["olmoe"] if "floor_ms" in line else None
+        return Figure(ms["olmoe"], ms["grouped_mm"], "`grouped_mm`", line["grouped_mm_over_olmoe"], share)
+
+    return read
+
+
+def training(line: Line) -> Figure | None:
+    """Training steps of the 7.6M-parameter model."""
+    if (line["sequences"], line["length"]) != (16, 256):
+        return None
+    return Figure(line["ours"], line["transformers"], "transformers", line["ratio"])
+
+
+def footprint(mode: str) -> Callable[[Line], Figure | None]:
+    """Bytes after quantized loading, as a share of those in bf16."""
+
+    def read(line: Line) -> Figure | None:
+        ours, theirs = line["olmoe"][mode], line["transformers"][mode]
+        return Figure(ours, theirs, "bitsandbytes", theirs / ours)
+
+    return read
+
+
+def quality(target: str, peer: str) -> Callable[[Line], Figure | None]:
+    """KL against fp32 on held-out text; the peer's is that of the same commit."""
+
+    def read(line: Line) -> Figure | None:
+        if (line["source"], line["target"]) != ("olmoe-tiny", target):
+            return None
+        beside = [
+            other["kl_mean"]
+            for other in lines("quantization_quality")
+            if (other["source"], other["target"], other["commit"]) == ("olmoe-tiny", peer, line["commit"])
+        ]
+        if not beside:
+            return None
+        return Figure(line["kl_mean"], beside[-1], peer.replace("llama-", "llama.cpp "), beside[-1] / line["kl_mean"])
+
+    return read
+
+
+SPEED, GIGABYTES, SECONDS, MS, SHARE, NATS = "tokens/s", "GB", "s", "ms", "of bf16's bytes", "nats"
+ROWS = [
+    Row("cpu_engines", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
+    Row("cpu_engines", "int8.prefill_512", "prompt of 512, int8", SPEED, engines("int8", "prefill_512")),
+    Row("cpu_engines", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
+    Row("cpu_engines", "int8.decode_64", "decoding, int8", SPEED, engines("int8", "decode_64")),
+    Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
+    Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
+    Row("cpu_engines", "int4.peak_gb", "peak memory, int4", GIGABYTES, peaks("int4")),
+    Row("cpu_engines", "starts.int4.load_s", "loading, int4", SECONDS, loading("int4")),
+    Row("cpu_engines_avx2", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
+    Row("cpu_engines_avx2", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
+    Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
+    Row("prefill_transformers", "decode", "decoding, bf16", SPEED, bf16("decode", "avx512")),
+    Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
+    Row("experts_interface", "fp32.4", "experts, 4 tokens, fp32", MS, experts(4, "float32")),
+    Row("experts_interface", "bf16.512", "experts, 512 tokens, bf16", MS, experts(512, "bfloat16")),
+    Row("train_transformers", "16x256", "training olmoe-tiny, fp32", SPEED, training),
+    Row("quantized_footprint", "nf4", "loaded in NF4", SHARE, footprint("nf4_double_quant")),
+    Row("quantization_quality", "int4", "KL of int4", NATS, quality("int4", "llama-Q4_0")),
+]
+
+
+def lines(file: str) -> list[Line]:
+    """The lines of a committed result, the newest last."""
+    text = (RESULTS / f"{file}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def newest(row: Row, found: Iterable[Line]) -> tuple[Line, Figure]:
+    """The newest line that measured a row and is not above its own ceiling."""
+    above = 0
+    for line in reversed(list(found)):
+        figure = row.read(line)
+        if figure is None:
+            continue
+        if figure.share is None or figure.share <= 1:
+            return line, figure
+        above += 1
+    if above:
+        raise AboveCeiling(f"{row.key}: all {above} measurements lie above their own ceiling")
+    raise LookupError(f"{row.key}: no line of benchmarks/results/{row.file}.jsonl measured it")
+
+
+def machine(line: Line) -> str:
+    """Processor, threads and instruction set of a line."""
+    limited = line.get("isa_limit") == "AVX2" or line.get("kernels") == "avx2"
+    isa = line.get("engines", {}).get("ours", {}).get("isa") or line.get("kernels") or ("avx2" if limited else None)
+    threads = "1 thread" if line["threads"] == 1 else f"{line['threads']} threads"
+    return ", ".join([line["cpu"], threads, *([isa.upper().replace("AVX512", "AVX-512")] if isa else [])])
+
+
+def number(value: float) -> str:
+    """Three digits, and thousands with a comma."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: Iterable[Row] = tuple(ROWS)) -> str:
+    """The table in Markdown."""
+    out = ["| id | what | olmoe | peer | ratio | machine | commit |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        line, figure = newest(row, lines(row.file))
+        ours, peer = f"{number(figure.ours)} {row.unit}", f"{number(figure.peer)} ({figure.peer_name})"
+        ratio = number(figure.ratio)
+        out.append(f"| `{row.key}` | {row.what} | {ours} | {peer} | {ratio} | {machine(line)} | {line['commit']} |")
+    return "\n".join(out)
+
+
+def with_table(readme: str, text: str) -> str:
+    """README with `text` between its two markers."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the table differs")
+    check: bool = parser.parse_args().check
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = with_table(old, table())
+    if new == old:
+        return 0
+    if check:
+        print(
+            "README's table is not what benchmarks/results says; run python scripts/results_table.py", file=sys.stderr
+        )
+        return 1
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
