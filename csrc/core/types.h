@@ -155,10 +155,4 @@ inline size_t tiles_scratch(int columns, int tokens) {
   return size_t(kPanelRows) * (columns + 5 * size_t(tokens)) + 16 * kPanelRows;
 }
 
-const Kernels& scalar_kernels();
-#ifdef OLMOE_X86
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-#endif
-
 }  // namespace olmoe

@@ -4,41 +4,50 @@
 #include "ops.h"
 
 namespace olmoe {
+
+// OLMOE_ISAS names every folder of csrc/isa that is built, the fastest first (CMakeLists.txt): ISA(avx2) ISA(scalar).
+// Each has its kernels, and whether this CPU runs them.
+#define ISA(name)                  \
+  const Kernels& name##_kernels(); \
+  bool name##_runs();
+OLMOE_ISAS
+#undef ISA
+
 namespace {
 
-const Kernels* chosen = nullptr;
+struct InstructionSet {
+  const char* name;
+  const Kernels& (*kernels)();
+  bool (*runs)();
+};
 
-const Kernels* find(const char* name) {
-#ifdef OLMOE_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (std::strcmp(name, "avx512") == 0 && avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-    return &avx512_kernels();
-  if (std::strcmp(name, "avx2") == 0 && avx2) return &avx2_kernels();
-#endif
-  return std::strcmp(name, "scalar") == 0 ? &scalar_kernels() : nullptr;
-}
+#define ISA(name) {#name, &name##_kernels, &name##_runs},
+constexpr InstructionSet kAll[] = {OLMOE_ISAS};
+#undef ISA
+
+const Kernels* chosen = nullptr;
 
 }  // namespace
 
 std::vector<const char*> isas() {
   std::vector<const char*> names;
-  for (const char* name : {"avx512", "avx2", "scalar"})
-    if (find(name)) names.push_back(name);
+  for (const InstructionSet& isa : kAll)
+    if (isa.runs()) names.push_back(isa.name);
   return names;
 }
 
 const Kernels& kernels() {
-  if (!chosen) chosen = find(isas().front());
+  if (!chosen) set_isa(isas().front());
   return *chosen;
 }
 
 bool set_isa(const char* name) {
-  const Kernels* found = find(name);
-  if (found) chosen = found;
-  return found != nullptr;
+  for (const InstructionSet& isa : kAll)
+    if (std::strcmp(isa.name, name) == 0 && isa.runs()) {
+      chosen = &isa.kernels();
+      return true;
+    }
+  return false;
 }
 
 }  // namespace olmoe
