@@ -1,4 +1,6 @@
-// The kernels, compiled for avx2 (isa.cmake has the flags).
+// The kernels, compiled for avx2 (isa.cmake has the flags): first what this folder has, then what is made of it.
+#include "vectors.h"
+
 #include "packed_tiles.h"
 
 #include "../common/packed_rows.h"

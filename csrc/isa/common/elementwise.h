@@ -128,32 +128,7 @@ inline void quantize(const float* x, int columns, int zero, ActivationBlock* out
     }
     float inverse = 1.0f / d;
     if (!(inverse <= FLT_MAX)) inverse = 0;  // of zeros and denormals
-    int total = 0;
-#if defined(__AVX512F__)
-    __m512i low = _mm512_cvtps_epi32(_mm512_loadu_ps(x) * inverse);
-    __m512i high = _mm512_cvtps_epi32(_mm512_loadu_ps(x + 16) * inverse);
-    _mm_storeu_si128((__m128i*)out->q, _mm512_cvtsepi32_epi8(low));
-    _mm_storeu_si128((__m128i*)(out->q + 16), _mm512_cvtsepi32_epi8(high));
-    total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-#elif defined(__AVX2__)
-    __m256i q[4], sums = _mm256_setzero_si256();
-    for (int i = 0; i < 4; i++) {
-      q[i] = _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8 * i) * inverse);
-      sums = _mm256_add_epi32(sums, q[i]);
-    }
-    // Packing works within halves of 128 bits, so words of four bytes have to be put in order.
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256((__m256i*)out->q, _mm256_permutevar8x32_epi32(packed, order));
-    for (int i = 0; i < 8; i++) total += ((vi)sums)[i];
-#else
-    for (int i = 0; i < kBlock; i++) {
-      int q = int(std::nearbyint(x[i] * inverse));
-      out->q[i] = int8_t(q);
-      total += q;
-    }
-#endif
-    out->correction = -zero * total;
+    out->correction = -zero * round_to_bytes(x, inverse, out->q);
   }
 }
 

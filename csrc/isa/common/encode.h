@@ -25,18 +25,6 @@ OLMOE_INLINE vf rounded(vf x) {
   return x;
 }
 
-// a * b + c, rounded once.
-OLMOE_INLINE vf fused(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  vf out;
-  for (int i = 0; i < W; i++) out[i] = std::fma(a[i], b[i], c[i]);
-  return out;
-#endif
-}
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool kFuses = true;
 #else

@@ -16,74 +16,6 @@ constexpr int kTileTokens = W == 16 ? 12 : 6;  // as many sums as there are regi
 constexpr int kTilesInPanel = kPanelRows / kTileRows;
 static_assert(kPanelRows % kTileRows == 0);
 
-// W x W values transposed.
-OLMOE_INLINE void transpose(vf (&v)[W]) {
-#if defined(__AVX512F__)
-  __m512 u[16], q[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    u[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
-    u[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
-  }
-  // q[4 i + m]: columns m, 4 + m, 8 + m, 12 + m of rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int m = 0; m < 2; m++) {
-      const __m512d a = _mm512_castps_pd(u[i + m]), b = _mm512_castps_pd(u[i + 2 + m]);
-      q[i + 2 * m] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      q[i + 2 * m + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-#pragma GCC unroll 4
-  for (int m = 0; m < 4; m++) {
-    const __m512 a = _mm512_shuffle_f32x4(q[m], q[4 + m], 0x88), b = _mm512_shuffle_f32x4(q[8 + m], q[12 + m], 0x88);
-    const __m512 c = _mm512_shuffle_f32x4(q[m], q[4 + m], 0xdd), d = _mm512_shuffle_f32x4(q[8 + m], q[12 + m], 0xdd);
-    v[m] = (vf)_mm512_shuffle_f32x4(a, b, 0x88);
-    v[4 + m] = (vf)_mm512_shuffle_f32x4(c, d, 0x88);
-    v[8 + m] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
-    v[12 + m] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
-  }
-#elif defined(__AVX2__)
-  __m256 u[8], q[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    u[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
-    u[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
-  }
-  // q[4 i + m]: columns m and 4 + m of rows 4 i to 4 i + 3.
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-    for (int m = 0; m < 2; m++) {
-      const __m256d a = _mm256_castps_pd(u[i + m]), b = _mm256_castps_pd(u[i + 2 + m]);
-      q[i + 2 * m] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-      q[i + 2 * m + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-    }
-#pragma GCC unroll 4
-  for (int m = 0; m < 4; m++) {
-    v[m] = (vf)_mm256_permute2f128_ps(q[m], q[4 + m], 0x20);
-    v[4 + m] = (vf)_mm256_permute2f128_ps(q[m], q[4 + m], 0x31);
-  }
-#else
-  for (int i = 0; i < W; i++)
-    for (int j = 0; j < i; j++) {
-      const float x = v[i][j];
-      v[i][j] = v[j][i];
-      v[j][i] = x;
-    }
-#endif
-}
-
-OLMOE_INLINE vf broadcast(const float* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_set1_ps(*p);
-#elif defined(__AVX2__)
-  return (vf)_mm256_broadcast_ss(p);
-#else
-  return vf{*p, *p, *p, *p};
-#endif
-}
-
 // Activations by residue: x[column + i] to lanes[(column + i) % W * steps + (column + i) / W], for i below `count`.
 // `column` is a multiple of W; columns beyond the last whole vector are left out.
 inline void split_lanes(const float* x, int column, int count, int columns, float* lanes) {
@@ -96,37 +28,6 @@ inline void split_lanes(const float* x, int column, int count, int columns, floa
 // sets of the cache.
 inline size_t lane_stride(int steps) { return size_t(steps) * kTileRows + 16; }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Two steps of eight rows of bf16: transposed as they are, which takes half the shuffles, and widened where they go.
-OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_size, float* place) {
-  __m256i a[8], b[8];
-#pragma GCC unroll 4
-  for (int j = 0; j < 8; j += 2) {
-    const __m256i u = _mm256_loadu_si256((const __m256i*)(rows + j * row_bytes));
-    const __m256i v = _mm256_loadu_si256((const __m256i*)(rows + (j + 1) * row_bytes));
-    a[j] = _mm256_unpacklo_epi16(u, v), a[j + 1] = _mm256_unpackhi_epi16(u, v);
-  }
-  // b[4 i + m]: columns 2 m and 2 m + 1 of rows 4 i to 4 i + 3; of each step in a half.
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-    for (int m = 0; m < 2; m++) {
-      b[i + 2 * m] = _mm256_unpacklo_epi32(a[i + m], a[i + 2 + m]);
-      b[i + 2 * m + 1] = _mm256_unpackhi_epi32(a[i + m], a[i + 2 + m]);
-    }
-#pragma GCC unroll 8
-  for (int l = 0; l < 8; l++) {
-    const __m256i zero = _mm256_setzero_si256();
-    const __m256i column =
-        l % 2 ? _mm256_unpackhi_epi64(b[l / 2], b[4 + l / 2]) : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
-    const __m256i low = _mm256_unpacklo_epi16(zero, column), high = _mm256_unpackhi_epi16(zero, column);
-    float* lane = place + l * lane_size;
-    store(lane, (vf)_mm256_permute2x128_si256(low, high, 0x20));
-    store(lane + kTileRows, (vf)_mm256_permute2x128_si256(low, high, 0x31));
-  }
-}
-#endif
-
 // Up to kPanelRows rows, widened: [tile of rows][lane][step][row of the tile]. Rows that do not exist are zeros.
 template <Type T>
 inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int steps, float* panel) {
@@ -136,11 +37,9 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
     const uint8_t* first = weight + r * row_bytes;
     const int count = rows - r < W ? rows - r : W;
     int i = 0;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (T == Type::kBF16 && count == W)
+    if (kPacksBF16 && T == Type::kBF16 && count == W)
       for (; i + 2 <= steps; i += 2)
-        pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, place + size_t(i) * kTileRows);
-#endif
+        pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, kTileRows, place + size_t(i) * kTileRows);
     for (; i < steps; i++) {
       vf v[W];
       if (count == W) {

@@ -119,18 +119,7 @@ inline void block_maxima(const float* x, int n, float* maxima) {
 // Write the places i + j of lanes that are hit after `count` others; the number of all.
 OLMOE_INLINE int append(vi hits, int i, int* ids, int count) {
   if (!any(hits)) return count;
-#if defined(__AVX512F__)
-  const __mmask16 mask = _mm512_movepi32_mask((__m512i)hits);
-  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
-  return count + __builtin_popcount(mask);
-#else
-  for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
-    ids[count] = i + j;
-    count -= hits[j];
-  }
-  return count;
-#endif
+  return append_lanes(hits, i, ids, count);
 }
 
 inline int at_least(const float* x, int n, float least, int* ids) {

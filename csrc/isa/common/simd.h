@@ -1,59 +1,15 @@
-// Vectors of W floats for the instruction set that this file is compiled for, through the compiler's own vector
-// types: one source serves AVX-512, AVX2 and whatever the baseline is. Only what those types cannot say is written
-// with intrinsics.
+// Arithmetic on the vectors of an instruction set, whose vectors.h comes before this: one source serves AVX-512, AVX2
+// and whatever the baseline is.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "../../core/types.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vector_types.h"
 
 namespace olmoe {
 namespace {  // every instruction set has its own copy: nothing here may be shared between object files
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-
-typedef float vf __attribute__((vector_size(W * 4)));
-typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
-
-#define OLMOE_INLINE inline __attribute__((always_inline))
-
 // Fetch some bytes into the second cache: what is looked at next, before the hardware notices what is being read.
 inline void fetch_ahead(const void* place, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)place + i, 0, 2);
-}
-
-OLMOE_INLINE vf load(const float* p) {
-  vf v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-OLMOE_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-OLMOE_INLINE vf splat(float x) { return vf{} + x; }
-
-OLMOE_INLINE float sum(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
-  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
 }
 
 // a * b + c of single numbers, rounded once where the CPU can. Whether the compiler makes one instruction of the
@@ -88,62 +44,6 @@ OLMOE_INLINE vf load_bf16(const uint16_t* p) {
   return (vf)(__builtin_convertvector(h, vi) << 16);
 }
 
-inline float half_to_float(uint16_t h) {
-#if defined(__AVX2__)
-  return _cvtsh_ss(h);
-#else
-  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff, bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | mantissa << 13;
-  } else if (exponent) {
-    bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  } else {  // zero or subnormal: mantissa * 2^-24
-    float f = float(mantissa) * 0x1p-24f;
-    std::memcpy(&bits, &f, 4);
-    bits |= sign;
-  }
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-#endif
-}
-
-inline uint16_t float_to_half(float x) {  // round to nearest even
-#if defined(__AVX2__)
-  return _cvtss_sh(x, 0);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more
-  if (magnitude < 0x38800000) {                                 // subnormal halves count 2^-24
-    float f;
-    std::memcpy(&f, &magnitude, 4);
-    return uint16_t(sign | uint32_t(std::nearbyint(f * 0x1p24f)));
-  }
-  uint32_t rounded = magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1);
-  return uint16_t(sign | rounded >> 13);
-#endif
-}
-
-OLMOE_INLINE vf load_f16(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  // As half_to_float, without a branch.
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  const vi bits = __builtin_convertvector(h, vi), shifted = (bits & 0x7fff) << 13, exponent = bits & 0x7c00;
-  const vi rebased = shifted + (112 << 23) + ((exponent == 0x7c00) & (112 << 23));
-  // Zeros and subnormals: the mantissa below an implicit one, which is taken away.
-  const vi small = (vi)((vf)(rebased + (1 << 23)) - 0x1p-14f);
-  return (vf)((exponent == 0 ? small : rebased) | (bits & 0x8000) << 16);
-#endif
-}
-
 inline uint16_t float_to_bf16(float x) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -157,16 +57,7 @@ inline float bf16_to_float(uint16_t h) {
   return f;
 }
 
-// As float_to_half and float_to_bf16, W at a time.
-OLMOE_INLINE void store_f16(uint16_t* p, vf v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
-#elif defined(__AVX2__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
-#else
-  for (int i = 0; i < W; i++) p[i] = float_to_half(v[i]);
-#endif
-}
+// As float_to_bf16, W at a time.
 OLMOE_INLINE void store_bf16(uint16_t* p, vf v) {
   const vu bits = (vu)v;
   const vu rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;

@@ -1,4 +1,6 @@
-// The kernels, compiled for scalar (isa.cmake has the flags).
+// The kernels, compiled for scalar (isa.cmake has the flags): first what this folder has, then what is made of it.
+#include "vectors.h"
+
 #include "packed_rows.h"
 
 #include "../common/table.h"
