@@ -35,6 +35,20 @@ def test_scalar_is_always_there_and_comes_last(isa):
     assert cpu.isa() == isa
 
 
+def test_an_instruction_set_is_a_folder():
+    """With all that CONTRIBUTING.md asks of one; the build knows no other list."""
+    root = Path(__file__).parents[3]
+    if not (root / "csrc").exists():
+        pytest.skip("needs a checkout")
+    folders = {path.parent.name: path.parent for path in root.glob("csrc/isa/*/isa.cmake")}
+    assert set(cpu.isas()) <= set(folders)
+    for folder in folders.values():
+        assert {"kernels.cpp", "runs.cpp", "vectors.h"} <= {path.name for path in folder.iterdir()}
+    elsewhere = [root / "CMakeLists.txt", *root.glob("csrc/core/*"), *root.glob("csrc/ops/*")]
+    named = [p.name for p in elsewhere for isa in ("avx2", "avx512") if f"{isa}_" in p.read_text(encoding="utf-8")]
+    assert not named, "only its own folder knows an instruction set"
+
+
 def test_the_instruction_sets_really_differ():
     """Were one table compiled for another's instructions, the last bits would agree."""
     x, results = random(1, 256, seed=1), {}
