@@ -1,9 +1,9 @@
 """One engine of `cpu_engines.py` in a process of its own: it reads requests, one JSON a line, and answers each.
 
-    python benchmarks/cpu_engine_worker.py ours|transformers|llama_cpp OPTIONS_AS_JSON
+    python benchmarks/cpu_engine_worker.py ours|transformers|llama_cpp|llama_whole OPTIONS_AS_JSON
 
 Between two requests it waits on a pipe. It runs under an interpreter that has its engine, and needs nothing else:
-olmoe, transformers, or llama_cpp with numpy. All engines get random ids.
+olmoe, transformers, llama_cpp with numpy, or for `llama_whole` xllamacpp or llama_cpp. All engines get random ids.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ class Ours:
             model.load_state_dict(shared_state(options["descriptor"], config), assign=True)
             model.eval().requires_grad_(False)
         self.runner = self._benchmark.Measured(model)
+        self._whole: Any = None
+        self._tokenizer = self._read_tokenizer(model.config)
+
+    def _read_tokenizer(self, config: Any) -> Any:
+        """The folder's own; a stand-in for random weights."""
+        from pathlib import Path
+
+        from olmoe.bench.whole_path import stand_in_tokenizer
+        from olmoe.tokenizer import Tokenizer
+
+        folder = Path(self._options.get("folder", ""))
+        if "folder" in self._options and (folder / "tokenizer.json").is_file():
+            return Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
+        return stand_in_tokenizer(config.vocab_size, config.eos_token_ids)
 
     def facts(self) -> dict[str, Any]:
         """What else the result says about this engine."""
@@ -95,6 +109,20 @@ class Ours:
             self._cache, self._key = cache, (context, batch)
         self._cache.lengths = [context] * batch
         return [self.runner.decode(self._cache) for _ in range(steps)]
+
+    def whole(self, context: int, steps: int, sampling: dict[str, Any], capacity: int) -> dict[str, Any]:
+        """Tokens a second through the whole path, prompts left out: by the reader's clock, and by the engine's own.
+
+        Ours has none of its own: what it reports is measured in the same place.
+        """
+        from olmoe.bench.whole_path import WholePath
+        from olmoe.engine.llm import LLM
+        from olmoe.engine.request import SamplingParams
+
+        if self._whole is None or self._key != (context, -1):
+            llm = LLM.from_parts(self.runner.model, self._tokenizer)
+            self._whole, self._key = WholePath(llm, context, SamplingParams(**sampling)), (context, -1)
+        return {"reader": self._whole.decode(steps), "own": None}
 
 
 class Transformers:
@@ -243,6 +271,76 @@ class LlamaCpp:
         return [self._run([1] * batch, context + step) for step in range(steps)]
 
 
+class LlamaWhole:
+    """llama.cpp through what users of its Python bindings call: completions that stream, by whichever is installed."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        import importlib.util
+        import random
+
+        self._options, self._random = options, random.Random(0)
+        self._binding = "xllamacpp" if importlib.util.find_spec("xllamacpp") is not None else "llama_cpp"
+        self._module = importlib.import_module(self._binding)
+
+    def load(self) -> None:
+        """Load the file, with room for the longest text."""
+        capacity, threads = -(-self._options["capacity"] // 256) * 256, self._options["threads"]
+        if self._binding == "llama_cpp":
+            self._engine = self._module.Llama(
+                self._options["gguf"], n_ctx=capacity, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+            return
+        params = self._module.CommonParams()
+        params.model.path = self._options["gguf"]
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.fit_params = capacity, 1, 0, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.warmup, params.verbosity = True, 0
+        # Every prompt is computed, as ours are.
+        params.cache_prompt, params.cache_ram_mib, params.cache_idle_slots = False, 0, False
+        self._engine = self._module.Server(params)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Ours`."""
+        return {self._binding: self._module.__version__}
+
+    def prefill(self, length: int, capacity: int) -> float:
+        """Seconds to a first token after `length` others; `capacity` as for `Ours`."""
+        started = time.perf_counter()
+        self._complete(length, 1, {})
+        return time.perf_counter() - started
+
+    def whole(self, context: int, steps: int, sampling: dict[str, Any], capacity: int) -> dict[str, Any]:
+        """See `Ours`; its own timings are those of its server, where the binding is one."""
+        times, final = self._complete(context, steps + 1, sampling)
+        timings = final.get("timings")
+        if timings is not None:
+            assert timings["predicted_n"] == steps + 1, timings
+        own = None if timings is None else timings["predicted_per_second"]
+        return {"reader": steps / (times[-1] - times[0]), "own": own}
+
+    def _complete(self, context: int, count: int, sampling: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+        """When the pieces of a text of `count` tokens came, and the last of them."""
+        prompt = [self._random.randrange(100, self._options["vocabulary"]) for _ in range(context)]
+        times: list[float] = []
+        final: dict[str, Any] = {}
+
+        def take(piece: Any) -> None:
+            times.append(time.perf_counter())
+            final.update(json.loads(piece) if isinstance(piece, str | bytes) else piece)
+
+        if self._binding == "xllamacpp":
+            request = {"prompt": prompt, "n_predict": count, "ignore_eos": True, "cache_prompt": False, "min_p": 0.0}
+            self._engine.handle_completions(request | sampling | {"stream": True}, take)
+        else:
+            end = {self._engine.token_eos(): -1000.0}
+            for piece in self._engine.create_completion(
+                prompt, max_tokens=count, stream=True, logit_bias=end, min_p=0.0, **sampling
+            ):
+                take(piece)
+        assert final["choices"][0]["finish_reason"] == "length", final
+        return times, final
+
+
 def write_packed(format: str, folder: str, config: str | None) -> None:
     """A packed checkpoint of random weights."""
     from pathlib import Path
@@ -279,7 +377,9 @@ def main() -> None:
         replies.flush()
 
     started = time.perf_counter()
-    engine: Any = {"ours": Ours, "transformers": Transformers, "llama_cpp": LlamaCpp}[kind](options)
+    engine: Any = {"ours": Ours, "transformers": Transformers, "llama_cpp": LlamaCpp, "llama_whole": LlamaWhole}[kind](
+        options
+    )
     imported = time.perf_counter()
     engine.load()
     loaded = time.perf_counter()

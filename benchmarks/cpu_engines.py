@@ -12,6 +12,8 @@ codes around that of zero, and embeddings a hundred times larger). What is compa
     batch     the same engines decoding several sequences at once
     int8      prefill and decode; ours and the GGUF file Q8_0
     bf16      prefill and decode; ours and transformers, both on one copy of the weights in shared memory (14 GB)
+    whole     what users get: texts through tokenizer, sampling and a stream of pieces, ours (int4) and the same files
+              through llama.cpp's Python binding, xllamacpp or llama_cpp; and against its server's own timings
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_engine_worker import shared_state
+from cpu_engine_worker import VOCABULARY, shared_state
 from machine import machine
 
 from olmoe.bench.benchmark import Ceiling, read_bandwidth, require_memory, skeleton, step_bytes
@@ -39,9 +41,12 @@ from olmoe.weights import packed
 
 WORKER = Path(__file__).with_name("cpu_engine_worker.py")
 RESULTS = Path(__file__).parent / "results" / "cpu_engines.jsonl"
-PARTS = ("int4", "context", "batch", "int8", "bf16")
-GROUPS = {"int4": ("int4", "context", "batch"), "int8": ("int8",), "bf16": ("bf16",)}
+PARTS = ("int4", "context", "batch", "int8", "bf16", "whole")
+GROUPS = {"int4": ("int4", "context", "batch"), "int8": ("int8",), "bf16": ("bf16",), "whole": ("whole",)}
+FORMATS = {"whole": "int4"}  # of groups that have another name
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 40}
 OURS = "ours"
+OWN_TIMINGS = "_own_timings"  # a measurement by what the others report of themselves
 
 
 class Engine:
@@ -173,19 +178,29 @@ def start(group: str, arguments: argparse.Namespace, config: ModelConfig) -> tup
             options = common | {"descriptor": descriptor}
             engines.append(Engine(name, kind, sys.executable, options, (descriptor,)))
         return engines, descriptor
-    folder = packed_folder(group, arguments)
+    format = FORMATS.get(group, group)
+    folder = packed_folder(format, arguments)
     warm(folder / "model.safetensors")
     engines.append(Engine(OURS, "ours", sys.executable, common | {"folder": str(folder)}, ()))
     for file in map(Path, arguments.gguf):
-        if file.name.startswith("Q4" if group == "int4" else "Q8"):
+        if file.name.startswith("Q4" if format == "int4" else "Q8"):
             warm(file)
-            name = f"llama.cpp {file.name.split('.')[0]}"
-            engines.append(Engine(name, "llama_cpp", arguments.llama_python, common | {"gguf": str(file)}, ()))
+            name, kind = f"llama.cpp {file.name.split('.')[0]}", "llama_whole" if group == "whole" else "llama_cpp"
+            options = common | {
+                "gguf": str(file),
+                "capacity": arguments.context + arguments.whole_steps + 1,
+                "vocabulary": min(VOCABULARY, config.vocab_size),
+            }
+            engines.append(Engine(name, kind, arguments.llama_python, options, ()))
     return engines, None
 
 
 def work_of(part: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The measurements of a part: what to ask an engine for, by name."""
+    if part == "whole":
+        context, steps = arguments.context, arguments.whole_steps
+        request = {"do": "whole", "context": context, "steps": steps, "sampling": SAMPLING}
+        return {f"whole_{context}": request | {"capacity": context + steps + 1}}
     batch, steps = (arguments.batch if part == "batch" else 1), arguments.steps
     context = arguments.long if part == "context" else arguments.context
     decode = {"do": "decode", "context": context, "batch": batch, "steps": steps}
@@ -205,18 +220,32 @@ def measure(part: str, engines: list[Engine], arguments: argparse.Namespace, qui
         for engine in engines:
             engine.ask(**(request | short))
     rates: dict[str, dict[str, list[float]]] = {name: {e.name: [] for e in engines} for name in work}
-    for number in range(arguments.rounds):
+    own: dict[str, list[float]] = {}
+    for number in range(arguments.whole_rounds if part == "whole" else arguments.rounds):
         for name, request in work.items():
             for engine in engines:
                 with quiet.watch(engine, engines):
                     result = engine.ask(**request)["result"]
-                tokens = request["length"] if request["do"] == "prefill" else request["batch"]
-                rate = tokens / (result if request["do"] == "prefill" else statistics.median(result))
+                rate = rate_of(request, result)
+                if part == "whole" and result["own"] is not None:
+                    own.setdefault(engine.name, []).append(result["own"])
                 rates[name][engine.name].append(rate)
                 print(f"{part} round {number + 1}: {name} {engine.name} {rate:.2f} tokens/s", flush=True)
+    if own:  # ours stays what its reader saw
+        (name,) = work
+        rates[name + OWN_TIMINGS] = {OURS: rates[name][OURS]} | own
     measured: dict[str, Any] = {name: compare(by_engine) for name, by_engine in rates.items()}
     measured["peak_gb"] = {e.name: round(e.ask("peak")["peak_bytes"] / 1e9, 3) for e in engines}
     return measured
+
+
+def rate_of(request: dict[str, Any], result: Any) -> float:
+    """Tokens a second of one answer."""
+    if request["do"] == "whole":
+        return float(result["reader"])
+    if request["do"] == "prefill":
+        return float(request["length"] / result)
+    return float(request["batch"] / statistics.median(result))
 
 
 def compare(rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -238,13 +267,14 @@ def ceiling(
     part: str, name: str, bandwidth: float, arguments: argparse.Namespace, config: ModelConfig
 ) -> Ceiling | None:
     """What memory allows ours in one of `work_of`; None for prompts."""
-    request = work_of(part, arguments)[name]
+    request = work_of(part, arguments)[name.removesuffix(OWN_TIMINGS)]
     if request["do"] == "prefill":
         return None
-    group = next(group for group, members in GROUPS.items() if part in members)
+    group = next(FORMATS.get(group, group) for group, members in GROUPS.items() if part in members)
+    batch = request.get("batch", 1)
     given = getattr(arguments, group, None)
     model = skeleton(config, group) if given is None else packed.build(*packed.read_layout(Path(given))).float()
-    return Ceiling(bandwidth, step_bytes(model, request["context"], request["batch"]), request["batch"])
+    return Ceiling(bandwidth, step_bytes(model, request["context"], batch), batch)
 
 
 def main() -> None:
@@ -260,6 +290,8 @@ def main() -> None:
     parser.add_argument("--llama-python", metavar="PYTHON", help="an interpreter that has llama_cpp and numpy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="decoding steps a round (%(default)s)")
+    parser.add_argument("--whole-rounds", type=int, default=5, help="rounds of the part whole (%(default)s)")
+    parser.add_argument("--whole-steps", type=int, default=128, help="its decoding steps a round (%(default)s)")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--context", type=int, default=64, help="tokens before short decoding (%(default)s)")
     parser.add_argument("--long", type=int, default=2048, help="tokens before long decoding (%(default)s)")
@@ -274,15 +306,18 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; choose among {', '.join(PARTS)}")
-    if (
-        min(arguments.rounds, arguments.steps, arguments.prefill, arguments.context, arguments.long, arguments.batch)
-        < 1
-    ):
+    numbers = ("rounds", "steps", "whole_rounds", "whole_steps", "prefill", "context", "long", "batch")
+    if min(getattr(arguments, name) for name in numbers) < 1:
         parser.error("all numbers must be at least 1")
     if arguments.gguf and arguments.llama_python is None:
         parser.error("--gguf needs --llama-python")
+    needed = {group for group, members in GROUPS.items() if set(parts) & set(members)}
     for group in ("int4", "int8"):
-        if set(parts) & set(GROUPS[group]) and getattr(arguments, group) is None and arguments.scratch is None:
+        if (
+            any(FORMATS.get(part, part) == group for part in needed)
+            and getattr(arguments, group) is None
+            and arguments.scratch is None
+        ):
             parser.error(f"{group} needs --scratch, or a packed checkpoint with --{group}")
     set_threads(arguments.threads)
     config = ModelConfig() if arguments.config is None else ModelConfig.from_file(arguments.config)
@@ -338,6 +373,7 @@ def main() -> None:
             "config": Path(arguments.config).name if arguments.config else "1b-7b",
             "rounds": arguments.rounds,
             "steps": arguments.steps,
+            "whole": {"rounds": arguments.whole_rounds, "steps": arguments.whole_steps, "sampling": SAMPLING},
             "parts": measured,
             "starts": starts,
             "engines": facts,
