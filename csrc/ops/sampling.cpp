@@ -294,6 +294,10 @@ void sample(const float* logits, int64_t stride, int allowed, const std::vector<
     s.reserve(allowed);
     for (int r = begin; r < end; r++) {
       const SamplingRow& row = *rows[r];
+      const size_t first_top = size_t(r) * out.most;
+      out.ids[r] = -1, out.logprobs[r] = NAN;
+      std::fill_n(out.top_ids + first_top, out.most, -1);
+      std::fill_n(out.top_logprobs + first_top, out.most, NAN);
       const float* x = logits + r * stride;
       const float raw_top = kernel.copy_finite(x, allowed, s.scores.data());
       if (std::isnan(raw_top)) {
@@ -315,8 +319,8 @@ void sample(const float* logits, int64_t stride, int allowed, const std::vector<
       }
       out.status[r] = int32_t(SamplingStatus::kChosen);
       if (row.logprobs >= 0)
-        report(x, allowed, raw_top, row.logprobs, out.ids[r], out.logprobs + r, out.top_ids + r * int64_t(out.most),
-               out.top_logprobs + r * int64_t(out.most), s, kernel);
+        report(x, allowed, raw_top, row.logprobs, out.ids[r], out.logprobs + r, out.top_ids + first_top,
+               out.top_logprobs + first_top, s, kernel);
     }
   });
 }

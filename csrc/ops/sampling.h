@@ -21,8 +21,8 @@ struct SamplingRow {
 
 enum class SamplingStatus : int32_t { kChosen = 0, kNotFinite = 1, kNothingAllowed = 2 };
 
-// Where the results of R rows go: id, status and log-probability of each, and the `most` likeliest, (R, most). What a
-// row does not have is left alone.
+// Where the results of R rows go: id, status and log-probability of each, and the `most` likeliest, (R, most). All
+// of it is written: -1 and NaN for what a row does not have.
 struct Samples {
   int64_t* ids;
   int32_t* status;

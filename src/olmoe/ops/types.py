@@ -92,16 +92,24 @@ class Samples(NamedTuple):
     top_logprobs: Tensor
 
     @classmethod
-    def unfilled(cls, rows: list[SamplingRow], allowed: int) -> Samples:
-        """Room for the results of `rows`, which so far have nothing."""
+    def room(cls, rows: list[SamplingRow], allowed: int) -> Samples:
+        """Memory for the results of `rows`, all of which is to be written."""
         b, most = len(rows), min(max((row.logprobs or 0 for row in rows), default=0), allowed)
         return cls(
-            ids=torch.full((b,), -1),
-            status=torch.zeros(b, dtype=torch.int32),
-            logprobs=torch.full((b,), torch.nan),
-            top_ids=torch.full((b, most), -1),
-            top_logprobs=torch.full((b, most), torch.nan),
+            ids=torch.empty(b, dtype=torch.long),
+            status=torch.empty(b, dtype=torch.int32),
+            logprobs=torch.empty(b),
+            top_ids=torch.empty((b, most), dtype=torch.long),
+            top_logprobs=torch.empty((b, most)),
         )
+
+    @classmethod
+    def unfilled(cls, rows: list[SamplingRow], allowed: int) -> Samples:
+        """Room for the results of `rows`, which so far have nothing."""
+        room = cls.room(rows, allowed)
+        for numbers, nothing in zip(room, (-1, 0, torch.nan, -1, torch.nan), strict=True):
+            numbers.fill_(nothing)
+        return room
 
 
 class RoutePolicy(NamedTuple):

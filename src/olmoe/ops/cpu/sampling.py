@@ -15,7 +15,7 @@ from olmoe.ops.types import Samples, SamplingRow
 @register("sample", "cpu", lambda logits, rows, allowed: unsupported(logits, *(row.mask for row in rows)))
 def sample(logits: Tensor, rows: list[SamplingRow], allowed: int) -> Samples:
     """See `ops.sample`."""
-    samples = Samples.unfilled(rows, allowed)
+    samples = Samples.room(rows, allowed)
     rows_BV, module = wide(logits), kernels()
     prepared = [_prepared(module.SamplingRow, row, allowed) for row in rows]
     module.sample(
