@@ -27,6 +27,10 @@ def test_no_file_is_called_utils():
     assert not [p for p in SOURCES if re.search(r"utils?|helpers?|misc", p.stem)]
 
 
+def test_no_live_object_changes_its_class():
+    assert [p for p in SOURCES if "src" in p.parts and "__class__ =" in p.read_text(encoding="utf-8")] == []
+
+
 def test_every_module_says_what_it_is():
     texts = {p: p.read_text(encoding="utf-8") for p in SOURCES if "tests" not in p.relative_to(ROOT).parts}
     assert [p for p, text in texts.items() if not text.startswith('"""')] == []

@@ -1,7 +1,7 @@
 """Packed modules under PEFT's adapters.
 
 Most of PEFT's methods read `base_layer.weight`, and its LoRA on experts `base_layer.gate_up_proj`: of a packed module
-they would see codes. So a packed module that PEFT wraps changes its class, and for as long as it is wrapped these
+they would see codes. So PEFT wraps a view of a packed module under another class, and for as long as it does these
 attributes are what the codes stand for (`olmoe.quant.decoded`), which cannot be written. Its parameters, their names
 and the state dict stay those of a packed module.
 
@@ -23,7 +23,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from olmoe.errors import UserError
 from olmoe.hf.experts import OlmoeExperts
-from olmoe.hf.lora import route_wrapper
+from olmoe.hf.lora import routed_wrapper
+from olmoe.hf.view import view_as
 from olmoe.model import Linear
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 from olmoe.quant.decoded import DecodedWeight, decoded, refusal
@@ -69,7 +70,7 @@ class AdaptedExperts(Adapted, PackedExperts):
     """`PackedExperts` while they are wrapped."""
 
 
-_ADAPTED: dict[type, type] = {
+_ADAPTED: dict[Any, type[Any]] = {
     PackedLinear: AdaptedLinear,
     PackedEmbedding: AdaptedEmbedding,
     PackedExperts: AdaptedExperts,
@@ -89,48 +90,61 @@ def notice_adapters() -> None:
     register_module_module_registration_hook(_noticed)
 
 
-def show_head(head: Any) -> None:
-    """Let an output head be read decoded for good: losses that are fused with it read its weight themselves."""
+def shown_head(head: Any) -> Any:
+    """An output head that is read decoded for good: losses that are fused with it read its weight themselves."""
     if type(head) is PackedLinear and not _offloaded(head):
-        shown: Any = head
-        shown.__class__, shown.head = AdaptedLinear, True
+        head = view_as(AdaptedLinear, head)
+        head.head = True
+    return head
 
 
 def settle(root: nn.Module) -> None:
     """Make packed modules under `root` that PEFT looked at and did not wrap, or not to the end, ordinary ones again."""
     if not _shown:
         return
-    modules = list(root.modules())
-    wrapped = {id(child) for module in modules if _is_pefts(module) for child in module.children()}
-    for module in modules:
-        if isinstance(module, PackedModule) and module in _shown:
-            _shown.discard(module)
-            if id(module) not in wrapped:
-                _restore(module)
+    for owner in list(root.modules()):
+        for name, module in list(owner.named_children()):
+            if isinstance(module, PackedModule) and module in _shown:
+                _shown.discard(module)
+                if not _is_pefts(owner):
+                    owner._modules[name] = _restored(module)
 
 
-def _noticed(owner: nn.Module, name: str, module: Any) -> None:
-    """torch's hook: `module` becomes the child `name` of `owner`."""
+def _noticed(owner: nn.Module, name: str, module: Any) -> Any:
+    """torch's hook: `module`, or what is returned, becomes the child `name` of `owner`."""
     if "peft" not in sys.modules or module is None:
-        return
+        return None
     if isinstance(module, PackedModule):
-        if name in ("base_layer", "original_module", "word_embeddings") and _is_pefts(owner):
-            _adapt(owner, module)
-        elif isinstance(module, Adapted):
-            former = owner._modules.get(name)
-            if former is not None and _is_pefts(former) and any(m is module for m in former.modules()):
-                _restore(module)
-    elif name == "base_layer":
-        if isinstance(unwrapped(module), Adapted):
-            route_wrapper(owner)
-    elif name in ("model", "lora_model") and _is_pefts(owner):  # a method starts
+        return _placed(owner, name, module)
+    if name in ("model", "lora_model") and _is_pefts(owner):  # a method starts
         _check_method(owner, module)
-        for packed in module.modules():
-            if type(packed) in _ADAPTED and not _offloaded(packed):
-                packed.__class__ = _ADAPTED[type(packed)]
-                _shown.add(packed)
+        _show(module)
     elif name == "base_model":  # and it is done
         settle(module)
+    elif _is_pefts(module) and isinstance(unwrapped(module), Adapted):
+        return routed_wrapper(module)
+    return None
+
+
+def _placed(owner: nn.Module, name: str, module: PackedModule) -> PackedModule | None:
+    """What stands in the place of a packed module that PEFT wraps or unwraps; None elsewhere."""
+    if name in ("base_layer", "original_module", "word_embeddings") and _is_pefts(owner):
+        return _adapted(owner, module)
+    if not isinstance(module, Adapted):
+        return None
+    former = owner._modules.get(name)
+    unwraps = former is not None and _is_pefts(former) and any(m is module for m in former.modules())
+    return _restored(module) if unwraps else None
+
+
+def _show(root: nn.Module) -> None:
+    """Let all packed modules under `root` be read decoded until `settle`."""
+    for owner in list(root.modules()):
+        for name, module in list(owner.named_children()):
+            if type(module) in _ADAPTED and not _offloaded(module):
+                shown: Any = view_as(_ADAPTED[type(module)], module)
+                owner._modules[name] = shown
+                _shown.add(shown)
 
 
 def _check_method(tuner: nn.Module, model: nn.Module) -> None:
@@ -157,43 +171,48 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def _adapt(owner: nn.Module, module: PackedModule) -> None:
+def _adapted(owner: nn.Module, module: PackedModule) -> PackedModule:
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     if _offloaded(module):
         # accelerate brings the codes in for a call, and looks for them under their names.
         if isinstance(owner, LoraLayer) and not isinstance(module, PackedExperts):
-            return
+            return module
         raise UserError(
             "Of a quantized model that is partly offloaded only linear layers and embeddings take adapters, and only "
             "LoRA's; load it without a device_map that offloads."
         )
     if type(module) in _ADAPTED:
-        module.__class__ = _ADAPTED[type(module)]
+        module = view_as(_ADAPTED[type(module)], module)
     module.trained = isinstance(owner, ModulesToSaveWrapper)  # type: ignore[assignment]
-    route_wrapper(owner)
+    return module
 
 
-def _restore(module: PackedModule) -> None:
+def _restored(module: PackedModule) -> PackedModule:
+    """A packed module as it is without PEFT."""
     module.__dict__.pop("trained", None)
-    if "head" not in vars(module):
-        module.__class__ = _PACKED.get(type(module), type(module))
+    if "head" in vars(module) or type(module) not in _PACKED:
+        return module
+    return view_as(_PACKED[type(module)], module)
 
 
-def plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
-    """The ordinary module with the decoded weights of a packed one."""
+def plain_module(module: PackedModule, dtype: torch.dtype, trained: bool = False) -> nn.Module:
+    """The ordinary module with the decoded weights of a packed one; `trained`: of the kinds that train whole."""
     if isinstance(module, PackedExperts):
         with torch.device("meta"):
-            experts = OlmoeExperts(module.config)  # type: ignore[arg-type]  # see `olmoe.hf.switching.describe`
+            kind = TrainedExperts if trained else OlmoeExperts
+            experts = kind(module.config)  # type: ignore[arg-type]  # see `olmoe.hf.switching.describe`
         experts.act_fn = module.act_fn  # type: ignore[assignment]
         return _filled(experts, module, dtype, "gate_up_proj", "down_proj")
     with torch.device("meta"):
         if isinstance(module, PackedEmbedding):
-            embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+            embedding = (TrainedEmbedding if trained else nn.Embedding)(
+                module.num_embeddings, module.embedding_dim, module.padding_idx
+            )
             return _filled(embedding, module, dtype, "weight")
         assert isinstance(module, PackedLinear)
-        linear = Linear(module.in_features, module.out_features, bias=False)
+        linear = (TrainedLinear if trained else Linear)(module.in_features, module.out_features, bias=False)
     linear.bias = module.bias
     return _filled(linear, module, dtype, "weight")
 
@@ -232,15 +251,11 @@ class TrainedExperts(Trained, OlmoeExperts):
     """Experts in `modules_to_save` of a quantized model."""
 
 
-_TRAINED: dict[type, type] = {Linear: TrainedLinear, nn.Embedding: TrainedEmbedding, OlmoeExperts: TrainedExperts}
-
-
 def _trained_copy(module: PackedModule) -> nn.Module:
-    plain: Any = plain_module(module, torch.float32)
+    plain: Any = plain_module(module, torch.float32, trained=True)
     if isinstance(plain, OlmoeExperts):
         plain.act_fn = copy.deepcopy(plain.act_fn)
     for name, parameter in list(plain.named_parameters(recurse=False)):
         setattr(plain, name, nn.Parameter(parameter.detach().float().clone()))  # also what was plain, or a bias
-    plain.__class__ = _TRAINED[type(plain)]
     plain.given = module.compute_dtype
     return plain

@@ -67,8 +67,8 @@ class AutoConfig(transformers.AutoConfig):
         loaded = super().from_pretrained(place_of(pretrained_model_name_or_path), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.model_type == MODEL_TYPE:
-            adopt(config)
-        return loaded
+            config = adopt(config)
+        return (config, *loaded[1:]) if isinstance(loaded, tuple) else config
 
     @classmethod
     def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> Any:

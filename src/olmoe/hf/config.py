@@ -8,6 +8,7 @@ from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as Transfo
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
+from olmoe.hf.view import view_as
 from olmoe.io.hub import place_of
 
 MODEL_TYPE = "olmoe"
@@ -112,15 +113,14 @@ class FromConfig:
 
 
 def adopt(config: Any) -> OlmoeConfig:
-    """`config` as an `OlmoeConfig`: itself, or transformers' own OLMoE configuration checked and retyped in place.
+    """`config` as an `OlmoeConfig`: itself, or a view of transformers' own OLMoE configuration, checked.
 
-    In place, because transformers relies on `model.config` being the object that it was given; the state is
-    the same. Raises `ConfigError` for the configuration of another kind of model.
+    A view, because transformers relies on changes of the object that it gave reaching `model.config`. Raises
+    `ConfigError` for the configuration of another kind of model.
     """
     if isinstance(config, OlmoeConfig):
         return config
     if type(config) is not TransformersOlmoeConfig:
         raise ConfigError(f"An OLMoE model needs an OlmoeConfig, not a {type(config).__name__}; build one first.")
     OlmoeConfig.network(config)
-    config.__class__ = OlmoeConfig
-    return config
+    return view_as(OlmoeConfig, config)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from olmoe.hf.view import view_as
 from olmoe.ops.cpu.functional import CachedTokens, cached_attention
 from olmoe.ops.transforms import transformed
 
@@ -108,10 +109,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_layer(cache: Any, index: int | None) -> GrowingLayer | None:
-    """The layer of a plain `DynamicCache`, made a growing one; None of other caches, and of layers not there yet."""
+    """The growing layer in place of one of a plain `DynamicCache`; None of other caches and of layers not there yet."""
     if type(cache) is not DynamicCache or cache.offloading or index is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
     if type(layer) is DynamicLayer:
-        layer.__class__ = GrowingLayer
+        layer = cache.layers[index] = view_as(GrowingLayer, layer)
     return layer if type(layer) is GrowingLayer else None

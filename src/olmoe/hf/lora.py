@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from olmoe import ops
 from olmoe.hf.experts import OlmoeExperts
+from olmoe.hf.view import view_as
 from olmoe.model import Experts
 from olmoe.ops.transforms import mapped
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear
@@ -35,21 +36,21 @@ def route_lora(layers: nn.ModuleList) -> None:
     if torch.compiler.is_compiling():
         return
     for layer in layers:
-        experts: Any = getattr(getattr(layer, "mlp", None), "experts", None)
+        mlp: Any = getattr(layer, "mlp", None)
+        experts: Any = getattr(mlp, "experts", None)
         if isinstance(experts, Experts) or not hasattr(experts, "parameter_name"):
             continue
         if type(experts.get_base_layer()) is OlmoeExperts and hasattr(
             experts, "get_delta_factors"
         ):  # PEFT 0.21 and later
-            route_wrapper(experts)
+            mlp.experts = routed_wrapper(experts)
 
 
-def route_wrapper(wrapper: Any) -> None:
-    """The same for one of PEFT's wrappers, if it is one of LoRA around a parameter."""
+def routed_wrapper(wrapper: Any) -> Any:
+    """What is to stand in the place of one of PEFT's wrappers, if it is one of LoRA around a parameter: else itself."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    if type(wrapper) is ParamWrapper:
-        wrapper.__class__ = _routed_wrapper(ParamWrapper)
+    return view_as(_routed_wrapper(ParamWrapper), wrapper) if type(wrapper) is ParamWrapper else wrapper
 
 
 @functools.cache

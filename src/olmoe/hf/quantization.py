@@ -34,7 +34,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
 
 from olmoe.errors import CheckpointError, ConfigError, shown
-from olmoe.hf.adapted import Trained, notice_adapters, plain_module, show_head, unwrapped
+from olmoe.hf.adapted import Trained, notice_adapters, plain_module, shown_head, unwrapped
 from olmoe.hf.switching import describe
 from olmoe.io.hub import place_of
 from olmoe.model import Experts, Linear
@@ -240,7 +240,9 @@ class PackedQuantizer(HfQuantizer):
         # Packed stacks are saved under their own names, not taken apart expert by expert.
         model._weight_conversions = []
         notice_adapters()
-        show_head(model.get_output_embeddings())
+        head = model.get_output_embeddings()
+        if (shown := shown_head(head)) is not head:
+            model.set_output_embeddings(shown)
         norm = model.base_model.norm.weight
         for module in model.modules():
             if isinstance(module, PackedModule):
