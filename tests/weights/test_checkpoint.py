@@ -20,10 +20,12 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from configurations import small_config
 from conftest import make_model
 from olmoe.cli.main import main
+from olmoe.errors import CheckpointError
 from olmoe.model import CausalLM
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, packed
 from olmoe.weights.checkpoint import INDEX_NAME, SINGLE_NAME
 from olmoe.weights.source import FolderSource
+from packed_folders import WHOLE, packed_folder, plain_folder
 from sentences import refused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,8 +250,9 @@ def test_shapes_are_those_of_the_network():
 MEMORY = """
 import sys
 import torch
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, packed
 from olmoe.config import ModelConfig
+from olmoe.errors import CheckpointError
 from olmoe.model import CausalLM
 from olmoe.runtime import peak_memory_bytes
 
@@ -373,3 +376,39 @@ def test_a_tied_head_that_differs_is_refused_by_every_reader(tmp_path):
     save_file(tensors, tmp_path / "out" / SINGLE_NAME)
     for read in (checkpoint.load, FolderSource):
         assert "tie_word_embeddings" in refused(lambda read=read: read(tmp_path / "out"))
+
+
+# ---- a checkpoint that is open ----
+
+
+def test_an_open_checkpoint_knows_its_headers_and_loads_what_load_does(tmp_path):
+    for name, folder in (("plain", plain_folder(tmp_path / "p", **WHOLE)), ("packed", packed_folder(tmp_path / "q"))):
+        opened, model = checkpoint.Checkpoint.open(folder), checkpoint.load(folder)
+        assert (opened.folder, opened.config) == (folder, model.config)
+        assert (opened.layout is not None) == (name == "packed")
+        assert opened.num_bytes == (folder / "model.safetensors").stat().st_size
+        loaded = dict(opened.load().named_parameters())
+        assert loaded.keys() == dict(model.named_parameters()).keys()
+        for parameter, value in model.named_parameters():
+            assert torch.equal(loaded[parameter], value), parameter
+
+
+@pytest.mark.parametrize("kind", [plain_folder, packed_folder])
+def test_config_and_headers_are_read_once(tmp_path, monkeypatch, kind):
+    folder = kind(tmp_path / "m", **WHOLE)
+    opened = checkpoint.Checkpoint.open(folder)
+    (folder / "config.json").unlink()
+    for module, name in ((checkpoint, "read_headers"), (packed, "open_files")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the headers were read again"))
+    assert opened.load().config == opened.config
+
+
+def test_opening_says_what_is_wrong_with_headers(tmp_path):
+    for kind in (plain_folder, packed_folder):
+        folder = kind(tmp_path / kind.__name__, **WHOLE)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:20])
+        with pytest.raises(CheckpointError):
+            checkpoint.Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        checkpoint.Checkpoint.open(tmp_path / "nowhere")

@@ -103,17 +103,16 @@ def _read(
         folder = hub.resolve_config(name, revision=arguments.revision, local_files_only=arguments.offline)
     if folder.is_file():
         return name, ModelConfig.from_file(folder), None, None, None
-    from olmoe.weights import checkpoint, packed
+    from olmoe.weights.checkpoint import Checkpoint, plan
     from olmoe.weights.quantize import contents_of
 
-    if packed.is_packed(folder):
-        config, contents = contents_of(folder)
-        return name, config, contents.file_bytes, contents.formats, contents
-    config = ModelConfig.from_file(folder / "config.json")
-    stored = checkpoint.read_headers(folder)
-    checkpoint.plan(config, stored)
-    size = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-    return name, config, size, sorted({tensor.dtype for tensor in stored.values()}), None
+    opened = Checkpoint(folder)
+    if opened.layout is not None:
+        contents = contents_of(opened)
+        return name, opened.config, contents.file_bytes, contents.formats, contents
+    plan(opened.config, opened.stored)
+    dtypes = sorted({tensor.dtype for tensor in opened.stored.values()})
+    return name, opened.config, opened.num_bytes, dtypes, None
 
 
 def _is_cached(name: str) -> bool:

@@ -35,7 +35,7 @@ from olmoe.ops import AUTO
 from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights import checkpoint
+from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
@@ -76,7 +76,7 @@ class LLM:
         """
         self._limit(threads, cache_bytes)
         require_backend(backend)
-        folder = hub.resolve(
+        found = Checkpoint.open(
             hub.SHIPPED if model_id is None else model_id,
             revision=revision,
             token=token,
@@ -84,10 +84,10 @@ class LLM:
         )
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
-        config = ModelConfig.from_file(folder / "config.json")
+        folder, config = found.folder, found.config
         tokenizer = Tokenizer.from_folder(folder, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
         _check_fit(tokenizer, config)
-        model = checkpoint.load(folder, dtype=memory_dtype, device=self.device, progress=progress)
+        model = found.load(dtype=memory_dtype, device=self.device, progress=progress)
         self._assemble(model, tokenizer, backend)
 
     @classmethod

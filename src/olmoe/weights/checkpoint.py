@@ -15,6 +15,7 @@ tensor by tensor: the peak is the target model plus one memory-mapped shard.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -29,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olmoe.config import ModelConfig
+from olmoe.config import ModelConfig, read_object
 from olmoe.errors import CheckpointError, shown
 from olmoe.io import foreign, hub, targets
 from olmoe.io.targets import some
-from olmoe.io.tensor_file import INDEX_NAME, SINGLE_NAME, read_index
+from olmoe.io.tensor_file import INDEX_NAME, SINGLE_NAME, TensorFiles, read_index
 from olmoe.model import CausalLM, allocate, without_values
 from olmoe.weights import generation, packed
 from olmoe.weights.names import EMBEDDING, HEAD, Part, count_layers, expert_part, parameter_shapes, parts_of
@@ -63,6 +64,70 @@ class StoredTensor:
     dtype: str  # safetensors' name: F32, F16, BF16
 
 
+class Checkpoint:
+    """A model on disk: where it lies, and its configuration and the headers of its weights, each read once.
+
+    `layout` says how a packed checkpoint stores its matrices; None for one in floating dtypes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers in `folder`. Raises `CheckpointError` or `ConfigError` for what is wrong with them."""
+        self.folder = folder
+        self.layout: packed.Layout | None = None
+        raw = read_object(folder / "config.json")
+        if packed.holds_packed(raw):
+            self.config, self.layout, self._files = packed.open_folder(folder, raw)
+            return
+        self.config = ModelConfig.from_dict(raw)
+        self.stored = read_headers(folder)
+
+    @classmethod
+    def open(
+        cls,
+        model_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Checkpoint:
+        """The checkpoint in a folder, or of a hub id, which is fetched if it is not here yet."""
+        return cls(hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only))
+
+    @functools.cached_property
+    def parts(self) -> dict[str, Part]:
+        """What each stored tensor of an unpacked checkpoint is; see `plan` for the errors."""
+        parts = plan(self.config, self.stored)
+        check_tie(self.config, self.stored)
+        return parts
+
+    @property
+    def packed_files(self) -> TensorFiles:
+        """The tensors of a packed checkpoint, mapped."""
+        assert self.layout is not None, f"{self.folder} is not packed"
+        return self._files
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its files of weights."""
+        if self.layout is not None:
+            return self._files.num_bytes
+        return sum(file.stat().st_size for file in {tensor.file for tensor in self.stored.values()})
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CausalLM:
+        """The model; see the function `load` for the arguments and errors."""
+        if self.layout is not None:
+            return packed.load_files(
+                self.config, self.layout, self._files, dtype=dtype, device=device, progress=progress
+            )
+        return _load_plain(self, dtype, device, progress)
+
+
 def load(
     model_id: str | Path,
     *,
@@ -80,13 +145,17 @@ def load(
     `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files; nothing is
     returned half-loaded.
     """
-    folder = hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only)
-    if packed.is_packed(folder):
-        return packed.load(folder, dtype=dtype, device=device, progress=progress)
-    config = ModelConfig.from_file(folder / "config.json")
-    stored = read_headers(folder)
-    parts = plan(config, stored)
-    check_tie(config, stored)
+    found = Checkpoint.open(model_id, revision=revision, token=token, local_files_only=local_files_only)
+    return found.load(dtype=dtype, device=device, progress=progress)
+
+
+def _load_plain(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None,
+) -> CausalLM:
+    config, stored, parts = checkpoint.config, checkpoint.stored, checkpoint.parts
     if dtype is None:
         dtype = dominant_dtype(stored)
     model = without_values(config)

@@ -56,13 +56,30 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def is_packed(folder: Path) -> bool:
     """Whether the `config.json` of a checkpoint folder says that its weights are packed (by whomever)."""
-    return _read_config(folder).get(CONFIG_KEY) not in (None, {})
+    return holds_packed(read_object(folder / "config.json"))
+
+
+def holds_packed(raw: Mapping[str, Any]) -> bool:
+    """`is_packed` for the contents of a `config.json`."""
+    return raw.get(CONFIG_KEY) not in (None, {})
 
 
 def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
     """Architecture and formats of a packed folder. Raises `ConfigError` or `CheckpointError`."""
-    raw = _read_config(folder)
-    asked = raw.pop(CONFIG_KEY, None)
+    config, layout, _ = _read_layout(folder, read_object(folder / "config.json"))
+    return config, layout
+
+
+def open_folder(folder: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Layout, TensorFiles]:
+    """Architecture, formats and mapped tensors of a packed folder with the `config.json` `raw`."""
+    config, layout, files = _read_layout(folder, raw)
+    return config, layout, files or open_files(folder, config)
+
+
+def _read_layout(folder: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Layout, TensorFiles | None]:
+    """Architecture and formats, and the files if they had to be opened to know."""
+    asked = raw.get(CONFIG_KEY)
+    architecture = {key: value for key, value in raw.items() if key != CONFIG_KEY}
     if isinstance(asked, Mapping):
         check_quantization(CONFIG_KEY, asked)
     if (
@@ -70,10 +87,11 @@ def read_layout(folder: Path) -> tuple[ModelConfig, Layout]:
         and asked.get("quant_method") == METHOD
         and asked.get("weight_format") in saved_formats()
     ):
-        config = ModelConfig.from_dict(raw)
-        return config, SavedLayout.from_dict(asked, open_files(folder, config).entries)
+        config = ModelConfig.from_dict(architecture)
+        files = open_files(folder, config)
+        return config, SavedLayout.from_dict(asked, files.entries), files
     layout = PackedLayout.from_dict(asked)
-    return ModelConfig.from_dict(raw), layout
+    return ModelConfig.from_dict(architecture), layout, None
 
 
 def open_files(folder: Path, config: ModelConfig) -> TensorFiles:
@@ -96,15 +114,32 @@ def load(
     `dtype` is that of hidden states and products (None: fp32). `progress(done, total)` is called after each tensor.
     Raises `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files.
     """
+    opened = open_folder(folder, read_object(folder / "config.json"))
+    return load_files(*opened, dtype=dtype, device=device, progress=progress)
+
+
+def load_files(
+    config: ModelConfig,
+    layout: Layout,
+    files: TensorFiles,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """`load` of a folder that is open already."""
     with garbage_collection_paused():
-        return _load(folder, dtype or torch.float32, device, progress)
+        return _load(config, layout, files, dtype or torch.float32, device, progress)
 
 
 def _load(
-    folder: Path, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
+    config: ModelConfig,
+    layout: Layout,
+    file: TensorFiles,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None,
 ) -> CausalLM:
-    config, layout = read_layout(folder)
-    file = open_files(folder, config)
     model = check(config, layout, file.entries, file.path)
     set_compute_dtype(model, dtype)
     names, fixed = [name for name, _ in model.named_parameters()], _packed_parts(model)
@@ -307,10 +342,6 @@ def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | 
         value = files.tensor(part_name(parameter, part))
         parts[part] = value if expert is None else value[expert]
     return format.decode(parts, *module.shapes[leaf], torch.float32)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return read_object(folder / "config.json")
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

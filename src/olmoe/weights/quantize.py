@@ -31,6 +31,7 @@ from olmoe.quant import BlockFormat, Format, PackedModule, layout_formats, searc
 from olmoe.quant.formats import CODES
 from olmoe.quant.modules import part_name
 from olmoe.weights import packed, sample_text
+from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.recipes import RECIPES, Recipe
 from olmoe.weights.source import BlockSource, WeightSource, open_source, tokenizer_of
 
@@ -199,13 +200,13 @@ def describe(model: CausalLM, tensors: packed.Tensors, file_bytes: int) -> Packe
     return Packed({k: (" ".join(sorted(f)), w, b) for k, (f, w, b) in kinds.items()}, file_bytes)
 
 
-def contents_of(folder: Path) -> tuple[ModelConfig, Packed]:
-    """What a packed folder holds, from its headers alone. Raises what `packed.load` would."""
-    config, layout = packed.read_layout(folder)
-    files = packed.open_files(folder, config)
-    model = packed.check(config, layout, files.entries, files.path)
+def contents_of(checkpoint: Checkpoint) -> Packed:
+    """What a packed checkpoint holds, from its headers alone. Raises what loading it would."""
+    assert checkpoint.layout is not None, f"{checkpoint.folder} is not packed"
+    files = checkpoint.packed_files
+    model = packed.check(checkpoint.config, checkpoint.layout, files.entries, files.path)
     tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in files.entries.items()}
-    return config, describe(model, tensors, files.num_bytes)
+    return describe(model, tensors, files.num_bytes)
 
 
 def _kind(name: str) -> str:

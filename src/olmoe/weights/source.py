@@ -100,20 +100,17 @@ class FolderSource:
     """A `WeightSource` over a checkpoint folder: shards are mapped, and pages that were read are given back."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        opened = checkpoint.Checkpoint(folder)
+        self.config, self._folder = opened.config, folder
         self._handles: dict[Path, Any] = {}
         self._read_bytes = 0
         self._packed: tuple[torch.nn.Module, TensorFiles] | None = None
-        if packed.is_packed(folder):
-            self.config, layout = packed.read_layout(folder)
-            file = packed.open_files(folder, self.config)
-            self._packed = packed.check(self.config, layout, file.entries, file.path), file
+        if opened.layout is not None:
+            file = opened.packed_files
+            self._packed = packed.check(self.config, opened.layout, file.entries, file.path), file
             return
-        self.config = ModelConfig.from_file(folder / "config.json")
-        self._stored = checkpoint.read_headers(folder)
+        self._stored, self._parts = opened.stored, opened.parts
         self._places: dict[tuple[str, int | None], list[str]] = {}
-        self._parts = checkpoint.plan(self.config, self._stored)
-        checkpoint.check_tie(self.config, self._stored)
         for name, part in self._parts.items():
             self._places.setdefault((part.parameter, part.expert), []).append(name)
 

@@ -122,9 +122,9 @@ def test_packing_writes_what_the_format_encodes(toy, folders):
                 assert torch.equal(module.decode(leaf, torch.float32, e), expected), (name, leaf)
     assert kinds == {"sign2", "q8_0"}
     assert not isinstance(folder.get_submodule("model.layers.1.self_attn.o_proj"), PackedModule)
-    config, contents = contents_of(folders[1])
-    assert config == plain.config
-    assert contents.formats == ["bfloat16", "q8_0", "sign2"]
+    opened = checkpoint.Checkpoint(folders[1])
+    assert opened.config == plain.config
+    assert contents_of(opened).formats == ["bfloat16", "q8_0", "sign2"]
     loaded = load_model(FolderSource(folders[1]), torch.float32)
     for name, parameter in decoded(folder).named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
