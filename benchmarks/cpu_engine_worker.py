@@ -352,14 +352,16 @@ def write_packed(format: str, folder: str, config: str | None) -> None:
     from olmoe.io.atomic import atomic_folder
     from olmoe.weights import packed
     from olmoe.weights.quantize import RECIPES
+    from olmoe.weights.table import TensorTable
 
     model = random_model(ModelConfig.from_file(config) if config else ModelConfig(), format)
-    tensors = packed.file_tensors(model, torch.bfloat16)
+    layout = RECIPES[format].layout()
+    tensors = packed.file_tensors(TensorTable(model.config, layout), torch.bfloat16)
     with atomic_folder(Path(folder)) as temporary:
         with packed.writer(temporary / packed.FILE_NAME, tensors) as writer:
             for name, parameter in model.named_parameters():
                 writer.write(name, parameter.data.to(tensors[name][1]))
-        text = packed.config_text(model.config, RECIPES[format].layout(), torch.bfloat16)
+        text = packed.config_text(model.config, layout, torch.bfloat16)
         (temporary / "config.json").write_text(text, encoding="utf-8")
 
 

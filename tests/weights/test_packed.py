@@ -20,6 +20,7 @@ from olmoe.io.tensor_file import Entry, TensorFile
 from olmoe.model import CausalLM, Experts, Linear, causal_attend, set_backend
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLayout, PackedLinear
 from olmoe.weights import checkpoint, packed
+from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE, decoded, packed_folder
 
 IDS = torch.randint(0, 320, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def test_loading_reads_no_weights(folder, tmp_path):
     )
     config = small_config(hidden_size=256, intermediate_size=512, num_experts=64, num_hidden_layers=2)
     layout = PackedLayout("q8_0")
-    tensors = packed.file_tensors(packed.build(config, layout), torch.bfloat16)
+    tensors = packed.file_tensors(TensorTable(config, layout), torch.bfloat16)
     with packed.writer(tmp_path / packed.FILE_NAME, tensors) as writer:
         for name, (shape, dtype) in tensors.items():
             writer.write(name, torch.zeros(shape, dtype=dtype))

@@ -23,6 +23,7 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.weights import checkpoint, packed, quantize, sample_text
 from olmoe.weights.quantize import RECIPES, describe, pack
 from olmoe.weights.source import FolderSource
+from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE, plain_folder
 from sentences import refused
 
@@ -129,10 +130,10 @@ def test_what_matrices_share_is_factored_once(plain, tmp_path, monkeypatch, reci
 def test_real_shapes_stay_below_their_budget():
     config = ModelConfig()
     for name, most in (("int8", 8.51), ("int4", 4.535), ("int4-high", 4.785), ("q4_0", 4.51)):
-        model = packed.build(config, RECIPES[name].layout())
-        tensors = packed.file_tensors(model, torch.bfloat16)
+        table = TensorTable(config, RECIPES[name].layout())
+        tensors = packed.file_tensors(table, torch.bfloat16)
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors.values())
-        assert describe(model, tensors, size).bits_per_weight < most
+        assert describe(table, tensors, size).bits_per_weight < most
         codes = [torch.Size(shape).numel() for shape, dtype in tensors.values() if dtype == torch.uint8]
         assert all(n % 64 == 0 for n in codes)  # so that each tensor starts at a cache line
 

@@ -39,6 +39,7 @@ from olmoe.model import CausalLM, allocate, without_values
 from olmoe.weights import generation, packed
 from olmoe.weights.names import EMBEDDING, HEAD, Part, count_layers, expert_part, parameter_shapes, parts_of
 from olmoe.weights.shards import MAX_SHARD_BYTES, cut, write_index
+from olmoe.weights.table import Layout
 
 # Text files of a checkpoint folder that go where its weights go.
 TRAVELLING = (
@@ -73,7 +74,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Read the headers in `folder`. Raises `CheckpointError` or `ConfigError` for what is wrong with them."""
         self.folder = folder
-        self.layout: packed.Layout | None = None
+        self.layout: Layout | None = None
         raw = read_object(folder / "config.json")
         if packed.holds_packed(raw):
             self.config, self.layout, self._files = packed.open_folder(folder, raw)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,22 @@ from olmoe.io.foreign import check_names
 from olmoe.io.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, TensorWriter
 from olmoe.model import CausalLM, Experts, Linear, without_values
 from olmoe.quant import (
-    Format,
     PackedEmbedding,
     PackedExperts,
     PackedLayout,
     PackedLinear,
-    PackedModule,
     SavedLayout,
     saved_formats,
 )
-from olmoe.quant.modules import part_name
 from olmoe.runtime import garbage_collection_paused
 from olmoe.weights.names import EMBEDDING, HEAD, count_layers
+from olmoe.weights.table import Layout, TensorTable
 
 FILE_NAME = SINGLE_NAME
 CONFIG_KEY = "quantization_config"
 FLOATS = ("F32", "F16", "BF16")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Layout = PackedLayout | SavedLayout
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -140,42 +137,42 @@ def _load(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None,
 ) -> CausalLM:
-    model = check(config, layout, file.entries, file.path)
+    parts = check(config, layout, file.entries, file.path).parts()
+    model = build(config, layout)
     set_compute_dtype(model, dtype)
-    names, fixed = [name for name, _ in model.named_parameters()], _packed_parts(model)
-    for done, name in enumerate(names, start=1):
+    for done, (name, (_, _, fixed)) in enumerate(parts.items(), start=1):
         value = file.tensor(name)
-        if name not in fixed:
+        if fixed is None:
             value = value.to(dtype)
         _set_parameter(model, name, value.to(device))
         if progress is not None:
-            progress(done, len(names))
+            progress(done, len(parts))
     _tie(model)
     return model.eval().requires_grad_(False)
 
 
-def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> CausalLM:
-    """The model that a file's tensors fit exactly, on the meta device. Raises `CheckpointError` if they do not."""
+def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> TensorTable:
+    """The table that a file's tensors fit exactly. Raises `CheckpointError` if they do not."""
     if (layers := count_layers(entries)) != config.num_hidden_layers:
         check_names(entries)
-        # Before modules are built, so that a hostile layer count cannot fill the memory.
+        # Before tensors are listed, so that a hostile layer count cannot fill the memory.
         raise CheckpointError(
             f"config.json says {config.num_hidden_layers} layers, but {path.name} holds tensors of {layers}."
         )
-    model = build(config, layout)
-    expected, fixed = dict(model.named_parameters()), _packed_parts(model)
+    table = TensorTable(config, layout)
+    expected = table.parts()
     for name, entry in entries.items():
         if name not in expected:
             check_names(entries)
             raise CheckpointError(
                 f"{path} holds the tensor {shown(name)}, which OLMoE with this config.json does not have."
             )
-        if entry.shape != tuple(expected[name].shape):
+        _, shape, dtype = expected[name]
+        if entry.shape != shape:
             raise CheckpointError(
-                f"Tensor {shown(name)} has shape {list(entry.shape)}, but config.json makes it "
-                f"{list(expected[name].shape)}."
+                f"Tensor {shown(name)} has shape {list(entry.shape)}, but config.json makes it {list(shape)}."
             )
-        wanted = (_NAMES[expected[name].dtype],) if name in fixed else FLOATS
+        wanted = FLOATS if dtype is None else (_NAMES[dtype],)
         if entry.dtype not in wanted:
             raise CheckpointError(
                 f"Tensor {shown(name)} is stored as {entry.dtype}, but config.json makes it {' or '.join(wanted)}."
@@ -184,18 +181,7 @@ def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], pat
     if missing:
         rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks {shown(missing[0])}{rest}, which config.json calls for.")
-    return model
-
-
-def _packed_parts(model: nn.Module) -> set[str]:
-    """Names of the parameters that hold parts of packed matrices: codes, scales and what else a format stores."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, PackedModule)
-        for name, _ in module.named_parameters(recurse=False)
-        if stored_format(module, name) is not None
-    }
+    return table
 
 
 def build(config: ModelConfig, layout: Layout) -> CausalLM:
@@ -262,19 +248,16 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
 
 
-def file_tensors(model: CausalLM, plain: torch.dtype | Mapping[str, torch.dtype]) -> Tensors:
+def file_tensors(table: TensorTable, plain: torch.dtype | Mapping[str, torch.dtype]) -> Tensors:
     """Shape and dtype of every tensor of a packed file by name, in the order of the file.
 
-    `model` is one of `build`; `plain` is the dtype of what is not packed, one for all or by name. Codes come first,
-    those of whole cache lines before others, so that sizes keep the next one aligned.
+    `plain` is the dtype of what is not packed, one for all or by name. Codes come first, those of whole cache lines
+    before others, so that sizes keep the next one aligned.
     """
     tensors: Tensors = {}
-    fixed = _packed_parts(model)
-    for name, parameter in model.named_parameters():
-        dtype = parameter.dtype
-        if name not in fixed:
-            dtype = plain if isinstance(plain, torch.dtype) else plain[name]
-        tensors[name] = (tuple(parameter.shape), dtype)
+    for name, (_, shape, fixed) in table.parts().items():
+        dtype = fixed or (plain if isinstance(plain, torch.dtype) else plain[name])
+        tensors[name] = (shape, dtype)
 
     def place(item: tuple[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bool, bool, int]:
         (shape, dtype) = item[1]
@@ -293,55 +276,6 @@ def config_text(config: ModelConfig, layout: PackedLayout, stored: torch.dtype) 
     """`config.json` of a packed folder; `stored` is the dtype of what is not packed."""
     values = config.to_dict(str(stored).removeprefix("torch.")) | {CONFIG_KEY: layout.to_dict()}
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def matrices(model: CausalLM) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every parameter of a model of `build`: its name, its module, and its name there."""
-    for name, _ in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        yield name, model.get_submodule(owner), leaf
-
-
-def is_whole(module: nn.Module, leaf: str) -> bool:
-    """Whether the parameter `leaf` stands for a matrix or vector: all but the scales beside codes do."""
-    return not isinstance(module, PackedModule) or leaf in module.shapes or stored_format(module, leaf) is None
-
-
-def format_of(module: nn.Module, leaf: str) -> Format | None:
-    """The format in which a module of `build` stores the matrix `leaf`; None for a plain one."""
-    return module.formats.get(leaf) if isinstance(module, PackedModule) else None
-
-
-def stored_format(module: PackedModule, leaf: str) -> Format | None:
-    """The format that the parameter `leaf` is a part of: codes, or scales; None for a plain one."""
-    for name, format in module.formats.items():
-        if leaf == name or any(leaf == f"{name}_{part}" for part in format.parts(*module.shapes[name])):
-            return format
-    return None
-
-
-def weights_of(module: nn.Module, leaf: str) -> int:
-    """How many weights the parameter `leaf` of a module of `build` stands for; scales stand for none."""
-    if isinstance(module, PackedModule) and leaf in module.shapes:
-        return math.prod(module.stack) * math.prod(module.shapes[leaf])
-    if not is_whole(module, leaf):
-        return 0
-    return module.get_parameter(leaf).numel()
-
-
-def decode(files: TensorFiles, module: nn.Module, parameter: str, expert: int | None = None) -> Tensor:
-    """A parameter of a module of `build` as a floating tensor; of a stack that of one `expert`."""
-    leaf = parameter.rpartition(".")[2]
-    format = format_of(module, leaf)
-    if format is None:
-        value = files.tensor(parameter)
-        return value if expert is None else value[expert]
-    assert isinstance(module, PackedModule)
-    parts = {}
-    for part in format.parts(*module.shapes[leaf]):
-        value = files.tensor(part_name(parameter, part))
-        parts[part] = value if expert is None else value[expert]
-    return format.decode(parts, *module.shapes[leaf], torch.float32)
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

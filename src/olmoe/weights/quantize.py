@@ -26,14 +26,15 @@ from olmoe.io import targets
 from olmoe.io.atomic import atomic_folder
 from olmoe.io.documents import Chat
 from olmoe.io.tensor_file import DTYPES, TensorWriter
-from olmoe.model import CausalLM, DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
-from olmoe.quant import BlockFormat, Format, PackedModule, layout_formats, search
+from olmoe.model import DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
+from olmoe.quant import BlockFormat, Format, layout_formats, search
 from olmoe.quant.formats import CODES
 from olmoe.quant.modules import part_name
 from olmoe.weights import packed, sample_text
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.recipes import RECIPES, Recipe
 from olmoe.weights.source import BlockSource, WeightSource, open_source, tokenizer_of
+from olmoe.weights.table import TensorTable
 
 __all__ = ["RECIPES", "Packed", "Recipe", "contents_of", "describe", "pack", "quantize"]
 
@@ -175,7 +176,7 @@ def pack(
         size = (temporary / packed.FILE_NAME).stat().st_size
         # Hours may have passed, in which somebody put something there.
         _check_target(source, target, {*texts, packed.FILE_NAME, "config.json"}, overwrite)
-    return describe(packer.model, packer.tensors, size)
+    return describe(packer.table, packer.tensors, size)
 
 
 def _check_target(source: WeightSource, target: Path, names: set[str], overwrite: bool) -> None:
@@ -187,14 +188,13 @@ def _check_target(source: WeightSource, target: Path, names: set[str], overwrite
     targets.check_folder(target, names, overwrite=overwrite, source=source.path)
 
 
-def describe(model: CausalLM, tensors: packed.Tensors, file_bytes: int) -> Packed:
-    """What a packed file of these tensors holds, by kind; `model` is one of `packed.build`."""
+def describe(table: TensorTable, tensors: packed.Tensors, file_bytes: int) -> Packed:
+    """What a packed file of the `tensors` of a table holds, by kind."""
     kinds: dict[str, tuple[set[str], int, int]] = {}
-    for name, module, leaf in packed.matrices(model):
+    for name, (row, _, _) in table.parts().items():
         (shape, dtype) = tensors[name]
-        packed_as = packed.stored_format(module, leaf) if isinstance(module, PackedModule) else None
-        format = packed_as.name if packed_as is not None else str(dtype).removeprefix("torch.")
-        weights = packed.weights_of(module, leaf)
+        format = str(dtype).removeprefix("torch.") if row.format is None else row.format.name
+        weights = row.weights if name == row.name else 0  # what else it stores stands for none
         formats, others, size = kinds.get(_kind(name), (set(), 0, 0))
         kinds[_kind(name)] = formats | {format}, others + weights, size + math.prod(shape) * dtype.itemsize
     return Packed({k: (" ".join(sorted(f)), w, b) for k, (f, w, b) in kinds.items()}, file_bytes)
@@ -204,9 +204,9 @@ def contents_of(checkpoint: Checkpoint) -> Packed:
     """What a packed checkpoint holds, from its headers alone. Raises what loading it would."""
     assert checkpoint.layout is not None, f"{checkpoint.folder} is not packed"
     files = checkpoint.packed_files
-    model = packed.check(checkpoint.config, checkpoint.layout, files.entries, files.path)
+    table = packed.check(checkpoint.config, checkpoint.layout, files.entries, files.path)
     tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in files.entries.items()}
-    return describe(model, tensors, files.num_bytes)
+    return describe(table, tensors, files.num_bytes)
 
 
 def _kind(name: str) -> str:
@@ -229,16 +229,11 @@ class _Packer:
 
     def __init__(self, source: WeightSource, recipe: Recipe, progress: Callable[[int, int], None] | None) -> None:
         self.source, self.recipe, self._progress = source, recipe, progress
-        self.model = packed.build(source.config, recipe.layout())
-        self._places = {
-            name: (module, leaf) for name, module, leaf in packed.matrices(self.model) if packed.is_whole(module, leaf)
-        }
-        plain = {
-            name: source.read(name, self._first(name)).dtype for name in self._places if self._format(name) is None
-        }
-        self.tensors = packed.file_tensors(self.model, plain)
+        self.table = TensorTable(source.config, recipe.layout())
+        plain = {name: source.read(name, self._first(name)).dtype for name in self.table if self._format(name) is None}
+        self.tensors = packed.file_tensors(self.table, plain)
         self._done, self._total = 0, source.config.num_parameters
-        self._left = dict.fromkeys(self._places)
+        self._left = dict.fromkeys(self.table)
 
     def run(self, writer: TensorWriter, windows: list[list[int]] | None) -> None:
         """Write all tensors; with windows of token ids, those of the decoder along its forward pass."""
@@ -279,11 +274,7 @@ class _Packer:
 
     def source_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a matrix (of one expert's, in a stack) or vector before packing."""
-        module, leaf = self._places[name]
-        if isinstance(module, PackedModule) and leaf in module.shapes:
-            return module.shapes[leaf]
-        shape = self.tensors[name][0]
-        return shape[1:] if self._first(name) == 0 else shape
+        return self.table[name].shape
 
     def _encode(self, name: str, format: Format, weight: Tensor, inputs: search.Inputs | None) -> dict[str, Tensor]:
         try:
@@ -294,7 +285,7 @@ class _Packer:
             raise CheckpointError(f"{name}: {error}") from None
 
     def _format(self, name: str) -> Format | None:
-        return packed.format_of(*self._places[name])
+        return self.table[name].format
 
     def _stored_parts(self, name: str, expert: int | None, format: Format) -> dict[str, Tensor] | None:
         """The parts of a matrix that its source stores in this format already."""
@@ -307,7 +298,7 @@ class _Packer:
 
     def _first(self, name: str) -> int | None:
         """0 for a stack of experts, which is read one by one; None for others."""
-        return 0 if ".mlp.experts." in name else None
+        return None if self.table[name].experts is None else 0
 
     # ---- with calibration text ----
 

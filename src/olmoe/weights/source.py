@@ -25,6 +25,7 @@ from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM, allocate, without_values
 from olmoe.tokenizer import TEMPLATES_FOLDER, Tokenizer
 from olmoe.weights import checkpoint, packed
+from olmoe.weights.table import TensorTable
 
 # Bytes read before mapped files are closed, so that their pages no longer count as this process's memory.
 RELEASE_BYTES = 256 * 2**20
@@ -104,7 +105,7 @@ class FolderSource:
         self.config, self._folder = opened.config, folder
         self._handles: dict[Path, Any] = {}
         self._read_bytes = 0
-        self._packed: tuple[torch.nn.Module, TensorFiles] | None = None
+        self._packed: tuple[TensorTable, TensorFiles] | None = None
         if opened.layout is not None:
             file = opened.packed_files
             self._packed = packed.check(self.config, opened.layout, file.entries, file.path), file
@@ -122,8 +123,8 @@ class FolderSource:
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """See `WeightSource.read`."""
         if self._packed is not None:
-            model, file = self._packed
-            return packed.decode(file, model.get_submodule(parameter.rpartition(".")[0]), parameter, expert)
+            table, file = self._packed
+            return table[parameter].read(file, expert)
         names = self._places.get((parameter, expert))
         if names is None:  # a stack that is stored fused
             (name,) = self._places[parameter, None]

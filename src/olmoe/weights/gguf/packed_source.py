@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from olmoe.quant import PackedModule
 from olmoe.quant.formats import BlockFormat
 from olmoe.weights.gguf.block_types import Bytes
 from olmoe.weights.source import FolderSource
@@ -16,7 +15,7 @@ class PackedSource(FolderSource):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         assert self._packed is not None, f"{folder} is not packed"
-        self._model, self._file = self._packed
+        self._table, self._file = self._packed
 
     def stored_as(self, parameter: str) -> tuple[str, ...]:
         """The name of the type in which a parameter is stored: Q8_0, Q5_0, Q4_0, or a floating one."""
@@ -34,9 +33,8 @@ class PackedSource(FolderSource):
 
     def _packing(self, parameter: str) -> tuple[BlockFormat, tuple[int, int]] | None:
         """Format, rows and columns of a packed matrix."""
-        owner, _, leaf = parameter.rpartition(".")
-        module = self._model.get_submodule(owner)
-        if not isinstance(module, PackedModule) or leaf not in module.formats:
+        row = self._table[parameter]
+        if not isinstance(row.format, BlockFormat):
             return None
-        form = module.formats[leaf]
-        return (form, module.shapes[leaf]) if isinstance(form, BlockFormat) else None
+        rows, columns = row.shape
+        return row.format, (rows, columns)
