@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from configurations import VOCAB_SIZE
 from olmoe import AutoModelForCausalLM, OlmoeForCausalLM, OlmoeForSequenceClassification
 from olmoe.errors import UserError
 from olmoe.hf import adapted
@@ -474,3 +475,26 @@ def test_experts_trained_whole_can_be_switched(models):
         model.base_model.model.set_experts_implementation("batched_mm")
         assert (logits(model) - expected).abs().max() < 1e-5
     assert len(calls) == 2  # one a layer
+
+
+@some_formats
+@pytest.mark.parametrize(("container", "inside"), [("mlp", "experts"), ("self_attn", "q_proj")])
+def test_modules_to_save_that_hold_packed_ones_are_refused(models, format, container, inside):
+    """A copy of their codes cannot be trained; torch's own sentence was about dtypes of gradients."""
+    with pytest.raises(UserError, match=rf"modules_to_save names .*{inside}.* call dequantize\(\)") as refusal:
+        lora(models.load(format), target_modules=["embed_tokens"], modules_to_save=[container])
+    assert "\n" not in str(refusal.value)
+    lora(models.load(format, dequantize=True), target_modules=["embed_tokens"], modules_to_save=[container])
+
+
+@pytest.mark.parametrize("format", BLOCKS)
+def test_packed_embeddings_are_not_resized(models, format):
+    model = models.load(format)
+    expected = logits(model)
+    for arguments in ({"new_num_tokens": VOCAB_SIZE + 8}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(UserError, match=r"packed as \w+, so their .* rows cannot .*; call dequantize\(\)"):
+            model.resize_token_embeddings(**arguments)
+    model.resize_token_embeddings(VOCAB_SIZE)
+    assert torch.equal(logits(model), expected)
+    model.dequantize().resize_token_embeddings(VOCAB_SIZE + 8)
+    assert model(input_ids=IDS).logits.shape[-1] == VOCAB_SIZE + 8

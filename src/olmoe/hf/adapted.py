@@ -116,7 +116,9 @@ def _noticed(owner: nn.Module, name: str, module: Any) -> Any:
         return None
     if isinstance(module, PackedModule):
         return _placed(owner, name, module)
-    if name in ("model", "lora_model") and _is_pefts(owner):  # a method starts
+    if name == "original_module" and _is_pefts(owner):
+        _check_whole(module)
+    elif name in ("model", "lora_model") and _is_pefts(owner):  # a method starts
         _check_method(owner, module)
         _show(module)
     elif name == "base_model":  # and it is done
@@ -153,6 +155,16 @@ def _check_method(tuner: nn.Module, model: nn.Module) -> None:
         raise UserError(
             f"PEFT's {method} takes its dtype from the model's first weight, which is packed as {first.dtype} here; "
             "call dequantize() on the model first, or load it with BitsAndBytesConfig, which leaves embeddings plain."
+        )
+
+
+def _check_whole(container: nn.Module) -> None:
+    packed = next((name for name, child in container.named_modules() if isinstance(child, PackedModule)), None)
+    if packed is not None:
+        raise UserError(
+            f"modules_to_save names a {type(container).__name__}, whose {packed} is packed, and codes cannot be "
+            f"trained; name the modules inside it, such as {packed.rpartition('.')[2]!r}, or call dequantize() on the "
+            "model first."
         )
 
 

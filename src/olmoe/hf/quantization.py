@@ -41,6 +41,7 @@ from olmoe.model import Experts, Linear
 from olmoe.quant import (
     FORMATS,
     FourBit,
+    PackedEmbedding,
     PackedExperts,
     PackedLayout,
     PackedLinear,
@@ -374,6 +375,20 @@ class PackedLoading:
                 "dequantize() on the model first."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' documentation. Packed embeddings have no rows that could be added or taken away."""
+        embeddings: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+        table = unwrapped(embeddings)
+        asked = new_num_tokens if new_num_tokens is not None or not (args or kwargs) else "padded"
+        if isinstance(table, PackedEmbedding):
+            if asked in (None, table.num_embeddings):
+                return embeddings
+            raise ConfigError(
+                f"The embeddings are packed as {table.formats['weight'].name}, so their {table.num_embeddings} rows "
+                f"cannot become {asked}; call dequantize() on the model first, or resize the unquantized model."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     def get_submodule(self, target: str) -> nn.Module:
         """See `nn.Module`. PEFT asks for embeddings by BERT's name first, and its guess at ours knows no packing."""
