@@ -110,3 +110,17 @@ def test_a_run_on_wider_ids_is_the_run_on_narrow_ones(tmp_path, tokenizer_file):
         losses.append([r["cross_entropy"] for r in records if "cross_entropy" in r])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
+
+
+@pytest.mark.parametrize(("written", "said"), [("<u4", "uint16"), ("<i8", "uint32"), (">u4", ">u2"), ("<i8", "int32")])
+def test_a_type_that_is_half_of_what_the_ids_are_is_refused(written, said, tmp_path, tokenizer_file):
+    """Every second id would be 0, whoever says so; a text whose ids only look alike is taken at its owner's word."""
+    IDS.astype(written).tofile(tmp_path / "x.npy")
+    message = refused(lambda: read(tmp_path / "x.npy", tokenizer_file, said), ConfigError)
+    assert f"does not hold {np.dtype(said)} ids" in message
+    assert "set dtype =" in message
+    sparse = np.zeros(400, "<u2")
+    sparse[::2] = np.arange(200)
+    sparse[3] = 7
+    sparse.tofile(tmp_path / "y.npy")
+    assert read(tmp_path / "y.npy", tokenizer_file, "uint16") == sparse.tolist()

@@ -45,6 +45,8 @@ def read_layout(path: Path, dtype: str | None = None) -> Layout:
         raise ConfigError(f"The token file {path} has {size} bytes, which is not two or more {ids} each.")
     if dtype is None:
         _refuse_other_widths(path)
+    else:
+        _refuse_half_empty(path, kind)
     return Layout(kind.str, 0, size // width)
 
 
@@ -79,6 +81,19 @@ def _from_header(path: Path, dtype: str | None) -> Layout:
     if array.size < 2:
         raise ConfigError(f"The token file {path} holds {array.size} ids, but training needs two or more.")
     return Layout(array.dtype.str, array.offset, array.size)
+
+
+def _refuse_half_empty(path: Path, kind: np.dtype[Any]) -> None:
+    """Refuse a type that somebody said if every second id of it is exactly 0: the upper half of a wider one."""
+    ids = np.fromfile(path, dtype=kind, count=_LOOKED_AT)
+    pairs = ids[: len(ids) // 2 * 2].reshape(-1, 2)
+    varied = [len(np.unique(pairs[:, i])) for i in (0, 1)]
+    if min(varied) == 1 and max(varied) >= 8 and not pairs[:, int(varied[1] == 1)].any():
+        wider = f"{kind.kind}{2 * kind.itemsize}"
+        raise ConfigError(
+            f"The token file {path} does not hold {kind} ids: every second one would be 0, as where wider ids are read "
+            f'so; set dtype = "{np.dtype(wider)}" (or what it is) beside its path.'
+        )
 
 
 def _refuse_other_widths(path: Path) -> None:
