@@ -237,3 +237,25 @@ def test_what_cannot_be_rendered_is_one_sentence():
     assert "title and text" in sentence(plain, documents=["text"])
     assert "unknown tag" in sentence("{% unknowntag %}")
     assert "first line second line" in sentence("{{ raise_exception('first line\nsecond line') }}")
+
+
+def test_special_tokens_of_the_checkpoints_own_names_are_seen_too(folder, tmp_path):
+    """transformers shows templates what `extra_special_tokens` names."""
+    change(
+        folder,
+        extra_special_tokens={"image_token": "<img>"},
+        chat_template="{{ image_token }}{{ messages[0].content }}",
+    )
+    messages = [{"role": "user", "content": "a"}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    assert expected == "<img>a"
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.render_chat(messages) == expected
+    (tmp_path / "copy").mkdir()
+    shutil.copy(folder / "tokenizer.json", tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_config.json").write_text(tokenizer.transformers_config(64))
+    for again in (
+        Tokenizer.from_folder(tmp_path / "copy").render_chat(messages),
+        AutoTokenizer.from_pretrained(tmp_path / "copy").apply_chat_template(messages, tokenize=False),
+    ):
+        assert again == expected

@@ -156,6 +156,10 @@ class Tokenizer:
         texts |= self._named
         return {name: text for name in SPECIAL_NAMES if (text := texts.get(name)) is not None}
 
+    def extra_special_tokens(self) -> dict[str, str]:
+        """Those of the checkpoint's own names, such as `image_token`, that templates see as well."""
+        return {name: text for name, text in self._named.items() if name not in SPECIAL_NAMES and text is not None}
+
     def transformers_config(self, max_length: int) -> str:
         """The `tokenizer_config.json` with which transformers reads `tokenizer.json` as it is, ends by id."""
         values: dict[str, Any] = {
@@ -168,6 +172,8 @@ class Tokenizer:
         if self.named_templates:
             every = {"default": values["chat_template"]} | self.named_templates
             values["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
+        if extra := self.extra_special_tokens():
+            values["extra_special_tokens"] = extra
         return json.dumps(values | self.special_tokens(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def render_chat(
@@ -202,7 +208,7 @@ class Tokenizer:
             if add_generation_prompt is None
             else add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables=seen | self.special_tokens() | variables,
+            variables=seen | self.special_tokens() | self.extra_special_tokens() | variables,
         )
 
     def encode_chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
@@ -226,7 +232,8 @@ class Tokenizer:
         from tokenizers import AddedToken
 
         added = set(self._added.values())
-        texts = dict.fromkeys(text for text in self.special_tokens().values() if text not in added)
+        named = self.special_tokens() | self.extra_special_tokens()
+        texts = dict.fromkeys(text for text in named.values() if text not in added)
         known = [text for text in texts if self._backend.token_to_id(text) is not None]
         if not known:
             return self._backend
@@ -294,6 +301,8 @@ def _read_named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | No
     if "added_tokens_decoder" not in settings:  # older folders keep the names in a file of their own
         older = _read_object(folder / "special_tokens_map.json")
         named |= {name: older[name] for name in SPECIAL_NAMES if name in older}
+    more = settings.get("extra_special_tokens")  # which transformers shows to templates by their names
+    named |= more if isinstance(more, dict) else {}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
     return {name: text for name, text in texts.items() if text is None or isinstance(text, str)}
 
