@@ -239,6 +239,9 @@ def test_it_traces():
             assert difference(traced(other), expected[1]) < 2e-5
     ours.config.use_cache, ours.config.return_dict = False, False
     assert difference(torch.jit.trace(ours, (IDS,), check_trace=False)(IDS)[0], expected[0]) < 2e-5
+    frozen = ours.requires_grad_(False)  # by a function, whose constants the weights are
+    traced = torch.jit.trace(lambda ids: frozen(input_ids=ids)[0], (IDS,))
+    assert difference(traced(IDS), expected[0]) < 2e-5
 
 
 def test_logits_to_keep_in_every_form(pair):

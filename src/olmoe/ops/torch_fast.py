@@ -254,7 +254,7 @@ class _Dense(torch.autograd.Function):
 
 def _dense(x: Tensor) -> Tensor:
     """`x`, with gradients that torch's grouped product takes."""
-    if transformed(x) or not torch.is_grad_enabled():
+    if transformed(x) or not (torch.is_grad_enabled() and x.requires_grad):
         return x
     dense: Tensor = _Dense.apply(x)
     return dense
