@@ -89,7 +89,7 @@ def _compiled(template: str) -> Any:
 
 @functools.cache
 def _environment() -> Any:
-    """The sandbox that templates run in, with what they may call. Jinja is imported here, for chats alone."""
+    """The sandbox that templates run in, with what they may call. Jinja is imported here, only for chats."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -137,10 +137,10 @@ def compare(
             kept[layer] += met_NKK.any(dim=2).double().mean(dim=1).sum()
         hidden = [output.hidden.flatten(0, 1) for output in outputs]
         for start in range(0, len(labels_N), LOGIT_TOKENS):
-            piece = slice(start, start + LOGIT_TOKENS)
-            log_p = reference.logits(hidden[0][piece]).float().log_softmax(dim=-1)  # (N, V)
-            log_q = candidate.logits(hidden[1][piece]).float().log_softmax(dim=-1)
-            chosen = labels_N[piece].unsqueeze(1)
+            part = slice(start, start + LOGIT_TOKENS)
+            log_p = reference.logits(hidden[0][part]).float().log_softmax(dim=-1)  # (N, V)
+            log_q = candidate.logits(hidden[1][part]).float().log_softmax(dim=-1)
+            chosen = labels_N[part].unsqueeze(1)
             reference_nats -= float(log_p.gather(1, chosen).sum())
             nats -= float(log_q.gather(1, chosen).sum())
             same += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())

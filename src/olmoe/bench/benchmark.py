@@ -37,7 +37,7 @@ from olmoe.weights.quantize import RECIPES
 
 PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # that the command line names; those of `packing.RECIPES` work too
-_NOISE = 2**22 - 3  # odd, so that matrices, whose sizes are powers of two, start at different places of the block
+_NOISE = 2**22 - 3  # odd, so that matrices, whose sizes are powers of two, start at different offsets of the block
 _SCALE = 0x1000  # 2^-11 as fp16: products of random codes stay small
 # Embeddings are this much larger, so that tokens stay different through all layers and choose different experts.
 _EMBEDDING_SCALE, _EMBEDDING_FACTOR = 0x2C00, 2**7
@@ -134,9 +134,9 @@ def _fill(out: Tensor, values: Tensor, start: int) -> int:
     """Copy `values`, over and over from `start` on, to all of `out`; where the next tensor should start."""
     flat, done = out.view(-1), 0
     while done < flat.numel():
-        piece = values[start : start + flat.numel() - done]
-        flat[done : done + len(piece)].copy_(piece)
-        done, start = done + len(piece), (start + len(piece)) % len(values)
+        part = values[start : start + flat.numel() - done]
+        flat[done : done + len(part)].copy_(part)
+        done, start = done + len(part), (start + len(part)) % len(values)
     return start
 
 

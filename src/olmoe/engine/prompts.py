@@ -35,7 +35,7 @@ def read_prompts(value: object) -> list[Read]:
     """One prompt or several, in any of the ways that `LLM.generate` documents.
 
     A one-dimensional array is one prompt, a two-dimensional one has a prompt in every row. Raises `UserError` for
-    anything else, with its place if there are several.
+    anything else, with its index if there are several.
     """
     if isinstance(value, str):
         return [str(value)]
@@ -48,11 +48,11 @@ def read_prompts(value: object) -> list[Read]:
     if items and (_is_number(items[0]) or _is_message(items[0])):
         return [_single(items)]
     prompts = []
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         try:
             prompts.append(_single(item))
         except UserError as error:
-            raise in_batch(error, f"prompts[{place}]") from None
+            raise in_batch(error, f"prompts[{index}]") from None
     return prompts
 
 
@@ -70,11 +70,11 @@ def read_chats(value: object) -> list[Chat]:
     if items and isinstance(items[0], Mapping):
         return [_chat(items)]
     chats = []
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         try:
             chats.append(_chat(_items(item)))
         except UserError as error:
-            raise in_batch(error, f"prompts[{place}]") from None
+            raise in_batch(error, f"prompts[{index}]") from None
     return chats or [_chat(items)]
 
 
@@ -94,9 +94,9 @@ def read_params(value: object, count: int) -> list[SamplingParams]:
             f"Sampling parameters are a SamplingParams, or a list of one for each prompt, not {_typed(value)}."
         )
     given = list(value)
-    for place, each in enumerate(given):
+    for index, each in enumerate(given):
         if each is not None and not isinstance(each, SamplingParams):
-            raise UserError(f"Sampling parameters are a SamplingParams, not {_typed(each)} (params[{place}]).")
+            raise UserError(f"Sampling parameters are a SamplingParams, not {_typed(each)} (params[{index}]).")
     if len(given) != count:
         raise UserError(f"{len(given)} sampling parameters were given for {count} prompts.")
     return [each or SamplingParams() for each in given]

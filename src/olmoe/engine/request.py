@@ -149,7 +149,7 @@ _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str
 class TokenLogprob:
     """How probable a generated token was: `logprob` is the natural logarithm of its probability.
 
-    `top` are the likeliest tokens in its place by falling probability, id to log-probability, as many as
+    `top` are the likeliest tokens at its position by falling probability, id to log-probability, as many as
     `SamplingParams.logprobs` asks for. All are the model's own: before temperature, penalty and filters.
     """
 
@@ -213,7 +213,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     limit: int  # most tokens to generate, within the model's context
-    where: str = ""  # its place in the batch for messages, as `in_batch` takes it
+    where: str = ""  # its index in the batch for messages, as `in_batch` takes it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -54,7 +54,7 @@ class RunningSequences:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences alone, in that order. Nothing is copied."""
+        """Go on with only these sequences, in that order. Nothing is copied."""
         self._cache = CacheView(self._cache.blocks, np.ascontiguousarray(self._cache.table[list(rows)]))
         self.lengths = [self.lengths[row] for row in rows]
 

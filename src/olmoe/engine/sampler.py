@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """Chooses for any requests, in any order and company: each token depends on its own request alone.
+    """Chooses for any requests, in any order and company: each token depends on nothing but its own request.
 
     `allowed` is the tokenizer's number of ids: rows of the output head beyond it are padding, which was
     never trained, and can never be chosen.

@@ -1,4 +1,4 @@
-"""`Stream`: one text as it is generated, piece by piece. No torch."""
+"""`Stream`: one text as it is generated, part by part. No torch."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from olmoe.errors import CheckpointError
 from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
-from olmoe.io.hub import place_of
+from olmoe.io.hub import folder_or_id
 from olmoe.io.text_file import read_text
 from olmoe.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class _ByName:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
         """As transformers documents it; "olmoe-tiny" is the shipped model."""
-        return super().from_pretrained(place_of(pretrained_model_name_or_path), *inputs, **kwargs)  # type: ignore[misc]
+        return super().from_pretrained(folder_or_id(pretrained_model_name_or_path), *inputs, **kwargs)  # type: ignore[misc]
 
 
 class AutoConfig(transformers.AutoConfig):
@@ -64,7 +64,7 @@ class AutoConfig(transformers.AutoConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As transformers documents it; with `return_unused_kwargs` a pair."""
-        loaded = super().from_pretrained(place_of(pretrained_model_name_or_path), **kwargs)
+        loaded = super().from_pretrained(folder_or_id(pretrained_model_name_or_path), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.model_type == MODEL_TYPE:
             config = adopt(config)
@@ -140,12 +140,12 @@ class AutoTokenizer(transformers.AutoTokenizer):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
         """As transformers documents it."""
-        place = place_of(pretrained_model_name_or_path)
+        name = folder_or_id(pretrained_model_name_or_path)
         other = kwargs.get("gguf_file") or kwargs.get("tokenizer_type")
-        if other or _model_type(str(place), _hub(kwargs)) != MODEL_TYPE:
-            return super().from_pretrained(place, *inputs, **kwargs)
-        by_id = _special_tokens(str(place), kwargs)
-        tokenizer = super().from_pretrained(place, *inputs, **(by_id | kwargs))
+        if other or _model_type(str(name), _hub(kwargs)) != MODEL_TYPE:
+            return super().from_pretrained(name, *inputs, **kwargs)
+        by_id = _special_tokens(str(name), kwargs)
+        tokenizer = super().from_pretrained(name, *inputs, **(by_id | kwargs))
         if tokenizer.chat_template is None:
             tokenizer.chat_template = OLMOE_CHAT_TEMPLATE
         return tokenizer
@@ -181,7 +181,7 @@ def pipeline(
 
     Arguments are transformers'. Without a task, that of the checkpoint's own architecture is taken.
     """
-    model, tokenizer, config = place_of(model), place_of(tokenizer), place_of(config)
+    model, tokenizer, config = folder_or_id(model), folder_or_id(tokenizer), folder_or_id(config)
     name, hub = str(model), _hub(kwargs)
     if not isinstance(model, str | Path) or _model_type(name, hub) != MODEL_TYPE:
         return transformers.pipeline(task, model, config, tokenizer, **kwargs)

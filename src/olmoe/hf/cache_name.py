@@ -1,4 +1,4 @@
-"""The one place that knows what transformers calls the key-value cache: `past_key_values`, from 5.24 on `cache`.
+"""The only module that knows what transformers calls the key-value cache: `past_key_values`, from 5.24 on `cache`.
 
 Our classes take both names in either version, keep the documented `past_key_values` at its documented position, and
 never pass a name to transformers that the installed version does not have. Like transformers, they warn of a name that

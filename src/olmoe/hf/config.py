@@ -9,7 +9,7 @@ from transformers.models.olmoe.configuration_olmoe import OlmoeConfig as Transfo
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
 from olmoe.hf.view import view_as
-from olmoe.io.hub import place_of
+from olmoe.io.hub import folder_or_id
 
 MODEL_TYPE = "olmoe"
 ROUTER_LOSSES = ("pooled", "per_layer")
@@ -45,7 +45,7 @@ class OlmoeConfig(TransformersOlmoeConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """transformers' hook that finds and reads `config.json`; "olmoe-tiny" is the shipped model's."""
-        return super().get_config_dict(place_of(pretrained_model_name_or_path), **kwargs)
+        return super().get_config_dict(folder_or_id(pretrained_model_name_or_path), **kwargs)
 
     @property
     def router_loss_kind(self) -> Any:

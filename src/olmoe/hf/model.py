@@ -61,7 +61,7 @@ class OlmoeTopKRouter(Router):
 
 
 class OlmoeSparseMoeBlock(SparseMoeBlock):
-    """The network's mixture of experts, which here returns hidden states alone."""
+    """The network's mixture of experts, which returns only hidden states here."""
 
     computes_as = SparseMoeBlock
 

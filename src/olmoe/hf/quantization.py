@@ -36,7 +36,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.hf.adapted import Trained, notice_adapters, plain_module, shown_head, unwrapped
 from olmoe.hf.switching import describe
-from olmoe.io.hub import place_of
+from olmoe.io.hub import folder_or_id
 from olmoe.model import Experts, Linear
 from olmoe.quant import (
     FORMATS,
@@ -264,7 +264,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
-    """Put packed modules, still without values, in the places of `Linear` and `Experts` modules.
+    """Replace `Linear` and `Experts` modules with packed ones, which have no values yet.
 
     Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32.
     """
@@ -339,8 +339,8 @@ class PackedLoading:
             # That of a model which was loaded before; transformers expects what a file would hold.
             kwargs["config"] = config = copy.copy(config)
             config.quantization_config = config.quantization_config.to_dict()
-        place = place_of(pretrained_model_name_or_path)
-        return super().from_pretrained(place, *model_args, **kwargs)  # type: ignore[misc]
+        name = folder_or_id(pretrained_model_name_or_path)
+        return super().from_pretrained(name, *model_args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
@@ -368,7 +368,7 @@ class PackedLoading:
         """See transformers' documentation. A packed checkpoint says for whole kinds of modules how they are packed."""
         assert isinstance(self, nn.Module)
         trained = [name for name, module in self.named_modules() if isinstance(module, Trained)]
-        adapters = getattr(self, "_hf_peft_config_loaded", False)  # which are saved alone
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # only they are saved
         if trained and not adapters and any(isinstance(module, PackedModule) for module in self.modules()):
             raise ConfigError(
                 f"{trained[0]} was trained whole and is not packed, so it cannot be saved among packed modules; call "

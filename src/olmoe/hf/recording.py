@@ -55,7 +55,7 @@ def note(name: str, value: Any) -> None:
 def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`block(x)` under gradient checkpointing, with gradients for what it notes.
 
-    Reentrant checkpointing computes without a graph and gives gradients to the outputs of its function alone, so what
+    Reentrant checkpointing computes without a graph and gives gradients only to the outputs of its function, so what
     is noted becomes such outputs.
     """
     outer = _asked()

@@ -1,1 +1,1 @@
-"""Files and places: what appears whole or not at all, the hub, texts, safetensors."""
+"""Files: what appears whole or not at all, the hub, texts, safetensors."""

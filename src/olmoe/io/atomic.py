@@ -12,7 +12,7 @@ from pathlib import Path
 
 from olmoe.errors import UserError
 
-# What a file system answers to a place that cannot be written, as opposed to a mistake of ours.
+# What a file system answers to a path that cannot be written, as opposed to a mistake of ours.
 _REFUSALS = (
     errno.EACCES,
     errno.EBUSY,
@@ -34,7 +34,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
     If the block raises (an interrupt included), the temporary folder is removed and `target` is untouched.
     Should the process be killed between the two renames of a replacement, the old folder is found beside
-    `target` with the suffix `.old`. Raises `UserError` if the disk is full or the place cannot be written.
+    `target` with the suffix `.old`. Raises `UserError` if the disk is full or the path cannot be written.
     """
     target = _through_links(target)
     temporary = _beside(target)
@@ -120,7 +120,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def _through_links(target: str | Path) -> Path:
-    """The place that is really written: a symbolic link stays and what it points to is replaced."""
+    """The path that is really written: a symbolic link stays and what it points to is replaced."""
     return Path(os.path.realpath(target))
 
 

@@ -33,7 +33,7 @@ def is_shipped(name: str | Path) -> bool:
     return str(name).lower() == SHIPPED_NAME and not os.path.exists(name)
 
 
-def place_of(name: Any) -> Any:
+def folder_or_id(name: Any) -> Any:
     """The folder of the shipped model where `name` is its name; anything else as it is."""
     return str(SHIPPED) if isinstance(name, str | Path) and is_shipped(name) else name
 
@@ -64,7 +64,7 @@ def resolve(
 
 
 def resolve_config(model_id: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a model, or its `config.json` alone where its weights would have to be downloaded.
+    """The folder of a model, or only its `config.json` where its weights would have to be downloaded.
 
     Errors are those of `resolve`.
     """

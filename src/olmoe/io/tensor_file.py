@@ -1,10 +1,10 @@
-"""safetensors files, written piece by piece and read through a memory map.
+"""safetensors files, written part by part and read through a memory map.
 
 The format: 8 bytes little-endian length of a JSON header, the header (name -> dtype, shape, data_offsets relative to
 its end), then the data without gaps (format description: github.com/huggingface/safetensors). The library of that
 name writes tensors that are all in memory and starts their data where they happen to fall. Here the header is padded
 with spaces until the data starts at a multiple of 64 bytes, the caller orders the tensors, and values are written at
-any time, in any pieces.
+any time, in parts of any size.
 
 Files come from anywhere, so the reader believes nothing: every size, offset and name is checked against the others
 and against the file before anything is mapped.
@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its place in the file in bytes, its dtype by safetensors' name, and its shape."""
+    """One tensor of a file: its range of bytes in the file, its dtype by safetensors' name, and its shape."""
 
     start: int
     end: int
@@ -83,7 +83,7 @@ class TensorFile:
             self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of one tensor. A copy only where the file, written by others, starts it at an odd place."""
+        """A view of one tensor. A copy only where the file, written by others, starts it at an unaligned byte."""
         entry = self.entries[name]
         dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
         if count == 0:
@@ -251,10 +251,10 @@ class TensorWriter:
             self._file.close()
             raise
 
-    def write(self, name: str, piece: Tensor, offset: int = 0) -> None:
+    def write(self, name: str, part: Tensor, offset: int = 0) -> None:
         """Write a contiguous part of the tensor `name`, `offset` bytes after its start."""
-        assert piece.dtype == self._dtypes[name], f"{name} is declared as {self._dtypes[name]}, not {piece.dtype}"
-        raw = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        assert part.dtype == self._dtypes[name], f"{name} is declared as {self._dtypes[name]}, not {part.dtype}"
+        raw = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         assert raw.nbytes <= self._left[name], f"more bytes than {name} has"
         self._file.seek(self._starts[name] + offset)
         self._file.write(raw.data)

@@ -127,7 +127,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions (...) -> cos, sin (..., Dh/2).
 
-        `length` matters for dynamic scaling alone: the length of the sequence each position belongs to,
+        `length` matters only for dynamic scaling: the length of the sequence each position belongs to,
         broadcastable to `positions`; by default one more than the largest position of the call.
         """
         exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim

@@ -145,7 +145,7 @@ def linear_cross_entropy(
 
 
 def sample(logits: Tensor, rows: list[SamplingRow], allowed: int, *, backend: str = AUTO) -> Samples:
-    """The next token of every row, each from its own logits and `SamplingRow` alone. logits (B, V).
+    """The next token of every row, each from nothing but its own logits and `SamplingRow`. logits (B, V).
 
     Only the first `allowed` of V can be chosen: rows of an output head beyond the tokenizer's ids are padding.
     """

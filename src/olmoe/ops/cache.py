@@ -81,7 +81,7 @@ class BlockCache:
         )
 
     def check(self, table: Table, counts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Assert that `counts` new tokens of each sequence, after `lengths` cached ones, have places in this cache."""
+        """Assert that `counts` new tokens of each sequence, after `lengths` cached ones, have slots in this cache."""
         assert len(table) == len(counts) == len(lengths)
         assert table.dtype == np.int32
         assert min(counts, default=0) >= 0

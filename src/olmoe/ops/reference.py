@@ -80,8 +80,8 @@ def sort_by_expert(expert_ids_NK: Tensor, num_experts: int) -> SortedRows:
     flat = expert_ids_NK.reshape(-1).tolist()
     order = sorted(range(n * k), key=lambda row: flat[row])  # Python's sort is stable
     position = [0] * (n * k)
-    for place, row in enumerate(order):
-        position[row] = place
+    for sorted_row, row in enumerate(order):
+        position[row] = sorted_row
     offsets = [sum(expert < e for expert in flat) for e in range(num_experts + 1)]
     device = expert_ids_NK.device
     order_M = torch.tensor(order, dtype=torch.long, device=device)
@@ -177,8 +177,8 @@ def cached_attention(
     Sequence b has `counts[b]` of the N new tokens, which lie end to end, after `lengths[b]` cached ones.
     q (N, H, Dh), k, v (N, G, Dh); keys, values (B, G, capacity, Dh) are written in place -> (N, H, Dh).
     """
-    outputs, pieces = [], zip(*(t.split(counts) for t in (q, k, v)), strict=True)
-    for b, (q_T, k_T, v_T) in enumerate(pieces):
+    outputs, parts = [], zip(*(t.split(counts) for t in (q, k, v)), strict=True)
+    for b, (q_T, k_T, v_T) in enumerate(parts):
         seen = lengths[b] + counts[b]
         keys[b, :, lengths[b] : seen], values[b, :, lengths[b] : seen] = k_T.transpose(0, 1), v_T.transpose(0, 1)
         cached = (t[b : b + 1, :, :seen].float() for t in (keys, values))

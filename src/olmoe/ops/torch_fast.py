@@ -4,12 +4,12 @@ The MoE path sorts routed rows by expert, multiplies them in groups and gathers 
 backward passes gather too, so nothing scatters with atomics and results do not depend on threads.
 
 On a CPU without bf16 matrix instructions torch multiplies bf16 at a tenth of its fp32 speed; here
-weights are then converted to fp32 in pieces that stay in cache, and multiplied in fp32.
+weights are then converted to fp32 in parts that stay in cache, and multiplied in fp32.
 
-Under torch.compile each operation takes the form that traces: plain tensor code, which the compiler fuses and
-differentiates, in place of autograd functions and pieces, and one opaque operator for the grouped product. Under
-the transforms of torch.func, and forward-mode differentiation, it is plain tensor code as well (`composable`), and so
-are the backward passes of autograd functions where they are to be differentiated themselves.
+Under torch.compile each operation is written so that it traces: plain tensor code, which the compiler fuses and
+differentiates, in place of autograd functions that work part by part, and one opaque operator for the grouped product.
+Under the transforms of torch.func, and forward-mode differentiation, it is plain tensor code as well (`composable`),
+and so are the backward passes of autograd functions where they are to be differentiated themselves.
 
 Shapes legend: N tokens, D hidden, H heads, G KV heads, Dh head dim, E experts, K experts per token,
 M = N*K routed rows, F expert width, V vocabulary.
@@ -56,7 +56,7 @@ def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
 
 
 class _Scratch(threading.local):
-    """A thread's buffer for converted pieces. A new one for each product would fault its pages in each time."""
+    """A thread's buffer for converted parts. A new one for each product would fault its pages in each time."""
 
     buffer: Tensor | None = None
 
@@ -77,8 +77,8 @@ def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     buffer = _SCRATCH.rows(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1])
     for start in range(0, weight.shape[0], CONVERT_ROWS):
-        piece = weight[start : start + CONVERT_ROWS]
-        wide = buffer[: piece.shape[0]].copy_(piece)
+        part = weight[start : start + CONVERT_ROWS]
+        wide = buffer[: part.shape[0]].copy_(part)
         torch.mm(x, wide.T, out=out[:, start : start + CONVERT_ROWS])
     return out
 
@@ -225,12 +225,12 @@ def combine(rows_MD: Tensor, weights_NK: Tensor, rows: SortedRows) -> Tensor:
     if is_compiling() or transformed():
         return (rows_MD[rows.position_NK].float() * weights_NK.float().unsqueeze(-1)).sum(dim=1).to(rows_MD.dtype)
     if rows_MD.dtype != torch.float32 and not (torch.is_grad_enabled() and rows_MD.requires_grad):
-        # In pieces: an fp32 copy of all rows would leave the cache.
+        # In parts: an fp32 copy of all rows would leave the cache.
         out = torch.empty(rows.position_NK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype, device=rows_MD.device)
         for start in range(0, out.shape[0], COMBINE_TOKENS):
-            piece = slice(start, start + COMBINE_TOKENS)
-            wide_NKD = rows_MD[rows.position_NK[piece]].float()
-            out[piece] = torch.bmm(weights_NK[piece].float().unsqueeze(1), wide_NKD).squeeze(1)
+            part = slice(start, start + COMBINE_TOKENS)
+            wide_NKD = rows_MD[rows.position_NK[part]].float()
+            out[part] = torch.bmm(weights_NK[part].float().unsqueeze(1), wide_NKD).squeeze(1)
         return out
     return _Combine.apply(rows_MD, weights_NK, rows.position_NK, rows.order_M)
 
@@ -241,7 +241,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 class _Dense(torch.autograd.Function):
-    """Passes a tensor on; its gradients of every order, which a sum makes one repeated number, get a place for each."""
+    """Passes a tensor on and makes gradients of every order dense: those of a sum are one number, of stride 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tenso
         rows_MI, weight = _dense(rows_MI), _dense(weight)
         return _dense(F.grouped_mm(rows_MI, weight.transpose(1, 2), offs=offsets_E[1:].to(torch.int32)))
     counts = offsets_E.diff().tolist()
-    pieces = rows_MI.split(counts)
-    return torch.cat([piece @ weight[e].T for e, piece in enumerate(pieces)])
+    parts = rows_MI.split(counts)
+    return torch.cat([part @ weight[e].T for e, part in enumerate(parts)])
 
 
 @torch.library.custom_op("olmoe::grouped_linear", mutates_args=())
@@ -275,8 +275,8 @@ def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Te
     """`_grouped_linear` as one node of a compiled graph, which could not look at the offsets."""
     if not _widen(rows_MI, CONVERT_MIN_ROWS):
         return _grouped_linear(rows_MI.contiguous(), weight, offsets_E)
-    pieces = rows_MI.float().split(offsets_E.diff().tolist())
-    out = [_matmul_widened(piece, weight[e]) for e, piece in enumerate(pieces) if piece.shape[0]]
+    parts = rows_MI.float().split(offsets_E.diff().tolist())
+    out = [_matmul_widened(part, weight[e]) for e, part in enumerate(parts) if part.shape[0]]
     return torch.cat(out).to(rows_MI.dtype) if out else rows_MI.new_empty(0, weight.shape[1])
 
 
@@ -405,9 +405,9 @@ def _experts_one_by_one(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass over pieces of tokens, so that (N, V) logits never exist.
+    """Loss and both gradients in one pass over parts of tokens, so that (N, V) logits never exist.
 
-    The gradient of a sum needs only the pieces' own softmax, so it is computed with the loss and scaled
+    The gradient of a sum needs only the parts' own softmax, so it is computed with the loss and scaled
     by the incoming gradient in backward. A gradient that is to be differentiated is that of the plain formula.
     """
 
@@ -419,21 +419,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
         for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):
-            piece = slice(start, start + CROSS_ENTROPY_TOKENS)
-            x_piece, label = x[piece].float(), labels[piece]
+            part = slice(start, start + CROSS_ENTROPY_TOKENS)
+            x_part, label = x[part].float(), labels[part]
             used = label != ignore_index
             target = label.where(used, 0).unsqueeze(1)
-            logits = x_piece @ wide_weight.T
+            logits = x_part @ wide_weight.T
             lse = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
             if need_x or need_weight:
-                delta = logits.sub_(lse).exp_()  # softmax, in the place of the logits
+                delta = logits.sub_(lse).exp_()  # softmax, in place of the logits
                 delta.scatter_add_(1, target, torch.full_like(target, -1, dtype=delta.dtype))
                 delta *= used.unsqueeze(1)
                 if grad_x is not None:
-                    grad_x[piece] = delta @ wide_weight
+                    grad_x[part] = delta @ wide_weight
                 if grad_weight is not None:
-                    grad_weight.addmm_(delta.T, x_piece)
+                    grad_weight.addmm_(delta.T, x_part)
         ctx.ignore_index = ignore_index
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), x, weight, labels)
         return loss

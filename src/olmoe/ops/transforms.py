@@ -1,7 +1,7 @@
 """What follows operations one by one: transforms of `torch.func`, forward-mode and second derivatives.
 
 Autograd functions of our own, and kernels that write into memory, are opaque to these. Operations ask here whether to
-take a form of plain tensor code.
+run as plain tensor code.
 """
 
 from __future__ import annotations

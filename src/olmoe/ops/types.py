@@ -14,9 +14,9 @@ from torch import Tensor
 class SortedRows(NamedTuple):
     """The M = N*K routed rows of N tokens, ordered by expert (stable: ties by token).
 
-    - `order_M`: sorted place -> flat row n*K + k.
-    - `token_ids_M`: sorted place -> token n.
-    - `position_NK`: (token, slot) -> sorted place; the inverse of `order_M`.
+    - `order_M`: sorted row -> flat row n*K + k.
+    - `token_ids_M`: sorted row -> token n.
+    - `position_NK`: (token, slot) -> sorted row; the inverse of `order_M`.
     - `offsets_E` (E+1,): the rows of expert e are `offsets_E[e] : offsets_E[e+1]`.
     """
 

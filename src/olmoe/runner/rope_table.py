@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary embeddings for the kernels: looked up where they depend on the position alone.
+"""Cosines and sines of rotary embeddings for the kernels: looked up where they depend on nothing but the position.
 
 Shapes legend: N tokens, Dh head dim, P positions.
 """

@@ -1,4 +1,4 @@
-"""The plain network as a runner: any device, any dtype, any module in the place of the network's own.
+"""The plain network as a runner: any device, any dtype, any module in place of the network's own.
 
 Shapes legend: B sequences, N new tokens of all of them end to end, T new tokens of one, R wanted rows, H heads, G KV
 heads, Dh head dim, L layers, E experts, K experts per token, S cached positions.
@@ -22,7 +22,7 @@ from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Want, d
 class TorchRunner:
     """A `Runner` that runs the modules of a model: copies of them, which share its weights.
 
-    So what becomes of the model later, its hooks or its backend, changes nothing here. Weights that are written in
+    What happens to the model later, to its hooks or its backend, changes nothing here; weights that are written in
     place do.
     """
 
@@ -107,8 +107,8 @@ class BlockAttend:
         self._mask: Tensor | None = None
         if self._one_each and min(batch.lengths) != max(batch.lengths):
             lengths = torch.tensor(list(batch.lengths)).view(-1, 1, 1, 1)
-            places = torch.arange(max(batch.lengths) + 1)
-            self._mask = (places <= lengths).to(cache.blocks.device)  # (B, 1, 1, S)
+            slots = torch.arange(max(batch.lengths) + 1)
+            self._mask = (slots <= lengths).to(cache.blocks.device)  # (B, 1, 1, S)
 
     @property
     def _one_each(self) -> bool:

@@ -195,10 +195,10 @@ def run_moe(
     )
 
 
-def _places_fit(
+def _slots_fit(
     shape: Sequence[int], counts: list[int], lengths: list[int], n: int, kv_heads: int, head_dim: int
 ) -> bool:
-    """Whether a cache of `shape` has places for `n` tokens, `counts` of each sequence after `lengths` cached ones."""
+    """Whether a cache of `shape` has slots for `n` tokens, `counts` of each sequence after `lengths` cached ones."""
     batch, _, capacity, _ = shape
     return (
         tuple(shape) == (batch, kv_heads, capacity, head_dim)
@@ -222,17 +222,17 @@ class CachedTokens(NamedTuple):
     lengths: list[int]
 
     def check(self, n: int, kv_heads: int, head_dim: int) -> None:
-        """Assert that `n` new tokens have their places here."""
+        """Assert that `n` new tokens have slots here."""
         keys, values, counts, lengths = self
         assert keys.shape == values.shape
         assert keys.dtype == values.dtype
         assert keys.is_contiguous()
         assert values.is_contiguous()
-        fit = _places_fit(keys.shape, counts, lengths, n, kv_heads, head_dim)
+        fit = _slots_fit(keys.shape, counts, lengths, n, kv_heads, head_dim)
         assert fit, (keys.shape, counts, lengths, n, kv_heads, head_dim)
 
     def like(self, other: CachedTokens) -> bool:
-        """Whether another layer's cache is for the same sequences and of the same form."""
+        """Whether another layer's cache is for the same sequences and of the same shape and dtype."""
         same = self.keys.shape == other.keys.shape and self.keys.dtype == other.keys.dtype
         return same and self.counts == other.counts and self.lengths == other.lengths
 
