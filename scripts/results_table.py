@@ -182,7 +182,7 @@ ROWS = [
     Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
     Row("cpu_engines", "int4.peak_gb", "peak memory, int4", GIGABYTES, peaks("int4")),
-    Row("cpu_engines", "starts.int4.load_s", "loading, int4", SECONDS, loading("int4")),
+    Row("cpu_engines", "starts.int4.load_s", "loading, int4, file cached", SECONDS, loading("int4")),
     Row("cpu_engines_avx2", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
     Row("cpu_engines_avx2", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
     Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
@@ -190,9 +190,9 @@ ROWS = [
     Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
     Row("experts_interface", "fp32.4", "experts, 4 tokens, fp32", MS, experts(4, "float32")),
     Row("experts_interface", "bf16.512", "experts, 512 tokens, bf16", MS, experts(512, "bfloat16")),
-    Row("train_transformers", "16x256", "training olmoe-tiny, fp32", SPEED, training),
-    Row("quantized_footprint", "nf4", "loaded in NF4", SHARE, footprint("nf4_double_quant")),
-    Row("quantization_quality", "int4", "KL of int4", NATS, quality("int4", "llama-Q4_0")),
+    Row("train_transformers", "16x256", "training olmoe-tiny's shape", SPEED, training),
+    Row("quantized_footprint", "nf4", "loaded in NF4, 108M weights", SHARE, footprint("nf4_double_quant")),
+    Row("quantization_quality", "int4", "KL of int4, olmoe-tiny", NATS, quality("int4", "llama-Q4_0")),
 ]
 
 
@@ -236,7 +236,7 @@ def table(rows: Iterable[Row] = tuple(ROWS)) -> str:
     for row in rows:
         line, figure = newest(row, lines(row.file))
         ours, peer = f"{number(figure.ours)} {row.unit}", f"{number(figure.peer)} ({figure.peer_name})"
-        ratio = number(figure.ratio)
+        ratio = f"{figure.ratio:.2f}" if figure.ratio < 100 else number(figure.ratio)
         out.append(f"| `{row.key}` | {row.what} | {ours} | {peer} | {ratio} | {machine(line)} | {line['commit']} |")
     return "\n".join(out)
 
