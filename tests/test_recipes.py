@@ -71,7 +71,7 @@ def test_an_adapter_on_experts_learns_and_goes_to_llama_cpp(folder, capsys):
     (ours,) = LLM(folder / "merged", dtype="float32").generate("My fellow citizens", params)
     (base,) = LLM(dtype="float32").generate("My fellow citizens", params)
     assert ours.text != base.text  # the adapter is in it
-    assert theirs[:8] == ours.text[:8]  # Q8_0 and its activations in int8 may part from fp32 later
+    assert theirs[:8] == ours.text[:8]  # its cache is fp16: texts may part later
     assert (folder / "merged-int4.gguf").is_file()
 
 

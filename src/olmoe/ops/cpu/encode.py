@@ -39,6 +39,6 @@ def encode(format_name: str, weight: Tensor, factor: Tensor | None) -> Tensor:
     assert columns % 32 == 0, columns
     assert factor is None or factor.shape == (columns, columns), factor.shape
     out = torch.empty(rows // 16, columns // 32 * 16 * BLOCK_BYTES[format_name], dtype=torch.uint8)
-    place = 0 if factor is None else factor.data_ptr()
-    kernels().encode(float_matrix(weight.detach()), place, PACKED_TYPES[format_name], out.data_ptr())
+    address = 0 if factor is None else factor.data_ptr()
+    kernels().encode(float_matrix(weight.detach()), address, PACKED_TYPES[format_name], out.data_ptr())
     return out
