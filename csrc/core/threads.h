@@ -35,8 +35,9 @@ class ThreadPool {
         [](const void* w, int begin, int end, int next) { (*static_cast<const Work*>(w))(begin, end, next); }, &work);
   }
 
-  // While one of these lives, what is run stays on the calling thread, if `small`: work that is over before a helper has
-  // been woken gains nothing by it, and loses much where other programs want the helper's core. Results do not change.
+  // While one of these lives, what is run stays on the calling thread, if `small`: work that is over before a helper
+  // has been woken gains nothing by it, and loses much where other programs want the helper's core. Results do not
+  // change.
   class Alone {
    public:
     Alone(ThreadPool& pool, bool small) : pool_(pool), before_(pool.alone_) { pool.alone_ = before_ || small; }

@@ -13,9 +13,9 @@ namespace olmoe {
 namespace {
 
 constexpr int kBins = kDigits, kTables = 4;
-constexpr int kFewCandidates = 4096;  // among so many, a selection by comparing is faster than by digits
+constexpr int kFewCandidates = 4096;   // among so many, a selection by comparing is faster than by digits
 constexpr int kAloneScores = 1 << 15;  // rows with fewer together are not worth another thread
-constexpr uint32_t kSeen = 1u << 31;  // a token of prompt or text; the bits below count it in the text
+constexpr uint32_t kSeen = 1u << 31;   // a token of prompt or text; the bits below count it in the text
 
 // Memory of one thread, kept between calls.
 struct Scratch {
