@@ -153,8 +153,8 @@ def test_the_shipped_checkpoint_tells_a_story(capsys):
 def test_dtype_threads_and_device_are_passed_on(capsys, monkeypatch, folder):
     threads, loaded = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    load = checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda *a, **o: loaded.append(o) or load(*a, **o))
+    load = checkpoint.Checkpoint.load
+    monkeypatch.setattr(checkpoint.Checkpoint, "load", lambda self, **o: loaded.append(o) or load(self, **o))
     options = ["--dtype", "bfloat16", "--threads", "3", "--device", "cpu"]
     assert generate(capsys, PROMPT, "--model", str(folder), "--max-new-tokens", "2", *options)[0] == 0
     assert threads == [3]
