@@ -8,6 +8,7 @@ import torch
 from olmoe.runner import Batch, CacheView, Want
 
 VOCABULARY = 320
+BLOCK = 64  # positions of a block: the least that the kernels take
 
 
 def prompt(length, seed=0):
@@ -22,7 +23,7 @@ def tables(cache, sequences):
 
 def chunked(runner, ids, sizes, policy=None):
     """The logits of the last token of `ids`, which go through in chunks of `sizes`."""
-    cache, start = runner.new_cache(1, len(ids)), 0
+    cache, start = runner.new_cache(1, len(ids), block_size=BLOCK), 0
     table = tables(cache, 1)
     for size in sizes:
         batch = Batch(ids[start : start + size], [size], [start], [len(ids)], [policy])
@@ -34,7 +35,7 @@ def chunked(runner, ids, sizes, policy=None):
 def together(runner, prompts, steps=2, policies=None):
     """Logits after prompts that go through together, and after each of some steps: [(B, V)]."""
     count = len(prompts)
-    cache = runner.new_cache(count, max(map(len, prompts)) + steps)
+    cache = runner.new_cache(count, max(map(len, prompts)) + steps, block_size=BLOCK)
     view = CacheView(cache, tables(cache, count))
     lengths = [len(p) for p in prompts]
     batch = Batch([i for p in prompts for i in p], lengths, [0] * count, policies=policies)

@@ -69,7 +69,7 @@ def test_prompts_and_steps_in_one_call(models, format, isa):
     from runner_calls import tables
 
     runner, first, second = CpuRunner(models[format]), prompt(70), prompt(90, seed=1)
-    cache = runner.new_cache(2, 96)
+    cache = runner.new_cache(2, 96, block_size=64)
     view = CacheView(cache, tables(cache, 2))
     runner.forward(Batch([*first[:69], *second[:20]], [69, 20], [0, 0], [70, 90]), view, Want([]))
     mixed = runner.forward(Batch([first[69], *second[20:]], [1, 70], [69, 20]), view, Want([0, 70])).logits
@@ -83,7 +83,7 @@ def test_free_blocks_are_never_read(models, isa):
 
     runner, ids = CpuRunner(models["int4"]), prompt(100)
     expected = chunked(runner, ids, [100])
-    cache = runner.new_cache(4, 128)
+    cache = runner.new_cache(4, 128, block_size=64)
     for t in (*cache.keys, *cache.values):
         t.fill_(float("nan"))
     import numpy as np
@@ -91,3 +91,17 @@ def test_free_blocks_are_never_read(models, isa):
     view = CacheView(cache, np.array([[5, 2]], dtype=np.int32))
     runner.forward(Batch(ids[:99], [99], [0], [100]), view, Want([]))
     assert torch.equal(runner.forward(Batch(ids[99:], [1], [99]), view, Want([0])).logits[0], expected)
+
+
+@pytest.mark.parametrize("block_size", [None, 128, 192])
+def test_the_size_of_blocks_changes_no_bit(models, block_size, isa):
+    import numpy as np
+
+    from olmoe.runner import Batch, CacheView, Want
+
+    runner, ids = CpuRunner(models["int4"]), prompt(150)
+    cache = runner.new_cache(1, 150, block_size=block_size)
+    view = CacheView(cache, np.arange(cache.blocks, dtype=np.int32)[None])
+    runner.forward(Batch(ids[:70], [70], [0], [150]), view, Want([]))
+    last = runner.forward(Batch(ids[70:], [80], [70], [150]), view, Want([79])).logits[0]
+    assert torch.equal(last, chunked(runner, ids, [150]))

@@ -60,12 +60,15 @@ class BlockCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> BlockCache:
-        """An empty cache; memory is taken as it is written."""
-        shape = (blocks, kv_heads, block_size, head_dim)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        """An empty cache; memory is taken as it is written.
+
+        All layers share one allocation, which the system can back with pages of 2 MB nearly whole.
+        """
+        shape = (2 * layers, blocks, kv_heads, block_size, head_dim)
+        memory = torch.empty(shape, dtype=dtype, device=device)
         if device.type == "cpu":
-            for t in tensors:
-                advise_large_pages(t.data_ptr(), t.numel() * t.element_size())
+            advise_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+        tensors = memory.unbind()
         return cls(tensors[:layers], tensors[layers:])
 
     @functools.cached_property

@@ -46,16 +46,18 @@ class CpuRunner:
         first = self._compiled.layers[0]
         return 2 * len(self._compiled.layers) * first.kv_heads * first.head_dim * self.cache_dtype.itemsize
 
-    def new_cache(self, sequences: int, positions: int, dtype: torch.dtype | None = None) -> BlockCache:
+    def new_cache(
+        self, sequences: int, positions: int, dtype: torch.dtype | None = None, block_size: int | None = None
+    ) -> BlockCache:
         """See `Runner.new_cache`. By default fp16 for packed models, and the dtype of others."""
         first = self._compiled.layers[0]
         self._rope.reserve(positions)  # now, rather than within a decoding step
-        blocks = sequences * -(-positions // KEY_BLOCK)
+        size = block_size or -(-positions // KEY_BLOCK) * KEY_BLOCK
         return BlockCache.allocate(
             len(self._compiled.layers),
-            blocks,
+            sequences * -(-positions // size),
             first.kv_heads,
-            KEY_BLOCK,
+            size,
             first.head_dim,
             dtype=dtype or self.cache_dtype,
             device=torch.device("cpu"),

@@ -44,14 +44,16 @@ class TorchRunner:
         config = self.config
         return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * self.cache_dtype.itemsize
 
-    def new_cache(self, sequences: int, positions: int, dtype: torch.dtype | None = None) -> BlockCache:
-        """See `Runner.new_cache`. Blocks hold whole sequences, so that torch reads them where they lie."""
-        config = self.config
+    def new_cache(
+        self, sequences: int, positions: int, dtype: torch.dtype | None = None, block_size: int | None = None
+    ) -> BlockCache:
+        """See `Runner.new_cache`."""
+        config, size = self.config, block_size or positions
         return BlockCache.allocate(
             config.num_hidden_layers,
-            sequences,
+            sequences * -(-positions // size),
             config.kv_heads,
-            positions,
+            size,
             config.head_dim,
             dtype=dtype or self.cache_dtype,
             device=self._device,
