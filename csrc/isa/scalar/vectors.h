@@ -61,7 +61,7 @@ OLMOE_INLINE vf load_f16(const uint16_t* p) {
   const vi bits = __builtin_convertvector(h, vi), shifted = (bits & 0x7fff) << 13, exponent = bits & 0x7c00;
   const vi rebased = shifted + (112 << 23) + ((exponent == 0x7c00) & (112 << 23));
   // Zeros and subnormals: the mantissa below an implicit one, which is taken away.
-  const vi small = (vi)((vf)(rebased + (1 << 23)) - 0x1p-14f);
+  const vi small = (vi)((vf)((vu)rebased + (1u << 23)) - 0x1p-14f);  // unsigned: NaN would overflow
   return (vf)((exponent == 0 ? small : rebased) | (bits & 0x8000) << 16);
 }
 
