@@ -117,7 +117,7 @@ class Ours:
         """
         from olmoe.bench.whole_path import WholePath
         from olmoe.engine.llm import LLM
-        from olmoe.engine.request import SamplingParams
+        from olmoe.engine.sampling_params import SamplingParams
 
         if self._whole is None or self._key != (context, -1):
             llm = LLM.from_parts(self.runner.model, self._tokenizer)

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io.hub import SHIPPED
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import TrainConfig, load_config

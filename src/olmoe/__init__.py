@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from olmoe.config import ModelConfig, RopeParameters
     from olmoe.engine.llm import LLM
-    from olmoe.engine.request import Completion, SamplingParams
+    from olmoe.engine.request import Completion
+    from olmoe.engine.sampling_params import SamplingParams
     from olmoe.engine.stream import Stream
     from olmoe.errors import UserError
     from olmoe.hf import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification, OlmoeModel
@@ -48,7 +49,7 @@ _HOMES = {
     "OlmoeForSequenceClassification": "olmoe.hf",
     "OlmoeModel": "olmoe.hf",
     "RopeParameters": "olmoe.config",
-    "SamplingParams": "olmoe.engine.request",
+    "SamplingParams": "olmoe.engine.sampling_params",
     "Stream": "olmoe.engine.stream",
     "Tokenizer": "olmoe.tokenizer",
     "UserError": "olmoe.errors",

@@ -8,7 +8,7 @@ from conftest import make_model
 from olmoe.bench.benchmark import Measured
 from olmoe.bench.whole_path import WholePath, measure_whole_path, stand_in_tokenizer
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError
 from olmoe.tokenizer import IncrementalDetokenizer
 

@@ -16,7 +16,7 @@ from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io import hub
 from olmoe.weights import checkpoint
 

@@ -16,8 +16,8 @@ from conftest import make_model
 from olmoe.config import RopeParameters
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
 from olmoe.engine.running import RunningSequences
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.tokenizer import Tokenizer

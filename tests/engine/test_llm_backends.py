@@ -12,7 +12,7 @@ import torch
 from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.model import DecoderLayer
 from olmoe.ops import cpu

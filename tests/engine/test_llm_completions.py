@@ -18,8 +18,8 @@ from configurations import VOCAB_SIZE
 from conftest import make_model
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
 from olmoe.engine.running import RunningSequences
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError
 from olmoe.model import causal_attend
 from olmoe.ops import cpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io.hub import SHIPPED
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "python.md").read_text(encoding="utf-8")

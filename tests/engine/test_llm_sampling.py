@@ -10,7 +10,7 @@ import torch
 from conftest import make_model
 from olmoe import ops
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError
 
 PROMPTS = ["Once upon a time", "The dog", "a", "happy day in the park"]

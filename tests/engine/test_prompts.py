@@ -15,7 +15,7 @@ from configurations import VOCAB_SIZE
 from conftest import make_model
 from olmoe.engine.llm import LLM
 from olmoe.engine.prompts import Chat, read_params, read_prompts
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import TokenizerError, UserError
 
 IDS = [5, 9, 7]

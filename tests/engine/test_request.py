@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from olmoe.engine.request import Completion, Request, SamplingParams, Timings, TokenLogprob, in_batch, whole_number
+from olmoe.engine.request import Completion, Request, Timings, TokenLogprob, in_batch
+from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.errors import TokenizerError, UserError
 
 
@@ -141,15 +142,15 @@ def test_nan_is_in_no_range():
 
 
 def test_a_completion_of_a_request_in_progress_is_cancelled():
-    request = Request([5, 6], SamplingParams(logprobs=0), 9, token_ids=[7])
+    request = Request([5, 6], SamplingParams(logprobs=0), 9, token_ids=[7], text="x")
     request.logprobs.append(TokenLogprob(7, -0.5, {}))
-    completion = request.completion("x")
+    completion = request.completion()
     assert completion == Completion("x", [7], "cancelled", 2, [TokenLogprob(7, -0.5, {})])
     request.token_ids.append(8)
-    request.finish_reason = "eos"
+    request.finish_reason, request.text = "eos", "xy"
     assert completion.token_ids == [7]  # not what came later
-    assert request.completion("xy") == Completion("xy", [7, 8], "eos", 2, completion.logprobs)
-    assert Request([5], SamplingParams(), 1).completion("").logprobs is None
+    assert request.completion() == Completion("xy", [7, 8], "eos", 2, completion.logprobs)
+    assert Request([5], SamplingParams(), 1).completion().logprobs is None
 
 
 def test_completions_are_equal_whatever_time_they_took():

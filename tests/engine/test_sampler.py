@@ -17,8 +17,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from olmoe.engine.request import Request, SamplingParams
+from olmoe.engine.request import Request
 from olmoe.engine.sampler import Choice, Sampler
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.ops import AUTO, SamplingRow
 from olmoe.ops.sampling import filtered, penalized
 

@@ -11,8 +11,8 @@ import pytest
 
 from conftest import make_model
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
 from olmoe.engine.running import RunningSequences
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.engine.stream import Stream
 from olmoe.weights import checkpoint
 

@@ -15,7 +15,7 @@ from configurations import CASES, VOCAB_SIZE, Case, small_config
 from olmoe import ops
 from olmoe.config import ModelConfig
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import ConfigError
 from olmoe.model import ACTIVATIONS, CausalLM, activation, causal_attend, initialize, set_backend
 

@@ -12,9 +12,10 @@ import torch
 
 from conftest import make_model
 from olmoe.config import RopeParameters
-from olmoe.engine.request import Request, SamplingParams
+from olmoe.engine.request import Request
 from olmoe.engine.running import RunningSequences
 from olmoe.engine.sampler import Sampler
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.ops import cpu
 from olmoe.runner import make_runner
 

@@ -14,7 +14,7 @@ import torch
 from configurations import small_config
 from mutated_files import mutate
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.io.tensor_file import Entry, TensorFile
 from olmoe.model import CausalLM, Experts, Linear, causal_attend, set_backend

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import olmoe
 from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError
 from olmoe.model import causal_attend, set_backend
 from olmoe.weights import checkpoint, packed

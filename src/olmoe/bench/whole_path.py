@@ -15,7 +15,7 @@ from typing import Any
 
 from olmoe.bench.benchmark import Measured
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError
 from olmoe.tokenizer import Tokenizer
 

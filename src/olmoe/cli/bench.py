@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from olmoe.bench.benchmark import Ceiling, Measured
     from olmoe.config import ModelConfig
-    from olmoe.engine.request import SamplingParams
+    from olmoe.engine.sampling_params import SamplingParams
     from olmoe.model import CausalLM
 
 RELEASED = "1b-7b"
@@ -218,7 +218,7 @@ def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
     """How the whole path samples; None if it is not asked for. Raises `UserError` for what does not go together."""
-    from olmoe.engine.request import SamplingParams
+    from olmoe.engine.sampling_params import SamplingParams
     from olmoe.errors import UserError
 
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}

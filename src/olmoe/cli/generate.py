@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,17 +14,10 @@ from tqdm import tqdm
 
 from olmoe.config import ModelConfig
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
-from olmoe.engine.request import (
-    Completion,
-    Request,
-    SamplingParams,
-    Statistics,
-    TokenLogprob,
-    in_batch,
-    whole_number,
-)
+from olmoe.engine.request import Completion, Request, Statistics, TokenLogprob, in_batch
 from olmoe.engine.running import RunningSequences
 from olmoe.engine.sampler import Choice, Sampler
+from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.engine.stream import Stream
 from olmoe.engine.text_stream import TextStream
 from olmoe.engine.waves import waves
@@ -183,7 +176,7 @@ class LLM:
             for _ in self._run(requests, streams, statistics):
                 bar.update(statistics.finished - bar.n)
             bar.update(statistics.finished - bar.n)
-        return [request.completion(stream.text) for request, stream in zip(requests, streams, strict=True)]
+        return [request.completion() for request in requests]
 
     # ---- from what the caller gave to requests ----
 
@@ -312,13 +305,15 @@ class LLM:
         """Add a chosen id to its text and decide whether the request has finished."""
         if token_id in self.tokenizer.eos_ids and not request.params.ignore_eos:
             request.finish_reason = "eos"
-            return stream.finish()
+            request.text += (rest := stream.finish())
+            return rest
         text = stream.add(token_id)
         if stream.stopped:
             request.finish_reason = "stop"
         elif len(request.token_ids) >= request.limit:
             request.finish_reason = "length"
             text += stream.finish()
+        request.text += text
         return text
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmoe.engine.request import SamplingParams, in_batch
+from olmoe.engine.request import in_batch
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError, shown
 from olmoe.tokenizer import Tokenizer
 

@@ -1,148 +1,27 @@
-"""What a caller asks for and gets back: sampling parameters and completions. No torch."""
+"""A prompt in progress, what is reported of it after each step, and what a caller gets back. No torch."""
 
 from __future__ import annotations
 
-import math
-import numbers
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from olmoe.errors import UserError, shown
+from olmoe.engine.sampling_params import SamplingParams
+from olmoe.errors import UserError
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
+    from olmoe.runner.base import ResolvedPolicy
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How the next token is chosen and when to stop. The command line has the same defaults.
-
-    - `max_new_tokens`: the most tokens to generate (256).
-    - `temperature`: 0 takes the most probable token; above, logits are divided by it and sampled.
-    - `top_k`: only the k most probable tokens (0: all). `top_p`: the fewest tokens whose probabilities sum
-      to p (1: all). `min_p`: tokens of at least p times the most probable one's probability (0: all).
-    - `repetition_penalty`: above 1, logits of tokens already in prompt or text are divided (if positive) or
-      multiplied (if negative) by it (Keskar et al. 2019).
-    - `presence_penalty`, `frequency_penalty`: subtracted from logits of tokens already in the text (not the prompt),
-      once and for each time that they occur, as in OpenAI's interface.
-    - `logit_bias`: added to the logits of these ids; -inf bans a token.
-    - `seed`: the same seed gives the same text, in a batch or alone; None draws a new one.
-    - `stop`: the text ends before the first of these strings. `ignore_eos`: do not end at EOS ids.
-    - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
-      place; None reports none.
-
-    None for any of them is its default. Whole numbers and numbers may be numpy's. Raises `UserError` for values of
-    other types or outside their ranges.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if value is None:
-                value = each.default
-            if value is not None:  # which is the default of `logit_bias`, `seed` and `logprobs`
-                value = _checked(each.name, value)
-            object.__setattr__(self, each.name, value)
+FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 
 
-def _checked(name: str, value: object) -> Any:
-    """The value as the parameter `name` holds it. Raises `UserError` for one of another type or out of range."""
-    kind, read, allowed, rule = _RULES[name]
-    try:
-        result = read(value)
-    except (TypeError, OverflowError):
-        raise UserError(f"{name} must be {kind}, not {shown(value)}.") from None
-    if not allowed(result):
-        raise UserError(f"{name} must be {rule}, not {shown(result)}.")
-    return result
+class Routing(NamedTuple):
+    """The experts that a token chose in each layer, ids (L, K), -1 for none, and their weights (L, K)."""
 
-
-def whole_number(name: str, value: object, *, least: int) -> int:
-    """The value of an argument `name`. Raises `UserError` if it is no whole number or below `least`."""
-    try:
-        number = _whole(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise UserError(f"{name} must be a whole number, at least {least}, not {shown(value)}.")
-    return number
-
-
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's are among these
-        raise TypeError
-    return int(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError
-    return float(value)
-
-
-def _flag(value: object) -> bool:
-    numpy = sys.modules.get("numpy")  # not imported for this: whoever passes its bool has it
-    if not isinstance(value, bool) and (numpy is None or not isinstance(value, numpy.bool_)):
-        raise TypeError
-    return bool(value)
-
-
-def _texts(value: object) -> Sequence[str]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
-        raise TypeError
-    return list(value) if isinstance(value, list) else tuple(value)
-
-
-def _biases(value: object) -> dict[int, float]:
-    """Ids, perhaps written as strings (JSON has no other keys), to numbers that may be added to a logit."""
-    if not isinstance(value, Mapping):
-        raise TypeError
-    return {int(i) if isinstance(i, str) and i.isdecimal() else _whole(i): _number(x) for i, x in value.items()}
-
-
-# Of each parameter: what type it has, how that is read, which of the values read are allowed, and that in words.
-_RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str]] = {
-    "max_new_tokens": ("a whole number", _whole, lambda n: n >= 1, "at least 1"),
-    "temperature": ("a number", _number, lambda x: 0 <= x < math.inf, "at least 0"),
-    "top_k": ("a whole number", _whole, lambda n: n >= 0, "at least 0 (0 for all tokens)"),
-    "top_p": ("a number", _number, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "min_p": ("a number", _number, lambda x: 0 <= x <= 1, "between 0 and 1"),
-    "repetition_penalty": ("a number", _number, lambda x: 0 < x < math.inf, "above 0"),
-    "presence_penalty": ("a number", _number, math.isfinite, "a finite number"),
-    "frequency_penalty": ("a number", _number, math.isfinite, "a finite number"),
-    "logit_bias": (
-        "a mapping of token ids to numbers",
-        _biases,
-        lambda biases: all(0 <= i < 2**63 and x < math.inf for i, x in biases.items()),
-        "a mapping of token ids to numbers, of which only -inf is not finite",
-    ),
-    "seed": ("a whole number", _whole, lambda n: 0 <= n < 2**63, "between 0 and 2^63 - 1"),
-    "stop": (
-        "a text or several",
-        _texts,
-        lambda texts: all(isinstance(s, str) and s for s in texts),
-        "made of non-empty strings",
-    ),
-    "ignore_eos": ("True or False", _flag, lambda _: True, ""),
-    "logprobs": ("a whole number", _whole, lambda n: n >= 0, "at least 0 (0 for the chosen tokens alone)"),
-}
+    expert_ids: npt.NDArray[np.int16]
+    weights: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -181,9 +60,10 @@ class Completion:
     """One text, with what it took.
 
     `token_ids` are all generated ids, a final EOS included; `text` ends before any stop string. `finish_reason` is
-    "eos" (the model ended the text), "stop" (a stop string), "length" (`max_new_tokens`, or the end of the context)
-    or "cancelled" (its stream was left). `logprobs`, if asked for, has an entry for each of `token_ids`. Two
-    completions are equal whatever time they took.
+    "eos" (the model ended the text), "stop" (a stop string or id), "length" (`max_new_tokens`, or the end of the
+    context) or "cancelled" (its stream was left). `logprobs` and `routing`, if asked for, have an entry for each of
+    `token_ids`, `prompt_logprobs` one for each token of the prompt, None for the first. Two completions are equal
+    whatever time they took.
     """
 
     text: str
@@ -192,6 +72,9 @@ class Completion:
     prompt_tokens: int
     logprobs: list[TokenLogprob] | None = None
     timings: Timings = field(default_factory=Timings, compare=False)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    routing: list[Routing] | None = field(default=None, compare=False)
+    prompt_routing: list[Routing] | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -206,34 +89,78 @@ class Statistics:
     finished: int = 0  # texts
 
 
+@dataclass
+class Times:
+    """When things happened to a request, by `time.perf_counter`; 0 for what has not happened yet."""
+
+    arrived: float = 0.0
+    scheduled: float = 0.0  # its first tokens went through the network
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
 @dataclass(eq=False)  # two that look alike are two
 class Request:
-    """A prompt in progress: its ids, its parameters, and what has been generated."""
+    """A prompt in progress: its ids, its parameters, and what has been generated.
+
+    Requests of a lower `priority` number go first; `cache_salt` keeps the prefix cache of its owner apart.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     limit: int  # most tokens to generate, within the model's context
     where: str = ""  # its index in the batch for messages, as `in_batch` takes it
+    priority: int = 0
+    cache_salt: str = ""
+    policy: ResolvedPolicy | None = None
     token_ids: list[int] = field(default_factory=list)
+    text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_routing: list[Routing] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt, whose keys and values the prefix cache had
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why it finished with "error", in a sentence
+    stop: str | int | None = None  # the stop string or id that ended it
     timings: Timings = field(default_factory=Timings)
+    times: Times = field(default_factory=Times)
 
     @property
     def most_tokens(self) -> int:
         """How long the sequence can grow, its prompt included."""
         return len(self.prompt_ids) + self.limit
 
-    def completion(self, text: str) -> Completion:
+    def completion(self) -> Completion:
         """What has become of it; "cancelled" if it has not finished."""
+        params = self.params
         return Completion(
-            text,
+            self.text,
             list(self.token_ids),
             self.finish_reason or "cancelled",
             len(self.prompt_ids),
-            None if self.params.logprobs is None else list(self.logprobs),
+            None if params.logprobs is None else list(self.logprobs),
             self.timings,
+            None if params.prompt_logprobs is None else list(self.prompt_logprobs),
+            list(self.routing) if params.routing else None,
+            list(self.prompt_routing) if params.prompt_routing else None,
         )
+
+
+class Delta(NamedTuple):
+    """News of one request after a step of the engine: the last one has a `finish_reason`.
+
+    `text` is what has become certain; `token_ids`, with `logprobs` and `routing` for each if asked for, are the
+    tokens chosen. `error` is the sentence of the finish reason "error".
+    """
+
+    request: Request
+    text: str = ""
+    token_ids: list[int] = []  # noqa: RUF012
+    logprobs: list[TokenLogprob] = []  # noqa: RUF012
+    routing: list[Routing] = []  # noqa: RUF012
+    finish_reason: FinishReason | None = None
+    error: str | None = None
 
 
 def in_batch(error: UserError, where: str) -> UserError:

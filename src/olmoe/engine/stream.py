@@ -79,7 +79,7 @@ class Stream:
         self.close()
 
     def _settle(self) -> None:
-        self.completion = self._request.completion(self._text.text)
+        self.completion = self._request.completion()
 
 
 def _close(pieces: Generator[tuple[int, str], None, None]) -> None:

@@ -19,7 +19,7 @@ from configurations import CASES, VOCAB_SIZE, small_config
 from conftest import make_model
 from gguf_files import save_folder
 from olmoe.engine.llm import LLM
-from olmoe.engine.request import SamplingParams
+from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io import hub
 from olmoe.model import CausalLM, causal_attend
 from olmoe.tokenizer import Tokenizer
