@@ -14,9 +14,8 @@ import torch
 from configurations import CASES, VOCAB_SIZE
 from conftest import make_model
 from olmoe.config import RopeParameters
-from olmoe.engine import llm as llm_module
+from olmoe.engine import engine as engine_module
 from olmoe.engine.llm import LLM
-from olmoe.engine.running import RunningSequences
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.model import CausalLM, causal_attend
@@ -357,15 +356,15 @@ def test_statistics_count_tokens(llm, tokenizer):
 
 
 def test_statistics_do_not_count_the_readers_time(llm, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(llm_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    decode = RunningSequences.step
+    clock = [1.0]
+    monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    forward = type(llm._runner).forward
 
-    def timed_decode(*arguments):
-        clock[0] += 1.0
-        return decode(*arguments)
+    def timed(runner, batch, *arguments):
+        clock[0] += bool(batch.lengths[0])
+        return forward(runner, batch, *arguments)
 
-    monkeypatch.setattr(RunningSequences, "step", timed_decode)
+    monkeypatch.setattr(type(llm._runner), "forward", timed)
     stream = llm.stream("dog", SamplingParams(max_new_tokens=6, ignore_eos=True))
     for _ in stream:
         clock[0] += 1000.0

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from conftest import make_model
+from olmoe.engine.engine import Engine
 from olmoe.engine.llm import LLM
-from olmoe.engine.running import RunningSequences
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.engine.stream import Stream
 from olmoe.weights import checkpoint
@@ -102,7 +102,7 @@ def test_an_interrupt_of_the_model_leaves_the_text_so_far(llm, pieces, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunningSequences, "step", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         found += stream
     assert found == pieces[:1]
@@ -143,7 +143,7 @@ def test_the_end_of_a_with_block_closes(llm, pieces):
 
 def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
     inside, closed = threading.Event(), threading.Event()
-    decode = RunningSequences.step
+    decode = Engine.step
 
     def slow(*arguments):
         inside.set()
@@ -152,7 +152,7 @@ def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
 
     stream, found = llm.stream("dog", PARAMS), []
     found.append(next(stream))
-    monkeypatch.setattr(RunningSequences, "step", slow)
+    monkeypatch.setattr(Engine, "step", slow)
     reader = threading.Thread(target=lambda: found.extend(stream))
     reader.start()
     assert inside.wait(60)
@@ -167,7 +167,7 @@ def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
 def test_closing_frees_the_cache(llm):
     def caches() -> int:
         gc.collect()
-        return sum(type(each).__name__ == "RunningSequences" for each in gc.get_objects())
+        return sum(type(each).__name__ == "Engine" for each in gc.get_objects())
 
     before = caches()
     stream = llm.stream("dog", PARAMS)

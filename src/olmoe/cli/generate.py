@@ -34,6 +34,7 @@ SAMPLING = (
     "seed",
     "stop",
     "logprobs",
+    "min_tokens",
 )
 
 
@@ -90,6 +91,7 @@ def _add_sampling_arguments(group: Any) -> None:
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
+    group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
     group.add_argument(
         "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens in each place as well (0)"
     )

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from olmoe.config import ModelConfig
+from olmoe.engine.engine import Engine
+from olmoe.engine.new_request import new_request
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
-from olmoe.engine.request import Completion, Request, Statistics, TokenLogprob, in_batch
-from olmoe.engine.running import RunningSequences
-from olmoe.engine.sampler import Choice, Sampler
+from olmoe.engine.request import Completion, Request, Statistics, in_batch
 from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.engine.stream import Stream
-from olmoe.engine.text_stream import TextStream
-from olmoe.engine.waves import waves
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.io import hub
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
+from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
@@ -59,15 +56,17 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         threads: int | None = None,
         cache_bytes: int = CACHE_BYTES,
+        prefix_cache: bool = False,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
         `backend` is how operations are computed: "auto" (C++ kernels where they fit, else torch), "cpu" (the kernels,
         or an error where they are not installed), "torch" or "reference". `threads` is the number of CPU threads of
         the whole process, torch's included (None: as it is, which is all cores unless something chose otherwise).
-        `cache_bytes` bounds the keys and values that `generate` holds at once.
+        `cache_bytes` bounds the keys and values that are held at once. With `prefix_cache` they are kept between
+        calls, and what a prompt has in common with earlier ones is not computed again: for conversations.
         """
-        self._limit(threads, cache_bytes)
+        self._limit(threads, cache_bytes, prefix_cache)
         require_backend(backend)
         found = Checkpoint.open(
             hub.SHIPPED if model_id is None else model_id,
@@ -92,17 +91,20 @@ class LLM:
         backend: str = AUTO,
         threads: int | None = None,
         cache_bytes: int = CACHE_BYTES,
+        prefix_cache: bool = False,
     ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
         require_backend(backend)
         llm = cls.__new__(cls)
-        llm._limit(threads, cache_bytes)
+        llm._limit(threads, cache_bytes, prefix_cache)
         llm.device = next(model.parameters()).device
         llm._assemble(model, tokenizer, backend)
         return llm
 
-    def _limit(self, threads: int | None, cache_bytes: int) -> None:
+    def _limit(self, threads: int | None, cache_bytes: int, prefix_cache: bool) -> None:
         set_threads(threads)
+        self._prefix_cache = prefix_cache
+        self._idle: list[Engine] = []
         self.cache_bytes = whole_number("cache_bytes", cache_bytes, least=1)
 
     def _assemble(self, model: CausalLM, tokenizer: Tokenizer, backend: str) -> None:
@@ -122,6 +124,7 @@ class LLM:
         Weights that are written in place need no call, unless they are vectors in half precision.
         """
         self._runner = make_runner(self.model, self.backend)
+        self._idle = []  # what they keep was computed from other weights
 
     def generate(
         self,
@@ -138,10 +141,10 @@ class LLM:
         iterable of these, an array of two dimensions, or an encoding of such. `params` are for all prompts, or one for
         each.
 
-        Texts are generated together in waves, the longest first: as many as have room for their keys and values in
-        `cache_bytes` (2 GiB unless chosen otherwise), 256 at most, and always one. Memory thus stays the same for
-        thousands of prompts. For more than 32 a bar is shown on stderr if that is a terminal, unless `show_progress`
-        is False.
+        Texts are generated together, as many as have room for their keys and values in `cache_bytes` (2 GiB unless
+        chosen otherwise), 256 at most, and always one; when one ends, the next begins. Memory thus stays the same for
+        thousands of prompts, and what prompts have in common is computed once. For more than 32 a bar is shown on
+        stderr if that is a terminal, unless `show_progress` is False.
 
         Raises `UserError` for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
         and whatever else is no prompt, before anything is generated; it names the prompt if there are several.
@@ -165,15 +168,14 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once."""
         (request,) = self._requests([read_prompt(prompt)], params)
-        text, statistics = TextStream(self.tokenizer, request.params.stop), Statistics()
-        return Stream(request, text, self._run([request], [text], statistics), statistics)
+        statistics = Statistics()
+        return Stream(request, self._run([request], statistics), statistics)
 
     def _complete(self, prompts: list[Read], params: object, *, show_progress: bool) -> list[Completion]:
         requests = self._requests(prompts, params)
-        streams = [TextStream(self.tokenizer, request.params.stop) for request in requests]
         statistics, hidden = Statistics(), not show_progress or len(requests) <= _MANY or sys.stderr is None
         with tqdm(total=len(requests), desc="generate", unit="prompt", disable=hidden or None) as bar:
-            for _ in self._run(requests, streams, statistics):
+            for _ in self._run(requests, statistics):
                 bar.update(statistics.finished - bar.n)
             bar.update(statistics.finished - bar.n)
         return [request.completion() for request in requests]
@@ -186,7 +188,8 @@ class LLM:
         for place, (prompt, each) in enumerate(zip(prompts, read_params(params, len(prompts)), strict=True)):
             where = f"prompts[{place}]" if len(prompts) > 1 else ""
             try:
-                requests.append(self._request(prompt, each, where))
+                ids = prompt_ids(prompt, self.tokenizer)
+                requests.append(new_request(ids, each, self.config, self.tokenizer, self.context_length, where=where))
             except UserError as error:
                 raise in_batch(error, where) from None
         cut = [request for request in requests if request.limit < request.params.max_new_tokens]
@@ -201,120 +204,56 @@ class LLM:
             )
         return requests
 
-    def _request(self, prompt: Read, params: SamplingParams, where: str) -> Request:
-        ids = prompt_ids(prompt, self.tokenizer)
-        if not ids:
-            raise UserError("The prompt is empty; give at least one character.")
-        foreign = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if foreign:
-            raise UserError(
-                f"The prompt holds the id {foreign[0]}, outside the vocabulary of {self.config.vocab_size}."
-            )
-        unknown = [i for i in params.logit_bias or () if i >= self.tokenizer.vocab_size]
-        if unknown:
-            raise UserError(
-                f"logit_bias holds the id {unknown[0]}, but the tokenizer has {self.tokenizer.vocab_size} ids."
-            )
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens, but the model's context ends at {self.context_length}; shorten it."
-            )
-        return Request(ids, params, min(params.max_new_tokens, room), where)
-
     # ---- the inner loop ----
 
-    @torch.inference_mode()
-    def _run(
-        self, requests: list[Request], streams: list[TextStream], statistics: Statistics
-    ) -> Generator[tuple[int, str], None, None]:
-        """Generate until every request has finished, yielding (request number, new text)."""
-        called = time.perf_counter()
+    def _run(self, requests: list[Request], statistics: Statistics) -> Generator[str, None, None]:
+        """Generate until every request has finished, yielding the new texts of any of them."""
+        if not requests:
+            return
+        engine = self._idle.pop() if self._idle else self._engine(requests)
+        for request in requests:
+            engine.add(request)
+        finished = False
+        try:
+            while engine.has_work:
+                before = engine.statistics()
+                news = engine.step()
+                after = engine.statistics()
+                prompt_tokens = after.prompt_tokens - before.prompt_tokens
+                statistics.count(prompt_tokens, after.step_tokens, after.step_seconds, news)
+                for delta in news:
+                    if delta.error is not None:
+                        raise in_batch(UserError(delta.error), delta.request.where)
+                    if delta.text:
+                        yield delta.text  # what the reader does with it is not our time
+            finished = True
+        finally:
+            for request in engine.requests():
+                engine.abort(request)
+            if finished and self._prefix_cache:
+                self._idle.append(engine)
+
+    def _engine(self, requests: list[Request]) -> Engine:
+        """An engine for these requests, or if prefixes are kept, for any."""
         runner = self._runner
-        room = self.cache_bytes // runner.position_bytes
-        needs = [request.most_tokens for request in requests]
-        for wave in waves(needs, room, MOST_SEQUENCES, runner.block_positions):
-            members = [requests[number] for number in wave]
-            for row, text in self._wave(members, [streams[number] for number in wave], statistics, called):
-                yield wave[row], text
-
-    def _wave(
-        self, requests: list[Request], streams: list[TextStream], statistics: Statistics, called: float
-    ) -> Generator[tuple[int, str], None, None]:
-        """As `_run`, all at once. Its cache goes when it ends: two waves never hold one at the same time."""
-        started = time.perf_counter()
-        running = RunningSequences(self._runner, len(requests), max(request.most_tokens for request in requests))
-        logits = running.prefill([request.prompt_ids for request in requests])
-        seconds = time.perf_counter() - started
-        statistics.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
-        statistics.prefill_seconds += seconds
-        for request in requests:
-            request.timings.queue_seconds, request.timings.prefill_seconds = started - called, seconds
-        yield from self._steps(requests, streams, statistics, running, logits)
-
-    def _steps(
-        self,
-        requests: list[Request],
-        streams: list[TextStream],
-        statistics: Statistics,
-        running: RunningSequences,
-        logits: Tensor,
-    ) -> Generator[tuple[int, str], None, None]:
-        """Choose and decode until every request has finished. `logits` (B, V) are those after the prompts."""
-        sampler = Sampler(self.tokenizer.vocab_size, self.backend)
-        active = list(range(len(requests)))
-        while active:
-            started = time.perf_counter()
-            pieces: list[tuple[int, str]] = []
-            choices = sampler.choose_rows(logits, [requests[number] for number in active])
-            for number, choice in zip(active, choices, strict=True):
-                text = self._take(choice, requests[number], streams[number], statistics)
-                if text:
-                    pieces.append((number, text))
-            self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
-            yield from pieces  # what the reader does with them is not our time
-            started = time.perf_counter()
-            unfinished = [row for row, number in enumerate(active) if requests[number].finish_reason is None]
-            statistics.finished += len(active) - len(unfinished)
-            if len(unfinished) < len(active):
-                active = [active[row] for row in unfinished]
-                if active:
-                    running.keep(unfinished)
-            if active:
-                logits = running.step([requests[number].token_ids[-1] for number in active])
-            self._took(time.perf_counter() - started, [requests[number] for number in active], statistics)
-
-    def _take(self, choice: Choice, request: Request, stream: TextStream, statistics: Statistics) -> str:
-        """Add what was chosen for a request -> the text that it makes certain."""
-        if choice.error is not None:
-            raise in_batch(UserError(choice.error), request.where)
-        statistics.decode_tokens += bool(request.token_ids)
-        statistics.new_tokens += 1
-        request.token_ids.append(choice.token_id)
-        if choice.logprob is not None and choice.top is not None:
-            request.logprobs.append(TokenLogprob(choice.token_id, choice.logprob, choice.top))
-        return self._accept(request, stream, choice.token_id)
-
-    @staticmethod
-    def _took(seconds: float, requests: list[Request], statistics: Statistics) -> None:
-        statistics.decode_seconds += seconds
-        for request in requests:
-            request.timings.decode_seconds += seconds
-
-    def _accept(self, request: Request, stream: TextStream, token_id: int) -> str:
-        """Add a chosen id to its text and decide whether the request has finished."""
-        if token_id in self.tokenizer.eos_ids and not request.params.ignore_eos:
-            request.finish_reason = "eos"
-            request.text += (rest := stream.finish())
-            return rest
-        text = stream.add(token_id)
-        if stream.stopped:
-            request.finish_reason = "stop"
-        elif len(request.token_ids) >= request.limit:
-            request.finish_reason = "length"
-            text += stream.finish()
-        request.text += text
-        return text
+        unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
+        most = -(-max(request.most_tokens for request in requests) // unit) * unit
+        if not self._prefix_cache:
+            if len(requests) == 1:
+                block_size = most  # one block a sequence is read fastest
+            needed = sum(-(-request.most_tokens // block_size) for request in requests) * block_size
+            cache_bytes = min(cache_bytes, needed * runner.position_bytes)
+        # A single text always gets what it needs.
+        least = -(-most // block_size) * block_size * runner.position_bytes
+        return Engine(
+            runner,
+            self.tokenizer,
+            context_length=self.context_length,
+            cache_bytes=max(cache_bytes, least),
+            block_size=block_size,
+            max_rows=MOST_SEQUENCES,
+            backend=self.backend,
+        )
 
 
 def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:

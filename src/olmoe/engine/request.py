@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -87,6 +88,17 @@ class Statistics:
     decode_tokens: int = 0  # new tokens less the first of each text, which prefill yields
     decode_seconds: float = 0.0
     finished: int = 0  # texts
+
+    def count(self, prompt_tokens: int, step_tokens: int, seconds: float, news: Sequence[Delta]) -> None:
+        """A step of so many tokens, of prompts and in all; both share its seconds by their tokens."""
+        share = prompt_tokens / step_tokens if step_tokens else 1.0
+        self.prompt_tokens += prompt_tokens
+        self.prefill_seconds += seconds * share
+        self.decode_seconds += seconds * (1.0 - share)
+        for delta in news:
+            self.new_tokens += len(delta.token_ids)
+            self.decode_tokens += len(delta.token_ids) - (delta.request.token_ids == delta.token_ids)
+            self.finished += delta.finish_reason is not None
 
 
 @dataclass

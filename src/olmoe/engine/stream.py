@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 
 from olmoe.engine.request import Completion, Request, Statistics
-from olmoe.engine.text_stream import TextStream
 
 
 class Stream:
@@ -27,13 +26,12 @@ class Stream:
     def __init__(
         self,
         request: Request,
-        text: TextStream,
-        pieces: Generator[tuple[int, str], None, None],
+        pieces: Generator[str, None, None],
         statistics: Statistics,
     ) -> None:
         self.statistics = statistics
         self.completion: Completion | None = None
-        self._request, self._text, self._pieces = request, text, pieces
+        self._request, self._pieces = request, pieces
         self._closed = False
         # What is left unfinished when Python ends would be closed after torch has gone, with a complaint.
         weakref.finalize(self, _close, pieces)
@@ -42,7 +40,7 @@ class Stream:
         """The next piece. Raises `StopIteration` at the end of the text, and after `close`."""
         self.completion = None
         try:
-            piece = next(self._pieces)[1]
+            piece = next(self._pieces)
         except BaseException:  # the end included
             self._settle()
             raise
@@ -82,7 +80,7 @@ class Stream:
         self.completion = self._request.completion()
 
 
-def _close(pieces: Generator[tuple[int, str], None, None]) -> None:
+def _close(pieces: Generator[str, None, None]) -> None:
     # A generator that is just running, in another thread, cannot be closed; its reader does so.
     with contextlib.suppress(ValueError):
         pieces.close()

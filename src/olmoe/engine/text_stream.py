@@ -11,14 +11,15 @@ class TextStream:
     """Feed ids with `add`; `text` grows by what each call returns; `stopped` turns true at a stop string.
 
     The text ends before the stop string that is complete first (of two complete at once, the longer), so
-    that it does not depend on how the characters were split into tokens.
+    that it does not depend on how the characters were split into tokens; with `include_stop` it ends behind it.
+    `stop_string` is the one that was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
+        self._held, self._include = "", include_stop
+        self.stopped, self.stop_string = False, ""
         self.text = ""
 
     def add(self, token_id: int) -> str:
@@ -36,7 +37,9 @@ class TextStream:
         found = [(place + len(s), place) for s in self._stop if (place := self._held.find(s)) >= 0]
         if found:
             self.stopped = True
-            ready, self._held = self._held[: min(found)[1]], ""
+            end, start = min(found)
+            self.stop_string = self._held[start:end]
+            ready, self._held = self._held[: end if self._include else start], ""
         else:
             keep = 0 if final else self._possible_stop()
             cut = len(self._held) - keep

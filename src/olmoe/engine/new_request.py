@@ -1,0 +1,43 @@
+"""From a prompt's ids and parameters to a `Request`, or one sentence that says why there is none. No torch."""
+
+from __future__ import annotations
+
+from olmoe.config import ModelConfig
+from olmoe.engine.request import Request
+from olmoe.engine.sampling_params import SamplingParams
+from olmoe.errors import UserError
+from olmoe.tokenizer import Tokenizer
+
+
+def new_request(
+    prompt_ids: list[int],
+    params: SamplingParams,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    context_length: int,
+    *,
+    where: str = "",
+    priority: int = 0,
+    cache_salt: str = "",
+) -> Request:
+    """A request that the model can run. Raises `UserError` for what it never can.
+
+    Where the context has no room for all new tokens, the request's `limit` says how many there will be.
+    """
+    known = tokenizer.vocab_size
+    if not prompt_ids:
+        raise UserError("The prompt is empty; give at least one character.")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
+        foreign = next(i for i in prompt_ids if not 0 <= i < config.vocab_size)
+        raise UserError(f"The prompt holds the id {foreign}, outside the vocabulary of {config.vocab_size}.")
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        unknown = [i for i in getattr(params, name) or () if i >= known]
+        if unknown:
+            raise UserError(f"{name} holds the id {unknown[0]}, but the tokenizer has {known} ids.")
+    room = context_length - len(prompt_ids)
+    if room < 1:
+        raise UserError(
+            f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
+        )
+    policy = None if params.router_policy is None else params.router_policy.resolve(config)
+    return Request(prompt_ids, params, min(params.max_new_tokens, room), where, priority, cache_salt, policy)

@@ -1,0 +1,114 @@
+"""`EngineThread`: one thread around an `Engine`, for servers, where requests come from elsewhere at any time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from olmoe.engine.engine import Engine
+from olmoe.engine.request import Delta, Request
+
+_log = logging.getLogger("olmoe")
+
+
+class EngineThread:
+    """Runs an engine as long as it has work, and sleeps otherwise.
+
+    `deliver` is called on the thread, once a step, with what is new of all requests. Every request that was submitted
+    gets a last delta: if the engine fails, one with the finish reason "error", and `failed` says why.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[list[Delta]], None]) -> None:
+        self.engine, self._deliver = engine, deliver
+        self.failed: BaseException | None = None
+        self._inbox: deque[tuple[bool, Request]] = deque()  # (whether it is new, else to be aborted, request)
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="olmoe-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin; requests submitted before are taken up now."""
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Requests for the next step. Returns at once; may be called from any thread."""
+        self._put(True, requests)
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """Give requests up before the next step. May be called from any thread, also for those that have finished."""
+        self._put(False, requests)
+
+    def close(self) -> None:
+        """Abort everything and end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _put(self, new: bool, requests: Sequence[Request]) -> None:
+        now = time.perf_counter()
+        with self._wake:
+            for request in requests:
+                if new:
+                    request.times.arrived = now
+                self._inbox.append((new, request))
+            self._wake.notify()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # which torch keeps for each thread
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._inbox or self._closing or (self.failed is None and self.engine.has_work)
+                )
+                orders, closing = list(self._inbox), self._closing
+                self._inbox.clear()
+            if closing:
+                break
+            self._deliver_safely(self._turn(orders))
+        self._deliver_safely(self._cancelled(orders))
+
+    def _turn(self, orders: list[tuple[bool, Request]]) -> list[Delta]:
+        """What was ordered, then a step -> the news."""
+        if self.failed is None:
+            try:
+                for new, request in orders:
+                    if new:
+                        self.engine.add(request)
+                    else:
+                        self.engine.abort(request)
+                return self.engine.step()
+            except Exception as error:  # whatever it is, nobody must wait for ever
+                self.failed = error
+                _log.exception("the engine has failed; restart it")
+        news = self.engine.unreported()
+        requests = dict.fromkeys([*self.engine.requests(), *(request for new, request in orders if new)])
+        return news + [self._failure(request) for request in requests if request.finish_reason is None]
+
+    def _failure(self, request: Request) -> Delta:
+        request.finish_reason = "error"
+        request.error = f"The engine has failed ({type(self.failed).__name__}: {self.failed}); restart the server."
+        return Delta(request, finish_reason="error", error=request.error)
+
+    def _cancelled(self, orders: list[tuple[bool, Request]]) -> list[Delta]:
+        open_ = dict.fromkeys([*self.engine.requests(), *(request for new, request in orders if new)])
+        news = []
+        for request in open_:
+            if request.finish_reason is None:
+                request.finish_reason = "cancelled"
+                news.append(Delta(request, finish_reason="cancelled"))
+        return news
+
+    def _deliver_safely(self, news: list[Delta]) -> None:
+        if news:
+            try:
+                self._deliver(news)
+            except Exception:  # one reader's trouble is not the engine's
+                _log.exception("news of a step could not be delivered")
