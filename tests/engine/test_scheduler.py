@@ -32,13 +32,16 @@ class Serving(RuleBasedStateMachine):
 
     @rule(
         target=sequences,
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        base=st.sampled_from([0, 0, 1]),
+        count=st.integers(1, 13),
+        tail=st.lists(st.integers(0, 1), max_size=2),
         limit=st.integers(0, 12),
         priority=st.sampled_from([0, 0, 0, 1]),
         root=st.sampled_from([b"", b"", b"other"]),
         fresh=st.booleans(),
     )
-    def add(self, prompt, limit, priority, root, fresh):
+    def add(self, base, count, tail, limit, priority, root, fresh):
+        prompt = [base] * count + tail
         request = Request(prompt, SamplingParams(), limit, priority=priority)
         if self.scheduler.blocks_of(request.most_tokens) > self.scheduler.pool.blocks:
             return multiple()
@@ -119,4 +122,4 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = Serving.TestCase
-TestServing.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestServing.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
