@@ -33,6 +33,9 @@ class TextStream:
     def _release(self, new: str, *, final: bool) -> str:
         if self.stopped:
             return ""
+        if not self._stop:
+            self.text += new
+            return new
         self._held += new
         found = [(place + len(s), place) for s in self._stop if (place := self._held.find(s)) >= 0]
         if found:
