@@ -1,0 +1,254 @@
+"""What routing looks like: pure functions on arrays of chosen experts, numpy in and out.
+
+Every function takes what tokens chose as `expert_ids` (N, L, K), by falling probability, -1 where a token chose fewer.
+With `top=1` only the first of them counts, as in half of the paper's figures ("OLMoE: Open Mixture-of-Experts Language
+Models", Muennighoff et al. 2024, section 5). Where the published scripts compute something else than the paper's
+equation, that is a mode with a name.
+
+Shapes legend: N tokens, L layers, K experts per token, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.integer]
+Floats = npt.NDArray[np.float64]
+
+# Tokens that are looked at together: what is computed of them on the way stays small.
+_PART = 1 << 16
+
+
+# ---- load and balance ----
+
+
+def counts(expert_ids: Ids, experts: int, top: int | None = None) -> npt.NDArray[np.int64]:
+    """How often each expert was chosen: (N, L, K) -> (L, E)."""
+    layers = expert_ids.shape[1]
+    found = np.zeros(layers * experts, dtype=np.int64)
+    offsets = np.arange(layers, dtype=np.int64)[:, None] * experts
+    for part in _parts(expert_ids, top):
+        flat = (part.astype(np.int64) + offsets)[part >= 0]
+        found += np.bincount(flat, minlength=layers * experts)
+    return found.reshape(layers, experts)
+
+
+def load(expert_ids: Ids, experts: int, top: int | None = None) -> Floats:
+    """The share of tokens that choose each expert: (N, L, K) -> (L, E), whose rows sum to k.
+
+    Of the tokens of one domain this is its domain specialisation (Eq. 7); k / E is the uniform share.
+    """
+    return counts(expert_ids, experts, top) / max(len(expert_ids), 1)
+
+
+class Balance(NamedTuple):
+    """How evenly experts are used, of each layer (L,).
+
+    `entropy` of the shares as a part of what is possible (1: all alike); `max_over_mean`, the busiest expert's load by
+    the average; `dead`, experts that no token chose.
+    """
+
+    entropy: Floats
+    max_over_mean: Floats
+    dead: npt.NDArray[np.int64]
+
+
+def balance(load_LE: Floats) -> Balance:
+    """The balance of a load (L, E)."""
+    total_L1 = load_LE.sum(axis=1, keepdims=True)
+    p_LE = load_LE / np.where(total_L1 == 0, 1, total_L1)
+    entropy = -(p_LE * np.log(np.where(p_LE > 0, p_LE, 1))).sum(axis=1)
+    experts = load_LE.shape[1]
+    mean_L = np.where(total_L1 == 0, 1, total_L1)[:, 0] / experts
+    limit = np.log(experts) if experts > 1 else 1.0
+    return Balance(entropy / limit, load_LE.max(axis=1) / mean_L, (load_LE == 0).sum(axis=1))
+
+
+# ---- two routings of the same tokens ----
+
+
+def saturation(expert_ids: Ids, final_ids: Ids, top: int | None = None) -> Floats:
+    """How much of the final routing is there already: (N, L, K) twice -> (L,), Eq. 5.
+
+    The share of a token's final experts that the earlier checkpoint chooses as well, on average over tokens. Chance is
+    k / E. The same number is the agreement of any two models, such as a quantized one with its original.
+    """
+    if expert_ids.shape[:2] != final_ids.shape[:2]:
+        raise ValueError(f"two routings of the same tokens differ in shape: {expert_ids.shape}, {final_ids.shape}")
+    total = np.zeros(expert_ids.shape[1])
+    for one, other in zip(_parts(expert_ids, top), _parts(final_ids, top), strict=True):
+        total += _overlap(one, other).sum(axis=0)
+    return total / max(len(expert_ids), 1)
+
+
+def neighbour_overlap(expert_ids: Ids, starts: Ids | None = None, top: int | None = None) -> Floats:
+    """The share of a token's experts that the token before it chose: (N, L, K) -> (L,). Chance is k / E.
+
+    `starts` are the first tokens of documents, which have none before them.
+    """
+    inside = np.ones(len(expert_ids), dtype=bool)
+    inside[:1] = False
+    if starts is not None:
+        inside[np.asarray(starts)] = False
+    places = np.flatnonzero(inside)
+    total = np.zeros(expert_ids.shape[1])
+    for start in range(0, len(places), _PART):
+        at = places[start : start + _PART]
+        total += _overlap(_top(expert_ids[at], top), _top(expert_ids[at - 1], top)).sum(axis=0)
+    return total / max(len(places), 1)
+
+
+def _overlap(one: Ids, other: Ids) -> Floats:
+    """(n, L, K) twice -> (n, L): experts in both, by the number that the second chose."""
+    common = ((one[:, :, :, None] == other[:, :, None, :]) & (other >= 0)[:, :, None, :]).sum(axis=(2, 3))
+    return common / np.maximum((other >= 0).sum(axis=2), 1)
+
+
+# ---- experts together ----
+
+
+def coactivation(expert_ids: Ids, experts: int, mode: Literal["pairs", "adjacent"] = "pairs") -> Floats:
+    """How often expert j is chosen when i is: (N, L, K) -> (L, E, E), Eq. 6. The diagonal is 0.
+
+    "pairs" is the equation: all pairs of a token's experts. "adjacent" is what the published script counts: pairs of
+    neighbours by rank alone, which makes chance (K-1)/K * 2/(E-1) instead of (K-1)/(E-1).
+    """
+    n_layers, k = expert_ids.shape[1:]
+    together = np.zeros((n_layers, experts, experts), dtype=np.int64)
+    ranks = [(a, b) for a in range(k) for b in range(k) if a != b and (mode == "pairs" or abs(a - b) == 1)]
+    for part in _parts(expert_ids, None):
+        for layer in range(n_layers):
+            ids = part[:, layer].astype(np.int64)
+            for a, b in ranks:
+                both = (ids[:, a] >= 0) & (ids[:, b] >= 0)
+                flat = ids[both, a] * experts + ids[both, b]
+                together[layer] += np.bincount(flat, minlength=experts**2).reshape(experts, experts)
+    alone = counts(expert_ids, experts)
+    return together / np.maximum(alone, 1)[:, :, None]
+
+
+def flow(
+    expert_ids: Ids, first: int, second: int, experts: int, mode: Literal["pairs", "ranks"] = "pairs", top: int = 1
+) -> npt.NDArray[np.int64]:
+    """How many tokens go from expert i of one layer to j of another: (N, L, K) -> (E, E), Fig. 35.
+
+    Of the `top` experts of a token "pairs" counts each with each; "ranks", as the published script, those of equal
+    rank. For `top=1`, the figure's, both are the same.
+    """
+    found = np.zeros(experts**2, dtype=np.int64)
+    ranks = [(a, b) for a in range(top) for b in range(top) if mode == "pairs" or a == b]
+    for part in _parts(expert_ids, top):
+        for a, b in ranks:
+            one, other = part[:, first, a].astype(np.int64), part[:, second, b].astype(np.int64)
+            both = (one >= 0) & (other >= 0)
+            found += np.bincount(one[both] * experts + other[both], minlength=experts**2)
+    return found.reshape(experts, experts)
+
+
+# ---- experts and the vocabulary ----
+
+
+class Vocabulary(NamedTuple):
+    """Which ids each expert of a layer takes: `ids` (X,) those that occur, `total` (X,) how often, `share` (X, E).
+
+    `share` is the vocabulary specialisation Voc (Eq. 8): the part of an id's occurrences that choose the expert.
+    """
+
+    ids: npt.NDArray[np.int64]
+    total: npt.NDArray[np.int64]
+    share: Floats
+
+    @property
+    def mean_of_best(self) -> float:
+        """How specialised a layer is (Fig. 30): of every id the largest share, on average over ids."""
+        return float(self.share.max(axis=1).mean()) if len(self.ids) else 0.0
+
+    def of_experts(self) -> Floats:
+        """How specialised each expert is (Fig. 23): the mean share of the ids whose favourite it is; nan for none."""
+        best, experts = self.share.argmax(axis=1), self.share.shape[1]
+        number = np.bincount(best, minlength=experts)
+        total = np.bincount(best, weights=self.share.max(axis=1), minlength=experts)
+        with np.errstate(invalid="ignore"):
+            return np.where(number > 0, total / number, np.nan)
+
+    def top_ids(self, expert: int, count: int, least: int = 1) -> list[tuple[int, float]]:
+        """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8)."""
+        known = np.flatnonzero(self.total >= least)
+        order = known[np.lexsort((self.ids[known], -self.total[known], -self.share[known, expert]))][:count]
+        return [(int(self.ids[at]), float(self.share[at, expert])) for at in order if self.share[at, expert] > 0]
+
+
+def vocabulary(expert_ids: Ids, token_ids: Ids, layer: int, experts: int, top: int | None = None) -> Vocabulary:
+    """Vocabulary specialisation of a layer (Eq. 8). expert_ids (N, L, K); token_ids (N,), below 0 for "none".
+
+    `token_ids` are the input, the model's predictions, or the true next ids, as one asks what experts follow.
+    """
+    token_ids = np.asarray(token_ids)
+    ids, total = np.unique(token_ids[token_ids >= 0], return_counts=True)
+    found = np.zeros(len(ids) * experts, dtype=np.int64)
+    for start in range(0, len(expert_ids), _PART):
+        tokens = token_ids[start : start + _PART]
+        chosen = _top(expert_ids[start : start + _PART], top)[:, layer].astype(np.int64)
+        counted = (tokens >= 0)[:, None] & (chosen >= 0)
+        rows = np.broadcast_to(np.searchsorted(ids, np.maximum(tokens, 0))[:, None], chosen.shape)
+        found += np.bincount(rows[counted] * experts + chosen[counted], minlength=len(found))
+    return Vocabulary(ids.astype(np.int64), total, found.reshape(len(ids), experts) / np.maximum(total, 1)[:, None])
+
+
+def next_ids(token_ids: Ids, starts: Ids | None = None) -> npt.NDArray[np.int64]:
+    """The true next id of each token (N,), -1 for the last one of a document."""
+    found = np.full(len(token_ids), -1, dtype=np.int64)
+    found[:-1] = token_ids[1:]
+    if starts is not None:
+        before = np.asarray(starts)[np.asarray(starts) > 0] - 1
+        found[before] = -1
+    return found
+
+
+# ---- probabilities ----
+
+
+class Confidence(NamedTuple):
+    """How sure routers are, of each layer: means (L,) and histograms over tokens.
+
+    `first` is the probability of the likeliest expert, `margin` how far it is above the second, `mass` what all k have
+    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1.
+    """
+
+    first: Floats
+    margin: Floats
+    mass: Floats
+    histogram: npt.NDArray[np.int64]
+
+
+def confidence(weights: npt.NDArray[np.floating], bins: int = 20) -> Confidence:
+    """From the probabilities of chosen experts (N, L, K), by falling value, as OLMoE uses them: not renormalised."""
+    n_layers, k = weights.shape[1:]
+    sums = np.zeros((3, n_layers))
+    histogram = np.zeros((n_layers, bins), dtype=np.int64)
+    for start in range(0, len(weights), _PART):
+        part = np.asarray(weights[start : start + _PART], dtype=np.float64)
+        first = part[:, :, 0]
+        sums[0] += first.sum(axis=0)
+        sums[1] += (first - (part[:, :, 1] if k > 1 else 0)).sum(axis=0)
+        sums[2] += part.sum(axis=(0, 2))
+        places = np.minimum((first * bins).astype(np.int64), bins - 1)
+        for layer in range(n_layers):
+            histogram[layer] += np.bincount(places[:, layer], minlength=bins)
+    first_L, margin_L, mass_L = sums / max(len(weights), 1)
+    return Confidence(first_L, margin_L, mass_L, histogram)
+
+
+def _top(expert_ids: Ids, top: int | None) -> Ids:
+    if top is not None and not 1 <= top <= expert_ids.shape[2]:
+        raise ValueError(f"top must be from 1 to {expert_ids.shape[2]}, the experts of a token, not {top}")
+    return expert_ids if top is None else expert_ids[:, :, :top]
+
+
+def _parts(expert_ids: Ids, top: int | None) -> Iterator[Ids]:
+    for start in range(0, len(expert_ids), _PART):
+        yield np.asarray(_top(expert_ids[start : start + _PART], top))
