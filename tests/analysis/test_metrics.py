@@ -165,6 +165,9 @@ def test_experts_that_a_policy_left_out_do_not_count(ids):
     np.testing.assert_allclose(metrics.saturation(ids, fewer), 1)  # of the two that are left, both are there
     np.testing.assert_allclose(metrics.coactivation(fewer, E).sum(axis=2)[metrics.load(fewer, E) > 0], 1)
     np.testing.assert_array_equal(metrics.flow(fewer, 0, 1, E, top=4), metrics.flow(ids, 0, 1, E, top=2))
+    stored = fewer.astype(np.uint8)  # -1 is 255
+    np.testing.assert_array_equal(metrics.load(stored, E), metrics.load(fewer, E))
+    np.testing.assert_allclose(metrics.saturation(ids, stored), 1)
 
 
 def test_what_takes_most_of_an_id():

@@ -1,6 +1,7 @@
 """What routing looks like: pure functions on arrays of chosen experts, numpy in and out.
 
-Every function takes what tokens chose as `expert_ids` (N, L, K), by falling probability, -1 where a token chose fewer.
+Every function takes what tokens chose as `expert_ids` (N, L, K), by falling probability, -1 where a token chose fewer
+(the largest value in unsigned arrays, such as traces have).
 With `top=1` only the first of them counts, as in half of the paper's figures ("OLMoE: Open Mixture-of-Experts Language
 Models", Muennighoff et al. 2024, section 5). Where the published scripts compute something else than the paper's
 equation, that is a mode with a name.
@@ -20,7 +21,7 @@ Ids = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
 
 # Tokens that are looked at together: what is computed of them on the way stays small.
-_PART = 1 << 16
+_PART = 1 << 14
 
 
 # ---- load and balance ----
@@ -246,9 +247,13 @@ def confidence(weights: npt.NDArray[np.floating], bins: int = 20) -> Confidence:
 def _top(expert_ids: Ids, top: int | None) -> Ids:
     if top is not None and not 1 <= top <= expert_ids.shape[2]:
         raise ValueError(f"top must be from 1 to {expert_ids.shape[2]}, the experts of a token, not {top}")
-    return expert_ids if top is None else expert_ids[:, :, :top]
+    expert_ids = np.asarray(expert_ids if top is None else expert_ids[:, :, :top])
+    if expert_ids.dtype.kind == "u":  # as traces keep them: the largest value stands for none
+        none = expert_ids == np.iinfo(expert_ids.dtype).max
+        expert_ids = np.where(none, np.int32(-1), expert_ids.astype(np.int32))
+    return expert_ids
 
 
 def _parts(expert_ids: Ids, top: int | None) -> Iterator[Ids]:
     for start in range(0, len(expert_ids), _PART):
-        yield np.asarray(_top(expert_ids[start : start + _PART], top))
+        yield _top(expert_ids[start : start + _PART], top)
