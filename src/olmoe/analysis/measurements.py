@@ -1,0 +1,161 @@
+"""From a trace to numbers: what `olmoe analyze` writes as metrics.json.
+
+The schema ("olmoe-metrics-1"; every list over experts has one number an expert, every key of layers is its number):
+
+    model, layers_count, experts, top_k, tokens
+    domains.NAME.tokens
+    domains.NAME.layers.L.top_k       share of tokens that choose each expert (Eq. 7); sums to top_k
+    domains.NAME.layers.L.top_1       the same of first choices; sums to 1
+    domains.NAME.layers.L.{entropy, max_over_mean, dead}     how evenly experts are used
+    domains.NAME.layers.L.distance    how far the domain's first choices are from those of all (total variation)
+    layers.L.top_k, top_1, entropy, max_over_mean, dead      of all domains together
+    layers.L.{first, margin, mass}    mean probability of the first expert, its lead over the second, and of all chosen
+    layers.L.neighbours               share of experts that the token before chose too
+    layers.L.coactivation             experts chosen together most often: [i, j, share of i's tokens] (Eq. 6)
+    layers.L.vocabulary.{input, predicted, next}.{top_k, top_1}    mean best share of an id (Eq. 8, Fig. 30)
+    layers.L.vocabulary.experts       of each expert, on input ids by first choices (Fig. 23); null for none
+    flow.{"A-B"}                      tokens by first choices in layers A and B, the largest: [i, j, tokens] (Fig. 35)
+    chance.{saturation_k, saturation_1, coactivation}        what routing at random would give
+    against                           agreement with another model by domain and layer (Eq. 5), where one was given
+    revisions                         saturation of earlier checkpoints by layer (Eq. 5), where any were given
+
+Shapes legend: N tokens, L layers, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from olmoe.analysis import metrics
+from olmoe.analysis.trace import Trace
+
+SCHEMA = "olmoe-metrics-1"
+# So many pairs and flows of a layer are listed, those with the highest values.
+_LISTED = 32
+
+
+def domains_of(trace: Trace) -> dict[str, slice]:
+    """Which tokens of a trace belong to which domain, by name."""
+    listed = json.loads(trace.metadata.get("domains", "[]"))
+    return {name: slice(start, end) for name, start, end in listed} or {"all": slice(0, len(trace))}
+
+
+def measure(trace: Trace) -> dict[str, Any]:
+    """All numbers of one trace, by the schema above."""
+    _, layers, k = trace.expert_ids.shape
+    domains, experts = domains_of(trace), trace.experts
+    shares = {
+        name: (metrics.load(trace.expert_ids[part], experts), metrics.load(trace.expert_ids[part], experts, 1))
+        for name, part in domains.items()
+    }
+    every = (metrics.load(trace.expert_ids, experts), metrics.load(trace.expert_ids, experts, 1))
+    return {
+        "schema": SCHEMA,
+        "model": trace.metadata.get("model", ""),
+        "layers_count": layers,
+        "experts": experts,
+        "top_k": k,
+        "tokens": len(trace),
+        "domains": {
+            name: {
+                "tokens": part.stop - part.start,
+                "layers": _loads(*shares[name], every[1]),
+            }
+            for name, part in domains.items()
+        },
+        "layers": _layers(trace, *every),
+        "flow": _flows(trace),
+        "chance": {
+            "saturation_k": k / experts,
+            "saturation_1": 1 / experts,
+            "coactivation": (k - 1) / (experts - 1) if experts > 1 else 0.0,
+        },
+    }
+
+
+def agreement(trace: Trace, other: Trace) -> dict[str, Any]:
+    """How far two models agree on the same tokens: by domain, the share of experts in common in each layer."""
+    if not np.array_equal(trace.input_ids, other.input_ids):
+        raise ValueError("the traces are of different tokens")
+    return {
+        name: {
+            "top_k": metrics.saturation(other.expert_ids[part], trace.expert_ids[part]).tolist(),
+            "top_1": metrics.saturation(other.expert_ids[part], trace.expert_ids[part], 1).tolist(),
+        }
+        for name, part in domains_of(trace).items()
+    }
+
+
+def _loads(
+    top_k_LE: npt.NDArray[np.float64], top_1_LE: npt.NDArray[np.float64], every_LE: npt.NDArray[np.float64] | None
+) -> dict[str, dict[str, Any]]:
+    balance = metrics.balance(top_k_LE)
+    found: dict[str, dict[str, Any]] = {}
+    for layer in range(len(top_k_LE)):
+        found[str(layer)] = {
+            "top_k": top_k_LE[layer].tolist(),
+            "top_1": top_1_LE[layer].tolist(),
+            "entropy": float(balance.entropy[layer]),
+            "max_over_mean": float(balance.max_over_mean[layer]),
+            "dead": int(balance.dead[layer]),
+        }
+        if every_LE is not None:
+            found[str(layer)]["distance"] = float(np.abs(top_1_LE[layer] - every_LE[layer]).sum() / 2)
+    return found
+
+
+def _layers(
+    trace: Trace, top_k_LE: npt.NDArray[np.float64], top_1_LE: npt.NDArray[np.float64]
+) -> dict[str, dict[str, Any]]:
+    found = _loads(top_k_LE, top_1_LE, None)
+    confidence = metrics.confidence(trace.weights)
+    neighbours = metrics.neighbour_overlap(trace.expert_ids, trace.starts)
+    together = metrics.coactivation(trace.expert_ids, trace.experts)
+    tokens: Mapping[str, Any] = {
+        "input": trace.input_ids,
+        "predicted": trace.predicted_ids,
+        "next": metrics.next_ids(trace.input_ids, trace.starts),
+    }
+    for layer in range(len(top_k_LE)):
+        numbers = found[str(layer)]
+        numbers["first"] = float(confidence.first[layer])
+        numbers["margin"] = float(confidence.margin[layer])
+        numbers["mass"] = float(confidence.mass[layer])
+        numbers["histogram"] = confidence.histogram[layer].tolist()
+        numbers["neighbours"] = float(neighbours[layer])
+        numbers["coactivation"] = [[i, j, float(together[layer, i, j])] for i, j in _largest(together[layer])]
+        numbers["vocabulary"] = {}
+        for name, ids in tokens.items():
+            if ids is not None:
+                numbers["vocabulary"][name] = {
+                    which: metrics.vocabulary(trace.expert_ids, ids, layer, trace.experts, top).mean_of_best
+                    for which, top in (("top_k", None), ("top_1", 1))
+                }
+        first = metrics.vocabulary(trace.expert_ids, trace.input_ids, layer, trace.experts, 1)
+        numbers["vocabulary"]["experts"] = [None if math.isnan(x) else float(x) for x in first.of_experts()]
+    return found
+
+
+def _flows(trace: Trace) -> dict[str, list[list[int]]]:
+    """Between the first, a middle and the last layer, as the paper's figure."""
+    layers = trace.expert_ids.shape[1]
+    chosen = sorted({0, (layers - 1) // 2, layers - 1})
+    found = {}
+    for a, b in itertools.pairwise(chosen):
+        flow = metrics.flow(trace.expert_ids, a, b, trace.experts)
+        found[f"{a}-{b}"] = [[i, j, int(flow[i, j])] for i, j in _largest(flow)]
+    return found
+
+
+def _largest(matrix: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    """The places of the largest values above 0, falling."""
+    order = np.argsort(-matrix, axis=None, kind="stable")[:_LISTED]
+    places = [divmod(int(at), matrix.shape[1]) for at in order]
+    return [(i, j) for i, j in places if matrix[i, j] > 0]

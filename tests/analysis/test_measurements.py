@@ -1,0 +1,71 @@
+"""metrics.json: what the schema promises, from a trace of two domains that use different experts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from olmoe.analysis.measurements import agreement, domains_of, measure
+from olmoe.analysis.trace import Trace, TraceWriter
+
+L, K, E = 3, 2, 6
+
+
+@pytest.fixture
+def trace(tmp_path) -> Trace:
+    random = np.random.default_rng(0)
+    domains = json.dumps([["even", 0, 100], ["odd", 100, 250]])
+    with TraceWriter(
+        tmp_path / "t", layers=L, experts=E, top_k=K, predictions=True, metadata={"domains": domains, "model": "m"}
+    ) as writer:
+        for name, tokens in (("even", 100), ("odd", 150)):
+            chosen = np.argsort(random.random((tokens, L, E // 2)), axis=2)[:, :, :K] * 2 + (name == "odd")
+            weights = -np.sort(-random.dirichlet(np.ones(E), (tokens, L)), axis=2)[:, :, :K]
+            writer.start()
+            ids = random.integers(0, 30, tokens)
+            writer.append(chosen, weights, ids.tolist(), ids + 1)
+    return Trace.open(tmp_path / "t")
+
+
+def test_domains_and_their_experts(trace):
+    found = json.loads(json.dumps(measure(trace), allow_nan=False))
+    assert domains_of(trace) == {"even": slice(0, 100), "odd": slice(100, 250)}
+    assert [d["tokens"] for d in found["domains"].values()] == [100, 150]
+    for offset, name in enumerate(("even", "odd")):
+        for layer in range(L):
+            numbers = found["domains"][name]["layers"][str(layer)]
+            assert (len(numbers["top_k"]), sum(numbers["top_k"])) == (E, pytest.approx(K))
+            assert sum(numbers["top_1"]) == pytest.approx(1)
+            assert all(share == 0 for share in numbers["top_k"][1 - offset :: 2])
+            assert numbers["dead"] == E // 2
+    # Of 250 tokens 150 are odd: what the even ones choose is at a distance of that share.
+    assert found["domains"]["even"]["layers"]["0"]["distance"] == pytest.approx(0.6, abs=0.1)
+
+
+def test_layers_of_all_domains(trace):
+    found = measure(trace)
+    assert (found["schema"], found["model"], found["tokens"], found["top_k"]) == ("olmoe-metrics-1", "m", 250, K)
+    for layer in range(L):
+        numbers = found["layers"][str(layer)]
+        assert numbers["dead"] == 0
+        assert 0 < numbers["margin"] < numbers["first"] < numbers["mass"] < 1
+        assert sum(numbers["histogram"]) == 250
+        assert all(i % 2 == j % 2 for i, j, _ in numbers["coactivation"])  # within a domain alone
+        for which in ("input", "predicted", "next"):
+            assert 1 / E < numbers["vocabulary"][which]["top_1"] <= numbers["vocabulary"][which]["top_k"] <= 1
+        assert numbers["vocabulary"]["input"] == numbers["vocabulary"]["predicted"]  # which are the same but for 1
+        assert len(numbers["vocabulary"]["experts"]) == E
+    assert list(found["flow"]) == ["0-1", "1-2"]
+    assert sum(n for _, _, n in found["flow"]["0-1"]) == 250
+    assert found["chance"]["coactivation"] == pytest.approx(1 / 5)
+
+
+def test_agreement_of_two_models(trace):
+    assert agreement(trace, trace) == {name: {"top_k": [1] * L, "top_1": [1] * L} for name in ("even", "odd")}
+    moved = Trace(trace.expert_ids[::-1], trace.weights, trace.input_ids, trace.starts, None, trace.metadata)
+    assert max(agreement(trace, moved)["even"]["top_k"]) == 0
+    other = Trace(trace.expert_ids, trace.weights, trace.input_ids[::-1], trace.starts, None, trace.metadata)
+    with pytest.raises(ValueError, match="different tokens"):
+        agreement(trace, other)
