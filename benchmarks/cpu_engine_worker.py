@@ -48,7 +48,7 @@ class Ours:
     """The engine on a packed folder, or on shared bf16 weights."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from olmoe.bench import benchmark
+        from olmoe.bench import random_models, speed
         from olmoe.config import ModelConfig
         from olmoe.ops import cpu
         from olmoe.runtime import keep_freed_memory, set_threads
@@ -58,7 +58,7 @@ class Ours:
         keep_freed_memory()
         if options["isa"] is not None:
             cpu.set_isa(options["isa"])
-        self._checkpoint, self._benchmark, self._cpu = checkpoint, benchmark, cpu
+        self._checkpoint, self._random_models, self._speed, self._cpu = checkpoint, random_models, speed, cpu
         self._options, self._config_class = options, ModelConfig
         self._cache: Any = None
         self._key: tuple[int, int] | None = None
@@ -72,10 +72,10 @@ class Ours:
             model = self._checkpoint.load(Path(options["folder"]), device="cpu")
         else:
             config = self._config_class.from_file(options["config"]) if options["config"] else self._config_class()
-            model = self._benchmark.skeleton(config, "bf16")
+            model = self._random_models.skeleton(config, "bf16")
             model.load_state_dict(shared_state(options["descriptor"], config), assign=True)
             model.eval().requires_grad_(False)
-        self.runner = self._benchmark.Measured(model)
+        self.runner = self._speed.Measured(model)
         self._whole: Any = None
         self._tokenizer = self._read_tokenizer(model.config)
 
@@ -347,7 +347,7 @@ def write_packed(format: str, folder: str, config: str | None) -> None:
 
     import torch
 
-    from olmoe.bench.benchmark import random_model
+    from olmoe.bench.random_models import random_model
     from olmoe.config import ModelConfig
     from olmoe.io.atomic import atomic_folder
     from olmoe.weights import packed

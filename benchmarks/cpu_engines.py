@@ -34,7 +34,8 @@ import torch
 from cpu_engine_worker import VOCABULARY, shared_state
 from machine import machine
 
-from olmoe.bench.benchmark import Ceiling, read_bandwidth, require_memory, skeleton, step_bytes
+from olmoe.bench.ceilings import Ceiling, read_bandwidth, step_bytes
+from olmoe.bench.random_models import require_memory, skeleton
 from olmoe.config import ModelConfig
 from olmoe.runtime import set_threads
 from olmoe.weights import packed

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from machine import limit_isa, machine
 
-from olmoe.bench.benchmark import FORMATS, random_model, read_bandwidth
+from olmoe.bench.ceilings import read_bandwidth
+from olmoe.bench.random_models import FORMATS, random_model
 from olmoe.config import ModelConfig
 from olmoe.ops import cpu
 from olmoe.ops.cache import BlockCache, one_block_each

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conftest import make_model
-from olmoe.bench.benchmark import Measured
+from olmoe.bench.speed import Measured
 from olmoe.bench.whole_path import WholePath, measure_whole_path, stand_in_tokenizer
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams

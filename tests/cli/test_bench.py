@@ -10,7 +10,7 @@ import torch
 
 from configurations import small_config
 from conftest import make_model
-from olmoe.bench import benchmark
+from olmoe.bench import ceilings
 from olmoe.cli.main import main
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
@@ -23,8 +23,8 @@ QUICK = ["--prefill", "8", "--decode", "3", "--context", "4", "--repeats", "1"]
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch):
     """A gigabyte takes long on a busy machine; megabytes show the same."""
-    original = benchmark.read_bandwidth
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda *arguments, **options: original(1, 2**22))
+    original = ceilings.read_bandwidth
+    monkeypatch.setattr(ceilings, "read_bandwidth", lambda *arguments, **options: original(1, 2**22))
 
 
 @pytest.fixture(autouse=True)

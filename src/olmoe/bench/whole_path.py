@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from olmoe.bench.benchmark import Measured
+from olmoe.bench.speed import Measured
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError

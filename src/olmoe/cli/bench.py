@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from olmoe.bench.benchmark import Ceiling, Measured
+    from olmoe.bench.ceilings import Ceiling
+    from olmoe.bench.speed import Measured
     from olmoe.config import ModelConfig
     from olmoe.engine.sampling_params import SamplingParams
     from olmoe.model import CausalLM
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from olmoe.bench import benchmark
+    from olmoe.bench import ceilings, machine, speed
     from olmoe.errors import UserError
     from olmoe.ops import cpu
     from olmoe.runner import require_backend
@@ -92,14 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(text, flush=True)
 
-    bandwidth = benchmark.read_bandwidth()
-    benchmark.reset_peak_memory()
+    bandwidth = ceilings.read_bandwidth()
+    machine.reset_peak_memory()
     started = time.perf_counter()
     model, stored = _load(folder, config, arguments.format)
-    runner = benchmark.Measured(model, arguments.backend)
+    runner = speed.Measured(model, arguments.backend)
     load_seconds = time.perf_counter() - started
-    step = benchmark.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
-    ceiling = benchmark.Ceiling(bandwidth, step, arguments.batch)
+    step = ceilings.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
+    ceiling = ceilings.Ceiling(bandwidth, step, arguments.batch)
     say(_ceiling_text(ceiling, arguments.context))
     with tqdm(desc=f"{name} {stored}", unit="step", disable=arguments.quiet or None) as bar:
 
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        speed = benchmark.measure(
+        measured = speed.measure(
             runner,
             prefill=prefill,
             decode=arguments.decode,
@@ -117,15 +118,15 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     whole = {} if params is None else _whole_path(runner, folder, arguments, params)
-    peak, decoded = peak_memory_bytes(), speed["decode_tokens_per_second"]
+    peak, decoded = peak_memory_bytes(), measured["decode_tokens_per_second"]
     # Once more, in case others used the memory before; a smaller block, because the model takes its room now.
-    ceiling = benchmark.Ceiling(max(bandwidth, benchmark.read_bandwidth(size=2**28)), step, arguments.batch)
+    ceiling = ceilings.Ceiling(max(bandwidth, ceilings.read_bandwidth(size=2**28)), step, arguments.batch)
     share = decoded / ceiling.tokens_per_second
     achieved = share * ceiling.bytes_per_second / 1e9
     label = f"decode at {arguments.context}" + (f", batch {arguments.batch}" if arguments.batch > 1 else "")
     say(
         f"{'':<28} {'tokens/s':>10} {'of ceiling':>11} {'GB/s':>8}\n"
-        f"{f'prefill {prefill}':<28} {speed['prefill_tokens_per_second']:>10.1f}\n"
+        f"{f'prefill {prefill}':<28} {measured['prefill_tokens_per_second']:>10.1f}\n"
         f"{label:<28} {decoded:>10.1f} {share:>10.0%} {achieved:>8.1f}\n"
         + _whole_text(whole, arguments.context)
         + f"load {load_seconds:.2f} s, peak memory {_size(peak)}"
@@ -140,16 +141,16 @@ def run(arguments: argparse.Namespace) -> int:
         "decode": arguments.decode,
         "context": arguments.context,
         "batch": arguments.batch,
-        "prefill_tokens_per_s": round(speed["prefill_tokens_per_second"], 2),
+        "prefill_tokens_per_s": round(measured["prefill_tokens_per_second"], 2),
         "decode_tokens_per_s": round(decoded, 2),
-        "decode_tokens_per_s_best": round(speed["decode_tokens_per_second_best"], 2),
+        "decode_tokens_per_s_best": round(measured["decode_tokens_per_second_best"], 2),
         "share_of_ceiling": round(share, 3),
         "achieved_gb_per_s": round(achieved, 2),
         "load_s": round(load_seconds, 3),
         "peak_memory_gb": round(peak / 1e9, 3),
         "ceiling": ceiling.to_dict(),
     } | ({"whole_path": whole} if whole else {})
-    print(json.dumps(facts | benchmark.machine_facts()))
+    print(json.dumps(facts | machine.machine_facts()))
     return 0
 
 
@@ -202,7 +203,7 @@ def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
 
 def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple[CausalLM, str]:
     """The model and the name of its format."""
-    from olmoe.bench.benchmark import PLAIN_FORMATS, random_model
+    from olmoe.bench.random_models import PLAIN_FORMATS, random_model
     from olmoe.weights import checkpoint, packed
 
     if folder is None:
@@ -253,7 +254,7 @@ def _whole_path(
             bar.total = total
             bar.update(done - bar.n)
 
-        speed = measure_whole_path(
+        measured = measure_whole_path(
             runner,
             WholePath(llm, arguments.context, params),
             context=arguments.context,
@@ -262,9 +263,9 @@ def _whole_path(
             progress=progress,
         )
     return {
-        "bare_tokens_per_s": round(speed["bare_tokens_per_second"], 2),
-        "whole_tokens_per_s": round(speed["whole_tokens_per_second"], 2),
-        "ratio": round(speed["ratio"], 3),
+        "bare_tokens_per_s": round(measured["bare_tokens_per_second"], 2),
+        "whole_tokens_per_s": round(measured["whole_tokens_per_second"], 2),
+        "ratio": round(measured["ratio"], 3),
         "rounds": arguments.repeats,
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }
