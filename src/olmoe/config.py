@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from olmoe.config_keys import check_keys, is_no_token
-from olmoe.errors import ConfigError, shown
-from olmoe.io.foreign import check_contents
-from olmoe.io.text_file import read_text
+from olmoe.errors import ConfigError, UserError, shown
+from olmoe.io import json_file
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
@@ -266,17 +265,17 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """The object that a `config.json` holds. Raises `ConfigError` if it is missing or holds none."""
     path = Path(path)
     try:
-        raw = json.loads(read_text(path))
+        return json_file.read_object(path)
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}; a checkpoint folder needs a config.json.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or nesting
-        check_contents(path, "JSON file")
+    except UserError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
-    return raw
+    except TypeError as error:
+        raise ConfigError(f"{path} must hold a JSON object, not {error}.") from None
 
 
 def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:

@@ -17,6 +17,7 @@ from typing import Any
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
 from olmoe.errors import TokenizerError
 from olmoe.io.foreign import check_contents
+from olmoe.io.json_file import read_optional_object
 from olmoe.io.text_file import read_text
 
 # The tokens that a tokenizer may name, and a chat template see, under transformers' names.
@@ -82,7 +83,7 @@ class Tokenizer:
         """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder."""
         folder = Path(folder)
         files = _read_template_files(folder)
-        settings = _read_object(folder / "tokenizer_config.json")
+        settings = read_optional_object(folder / "tokenizer_config.json", TokenizerError)
         templates = files or _templates_of(settings)
         return cls.from_file(
             folder / "tokenizer.json",
@@ -299,25 +300,12 @@ def _read_named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | No
     """The special tokens that a checkpoint folder names; None where it says that there is none."""
     named = {name: settings[name] for name in SPECIAL_NAMES if name in settings}
     if "added_tokens_decoder" not in settings:  # older folders keep the names in a file of their own
-        older = _read_object(folder / "special_tokens_map.json")
+        older = read_optional_object(folder / "special_tokens_map.json", TokenizerError)
         named |= {name: older[name] for name in SPECIAL_NAMES if name in older}
     more = settings.get("extra_special_tokens")  # which transformers shows to templates by their names
     named |= more if isinstance(more, dict) else {}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
     return {name: text for name, text in texts.items() if text is None or isinstance(text, str)}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(read_text(path))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not a JSON object ({error}).") from None
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} is not a JSON object (it is {type(values).__name__}).")
-    return values
 
 
 def _check_unicode(text: str) -> None:

@@ -6,7 +6,6 @@ type, and everything registered with transformers by other packages, is served a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import MODEL_TYPE, OlmoeConfig, adopt
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel
 from olmoe.io.hub import folder_or_id
-from olmoe.io.text_file import read_text
+from olmoe.io.json_file import read_object
 from olmoe.tokenizer import Tokenizer
 
 __all__ = [
@@ -220,7 +219,7 @@ def _base(name: str, hub: Mapping[str, Any]) -> str:
     file = find_adapter_config_file(name, **{k: v for k, v in hub.items() if k in ("cache_dir", "revision", "token")})
     if file is None:
         return name
-    return str(json.loads(read_text(file))["base_model_name_or_path"])
+    return str(read_object(Path(file))["base_model_name_or_path"])
 
 
 def _model_type(name: str, hub: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from olmoe.errors import CheckpointError, shown
 from olmoe.io.foreign import check_contents, other_weights
-from olmoe.io.text_file import read_text
+from olmoe.io.json_file import read_object
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 ALIGNMENT = 64
@@ -139,11 +139,13 @@ class TensorFiles:
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name of an index of shards. Only files of the same folder can be named."""
     try:
-        index = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        check_contents(path, "JSON file")
+        weight_map = read_object(path).get("weight_map")
+    except CheckpointError:
+        raise
+    except TypeError:
+        weight_map = None
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again.") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor to file; fetch it again.")
     for file in weight_map.values():

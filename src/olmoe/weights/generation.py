@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError
-from olmoe.io.text_file import read_text
+from olmoe.io.json_file import read_optional_object
 
 FILE_NAME = "generation_config.json"
 
@@ -24,12 +25,6 @@ def generation_text(config: ModelConfig) -> str:
 
 def end_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     """The ids that end a text of a checkpoint folder: those of its generation_config.json, else the model's own."""
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return config.eos_token_ids
-    try:
-        value = json.loads(read_text(path)).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error}).") from None
+    value: Any = read_optional_object(folder / FILE_NAME, CheckpointError).get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     return tuple(ids) if ids and all(isinstance(i, int) for i in ids) else config.eos_token_ids
