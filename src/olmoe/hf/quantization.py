@@ -44,11 +44,12 @@ from olmoe.quant import (
     PackedEmbedding,
     PackedExperts,
     PackedLayout,
-    PackedLinear,
     PackedModule,
+    SavedLayout,
     layout_formats,
     make_format,
 )
+from olmoe.weights.names import DOWN, GATE_UP
 from olmoe.weights.packed import pack_modules
 
 METHOD = "olmoe"
@@ -106,7 +107,7 @@ class PackedConfig(BitsAndBytesConfig):
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=double_quant,
         )
-        self.quant_method, self.weight_format, self.compute_dtype = quant_method, weight_format, compute_dtype
+        self.quant_method, self.weight_format, self.compute_dtype = quant_method, format.name, compute_dtype
 
     @classmethod
     def translate(cls, config: BitsAndBytesConfig) -> PackedConfig:
@@ -264,32 +265,24 @@ class PackedQuantizer(HfQuantizer):
 
 
 def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
-    """Replace `Linear` and `Experts` modules with packed ones, which have no values yet.
+    """Replace modules whose matrices are to be packed with packed ones, which have no values yet.
 
-    Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32.
+    Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32; of
+    others all `Linear` and `Experts` modules are packed but those that match a pattern of `skipped`.
     """
-    if config.layout is not None:
-        block_dtype = _COMPUTE_DTYPES[config.compute_dtype or "float32"]
-        pack_modules(model, config.layout, "" if hasattr(model, "model") else "model.", block_dtype)
-        return
-    format = make_format(config.weight_format, config.bnb_4bit_use_double_quant)
+    prefix = "" if hasattr(model, "model") else "model."
     compute_dtype = None if config.compute_dtype is None else _COMPUTE_DTYPES[config.compute_dtype]
-    for name, module in list(model.named_modules()):
-        if not should_convert_module(name, skipped):
-            continue
-        packed: PackedModule
-        with torch.device("meta"):
-            if isinstance(module, Experts):
-                e, d, f = module.down_proj.shape
-                packed = PackedExperts(e, d, f, module.act_fn, format, compute_dtype)
-            elif isinstance(module, Linear):
-                bias = module.bias is not None
-                packed = PackedLinear(module.in_features, module.out_features, bias, format, compute_dtype)
-                if packed.bias is not None:
-                    packed.bias = nn.Parameter(packed.bias.to(module.weight.dtype))
-            else:
-                continue
-        model.set_submodule(name, packed)
+    if config.layout is not None:
+        pack_modules(model, config.layout, prefix, compute_dtype or torch.float32)
+        return
+    names = [
+        f"{prefix}{name}.{matrix}"
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Experts) and should_convert_module(name, skipped)
+        for matrix in ((GATE_UP, DOWN) if isinstance(module, Experts) else ("weight",))
+    ]
+    layout = SavedLayout(config.weight_format, config.bnb_4bit_use_double_quant, compute_dtype, frozenset(names))
+    pack_modules(model, layout, prefix, compute_dtype)
 
 
 def _packed_matrices(module: nn.Module) -> list[str]:
