@@ -32,7 +32,7 @@ def shared_state(descriptor: int, config: Any) -> dict[str, Any]:
 
     import torch
 
-    from olmoe.weights.checkpoint import parameter_shapes
+    from olmoe.weights.names import parameter_shapes
 
     shapes = parameter_shapes(config)
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
@@ -350,18 +350,18 @@ def write_packed(format: str, folder: str, config: str | None) -> None:
     from olmoe.bench.random_models import random_model
     from olmoe.config import ModelConfig
     from olmoe.io.atomic import atomic_folder
-    from olmoe.weights import packed
-    from olmoe.weights.quantize import RECIPES
+    from olmoe.weights import packed_file
+    from olmoe.weights.recipes import RECIPES
     from olmoe.weights.table import TensorTable
 
     model = random_model(ModelConfig.from_file(config) if config else ModelConfig(), format)
     layout = RECIPES[format].layout()
-    tensors = packed.file_tensors(TensorTable(model.config, layout), torch.bfloat16)
+    tensors = packed_file.file_tensors(TensorTable(model.config, layout), torch.bfloat16)
     with atomic_folder(Path(folder)) as temporary:
-        with packed.writer(temporary / packed.FILE_NAME, tensors) as writer:
+        with packed_file.writer(temporary / packed_file.FILE_NAME, tensors) as writer:
             for name, parameter in model.named_parameters():
                 writer.write(name, parameter.data.to(tensors[name][1]))
-        text = packed.config_text(model.config, layout, torch.bfloat16)
+        text = packed_file.config_text(model.config, layout, torch.bfloat16)
         (temporary / "config.json").write_text(text, encoding="utf-8")
 
 

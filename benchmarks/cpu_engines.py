@@ -38,7 +38,7 @@ from olmoe.bench.ceilings import Ceiling, read_bandwidth, step_bytes
 from olmoe.bench.random_models import require_memory, skeleton
 from olmoe.config import ModelConfig
 from olmoe.runtime import set_threads
-from olmoe.weights import packed
+from olmoe.weights.packed_file import PackedFile, build
 
 WORKER = Path(__file__).with_name("cpu_engine_worker.py")
 RESULTS = Path(__file__).parent / "results" / "cpu_engines.jsonl"
@@ -274,7 +274,11 @@ def ceiling(
     group = next(FORMATS.get(group, group) for group, members in GROUPS.items() if part in members)
     batch = request.get("batch", 1)
     given = getattr(arguments, group, None)
-    model = skeleton(config, group) if given is None else packed.build(*packed.read_layout(Path(given))).float()
+    if given is None:
+        model = skeleton(config, group)
+    else:
+        stored = PackedFile(Path(given))
+        model = build(stored.config, stored.layout).float()
     return Ceiling(bandwidth, step_bytes(model, request["context"], batch), batch)
 
 

@@ -20,7 +20,7 @@ from machine import machine
 
 from olmoe.config import ModelConfig
 from olmoe.model import CausalLM
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 
 SHARD_BYTES = 10**9
 CHILD = """
@@ -46,7 +46,7 @@ def main() -> None:
         model = CausalLM(ModelConfig(num_hidden_layers=arguments.layers)).requires_grad_(False)
         for parameter in model.parameters():
             parameter.fill_(0.5)
-        checkpoint.save(model, folder, max_shard_bytes=SHARD_BYTES)
+        export.save(model, folder, max_shard_bytes=SHARD_BYTES)
         del model
         files = sorted(folder.glob("*.safetensors"))
         started = time.perf_counter()

@@ -28,7 +28,7 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import TrainConfig, load_config
 from olmoe.train.data import TokenFile, open_tokens, prepare
 from olmoe.train.evaluation import Evaluation, evaluate_all
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export
 
 SAMPLES = ("Once upon a time", "One day, a little girl named Lily", "The fox and the crow")
 
@@ -56,7 +56,7 @@ def main() -> None:
         "tokenizer.json": compact + "\n",
         "tokenizer_config.json": tokenizer.transformers_config(config.model.max_position_embeddings),
     }
-    checkpoint.save(model, SHIPPED, dtype=torch.bfloat16, extra_files=files, overwrite=True)
+    export.save(model, SHIPPED, dtype=torch.bfloat16, extra_files=files, overwrite=True)
 
     shipped = checkpoint.load(SHIPPED, dtype=torch.float32)
     results = evaluate_all(shipped, _held_out(config), config.data.sequence_length, 0)

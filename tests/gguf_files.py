@@ -10,7 +10,7 @@ import torch
 
 from olmoe.config import ModelConfig
 from olmoe.model import CausalLM
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 from olmoe.weights.gguf import metadata as keys
 from olmoe.weights.gguf.block_types import BY_NAME
 from olmoe.weights.gguf.encode import encode
@@ -79,5 +79,5 @@ def write_tiny(
 def save_folder(model: CausalLM, folder: Path, tokenizer_file: Path, **options: Any) -> Path:
     """A checkpoint folder with its tokenizer."""
     texts = {"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")}
-    checkpoint.save(model, folder, extra_files=texts, **options)
+    export.save(model, folder, extra_files=texts, **options)
     return folder

@@ -10,9 +10,10 @@ import torch
 
 from conftest import make_model
 from olmoe.model import CausalLM
-from olmoe.weights import checkpoint
-from olmoe.weights.quantize import RECIPES, pack
-from olmoe.weights.source import FolderSource
+from olmoe.weights import export
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.quantize import pack
+from olmoe.weights.recipes import RECIPES
 
 # Every matrix has whole blocks of 32 columns; small_config's own experts (12 wide) do not in down_proj.
 WHOLE = {"intermediate_size": 32}
@@ -20,7 +21,7 @@ WHOLE = {"intermediate_size": 32}
 
 def plain_folder(folder: Path, tokenizer_file: Path | None = None, **changes: Any) -> Path:
     """An ordinary bf16 checkpoint of a small random model."""
-    checkpoint.save(make_model(**changes), folder, dtype=torch.bfloat16)
+    export.save(make_model(**changes), folder, dtype=torch.bfloat16)
     if tokenizer_file is not None:
         shutil.copy(tokenizer_file, folder / "tokenizer.json")
     return folder
@@ -29,7 +30,7 @@ def plain_folder(folder: Path, tokenizer_file: Path | None = None, **changes: An
 def packed_folder(folder: Path, recipe: str = "int4", tokenizer_file: Path | None = None, **changes: Any) -> Path:
     """A packed checkpoint of the same model; `folder`-plain beside it holds the ordinary one."""
     plain = plain_folder(folder.with_name(f"{folder.name}-plain"), tokenizer_file, **changes)
-    pack(FolderSource(plain), folder, RECIPES[recipe])
+    pack(open_source(plain), folder, RECIPES[recipe])
     return folder
 
 

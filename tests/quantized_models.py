@@ -11,8 +11,9 @@ from transformers import BitsAndBytesConfig
 from configurations import VOCAB_SIZE
 from olmoe import OlmoeForCausalLM
 from olmoe.model import set_backend
-from olmoe.weights.quantize import Recipe, pack
-from olmoe.weights.source import FolderSource
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.quantize import pack
+from olmoe.weights.recipes import Recipe
 from packed_folders import WHOLE, plain_folder
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ class QuantizedModels:
             return self.plain, {"quantization_config": BitsAndBytesConfig(**BITSANDBYTES[format])}
         packed = self._folder / format
         if not packed.exists():
-            pack(FolderSource(self.plain), packed, Recipe(format, format, {}))
+            pack(open_source(self.plain), packed, Recipe(format, format, {}))
         return packed, {}
 
     def load(self, format: str, dequantize: bool = False, dtype: torch.dtype = torch.float32, cls: Any = None) -> Any:

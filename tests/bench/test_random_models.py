@@ -12,8 +12,8 @@ from olmoe.bench.speed import Measured
 from olmoe.config import ModelConfig
 from olmoe.errors import UserError
 from olmoe.quant import PackedModule
-from olmoe.weights import packed
-from olmoe.weights.quantize import RECIPES
+from olmoe.weights import checkpoint
+from olmoe.weights.recipes import RECIPES
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
@@ -37,7 +37,7 @@ def test_random_models_compute_finite_logits(format):
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
 def test_random_packed_models_have_the_tensors_of_packed_folders(tmp_path, recipe):
-    stored = packed.load(packed_folder(tmp_path / "packed", recipe, **WHOLE))
+    stored = checkpoint.load(packed_folder(tmp_path / "packed", recipe, **WHOLE))
     model = random_model(stored.config, recipe)
     shapes = {name: (p.shape, p.dtype) for name, p in stored.named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == shapes

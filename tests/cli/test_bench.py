@@ -14,7 +14,7 @@ from olmoe.bench import ceilings
 from olmoe.cli.main import main
 from olmoe.ops import cpu
 from olmoe.ops.cpu import extension
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 from packed_folders import WHOLE, packed_folder, plain_folder
 
 QUICK = ["--prefill", "8", "--decode", "3", "--context", "4", "--repeats", "1"]
@@ -124,7 +124,7 @@ def test_without_it_there_is_none(capsys, config_file):
 
 def test_checkpoints_are_measured_in_what_they_are_stored_as(capsys, tmp_path):
     folder = tmp_path / "plain"
-    checkpoint.save(make_model(), folder, dtype=torch.bfloat16)
+    export.save(make_model(), folder, dtype=torch.bfloat16)
     for format, expected in ((None, "bf16"), ("fp32", "fp32")):
         chosen = [] if format is None else ["--format", format]
         code, out, _ = bench(capsys, "--model", folder, *chosen, "--json", *QUICK)

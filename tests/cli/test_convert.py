@@ -11,7 +11,7 @@ import torch
 from conftest import make_model
 from gguf_files import save_folder, write_tiny
 from olmoe.cli.main import main
-from olmoe.weights import checkpoint
+from olmoe.weights import hf_folder
 from olmoe.weights.gguf.source import GGUFSource
 
 
@@ -39,7 +39,7 @@ def test_a_folder_becomes_a_file(capsys, folder, tmp_path, option, kind):
 def test_a_file_becomes_a_folder(capsys, tmp_path, option, dtype):
     write_tiny(tmp_path / "x.GGUF")
     assert convert(capsys, tmp_path / "x.GGUF", tmp_path / "out", *option)[0] == 0
-    assert {tensor.dtype for tensor in checkpoint.read_headers(tmp_path / "out").values()} == {dtype}
+    assert {tensor.dtype for tensor in hf_folder.read_headers(tmp_path / "out").values()} == {dtype}
     assert main(["info", str(tmp_path / "out")]) == 0
 
 

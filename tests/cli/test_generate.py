@@ -18,7 +18,7 @@ from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io import hub
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export
 
 PROMPT = "Once upon a time"
 
@@ -26,7 +26,7 @@ PROMPT = "Once upon a time"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_file) -> Path:
     target = tmp_path_factory.mktemp("generate") / "model"
-    checkpoint.save(make_model(), target, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
+    export.save(make_model(), target, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
     return target
 
 
@@ -213,7 +213,7 @@ def test_bad_input_is_one_sentence_and_2(capsys, folder, arguments, sentence):
 
 
 def test_a_folder_without_a_tokenizer_or_a_config_is_one_sentence(capsys, tmp_path):
-    checkpoint.save(make_model(), tmp_path / "model")
+    export.save(make_model(), tmp_path / "model")
     for missing in ("tokenizer.json", "config.json"):
         (tmp_path / "model" / missing).unlink(missing_ok=True)
         code, out, err = generate(capsys, PROMPT, "--model", str(tmp_path / "model"))
@@ -300,7 +300,7 @@ def test_an_empty_answer_says_why(capsys, caplog, tmp_path, tokenizer_file, llm,
     first = llm.generate(prompt if chat else [prompt], SamplingParams(max_new_tokens=1))[0].token_ids
     target = tmp_path / "model"
     files = {"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")}
-    checkpoint.save(make_model(), target, extra_files=files)
+    export.save(make_model(), target, extra_files=files)
     # The model's likeliest first token ends texts, but only as generation_config.json says: templates know the other.
     config = json.loads((target / "generation_config.json").read_text(encoding="utf-8"))
     ids = [config["eos_token_id"], *first]

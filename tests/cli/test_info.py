@@ -14,7 +14,7 @@ from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.config import ModelConfig, RopeParameters
 from olmoe.io import hub
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export, hf_folder
 
 TOTAL, ACTIVE = 6_919_161_856, 1_282_017_280
 
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
         norm_topk_prob=True,
         rope=RopeParameters(rope_type="linear", factor=2.0),
     )
-    checkpoint.save(model, tmp_path / "model", dtype=torch.bfloat16, max_shard_bytes=20_000)
+    export.save(model, tmp_path / "model", dtype=torch.bfloat16, max_shard_bytes=20_000)
     return tmp_path / "model"
 
 
@@ -93,7 +93,7 @@ def test_a_saved_folder_is_described_from_its_files(capsys, folder):
 
 
 def test_no_weight_is_read(capsys, folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_read_tensors", None)
+    monkeypatch.setattr(hf_folder, "_read_tensors", None)
     monkeypatch.setattr(checkpoint, "load", None)
     assert info(capsys, str(folder))[0] == 0
 

@@ -19,7 +19,7 @@ from olmoe.cli.main import COMMANDS, main
 from olmoe.cli.version import version_text
 from olmoe.errors import CheckpointError
 from olmoe.ops import cpu
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 
 COMMAND = [sys.executable, "-m", "olmoe.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -42,7 +42,7 @@ def endless(tmp_path_factory, tokenizer_file) -> Path:
     """A checkpoint that has no EOS and a context too long to fill."""
     folder = tmp_path_factory.mktemp("endless") / "model"
     model = make_model(max_position_embeddings=30_000, eos_token_id=None)
-    checkpoint.save(model, folder, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
+    export.save(model, folder, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
     return folder
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from olmoe.cli import quantize
 from olmoe.cli.main import main
-from olmoe.weights import packed
-from olmoe.weights.quantize import RECIPES
+from olmoe.weights import packed_file
+from olmoe.weights.recipes import RECIPES
 from packed_folders import WHOLE, plain_folder
 
 
@@ -56,7 +56,7 @@ def test_packs_reports_bytes_and_quality(capsys, plain, tmp_path, text, format):
         capsys, plain, tmp_path / "m", "--format", format, "--report", "--text", text, "--calibration", text
     )
     assert (code, err) == (0, "")
-    assert packed.read_layout(tmp_path / "m")[1].recipe == format
+    assert packed_file.PackedFile(tmp_path / "m").layout.recipe == format
     assert (tmp_path / "m" / "tokenizer.json").is_file()
     for kind in ("embeddings", "attention", "experts, down", "routers", "output head", "norms and biases"):
         assert f"| {kind} |" in out
@@ -153,7 +153,7 @@ def test_nothing_that_exists_is_replaced_unasked(capsys, plain, tmp_path, held):
     code, out, err = run(capsys, plain, target, "--format", "int8", "--overwrite")
     if held[1] == "model.safetensors":  # no more than what is written anew
         assert (code, err) == (0, "")
-        assert packed.read_layout(target)[1].recipe == "int8"
+        assert packed_file.PackedFile(target).layout.recipe == "int8"
     else:
         assert (code, out) == (2, "")
         assert held[1] in err
@@ -167,7 +167,7 @@ def test_a_packed_folder_is_replaced_on_request_and_the_source_never(capsys, pla
     assert run(capsys, plain, tmp_path / "m", "--format", "q4_0")[0] == 2
     assert contents(tmp_path / "m") == before
     assert run(capsys, plain, tmp_path / "m", "--format", "q4_0", "--overwrite")[0] == 0
-    assert packed.read_layout(tmp_path / "m")[1].recipe == "q4_0"
+    assert packed_file.PackedFile(tmp_path / "m").layout.recipe == "q4_0"
     source = contents(plain)
     for target in (plain, plain.parent):
         assert run(capsys, plain, target, "--format", "int8", "--overwrite")[0] == 2

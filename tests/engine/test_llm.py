@@ -20,7 +20,7 @@ from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export
 
 PROMPTS = ["Once upon a time", "O", "The dog ran to the park. They were very happy. The end.", "😀 dog"]
 EOS = VOCAB_SIZE - 1
@@ -378,7 +378,7 @@ def test_statistics_do_not_count_the_readers_time(llm, monkeypatch):
 def folder(tmp_path, tokenizer_file) -> Path:
     target = tmp_path / "model"
     model = make_model(seed=9, vocab_size=VOCAB_SIZE + 8)
-    checkpoint.save(model, target, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
+    export.save(model, target, extra_files={"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")})
     return target
 
 
@@ -405,7 +405,7 @@ def test_the_dtype_is_as_stored_or_as_asked(folder, tokenizer_file, tmp_path):
         assert {p.dtype for p in llm.model.parameters()} == {dtype}
         assert len(llm.generate("dog", SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids) == 3
     text = tokenizer_file.read_text(encoding="utf-8")
-    checkpoint.save(make_model(), tmp_path / "half", dtype=torch.bfloat16, extra_files={"tokenizer.json": text})
+    export.save(make_model(), tmp_path / "half", dtype=torch.bfloat16, extra_files={"tokenizer.json": text})
     assert next(LLM(tmp_path / "half").model.parameters()).dtype == torch.bfloat16
 
 

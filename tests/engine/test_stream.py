@@ -14,7 +14,7 @@ from olmoe.engine.engine import Engine
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.engine.stream import Stream
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 
 PARAMS = SamplingParams(max_new_tokens=25, temperature=1.0, seed=3, ignore_eos=True)
 
@@ -183,7 +183,7 @@ def test_closing_frees_the_cache(llm):
 )
 def test_nothing_is_said_when_python_ends_before_a_stream(tmp_path, tokenizer_file, reading):
     text = tokenizer_file.read_text(encoding="utf-8")
-    checkpoint.save(make_model(), tmp_path / "model", extra_files={"tokenizer.json": text})
+    export.save(make_model(), tmp_path / "model", extra_files={"tokenizer.json": text})
     script = (
         "from olmoe import LLM, SamplingParams\n"
         f"stream = LLM({str(tmp_path / 'model')!r}).stream('dog', SamplingParams(max_new_tokens=50))\n{reading}\n"

@@ -24,13 +24,13 @@ SENTENCE = "the dog ran  to a ball<|endoftext|>caf\u00e9 e\u0301 \u65e5 <|paddin
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_file):
-    """What olmoe.weights.checkpoint.save leaves in a folder with a tokenizer.json: no tokenizer_config.json."""
+    """What olmoe.weights.export.save leaves in a folder with a tokenizer.json: no tokenizer_config.json."""
     from conftest import make_model
-    from olmoe.weights import checkpoint
+    from olmoe.weights import export
 
     folder = tmp_path_factory.mktemp("checkpoint")
     files = {"tokenizer.json": tokenizer_file.read_text(encoding="utf-8")}
-    checkpoint.save(make_model(), folder, extra_files=files)
+    export.save(make_model(), folder, extra_files=files)
     return folder
 
 

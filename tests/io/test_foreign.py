@@ -13,9 +13,9 @@ from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
 from olmoe.errors import CheckpointError, UserError
 from olmoe.io import hub
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint, export, packed_file
+from olmoe.weights.checkpoint import open_source
 from olmoe.weights.gguf.source import GGUFSource
-from olmoe.weights.source import FolderSource
 from packed_folders import WHOLE, packed_folder, plain_folder
 from sentences import refused
 
@@ -44,7 +44,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, tokenizer_file, name, kind):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(content)
-    for load in (checkpoint.load, FolderSource, LLM):
+    for load in (checkpoint.load, open_source, LLM):
         message = refused(lambda load=load: load(folder), CheckpointError)
         assert told in message
         assert "model.safetensors" in message
@@ -60,7 +60,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, tokenizer_file, name, kind):
 
 
 def test_an_index_of_another_kind_is_named(tmp_path):
-    checkpoint.save(checkpoint.load(plain_folder(tmp_path / "m")), tmp_path / "shards", max_shard_bytes=20_000)
+    export.save(checkpoint.load(plain_folder(tmp_path / "m")), tmp_path / "shards", max_shard_bytes=20_000)
     (tmp_path / "shards" / "model.safetensors.index.json").write_bytes(LFS)
     assert "git lfs pull" in refused(lambda: checkpoint.load(tmp_path / "shards"), CheckpointError)
 
@@ -89,9 +89,9 @@ NAMES = {
 def test_names_of_wrappers_and_adapters_are_explained(tmp_path, name, kind):
     change, told = NAMES[name]
     folder = (plain_folder if kind == "plain" else packed_folder)(tmp_path / "m", **WHOLE)
-    file = folder / packed.FILE_NAME
+    file = folder / packed_file.FILE_NAME
     save_file({change(key): value for key, value in load_file(file).items()}, file)
-    for load in (checkpoint.load, FolderSource):
+    for load in (checkpoint.load, open_source):
         assert told in refused(lambda load=load: load(folder), CheckpointError)
 
 
@@ -174,7 +174,7 @@ def test_folders_of_another_kind_are_named_by_every_command(tmp_path, name, caps
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_weights_that_are_not_safetensors(tmp_path, name, kind):
     folder = (plain_folder if kind == "plain" else packed_folder)(tmp_path / "m", **WHOLE)
-    (folder / packed.FILE_NAME).unlink()
+    (folder / packed_file.FILE_NAME).unlink()
     (folder / name).touch()
     (folder / "training_args.bin").touch()
     message = refused(lambda: checkpoint.load(folder), CheckpointError)

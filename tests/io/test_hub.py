@@ -15,7 +15,7 @@ from conftest import make_model
 from olmoe.engine.llm import LLM
 from olmoe.errors import CheckpointError
 from olmoe.io import hub
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export
 from sentences import refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,7 +35,7 @@ def fill_cache(cache: Path, commit: str, ref: str, seed: int) -> None:
     """A sharded checkpoint as the hub library keeps it: blobs, symbolic links to them, and named commits."""
     repository = cache / "models--owner--tiny"
     snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
-    checkpoint.save(make_model(seed=seed), snapshot, max_shard_bytes=50_000)
+    export.save(make_model(seed=seed), snapshot, max_shard_bytes=50_000)
     blobs.mkdir(exist_ok=True)
     for number, file in enumerate(sorted(snapshot.iterdir())):
         blob = blobs / f"{seed}{number:063d}"

@@ -19,7 +19,7 @@ from olmoe.train.config import load_config
 from olmoe.train.inheritance import derive_eos, start_folder
 from olmoe.train.loop import train
 from olmoe.train.state import recorded_names
-from olmoe.weights import checkpoint
+from olmoe.weights import export
 from sentences import refused
 from training_runs import DEFAULTS, assert_same_run, to_toml, write_run
 
@@ -34,7 +34,7 @@ def start(tmp_path, tokenizer_file):
     """A checkpoint to start from, with a tokenizer and a chat template."""
     model = CausalLM(CONFIG)
     initialize(model, 0)
-    checkpoint.save(model, tmp_path / "start")
+    export.save(model, tmp_path / "start")
     shutil.copy(tokenizer_file, tmp_path / "start" / "tokenizer.json")
     (tmp_path / "start" / "chat_template.jinja").write_text("T{{ messages[0].content }}", encoding="utf-8")
     return tmp_path / "start"

@@ -21,10 +21,11 @@ from configurations import small_config
 from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.errors import CheckpointError
+from olmoe.io.tensor_file import INDEX_NAME, SINGLE_NAME
 from olmoe.model import CausalLM
-from olmoe.weights import checkpoint, packed
-from olmoe.weights.checkpoint import INDEX_NAME, SINGLE_NAME
-from olmoe.weights.source import FolderSource
+from olmoe.weights import checkpoint, export, hf_folder, packed_file
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.names import parameter_shapes
 from packed_folders import WHOLE, packed_folder, plain_folder
 from sentences import refused
 
@@ -67,13 +68,13 @@ def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A checkpoint in one file; each test damages its own."""
-    checkpoint.save(random_model(), tmp_path / "checkpoint")
+    export.save(random_model(), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    checkpoint.save(random_model(), tmp_path / "sharded", max_shard_bytes=50_000)
+    export.save(random_model(), tmp_path / "sharded", max_shard_bytes=50_000)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     return tmp_path / "sharded"
 
@@ -85,7 +86,7 @@ def sharded(tmp_path) -> Path:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_transformers_loads_what_we_save(name, shard_bytes, tmp_path):
     model = random_model(**STRUCTURES[name])
-    checkpoint.save(model, tmp_path / "out", max_shard_bytes=shard_bytes)
+    export.save(model, tmp_path / "out", max_shard_bytes=shard_bytes)
     loaded, info = OlmoeForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert_same(dict(loaded.named_parameters()), dict(model.named_parameters()))
@@ -97,7 +98,7 @@ def test_transformers_loads_what_we_save(name, shard_bytes, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saving_converts_and_records_the_dtype(dtype, tmp_path):
     model = random_model()
-    checkpoint.save(model, tmp_path / "out", dtype=dtype)
+    export.save(model, tmp_path / "out", dtype=dtype)
     loaded = OlmoeForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert_same(dict(loaded.named_parameters()), {n: p.to(dtype) for n, p in model.named_parameters()})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -107,7 +108,7 @@ def test_saving_converts_and_records_the_dtype(dtype, tmp_path):
 
 def test_the_files_hold_the_names_of_the_hub(tmp_path):
     model = random_model()
-    checkpoint.save(model, tmp_path / "out")
+    export.save(model, tmp_path / "out")
     config = model.config
     with safe_open(tmp_path / "out" / SINGLE_NAME, framework="pt") as file:
         names = set(file.keys())
@@ -136,16 +137,16 @@ def test_extra_files_and_views_that_are_not_contiguous(tmp_path):
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.detach().T.contiguous().T)
-    checkpoint.save(model, tmp_path / "a" / "b" / "out", extra_files={"tokenizer.json": "{}é"})
+    export.save(model, tmp_path / "a" / "b" / "out", extra_files={"tokenizer.json": "{}é"})
     assert (tmp_path / "a" / "b" / "out" / "tokenizer.json").read_text(encoding="utf-8") == "{}é"
     assert_same(checkpoint.load(tmp_path / "a" / "b" / "out").state_dict(), expected)
 
 
 def test_an_existing_checkpoint_is_replaced_whole(tmp_path):
     target = tmp_path / "out"
-    checkpoint.save(make_model(seed=7), target, max_shard_bytes=30_000, extra_files={"note.txt": "old"})
+    export.save(make_model(seed=7), target, max_shard_bytes=30_000, extra_files={"note.txt": "old"})
     model = random_model(num_hidden_layers=1)
-    checkpoint.save(model, target)
+    export.save(model, target)
     assert {path.name for path in target.iterdir()} == {SINGLE_NAME, "config.json", "generation_config.json"}
     assert_same(checkpoint.load(target).state_dict(), model.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -199,7 +200,7 @@ def test_the_dtype_of_most_values_is_kept(folder):
 
 def test_a_tied_checkpoint_may_repeat_the_head_if_it_is_the_same(tmp_path):
     model = random_model(tie_word_embeddings=True)
-    checkpoint.save(model, tmp_path / "out")
+    export.save(model, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / SINGLE_NAME)
     assert "lm_head.weight" not in tensors
     embedding = tensors["model.embed_tokens.weight"]
@@ -241,7 +242,7 @@ def test_shapes_are_those_of_the_network():
         with torch.device("meta"):
             model = CausalLM(config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert checkpoint.parameter_shapes(config) == shapes
+        assert parameter_shapes(config) == shapes
 
 
 # ---- peak memory ----
@@ -250,7 +251,7 @@ def test_shapes_are_those_of_the_network():
 MEMORY = """
 import sys
 import torch
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint, export
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError
 from olmoe.model import CausalLM
@@ -272,7 +273,7 @@ if action == "save":
         for parameter in model.parameters():
             parameter.zero_()
     before = resident()
-    checkpoint.save(model, folder + "/big", max_shard_bytes=30_000_000)
+    export.save(model, folder + "/big", max_shard_bytes=30_000_000)
 else:
     before = resident()
     model = checkpoint.load(folder + "/big", dtype=torch.bfloat16)
@@ -282,7 +283,7 @@ print(4 * config.num_parameters, peak_memory_bytes() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident sizes from /proc")
 def test_peak_memory_of_loading_is_the_model_and_one_shard_and_of_saving_one_shard(tmp_path):
-    checkpoint.save(random_model(), tmp_path / "small")
+    export.save(random_model(), tmp_path / "small")
 
     def peak(action: str) -> tuple[int, int]:
         command = [sys.executable, "-c", MEMORY, action, str(tmp_path)]
@@ -303,7 +304,7 @@ def test_peak_memory_of_loading_is_the_model_and_one_shard_and_of_saving_one_sha
 def test_saved_files_follow_the_umask(tmp_path):
     previous = os.umask(0o022)
     try:
-        checkpoint.save(make_model(), tmp_path / "model")
+        export.save(make_model(), tmp_path / "model")
     finally:
         os.umask(previous)
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "model").iterdir()} == {0o644}
@@ -322,13 +323,13 @@ def test_loading_leaves_the_compilers_algebra_alone():
 
 def test_only_files_of_a_save_are_replaced_unasked(tmp_path):
     target = tmp_path / "out"
-    checkpoint.save(random_model(), target)
+    export.save(random_model(), target)
     (target / "notes.txt").write_text("mine")
-    message = refused(lambda: checkpoint.save(random_model(num_hidden_layers=1), target))
+    message = refused(lambda: export.save(random_model(num_hidden_layers=1), target))
     assert "notes.txt" in message
     assert "overwrite=True" in message
     model = random_model(num_hidden_layers=1)
-    checkpoint.save(model, target, overwrite=True)
+    export.save(model, target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     assert_same(checkpoint.load(target).state_dict(), model.state_dict())
 
@@ -337,7 +338,7 @@ def test_only_files_of_a_save_are_replaced_unasked(tmp_path):
 def test_a_tied_checkpoint_may_hold_the_head_alone(tmp_path, shards, capsys):
     """As some savers drop the embedding in place of the head."""
     model = random_model(tie_word_embeddings=True)
-    checkpoint.save(model, tmp_path / "out", max_shard_bytes=shards)
+    export.save(model, tmp_path / "out", max_shard_bytes=shards)
     for file in (tmp_path / "out").glob("*.safetensors"):
         tensors = load_file(file)
         if "model.embed_tokens.weight" in tensors:
@@ -349,7 +350,7 @@ def test_a_tied_checkpoint_may_hold_the_head_alone(tmp_path, shards, capsys):
     loaded = checkpoint.load(tmp_path / "out")
     assert_same(loaded.state_dict(), model.state_dict())
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    source = FolderSource(tmp_path / "out")
+    source = open_source(tmp_path / "out")
     assert torch.equal(source.read("model.embed_tokens.weight"), model.model.embed_tokens.weight)
     assert main(["info", str(tmp_path / "out"), "--json"]) == 0
     assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "m"), "--format", "int8", "--quiet"]) == 0
@@ -360,7 +361,7 @@ def test_a_tied_checkpoint_may_hold_the_head_alone(tmp_path, shards, capsys):
 
 
 def test_the_head_alone_is_not_enough_where_it_is_not_tied(tmp_path):
-    checkpoint.save(random_model(), tmp_path / "out")
+    export.save(random_model(), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / SINGLE_NAME)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "out" / SINGLE_NAME)
@@ -370,11 +371,11 @@ def test_the_head_alone_is_not_enough_where_it_is_not_tied(tmp_path):
 
 
 def test_a_tied_head_that_differs_is_refused_by_every_reader(tmp_path):
-    checkpoint.save(random_model(tie_word_embeddings=True), tmp_path / "out")
+    export.save(random_model(tie_word_embeddings=True), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / SINGLE_NAME)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "out" / SINGLE_NAME)
-    for read in (checkpoint.load, FolderSource):
+    for read in (checkpoint.load, open_source):
         assert "tie_word_embeddings" in refused(lambda read=read: read(tmp_path / "out"))
 
 
@@ -398,7 +399,7 @@ def test_config_and_headers_are_read_once(tmp_path, monkeypatch, kind):
     folder = kind(tmp_path / "m", **WHOLE)
     opened = checkpoint.Checkpoint.open(folder)
     (folder / "config.json").unlink()
-    for module, name in ((checkpoint, "read_headers"), (packed, "open_files")):
+    for module, name in ((hf_folder, "read_headers"), (packed_file, "open_tensors")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("the headers were read again"))
     assert opened.load().config == opened.config
 

@@ -21,8 +21,9 @@ from configurations import small_config
 from conftest import make_model
 from olmoe.config import ModelConfig
 from olmoe.errors import UserError
-from olmoe.weights import checkpoint
-from olmoe.weights.checkpoint import INDEX_NAME, SINGLE_NAME
+from olmoe.io.tensor_file import INDEX_NAME, SINGLE_NAME
+from olmoe.weights import checkpoint, export, hf_folder
+from olmoe.weights.names import parameter_shapes
 from sentences import refused
 
 
@@ -33,13 +34,13 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A checkpoint in one file; each test damages its own."""
-    checkpoint.save(make_model(), tmp_path / "checkpoint")
+    export.save(make_model(), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    checkpoint.save(make_model(), tmp_path / "sharded", max_shard_bytes=50_000)
+    export.save(make_model(), tmp_path / "sharded", max_shard_bytes=50_000)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     return tmp_path / "sharded"
 
@@ -52,7 +53,7 @@ def no_allocation(monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("memory was allocated before the check")
 
-    monkeypatch.setattr(checkpoint, "allocate", fail)
+    monkeypatch.setattr(hf_folder, "allocate", fail)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -143,11 +144,11 @@ def test_configurations_that_do_not_fit(changes, folder, no_allocation):
 def test_sizes_whose_product_wraps_round_in_64_bits_are_not_taken_for_nothing():
     config = small_config(num_experts=2**30, intermediate_size=2**29)
     stored = {
-        name: checkpoint.StoredTensor(Path("file"), shape, "F32")
-        for name, shape in checkpoint.parameter_shapes(config).items()
+        name: hf_folder.StoredTensor(Path("file"), shape, "F32")
+        for name, shape in parameter_shapes(config).items()
         if "experts" not in name
     }
-    assert "lacks" in refused(lambda: checkpoint.plan(config, stored))
+    assert "lacks" in refused(lambda: hf_folder.plan(config, stored))
 
 
 def test_a_missing_configuration_and_missing_weights(folder, no_allocation):
@@ -252,7 +253,7 @@ def test_memory_that_is_not_there_is_said(folder, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(checkpoint, "allocate", fail)
+    monkeypatch.setattr(hf_folder, "allocate", fail)
     assert "GB as bfloat16" in refused(lambda: checkpoint.load(folder, dtype=torch.bfloat16))
 
 
@@ -267,7 +268,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 def test_a_failed_save_leaves_nothing_behind(error, kind, at, existing, tmp_path, monkeypatch):
     target = tmp_path / "out"
     if existing:
-        checkpoint.save(make_model(seed=7), target, extra_files={"note.txt": "old"})
+        export.save(make_model(seed=7), target, extra_files={"note.txt": "old"})
         before = files(target)
     calls = 0
 
@@ -278,9 +279,9 @@ def test_a_failed_save_leaves_nothing_behind(error, kind, at, existing, tmp_path
         calls += 1
         save_file(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(export, "save_file", failing)
     with pytest.raises(kind) as caught:
-        checkpoint.save(make_model(), target, max_shard_bytes=30_000)
+        export.save(make_model(), target, max_shard_bytes=30_000)
     if kind is UserError:
         assert re.fullmatch(rf"The disk is full: {target} was not written[^.\n]*\.", str(caught.value))
     assert calls == at
@@ -304,25 +305,25 @@ def test_a_file_system_that_refuses_is_one_sentence(tmp_path):
     model = make_model()
     refusal = r"^\S+ cannot be written \(File too large\); choose another place\.$"
     with pytest.raises(UserError, match=refusal), file_size_limit(10_000):
-        checkpoint.save(model, tmp_path / "out")
+        export.save(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "thesis" not in refused(lambda: checkpoint.save(make_model(), tmp_path))
+    assert "thesis" not in refused(lambda: export.save(make_model(), tmp_path))
     assert files(tmp_path) == {"thesis.txt": b"years of work"}
-    refused(lambda: checkpoint.save(make_model(), tmp_path / "thesis.txt"), UserError)
-    refused(lambda: checkpoint.save(make_model(), tmp_path / "thesis.txt" / "out"), UserError)
+    refused(lambda: export.save(make_model(), tmp_path / "thesis.txt"), UserError)
+    refused(lambda: export.save(make_model(), tmp_path / "thesis.txt" / "out"), UserError)
     assert files(tmp_path) == {"thesis.txt": b"years of work"}
     (tmp_path / "empty").mkdir()
-    checkpoint.save(make_model(), tmp_path / "empty")
+    export.save(make_model(), tmp_path / "empty")
     assert ModelConfig.from_file(tmp_path / "empty" / "config.json") == small_config()
 
 
 def test_dtypes_that_could_not_be_loaded_are_not_saved(tmp_path):
-    assert "float64" in refused(lambda: checkpoint.save(make_model().double(), tmp_path / "out"))
-    assert "int8" in refused(lambda: checkpoint.save(make_model(), tmp_path / "out", dtype=torch.int8))
+    assert "float64" in refused(lambda: export.save(make_model().double(), tmp_path / "out"))
+    assert "int8" in refused(lambda: export.save(make_model(), tmp_path / "out", dtype=torch.int8))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -332,5 +333,5 @@ def test_weights_beyond_float16_do_not_become_infinite(value, folder, tmp_path):
     for dtype in (None, torch.float32, torch.bfloat16):
         model = checkpoint.load(folder, dtype=dtype)
     assert re.search("float16", refused(lambda: checkpoint.load(folder, dtype=torch.float16)))
-    assert re.search("float16", refused(lambda: checkpoint.save(model, tmp_path / "out", dtype=torch.float16)))
+    assert re.search("float16", refused(lambda: export.save(model, tmp_path / "out", dtype=torch.float16)))
     assert not (tmp_path / "out").exists()

@@ -20,9 +20,12 @@ from olmoe.model import set_backend
 from olmoe.quant import Q4_0, Q8_0, PackedModule, search
 from olmoe.quant.formats import CODES
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights import checkpoint, packed, quantize, sample_text
-from olmoe.weights.quantize import RECIPES, describe, pack
-from olmoe.weights.source import FolderSource
+from olmoe.weights import checkpoint, export, packed_file, sample_text
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.contents import describe
+from olmoe.weights.hf_folder import HFFolder
+from olmoe.weights.quantize import pack
+from olmoe.weights.recipes import RECIPES, Recipe
 from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE, plain_folder
 from sentences import refused
@@ -37,13 +40,13 @@ WINDOWS = torch.randint(0, 320, (3, 40), generator=torch.Generator().manual_seed
 
 
 def stored(folder):
-    file = TensorFile(folder / packed.FILE_NAME)
+    file = TensorFile(folder / packed_file.FILE_NAME)
     return {name: file.tensor(name).clone() for name in file.entries}
 
 
 @pytest.mark.parametrize(("recipe", "format"), [("int8", Q8_0()), ("q4_0", Q4_0())])
 def test_every_matrix_is_encoded_and_everything_else_kept(plain, tmp_path, recipe, format):
-    written = pack(FolderSource(plain), tmp_path / "m", RECIPES[recipe])
+    written = pack(open_source(plain), tmp_path / "m", RECIPES[recipe])
     model, values = checkpoint.load(plain), stored(tmp_path / "m")
     for name, parameter in model.named_parameters():
         if "norm" in name or "mlp.gate" in name:
@@ -58,7 +61,7 @@ def test_every_matrix_is_encoded_and_everything_else_kept(plain, tmp_path, recip
     assert {k: v for k, v in config.items() if k != "quantization_config"} == json.loads(
         (plain / "config.json").read_text()
     )
-    assert written.file_bytes == (tmp_path / "m" / packed.FILE_NAME).stat().st_size
+    assert written.file_bytes == (tmp_path / "m" / packed_file.FILE_NAME).stat().st_size
     assert sum(size for _, _, size in written.kinds.values()) < written.file_bytes
     assert sum(weights for _, weights, _ in written.kinds.values()) == model.config.num_parameters
 
@@ -78,7 +81,7 @@ def test_every_matrix_is_encoded_and_everything_else_kept(plain, tmp_path, recip
 def test_int4_of_every_shape_of_model(tmp_path, windows, changes):
     plain, seen = plain_folder(tmp_path / "plain", **changes), []
     windows = windows if windows is None else [w[:8] for w in windows]
-    pack(FolderSource(plain), tmp_path / "m", RECIPES["int4"], windows, lambda done, total: seen.append((done, total)))
+    pack(open_source(plain), tmp_path / "m", RECIPES["int4"], windows, lambda done, total: seen.append((done, total)))
     total = small_config(**changes).num_parameters
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -91,12 +94,12 @@ def test_int4_of_every_shape_of_model(tmp_path, windows, changes):
 
 def test_calibrated_codes_lose_less_than_searched_and_those_less_than_rounded(tmp_path):
     """On the shipped model, whose weights have the structure of trained ones, and on other text."""
-    source, config = FolderSource(hub.SHIPPED), ModelConfig.from_file(hub.SHIPPED / "config.json")
+    source, config = open_source(hub.SHIPPED), ModelConfig.from_file(hub.SHIPPED / "config.json")
     tokenizer = Tokenizer.from_folder(hub.SHIPPED, eos_ids=config.eos_token_ids)
     windows = sample_text.windows(sample_text.read_ids(sample_text.CALIBRATION, tokenizer), 256, 8)
     text = sample_text.read_ids(sample_text.HELD_OUT, tokenizer)[:513]
     reference = checkpoint.load(hub.SHIPPED, dtype=torch.float32)
-    rounding = quantize.Recipe("rounding", "q4_0", RECIPES["int4"].overrides)
+    rounding = Recipe("rounding", "q4_0", RECIPES["int4"].overrides)
     losses = {}
     for name, recipe, given in (
         ("rounded", rounding, None),
@@ -119,7 +122,7 @@ def test_what_matrices_share_is_factored_once(plain, tmp_path, monkeypatch, reci
     """q, k and v have the same inputs, and so do the first matrices of all experts; 8 bits need no factor."""
     factored, factor = [], search.inverse_factor
     monkeypatch.setattr(search, "inverse_factor", lambda c: (factored.append(len(c)), factor(c))[1])
-    pack(FolderSource(plain), tmp_path / "m", RECIPES[recipe], WINDOWS)
+    pack(open_source(plain), tmp_path / "m", RECIPES[recipe], WINDOWS)
     config = ModelConfig.from_file(plain / "config.json")
     d, f, experts = config.hidden_size, config.intermediate_size, config.num_experts
     attention, ends = ([d, d], [d]) if recipe == "int4" else ([], [])
@@ -131,7 +134,7 @@ def test_real_shapes_stay_below_their_budget():
     config = ModelConfig()
     for name, most in (("int8", 8.51), ("int4", 4.535), ("int4-high", 4.785), ("q4_0", 4.51)):
         table = TensorTable(config, RECIPES[name].layout())
-        tensors = packed.file_tensors(table, torch.bfloat16)
+        tensors = packed_file.file_tensors(table, torch.bfloat16)
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors.values())
         assert describe(table, tensors, size).bits_per_weight < most
         codes = [torch.Size(shape).numel() for shape, dtype in tensors.values() if dtype == torch.uint8]
@@ -139,14 +142,14 @@ def test_real_shapes_stay_below_their_budget():
 
 
 def test_packing_a_packed_model_to_the_same_format_changes_little(plain, tmp_path):
-    pack(FolderSource(plain), tmp_path / "a", RECIPES["int8"])
-    pack(FolderSource(tmp_path / "a"), tmp_path / "b", RECIPES["int8"])
+    pack(open_source(plain), tmp_path / "a", RECIPES["int8"])
+    pack(open_source(tmp_path / "a"), tmp_path / "b", RECIPES["int8"])
     first, second = (checkpoint.load(tmp_path / n) for n in "ab")
     report = quality.compare(first, second, WINDOWS[0], 40)
     assert report.kl_mean < 1e-5
 
 
-class Blocks(FolderSource):
+class Blocks(HFFolder):
     """A source that stores everything in Q4_0 already, as a GGUF file would."""
 
     def stored_as(self, parameter):
@@ -163,13 +166,13 @@ def test_chat_templates_travel(plain, tmp_path):
     (source / "additional_chat_templates").mkdir()
     (source / "chat_template.jinja").write_text("D", encoding="utf-8")
     (source / "additional_chat_templates/rag.jinja").write_text("R", encoding="utf-8")
-    pack(FolderSource(source), tmp_path / "m", RECIPES["int8"])
+    pack(open_source(source), tmp_path / "m", RECIPES["int8"])
     assert (tmp_path / "m/chat_template.jinja").read_text(encoding="utf-8") == "D"
     assert (tmp_path / "m/additional_chat_templates/rag.jinja").read_text(encoding="utf-8") == "R"
 
 
 def test_blocks_of_the_source_travel_without_rounding_again(plain, tmp_path):
-    pack(FolderSource(plain), tmp_path / "rounded", RECIPES["q4_0"])
+    pack(open_source(plain), tmp_path / "rounded", RECIPES["q4_0"])
     pack(Blocks(plain), tmp_path / "blocks", RECIPES["int4"])
     rounded, blocks = stored(tmp_path / "rounded"), stored(tmp_path / "blocks")
     for name in rounded:
@@ -182,12 +185,12 @@ def test_blocks_of_the_source_travel_without_rounding_again(plain, tmp_path):
 
 def test_an_old_packed_folder_is_replaced_and_a_foreign_one_is_not(plain, tmp_path):
     for recipe in ("int8", "int4"):
-        pack(FolderSource(plain), tmp_path / "m", RECIPES[recipe])
-    assert packed.read_layout(tmp_path / "m")[1].recipe == "int4"
+        pack(open_source(plain), tmp_path / "m", RECIPES[recipe])
+    assert packed_file.PackedFile(tmp_path / "m").layout.recipe == "int4"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(CheckpointError, match="holds other files and no config.json"):
-        pack(FolderSource(plain), tmp_path / "photos", RECIPES["int8"])
+        pack(open_source(plain), tmp_path / "photos", RECIPES["int8"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "photos"]
 
 
@@ -206,7 +209,7 @@ def test_an_interrupt_and_a_full_disk_leave_nothing_behind(plain, tmp_path, monk
 
     monkeypatch.setattr(TensorWriter, "write", write)
     with pytest.raises(raised):
-        pack(FolderSource(plain), tmp_path / "m", RECIPES["int8"])
+        pack(open_source(plain), tmp_path / "m", RECIPES["int8"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,26 +222,22 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     (folder / "model.safetensors").write_bytes(raw)
     for recipe, windows in (("int8", None), ("int4", None), ("int4", WINDOWS)):
         with pytest.raises(CheckpointError, match="v_proj.weight holds values that are not finite"):
-            pack(FolderSource(folder), tmp_path / "m", RECIPES[recipe], windows)
+            pack(open_source(folder), tmp_path / "m", RECIPES[recipe], windows)
     assert not (tmp_path / "m").exists()
 
 
 def test_a_checkpoint_that_packing_did_not_write_is_replaced_on_request_alone(plain, tmp_path):
-    pack(FolderSource(plain), tmp_path / "noted", RECIPES["int8"])
+    pack(open_source(plain), tmp_path / "noted", RECIPES["int8"])
     (tmp_path / "noted" / "notes.txt").write_text("mine")
-    checkpoint.save(make_model(), tmp_path / "tuned")
+    export.save(make_model(), tmp_path / "tuned")
     for name in ("noted", "tuned"):
-        assert "overwrite=True" in refused(
-            lambda name=name: pack(FolderSource(plain), tmp_path / name, RECIPES["int8"])
-        )
-    assert "notes.txt" in refused(
-        lambda: pack(FolderSource(plain), tmp_path / "noted", RECIPES["int8"], overwrite=True)
-    )
+        assert "overwrite=True" in refused(lambda name=name: pack(open_source(plain), tmp_path / name, RECIPES["int8"]))
+    assert "notes.txt" in refused(lambda: pack(open_source(plain), tmp_path / "noted", RECIPES["int8"], overwrite=True))
     assert "SRC and DST" in refused(
-        lambda: pack(FolderSource(tmp_path / "tuned"), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
+        lambda: pack(open_source(tmp_path / "tuned"), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
     )
-    pack(FolderSource(plain), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
-    assert packed.is_packed(tmp_path / "tuned")
+    pack(open_source(plain), tmp_path / "tuned", RECIPES["int8"], overwrite=True)
+    assert checkpoint.Checkpoint(tmp_path / "tuned").layout is not None
 
 
 def test_what_somebody_put_there_meanwhile_stays(plain, tmp_path):
@@ -248,7 +247,7 @@ def test_what_somebody_put_there_meanwhile_stays(plain, tmp_path):
         target.mkdir(exist_ok=True)
         (target / "notes.txt").write_text("mine")
 
-    refused(lambda: pack(FolderSource(plain), target, RECIPES["int8"], progress=progress))
+    refused(lambda: pack(open_source(plain), target, RECIPES["int8"], progress=progress))
     assert (target / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
@@ -276,7 +275,7 @@ def test_the_library_call_writes_what_the_command_does(tmp_path, tokenizer_file,
     assert main(command) == 0
     assert capsys.readouterr().out == f"{written.table()}\n"
     assert files_of(tmp_path / "m") == files_of(tmp_path / "c")
-    olmoe.quantize(FolderSource(plain), tmp_path / "t", calibration=[text.read_text(encoding="utf-8")])
+    olmoe.quantize(open_source(plain), tmp_path / "t", calibration=[text.read_text(encoding="utf-8")])
     assert files_of(tmp_path / "t") == files_of(tmp_path / "m")
     olmoe.quantize(plain, tmp_path / "n", calibration=None)
     assert files_of(tmp_path / "n") != files_of(tmp_path / "m")
@@ -288,8 +287,8 @@ def test_the_library_call_takes_recipes_and_names_of_formats(plain, tmp_path):
     import olmoe
 
     assert olmoe.quantize(plain, tmp_path / "q5", "q5_0").formats == ["bfloat16", "q5_0"]
-    assert packed.read_layout(tmp_path / "q5")[1].recipe == "q5_0"
-    recipe = quantize.Recipe("mine", "q8_0", {"*.mlp.experts.*": "q4_0"})
+    assert packed_file.PackedFile(tmp_path / "q5").layout.recipe == "q5_0"
+    recipe = Recipe("mine", "q8_0", {"*.mlp.experts.*": "q4_0"})
     assert olmoe.quantize(plain, tmp_path / "m", recipe).kinds["experts, down"][0] == "q4_0"
 
 
@@ -314,7 +313,7 @@ def test_the_library_call_refuses_what_the_command_does(plain, tmp_path):
     assert not (tmp_path / "new").exists()
     assert files_of(tmp_path / "m") == before
     olmoe.quantize(plain, tmp_path / "m", "q4_0", overwrite=True)
-    assert packed.read_layout(tmp_path / "m")[1].recipe == "q4_0"
+    assert packed_file.PackedFile(tmp_path / "m").layout.recipe == "q4_0"
 
 
 def test_empty_calibration_text_is_refused(tmp_path, tokenizer_file):

@@ -10,8 +10,8 @@ import torch
 from configurations import small_config
 from olmoe.config import ModelConfig
 from olmoe.model import CausalLM
-from olmoe.weights import packed, sizes
-from olmoe.weights.quantize import RECIPES
+from olmoe.weights import packed_file, sizes
+from olmoe.weights.recipes import RECIPES
 from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE
 
@@ -39,7 +39,7 @@ def test_the_recipes_are_those_of_packing():
 )
 def test_bytes_are_those_of_the_tensors(recipe, changes):
     config = small_config(**changes)
-    tensors = packed.file_tensors(TensorTable(config, RECIPES[recipe].layout()), torch.bfloat16)
+    tensors = packed_file.file_tensors(TensorTable(config, RECIPES[recipe].layout()), torch.bfloat16)
     written = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     assert sizes.packed_bytes(config, recipe) == written
 

@@ -10,9 +10,9 @@ import torch
 
 from configurations import small_config
 from olmoe.quant import PackedLayout, PackedModule, SavedLayout
-from olmoe.weights import packed
+from olmoe.weights import packed_file
 from olmoe.weights.names import parameter_shapes
-from olmoe.weights.quantize import RECIPES
+from olmoe.weights.recipes import RECIPES
 from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE
 
@@ -40,7 +40,7 @@ LAYOUTS = {name: recipe.layout() for name, recipe in RECIPES.items()} | {"mixed"
 )
 def test_it_lists_what_the_modules_store_in_their_order(layout, changes):
     config = small_config(**changes)
-    table, model = TensorTable(config, layout), packed.build(config, layout)
+    table, model = TensorTable(config, layout), packed_file.build(config, layout)
     modules = {}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")

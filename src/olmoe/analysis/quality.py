@@ -28,7 +28,8 @@ from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.runtime import available_memory_bytes, log
 from olmoe.weights import checkpoint, sample_text
-from olmoe.weights.source import WeightSource, load_model, open_source, tokenizer_of
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.source import WeightSource, load_model, tokenizer_of
 
 BATCH_TOKENS = 2048
 # Tokens whose logits of both models exist at a time: 256 x 50304 fp32 are 51 MB.

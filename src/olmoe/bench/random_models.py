@@ -10,8 +10,9 @@ from olmoe.errors import UserError, shown
 from olmoe.model import CausalLM, allocate
 from olmoe.quant import PackedLayout, PackedModule
 from olmoe.quant.formats.blocks import BLOCK, GROUP, SCALE_BYTES
+from olmoe.quant.swap import set_compute_dtype
 from olmoe.runtime import available_memory_bytes
-from olmoe.weights import packed
+from olmoe.weights.packed_file import build
 from olmoe.weights.recipes import RECIPES
 
 PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -26,7 +27,7 @@ def skeleton(config: ModelConfig, format: str, overrides: dict[str, str] | None 
     """A model of the given shapes in `format`, on the meta device. Arguments and errors as for `random_model`."""
     if format in RECIPES:
         recipe = RECIPES[format]
-        model = packed.build(config, PackedLayout(recipe.weight_format, {**recipe.overrides, **(overrides or {})}))
+        model = build(config, PackedLayout(recipe.weight_format, {**recipe.overrides, **(overrides or {})}))
         return model.float()
     if format not in PLAIN_FORMATS:
         raise UserError(f"Unknown format {shown(format)}; choose one of {', '.join((*RECIPES, *PLAIN_FORMATS))}.")
@@ -37,7 +38,7 @@ def skeleton(config: ModelConfig, format: str, overrides: dict[str, str] | None 
 def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | None = None) -> CausalLM:
     """A model of the given shapes with random weights, packed or plain, ready for inference.
 
-    `format` is a recipe of `olmoe.weights.quantize`, "bf16" or "fp32"; `overrides` are further ones of `PackedLayout`.
+    `format` is a recipe of `olmoe.weights.recipes`, "bf16" or "fp32"; `overrides` are further ones of `PackedLayout`.
     Each matrix is allocated once and filled with copies of a block of noise. Raises `UserError` for an unknown format,
     and where the memory does not suffice.
     """
@@ -66,7 +67,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
                 start = _fill(parameter, whole if module.formats[name].bits == 8 else nibbles, start)
                 scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
                 parameter[..., -scale_bytes:].view(torch.int16).fill_(_EMBEDDING_SCALE if embedding else _SCALE)
-    packed.set_compute_dtype(model, torch.float32)
+    set_compute_dtype(model, torch.float32)
     return model.eval()
 
 

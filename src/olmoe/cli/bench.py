@@ -6,13 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from olmoe.bench.ceilings import Ceiling
     from olmoe.bench.speed import Measured
     from olmoe.config import ModelConfig
     from olmoe.engine.sampling_params import SamplingParams
     from olmoe.model import CausalLM
+    from olmoe.weights.checkpoint import Checkpoint
 
 RELEASED = "1b-7b"
 DEFAULT_FORMAT = "int4"
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         cpu.set_isa(arguments.isa)
     set_threads(arguments.threads)
     keep_freed_memory()
-    name, config, folder = _source(arguments)
+    name, config, stored = _source(arguments)
     prefill = _fit(arguments, config)
 
     def say(text: str) -> None:
@@ -96,13 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
     bandwidth = ceilings.read_bandwidth()
     machine.reset_peak_memory()
     started = time.perf_counter()
-    model, stored = _load(folder, config, arguments.format)
+    model, format = _load(stored, config, arguments.format)
     runner = speed.Measured(model, arguments.backend)
     load_seconds = time.perf_counter() - started
     step = ceilings.step_bytes(model, arguments.context, arguments.batch, runner.cache_dtype)
     ceiling = ceilings.Ceiling(bandwidth, step, arguments.batch)
     say(_ceiling_text(ceiling, arguments.context))
-    with tqdm(desc=f"{name} {stored}", unit="step", disable=arguments.quiet or None) as bar:
+    with tqdm(desc=f"{name} {format}", unit="step", disable=arguments.quiet or None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -117,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
             progress=progress,
         )
-    whole = {} if params is None else _whole_path(runner, folder, arguments, params)
+    whole = {} if params is None else _whole_path(runner, stored, arguments, params)
     peak, decoded = peak_memory_bytes(), measured["decode_tokens_per_second"]
     # Once more, in case others used the memory before; a smaller block, because the model takes its room now.
     ceiling = ceilings.Ceiling(max(bandwidth, ceilings.read_bandwidth(size=2**28)), step, arguments.batch)
@@ -134,8 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     facts = {
         "benchmark": "bench",
         "model": name,
-        "format": stored,
-        "random_weights": folder is None,
+        "format": format,
+        "random_weights": stored is None,
         "backend": arguments.backend,
         "prefill": prefill,
         "decode": arguments.decode,
@@ -154,14 +153,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
-    """Name, architecture and folder (None: random weights) of what is to be measured."""
+def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Checkpoint | None]:
+    """Name, architecture and checkpoint (None: random weights) of what is to be measured."""
     from pathlib import Path
 
     from olmoe.config import ModelConfig
     from olmoe.errors import UserError
     from olmoe.io import hub
-    from olmoe.weights import packed
+    from olmoe.weights.checkpoint import Checkpoint
 
     wanted = arguments.random_weights
     if wanted is not None:
@@ -170,21 +169,15 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | Non
         if not Path(wanted).is_file():
             raise UserError(f"--random-weights takes {RELEASED} or a config.json, and {wanted!r} is neither.")
         return wanted, ModelConfig.from_file(wanted), None
-    folder = hub.resolve(hub.SHIPPED if arguments.model is None else arguments.model)
-    name = arguments.model or "olmoe-tiny"
-    if packed.is_packed(folder):
-        config, layout = packed.read_layout(folder)
-        if arguments.format is not None:
-            raise UserError(
-                f"{folder} is packed as {layout.recipe or layout.weight_format} already, so leave --format out."
-            )
-        return name, config, folder
+    stored = Checkpoint.open(hub.SHIPPED if arguments.model is None else arguments.model)
+    if stored.layout is not None and arguments.format is not None:
+        raise UserError(f"{stored.folder} is packed as {stored.format} already, so leave --format out.")
     if arguments.format not in (None, "bf16", "fp32"):
         raise UserError(
-            f"{folder} is not packed, so it can be measured in bf16 or fp32, not {arguments.format!r}; pack it with "
-            "`olmoe quantize`, or give --random-weights its config.json."
+            f"{stored.folder} is not packed, so it can be measured in bf16 or fp32, not {arguments.format!r}; pack it "
+            "with `olmoe quantize`, or give --random-weights its config.json."
         )
-    return name, ModelConfig.from_file(folder / "config.json"), folder
+    return arguments.model or "olmoe-tiny", stored.config, stored
 
 
 def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
@@ -201,20 +194,17 @@ def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
     return prefill
 
 
-def _load(folder: Path | None, config: ModelConfig, format: str | None) -> tuple[CausalLM, str]:
+def _load(stored: Checkpoint | None, config: ModelConfig, format: str | None) -> tuple[CausalLM, str]:
     """The model and the name of its format."""
     from olmoe.bench.random_models import PLAIN_FORMATS, random_model
-    from olmoe.weights import checkpoint, packed
+    from olmoe.weights.checkpoint import Checkpoint
 
-    if folder is None:
+    if stored is None:
         return random_model(config, format or DEFAULT_FORMAT), format or DEFAULT_FORMAT
-    if packed.is_packed(folder):
-        layout = packed.read_layout(folder)[1]
-        return checkpoint.load(folder, device="cpu"), layout.recipe or layout.weight_format
-    model = checkpoint.load(folder, dtype=None if format is None else PLAIN_FORMATS[format], device="cpu")
-    dtype = model.model.norm.weight.dtype
-    names = {value: key for key, value in PLAIN_FORMATS.items()}
-    return model, names.get(dtype, str(dtype).removeprefix("torch."))
+    # Opened anew, so that what is timed is all that loading reads.
+    model = Checkpoint(stored.folder).load(dtype=None if format is None else PLAIN_FORMATS[format])
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_FORMATS.items()}
+    return model, format or names.get(stored.format, stored.format)
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
@@ -233,7 +223,7 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
 
 
 def _whole_path(
-    runner: Measured, folder: Path | None, arguments: argparse.Namespace, params: SamplingParams
+    runner: Measured, stored: Checkpoint | None, arguments: argparse.Namespace, params: SamplingParams
 ) -> dict[str, Any]:
     """What decoding through the whole path yields beside bare steps, and how it sampled; for JSON."""
     from tqdm import tqdm
@@ -243,8 +233,8 @@ def _whole_path(
     from olmoe.tokenizer import Tokenizer
 
     config = runner.model.config
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
+    if stored is not None and (stored.folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(stored.folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
     else:
         tokenizer = stand_in_tokenizer(config.vocab_size, config.eos_token_ids)
     llm = LLM.from_parts(runner.model, tokenizer, backend=arguments.backend)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olmoe.config import ModelConfig
-    from olmoe.weights.quantize import Packed
+    from olmoe.weights.contents import Packed
 
 RELEASED = "1b-7b"
 
@@ -103,16 +103,14 @@ def _read(
         folder = hub.resolve_config(name, revision=arguments.revision, local_files_only=arguments.offline)
     if folder.is_file():
         return name, ModelConfig.from_file(folder), None, None, None
-    from olmoe.weights.checkpoint import Checkpoint, plan
-    from olmoe.weights.quantize import contents_of
+    from olmoe.weights.checkpoint import Checkpoint
+    from olmoe.weights.contents import contents_of
 
     opened = Checkpoint(folder)
     if opened.layout is not None:
         contents = contents_of(opened)
         return name, opened.config, contents.file_bytes, contents.formats, contents
-    plan(opened.config, opened.stored)
-    dtypes = sorted({tensor.dtype for tensor in opened.stored.values()})
-    return name, opened.config, opened.num_bytes, dtypes, None
+    return name, opened.config, opened.num_bytes, opened.dtypes, None
 
 
 def _is_cached(name: str) -> bool:

@@ -13,7 +13,7 @@ from olmoe.weights.recipes import RECIPES
 
 if TYPE_CHECKING:
     from olmoe.analysis.quality import Report
-    from olmoe.weights.quantize import Packed
+    from olmoe.weights.contents import Packed
 
 FORMATS = {name: recipe.summary for name, recipe in RECIPES.items()}
 

@@ -7,7 +7,7 @@ weight is encoded as soon as its tensors are read, so that one layer's experts a
 and norms are no candidates, and `lm_head`, a classifier's `score` and the embeddings stay as transformers
 documents it. bitsandbytes itself is not needed.
 
-A folder that `olmoe quantize` packed loads the same way (`olmoe.weights.packed`): its `quantization_config` names
+A folder that `olmoe quantize` packed loads the same way (`olmoe.weights.packed_file`): its `quantization_config` names
 a format for every matrix, and embeddings and `lm_head` may be packed too.
 
 Nothing is registered with transformers before the first `from_pretrained` of one of our classes, which adds the
@@ -49,8 +49,8 @@ from olmoe.quant import (
     layout_formats,
     make_format,
 )
+from olmoe.quant.swap import pack_modules
 from olmoe.weights.names import DOWN, GATE_UP
-from olmoe.weights.packed import pack_modules
 
 METHOD = "olmoe"
 _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

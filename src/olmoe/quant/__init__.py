@@ -1,9 +1,9 @@
 """Weight formats: how a matrix is encoded into fewer bits, decoded again, and held by modules.
 
 `formats` holds them, one file each, and the registry of their names; `search` chooses better codes and scales for those
-of blocks. `layout` says which format each matrix of a packed checkpoint has, `saved` the same of what `save_pretrained`
-stored in nf4, fp4 or int8. `modules` holds `PackedLinear`, `PackedEmbedding` and `PackedExperts`, which take the places
-of the network's modules and decode what they multiply with, matrix by matrix.
+of blocks. `layout` says which format each matrix of a packed checkpoint has. `modules` holds `PackedLinear`,
+`PackedEmbedding` and `PackedExperts`, which decode what they multiply with, matrix by matrix; `swap` puts them in the
+places of the network's modules.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from olmoe.quant.formats import (
     register_format,
     saved_formats,
 )
-from olmoe.quant.layout import PackedLayout
+from olmoe.quant.layout import Layout, PackedLayout, SavedLayout
 from olmoe.quant.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
-from olmoe.quant.saved import SavedLayout
 
 __all__ = [
     "FORMATS",
@@ -36,6 +35,7 @@ __all__ = [
     "Format",
     "FourBit",
     "Int8",
+    "Layout",
     "PackedEmbedding",
     "PackedExperts",
     "PackedLayout",

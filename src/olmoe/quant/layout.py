@@ -1,26 +1,40 @@
 """Which format each matrix of a packed checkpoint has, as `config.json` says it under `quantization_config`.
 
+`PackedLayout` is that of a folder that `olmoe quantize` wrote:
+
     {"quant_method": "olmoe", "weight_format": "q4_0", "recipe": "int4",
      "overrides": {"lm_head": "q8_0", "model.layers.*.self_attn.v_proj": "q8_0"}}
 
 Keys of `overrides` are names of parameters without a final `.weight`, or patterns of them in which `*` stands for any
 characters. A name that is there itself takes its own format, others that of the longest pattern that fits. "bf16"
 leaves a matrix plain, in whatever floating dtype it is stored.
+
+`SavedLayout` is what `save_pretrained` of the Hugging Face face stores in nf4, fp4 or int8:
+
+    {"quant_method": "olmoe", "weight_format": "nf4", "double_quant": true, "compute_dtype": "bfloat16",
+     "skip_modules": ["lm_head"]}
+
+`skip_modules` are patterns in transformers' own language, so which matrices are packed is taken from the tensors: those
+that have scales beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+
+from olmoe.config_keys import METHOD
 from olmoe.errors import CheckpointError, shown
 from olmoe.quant.formats import PLAIN, Format, layout_formats, make_format, saved_formats
 
-METHOD = "olmoe"
 # More than any checkpoint has matrices or needs letters; a hostile file cannot keep the matcher busy.
 MAX_OVERRIDES, MAX_PATTERN = 4096, 200
+_COMPUTE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SCALES = "_absmax"
 _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype", "skip_modules", "double_quant"}
 
 
@@ -31,6 +45,7 @@ class PackedLayout:
     weight_format: str
     overrides: Mapping[str, str] = field(default_factory=dict)
     recipe: str | None = None  # how the scales were chosen; for people
+    compute_dtype: ClassVar[None] = None  # products are computed in the dtype of hidden states
 
     def __post_init__(self) -> None:
         known = layout_formats()
@@ -63,12 +78,7 @@ class PackedLayout:
                 f"This checkpoint was quantized by {shown(raw.get('quant_method'))}; load the unquantized one and "
                 "pack it with `olmoe quantize`."
             )
-        unknown = sorted(map(str, set(raw) - _KNOWN))
-        if unknown:
-            raise CheckpointError(
-                f"quantization_config holds {shown(unknown[0])}, which this version of olmoe does not know; load the "
-                "checkpoint with the version that wrote it."
-            )
+        _check_known(raw)
         if raw.get("weight_format") in saved_formats():
             raise CheckpointError(
                 f"This checkpoint was saved in {raw['weight_format']} by the Hugging Face face; load it with "
@@ -96,3 +106,53 @@ class PackedLayout:
         name = self.name_of(parameter)
         format = None if name == PLAIN else make_format(name)
         return format if format is not None and format.fits(rows, columns) else None
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """The formats of all matrices: one of `saved_formats()` for those of `packed_names`, the others plain."""
+
+    weight_format: str
+    double_quant: bool
+    compute_dtype: torch.dtype | None  # of products; None: that of hidden states
+    packed_names: frozenset[str]
+    recipe: str | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], tensor_names: Collection[str]) -> SavedLayout:
+        """Read `quantization_config` of a file with those tensors. Raises `CheckpointError` for what is not known."""
+        _check_known(raw)
+        name, double_quant, compute = raw["weight_format"], raw.get("double_quant"), raw.get("compute_dtype")
+        if name not in saved_formats() or double_quant not in (None, False, True) or raw.get("overrides"):
+            raise CheckpointError(
+                f"quantization_config asks for {shown(name)} with double_quant {shown(double_quant)} and overrides "
+                f"{shown(raw.get('overrides'))}, which no version of olmoe saves."
+            )
+        if not isinstance(compute, str | None) or compute not in _COMPUTE_DTYPES:
+            raise CheckpointError(
+                f"compute_dtype {shown(compute)} of quantization_config is none that models compute in."
+            )
+        packed = frozenset(
+            tensor.removesuffix(_SCALES)
+            for tensor in tensor_names
+            if tensor.endswith(_SCALES) and not tensor.endswith("_nested_absmax")
+        )
+        return cls(name, bool(double_quant), _COMPUTE_DTYPES[compute], packed)
+
+    def format_of(self, parameter: str, rows: int, columns: int) -> Format | None:
+        """The format of a matrix of this shape; None where it stays plain."""
+        if parameter not in self.packed_names:
+            return None
+        return make_format(self.weight_format, self.double_quant)
+
+
+Layout = PackedLayout | SavedLayout
+
+
+def _check_known(raw: Mapping[str, Any]) -> None:
+    unknown = sorted(map(str, set(raw) - _KNOWN))
+    if unknown:
+        raise CheckpointError(
+            f"quantization_config holds {shown(unknown[0])}, which this version of olmoe does not know; load the "
+            "checkpoint with the version that wrote it."
+        )

@@ -31,7 +31,8 @@ from olmoe.train.optim import build_optimizer, clip_gradients
 from olmoe.train.run_data import RunData, open_data
 from olmoe.train.run_folder import run_lock
 from olmoe.train.step import Scales, check_finite, microbatches, train_step
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint, export
+from olmoe.weights.checkpoint import Checkpoint
 
 
 class Interrupted(Exception):
@@ -179,7 +180,7 @@ def keep_best(run: Run, score: float) -> None:
     """Save the model as the best one if its score says so, or if nothing is held out."""
     if score < run.progress.best or not run.data.held_out:
         run.progress.best, run.progress.best_step = score, run.progress.step
-        checkpoint.save(run.model, run.output / "best", extra_files=run.data.tokenizer_files, overwrite=True)
+        export.save(run.model, run.output / "best", extra_files=run.data.tokenizer_files, overwrite=True)
 
 
 def save(run: Run) -> Path:
@@ -197,7 +198,7 @@ def report_best(run: Run) -> Path:
     if not state.has_best(run.output):  # removed meanwhile, or before a finished run was resumed
         log.warning("%s is missing; the last state takes its place", best)
         run.progress.best_step = run.progress.step
-        checkpoint.save(run.model, best, extra_files=run.data.tokenizer_files)
+        export.save(run.model, best, extra_files=run.data.tokenizer_files)
     model = checkpoint.load(best, device=run.device)
     final = evaluate_all(model, run.data.held_out + run.data.measured, run.length, 0)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
@@ -215,12 +216,13 @@ def _start(config: TrainConfig, *, resumed: bool) -> CausalLM:
         initialize(model, config.run.seed)
         return model
     folder = start_folder(config.run.initialize_from, config.resolve(config.run.initialize_from))
-    if packed.is_packed(folder):
+    start = Checkpoint.open(folder)
+    if start.layout is not None:
         raise ConfigError(
             f"run.initialize_from {str(folder)!r} is a packed checkpoint, whose weights are rounded; give the one that "
             "it was packed from."
         )
-    weights = checkpoint.load(folder, dtype=torch.float32).state_dict()
+    weights = start.load(dtype=torch.float32).state_dict()
     for name, parameter in model.state_dict().items():
         if name not in weights or weights[name].shape != parameter.shape:
             found = "is not there" if name not in weights else f"has the shape {list(weights[name].shape)}"

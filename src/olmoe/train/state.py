@@ -20,7 +20,7 @@ from olmoe.io.atomic import atomic_folder, write_text
 from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
 from olmoe.train.run_folder import checkpoints, latest
-from olmoe.weights import checkpoint
+from olmoe.weights import checkpoint, export
 
 STATE_NAME = "training_state.pt"
 
@@ -128,7 +128,7 @@ def save_state(
     """Write `checkpoints/step-N` under `folder` and return its path."""
     target = folder / "checkpoints" / f"step-{progress.step:07d}"
     with atomic_folder(target) as temporary:
-        checkpoint.write_model(model, temporary)
+        export.write_model(model, temporary)
         for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         # The fingerprint travels as JSON text, which compares equal after a round trip.

@@ -1,7 +1,7 @@
 """What the tensors of an OLMoE checkpoint are called, and which part of which parameter each of them is. No torch.
 
 The network has the experts of a layer stacked: `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F). In the per-expert
-layout, which the hub holds and `checkpoint.save` writes, every expert has three matrices of its own.
+layout, which the hub holds and `export.save` writes, every expert has three matrices of its own.
 
 Shapes legend: D hidden, E experts, F expert width, V vocabulary.
 """

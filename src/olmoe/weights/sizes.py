@@ -12,7 +12,7 @@ from olmoe.config import ModelConfig
 # Of one block of 32 weights; rows come in groups of 16 (`olmoe.quant.formats.blocks`).
 _BLOCK_BYTES = {"q8_0": 34, "q5_0": 22, "q4_0": 18}
 _BLOCK, _GROUP = 32, 16
-# Recipes of `olmoe.weights.quantize` -> the formats of experts, of attention, and of embeddings and head.
+# Recipes of `olmoe.weights.recipes` -> the formats of experts, of attention, and of embeddings and head.
 PACKED = {
     "int8": ("q8_0", "q8_0", "q8_0"),
     "int4": ("q4_0", "q4_0", "q5_0"),

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from olmoe.config import ModelConfig
 from olmoe.io.tensor_file import TensorFiles
-from olmoe.quant import Format, PackedLayout, SavedLayout
+from olmoe.quant import Format, Layout
 from olmoe.quant.modules import part_name
 from olmoe.weights.names import DOWN, EMBEDDING, EXPERTS, GATE_UP, HEAD, parameter_shapes
-
-Layout = PackedLayout | SavedLayout
 
 # Parameters of a layer in the network's order, which is the order of files.
 _ATTENTION = tuple(f"self_attn.{which}_proj" for which in "qkvo")
@@ -43,6 +41,11 @@ class Row:
     shape: tuple[int, ...]
     experts: int | None
     format: Format | None
+
+    @property
+    def first_expert(self) -> int | None:
+        """0 for a stack, which is read one expert at a time; None for others."""
+        return None if self.experts is None else 0
 
     @property
     def weights(self) -> int:

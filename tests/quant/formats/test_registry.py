@@ -14,13 +14,15 @@ from olmoe.quant import PackedLayout, PackedModule
 from olmoe.quant.formats import CODES, FORMATS, Format, layout_formats, make_format, register_format, saved_formats
 from olmoe.quant.formats import registry as registry_module
 from olmoe.runner import TorchRunner, make_runner
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint
+from olmoe.weights.checkpoint import open_source
+from olmoe.weights.contents import contents_of
 from olmoe.weights.gguf.source import GGUFSource
 from olmoe.weights.gguf.to_folder import to_folder
 from olmoe.weights.gguf.to_gguf import to_gguf
-from olmoe.weights.quantize import contents_of, pack
+from olmoe.weights.quantize import pack
 from olmoe.weights.recipes import Recipe
-from olmoe.weights.source import FolderSource, load_model
+from olmoe.weights.source import load_model
 from packed_folders import WHOLE, decoded, plain_folder
 from runner_calls import chunked, prompt
 
@@ -71,7 +73,7 @@ def folders(toy, tmp_path, tokenizer_file):
     """An ordinary checkpoint, and what packing makes of it in the toy format, along a forward pass."""
     plain = plain_folder(tmp_path / "plain", tokenizer_file, **WHOLE)
     windows = torch.randint(0, 320, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    written = pack(FolderSource(plain), tmp_path / "packed", RECIPE, windows)
+    written = pack(open_source(plain), tmp_path / "packed", RECIPE, windows)
     assert written.kinds["experts, down"][0] == "sign2"
     return plain, tmp_path / "packed"
 
@@ -125,7 +127,7 @@ def test_packing_writes_what_the_format_encodes(toy, folders):
     opened = checkpoint.Checkpoint(folders[1])
     assert opened.config == plain.config
     assert contents_of(opened).formats == ["bfloat16", "q8_0", "sign2"]
-    loaded = load_model(FolderSource(folders[1]), torch.float32)
+    loaded = load_model(open_source(folders[1]), torch.float32)
     for name, parameter in decoded(folder).named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
 
@@ -179,7 +181,7 @@ def test_generation_reports_and_other_faces(folders, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = checkpoint.load(tmp_path / "saved")
     assert isinstance(again.model.layers[0].mlp.experts.formats["down_proj"], SignScale)
-    assert packed.is_packed(tmp_path / "saved")
+    assert checkpoint.Checkpoint(tmp_path / "saved").layout is not None
 
 
 def test_gguf_gets_the_decoded_values(folders, tmp_path):

@@ -8,8 +8,8 @@ import gguf
 import pytest
 
 from configurations import small_config
-from olmoe.weights.checkpoint import parameter_shapes
 from olmoe.weights.gguf.names import tensor_names, tensor_shapes
+from olmoe.weights.names import parameter_shapes
 
 
 def test_names_are_those_that_llama_cpp_knows():

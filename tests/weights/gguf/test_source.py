@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType, quants
 from gguf_files import tiny_config, write_tiny
 from olmoe.errors import CheckpointError, TokenizerError
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights.checkpoint import parameter_shapes
 from olmoe.weights.gguf.reader import GGUFFile
 from olmoe.weights.gguf.source import GGUFSource
+from olmoe.weights.names import parameter_shapes
 from olmoe.weights.source import BlockSource
 from sentences import refused
 

@@ -13,11 +13,11 @@ from gguf_files import save_folder, write_tiny
 from olmoe.errors import CheckpointError, TokenizerError, UserError
 from olmoe.io.tensor_file import TensorWriter
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights import checkpoint
-from olmoe.weights.checkpoint import parameter_shapes
+from olmoe.weights import checkpoint, export, hf_folder
 from olmoe.weights.gguf.source import GGUFSource
 from olmoe.weights.gguf.to_folder import to_folder
 from olmoe.weights.gguf.to_gguf import to_gguf
+from olmoe.weights.names import parameter_shapes
 from sentences import refused
 
 
@@ -40,7 +40,7 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path, tokenizer_file):
     to_folder(GGUFSource(tmp_path / "x.gguf"), tmp_path / "out")
     first, second = checkpoint.load(folder), checkpoint.load(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert checkpoint.read_headers(folder).keys() == checkpoint.read_headers(tmp_path / "out").keys()
+    assert hf_folder.read_headers(folder).keys() == hf_folder.read_headers(tmp_path / "out").keys()
     for name in ("config.json", "generation_config.json"):
         before, after = (json.loads((f / name).read_text()) for f in (folder, tmp_path / "out"))
         assert before | {"initializer_range": 0.02} == after | {"initializer_range": 0.02}
@@ -67,7 +67,7 @@ def test_shards_are_cut_like_those_of_a_saved_model(tmp_path):
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
     assert index["metadata"]["total_size"] == 2 * source.config.num_parameters
-    checkpoint.save(checkpoint.load(tmp_path / "out"), tmp_path / "saved", max_shard_bytes=10_000)
+    export.save(checkpoint.load(tmp_path / "out"), tmp_path / "saved", max_shard_bytes=10_000)
     assert json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())["weight_map"].keys() == (
         index["weight_map"].keys()
     )

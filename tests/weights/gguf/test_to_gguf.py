@@ -16,10 +16,12 @@ from gguf_files import save_folder
 from olmoe.errors import CheckpointError, ConfigError, TokenizerError, UserError
 from olmoe.quant.formats import Q4_0
 from olmoe.weights import checkpoint
+from olmoe.weights.checkpoint import open_source
 from olmoe.weights.gguf.source import GGUFSource
 from olmoe.weights.gguf.to_gguf import FILE_TYPES, to_gguf
-from olmoe.weights.quantize import Recipe, pack
-from olmoe.weights.source import FolderSource
+from olmoe.weights.names import parameter_shapes
+from olmoe.weights.quantize import pack
+from olmoe.weights.recipes import Recipe
 from sentences import refused
 
 WIDE = {"hidden_size": 64, "intermediate_size": 32}
@@ -31,7 +33,7 @@ def folder(tmp_path_factory, tokenizer_file):
 
 
 def all_parameters(config):
-    for parameter, shape in checkpoint.parameter_shapes(config).items():
+    for parameter, shape in parameter_shapes(config).items():
         for expert in range(shape[0]) if len(shape) == 3 else [None]:
             yield parameter, expert
 
@@ -50,7 +52,7 @@ def test_types_of_tensors(folder, tmp_path, name):
 
 def test_full_precision_is_kept(folder, tmp_path):
     to_gguf(folder, tmp_path / "x.gguf", "f32")
-    source, original = GGUFSource(tmp_path / "x.gguf"), FolderSource(folder)
+    source, original = GGUFSource(tmp_path / "x.gguf"), open_source(folder)
     for parameter, expert in all_parameters(source.config):
         assert torch.equal(source.read(parameter, expert), original.read(parameter, expert))
 
@@ -58,7 +60,7 @@ def test_full_precision_is_kept(folder, tmp_path):
 def test_bf16_is_the_default_and_exact_for_bf16_checkpoints(tmp_path, tokenizer_file):
     folder = save_folder(make_model(**WIDE), tmp_path / "model", tokenizer_file, dtype=torch.bfloat16)
     to_gguf(folder, tmp_path / "x.gguf")
-    source, original = GGUFSource(tmp_path / "x.gguf"), FolderSource(folder)
+    source, original = GGUFSource(tmp_path / "x.gguf"), open_source(folder)
     assert source.file.metadata["general.file_type"] == FILE_TYPES["bf16"]
     for parameter, expert in all_parameters(source.config):
         assert torch.equal(source.read(parameter, expert).float(), original.read(parameter, expert).float())
@@ -96,13 +98,13 @@ def packed_folder(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Q4_0, "quantize", quantize)
         recipe = Recipe(name="mixed", weight_format="q4_0", overrides={"model.embed_tokens": "q8_0", "lm_head": "q5_0"})
-        pack(FolderSource(folder), target, recipe)
+        pack(open_source(folder), target, recipe)
     return target
 
 
 def test_packed_folders_keep_every_value(packed_folder, tmp_path):
     to_gguf(packed_folder, tmp_path / "x.gguf")
-    source, original = GGUFSource(tmp_path / "x.gguf"), FolderSource(packed_folder)
+    source, original = GGUFSource(tmp_path / "x.gguf"), open_source(packed_folder)
     for parameter, expert in all_parameters(source.config):
         assert torch.equal(source.read(parameter, expert), original.read(parameter, expert).float()), parameter
     assert source.stored_as("model.embed_tokens.weight") == ("Q8_0",)
@@ -113,7 +115,7 @@ def test_packed_folders_keep_every_value(packed_folder, tmp_path):
 
 def test_packed_folders_can_be_given_another_type(packed_folder, tmp_path):
     to_gguf(packed_folder, tmp_path / "x.gguf", "f32")
-    source, original = GGUFSource(tmp_path / "x.gguf"), FolderSource(packed_folder)
+    source, original = GGUFSource(tmp_path / "x.gguf"), open_source(packed_folder)
     assert torch.equal(source.read("lm_head.weight"), original.read("lm_head.weight"))
 
 

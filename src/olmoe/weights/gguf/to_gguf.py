@@ -9,16 +9,15 @@ from pathlib import Path
 from olmoe.io import targets
 from olmoe.io.text_file import read_text
 from olmoe.tokenizer import Tokenizer
-from olmoe.weights import packed
+from olmoe.weights.checkpoint import open_source
 from olmoe.weights.gguf import metadata as keys
 from olmoe.weights.gguf import tokenizer as vocabulary
 from olmoe.weights.gguf.block_types import BY_NAME, BlockType, Bytes
 from olmoe.weights.gguf.encode import BLOCKS, encode, fitting
 from olmoe.weights.gguf.names import DOWN, EMBEDDING, GATE_UP, HEAD, tensor_names, tensor_shapes
-from olmoe.weights.gguf.packed_source import PackedSource
 from olmoe.weights.gguf.reader import Value
 from olmoe.weights.gguf.writer import PlannedTensor, write
-from olmoe.weights.source import FolderSource
+from olmoe.weights.source import BlockSource, WeightSource
 
 # Types of matrices that can be asked for -> general.file_type, llama.cpp's number for "mostly this".
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
@@ -55,7 +54,7 @@ def to_gguf(
     `UserError` if the disk is full, or if `target` exists and is not a file to `overwrite`.
     """
     targets.check_file(target, overwrite=overwrite, source=folder)
-    source = PackedSource(folder) if packed.is_packed(folder) else FolderSource(folder)
+    source = open_source(folder)
     config = source.config
     tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
     pieces = _plan(source, type_name)
@@ -84,7 +83,7 @@ def to_gguf(
     write(target, metadata, [piece.tensor for piece in pieces], counted())
 
 
-def _plan(source: FolderSource, type_name: str | None) -> list[_Piece]:
+def _plan(source: WeightSource, type_name: str | None) -> list[_Piece]:
     """Which tensors the file holds, each with its type and where its values come from."""
     config = source.config
     shapes = tensor_shapes(config)
@@ -106,20 +105,20 @@ def _plan(source: FolderSource, type_name: str | None) -> list[_Piece]:
     return pieces
 
 
-def _kind_of(source: FolderSource, parameter: str, shape: tuple[int, ...], type_name: str | None) -> BlockType:
+def _kind_of(source: WeightSource, parameter: str, shape: tuple[int, ...], type_name: str | None) -> BlockType:
     if len(shape) == 1 or parameter.endswith("mlp.gate.weight"):
         return BY_NAME["F32"]
     if type_name is not None:
         return BY_NAME[type_name.upper()]
-    stored = source.stored_as(parameter) if isinstance(source, PackedSource) else ()
+    stored = source.stored_as(parameter) if isinstance(source, BlockSource) else ()
     return BY_NAME[stored[0] if stored and stored[0] in BLOCKS else "BF16"]
 
 
-def _data(source: FolderSource, piece: _Piece) -> Iterator[Bytes]:
+def _data(source: WeightSource, piece: _Piece) -> Iterator[Bytes]:
     """The tensor's bytes, expert by expert where it is a stack."""
     kind, shape = piece.tensor.kind, piece.tensor.shape
     rows = slice(piece.first_row, piece.first_row + shape[-2]) if len(shape) > 1 else slice(None)
-    stored = source if isinstance(source, PackedSource) and kind.name in BLOCKS else None
+    stored = source if isinstance(source, BlockSource) and kind.name in BLOCKS else None
     for expert in [None] if piece.experts is None else range(piece.experts):
         if stored is not None and stored.stored_as(piece.parameter) == (kind.name,):
             yield stored.blocks(piece.parameter, expert)[rows]

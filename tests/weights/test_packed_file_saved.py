@@ -15,10 +15,11 @@ from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import CheckpointError
 from olmoe.model import causal_attend, set_backend
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint, packed_file
+from olmoe.weights.checkpoint import open_source
 from olmoe.weights.gguf.to_gguf import to_gguf
-from olmoe.weights.quantize import RECIPES, pack
-from olmoe.weights.source import FolderSource
+from olmoe.weights.quantize import pack
+from olmoe.weights.recipes import RECIPES
 from packed_folders import WHOLE, packed_folder, plain_folder
 from sentences import refused
 
@@ -81,7 +82,7 @@ def test_shards_of_a_packed_folder_are_the_folder(tmp_path, tied):
     whole = packed_folder(tmp_path / "m", "int4", tie_word_embeddings=tied, **WHOLE)
     model = olmoe.OlmoeForCausalLM.from_pretrained(whole)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert not (tmp_path / "shards" / packed.FILE_NAME).exists()
+    assert not (tmp_path / "shards" / packed_file.FILE_NAME).exists()
     assert torch.equal(ours(tmp_path / "shards"), ours(whole))
     assert torch.equal(ours(tmp_path / "shards", torch.bfloat16), ours(whole, torch.bfloat16))
 
@@ -91,7 +92,7 @@ def test_every_command_reads_it(tmp_path, tokenizer_file, capsys, wish):
     plain = plain_folder(tmp_path / "plain", tokenizer_file, **WHOLE)
     if wish == "shards":
         folder = tmp_path / "m"
-        pack(FolderSource(plain), tmp_path / "whole", RECIPES["int8"])
+        pack(open_source(plain), tmp_path / "whole", RECIPES["int8"])
         model = olmoe.OlmoeForCausalLM.from_pretrained(tmp_path / "whole")
         model.save_pretrained(folder, max_shard_size="20KB")
         shutil.copy(tokenizer_file, folder)
@@ -120,11 +121,11 @@ def test_every_command_reads_it(tmp_path, tokenizer_file, capsys, wish):
 def test_a_tied_packed_folder_may_call_its_matrix_lm_head(tmp_path):
     folder = packed_folder(tmp_path / "m", "int4", tie_word_embeddings=True, **WHOLE)
     expected = ours(folder)
-    tensors = load_file(folder / packed.FILE_NAME)
+    tensors = load_file(folder / packed_file.FILE_NAME)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, folder / packed.FILE_NAME)
+    save_file(tensors, folder / packed_file.FILE_NAME)
     assert torch.equal(ours(folder), expected)
-    source = FolderSource(folder)
+    source = open_source(folder)
     assert source.read("model.embed_tokens.weight").shape == (320, 32)
 
 

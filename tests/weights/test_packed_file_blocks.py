@@ -10,10 +10,12 @@ from conftest import make_model
 from gguf_files import save_folder
 from olmoe.quant.formats import Q4_0
 from olmoe.weights import quantize
+from olmoe.weights.checkpoint import open_source
 from olmoe.weights.gguf.block_types import BY_NAME, dequantize
 from olmoe.weights.gguf.encode import encode
-from olmoe.weights.gguf.packed_source import PackedSource
-from olmoe.weights.source import BlockSource, FolderSource
+from olmoe.weights.packed_file import PackedFile
+from olmoe.weights.recipes import Recipe
+from olmoe.weights.source import BlockSource
 
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 DOWN = "model.layers.1.mlp.experts.down_proj"  # 12 columns: no whole blocks
@@ -21,19 +23,19 @@ QUERY, KEY = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, tokenizer_file) -> PackedSource:
+def source(tmp_path_factory, tokenizer_file) -> PackedFile:
     """Mixed formats, with scales that the reference quantizer would not choose."""
     root = tmp_path_factory.mktemp("packed")
     save_folder(make_model(), root / "plain", tokenizer_file)
-    recipe = quantize.Recipe(
+    recipe = Recipe(
         name="mixed",
         weight_format="q4_0",
         overrides={"model.layers.*.self_attn.q_proj": "q8_0", "*.k_proj": "bf16"},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Q4_0, "quantize", quantize_with_smaller_scales)
-        quantize.pack(FolderSource(root / "plain"), root / "packed", recipe)
-    return PackedSource(root / "packed")
+        quantize.pack(open_source(root / "plain"), root / "packed", recipe)
+    return PackedFile(root / "packed")
 
 
 def quantize_with_smaller_scales(self, blocks):

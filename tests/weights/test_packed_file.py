@@ -19,7 +19,7 @@ from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.io.tensor_file import Entry, TensorFile
 from olmoe.model import CausalLM, Experts, Linear, causal_attend, set_backend
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLayout, PackedLinear
-from olmoe.weights import checkpoint, packed
+from olmoe.weights import checkpoint, export, packed_file
 from olmoe.weights.table import TensorTable
 from packed_folders import WHOLE, decoded, packed_folder
 
@@ -71,7 +71,7 @@ def test_modules_are_packed_where_shapes_allow(tmp_path):
     assert model.lm_head.formats["weight"].name == "q5_0"
     assert layer.mlp.experts.formats["gate_up_proj"].name == "q4_0"
     assert layer.mlp.gate.weight.dtype == torch.float32
-    plain = packed.build(small_config(hidden_size=40), PackedLayout("q4_0", {"lm_head": "bf16"}))
+    plain = packed_file.build(small_config(hidden_size=40), PackedLayout("q4_0", {"lm_head": "bf16"}))
     assert type(plain.lm_head) is Linear
     assert type(plain.model.layers[0].mlp.experts) is Experts
     assert type(plain.model.embed_tokens) is torch.nn.Embedding
@@ -81,7 +81,7 @@ def test_packed_tensors_are_aligned_views_of_the_file(folder):
     model = checkpoint.load(folder)
     codes = {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert len(codes) == 2 + 2 * 6
-    entries = TensorFile(folder / packed.FILE_NAME).entries
+    entries = TensorFile(folder / packed_file.FILE_NAME).entries
     bases = {p.data_ptr() - entries[name].start for name, p in codes.items()}
     assert len(bases) == 1  # all of them lie in one map as they lie in the file
     for name, p in codes.items():
@@ -102,12 +102,12 @@ def test_loading_reads_no_weights(folder, tmp_path):
     )
     config = small_config(hidden_size=256, intermediate_size=512, num_experts=64, num_hidden_layers=2)
     layout = PackedLayout("q8_0")
-    tensors = packed.file_tensors(TensorTable(config, layout), torch.bfloat16)
-    with packed.writer(tmp_path / packed.FILE_NAME, tensors) as writer:
+    tensors = packed_file.file_tensors(TensorTable(config, layout), torch.bfloat16)
+    with packed_file.writer(tmp_path / packed_file.FILE_NAME, tensors) as writer:
         for name, (shape, dtype) in tensors.items():
             writer.write(name, torch.zeros(shape, dtype=dtype))
-    (tmp_path / "config.json").write_text(packed.config_text(config, layout, torch.bfloat16))
-    size = (tmp_path / packed.FILE_NAME).stat().st_size
+    (tmp_path / "config.json").write_text(packed_file.config_text(config, layout, torch.bfloat16))
+    size = (tmp_path / packed_file.FILE_NAME).stat().st_size
     assert size > 50e6
     done = subprocess.run([sys.executable, "-c", code, tmp_path, folder], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 0.1 * size
@@ -143,7 +143,7 @@ def test_the_engine_generates_from_a_packed_folder(tmp_path, tokenizer_file, dty
 
 def test_a_packed_model_is_not_saved_as_an_ordinary_one(folder, tmp_path):
     with pytest.raises(CheckpointError, match="A packed model is not written again; copy its folder"):
-        checkpoint.save(checkpoint.load(folder), tmp_path / "again")
+        export.save(checkpoint.load(folder), tmp_path / "again")
     assert not list(tmp_path.iterdir())
 
 
@@ -191,7 +191,7 @@ def test_configurations_that_contradict_the_file(copy, change, sentence):
 
 
 def test_files_that_are_missing_or_of_another_model(copy, folder):
-    (copy / packed.FILE_NAME).unlink()
+    (copy / packed_file.FILE_NAME).unlink()
     with pytest.raises(CheckpointError, match="There is no file"):
         checkpoint.load(copy)
     (copy / "config.json").write_text("{")
@@ -203,21 +203,22 @@ def test_files_that_are_missing_or_of_another_model(copy, folder):
 
 
 def test_tensors_of_another_dtype(folder):
-    config, layout = packed.read_layout(folder)
-    entries = TensorFile(folder / packed.FILE_NAME).entries
+    opened = packed_file.PackedFile(folder)
+    config, layout = opened.config, opened.layout
+    entries = TensorFile(folder / packed_file.FILE_NAME).entries
     for name, dtype, wanted in (("model.norm.weight", "I8", "F32 or F16 or BF16"), ("lm_head.weight", "I8", "U8")):
         changed = entries | {name: Entry(entries[name].start, entries[name].end, dtype, entries[name].shape)}
         with pytest.raises(CheckpointError, match=f"'{name}' is stored as I8, but config.json makes it {wanted}"):
-            packed.check(config, layout, changed, folder / packed.FILE_NAME)
+            packed_file.check(config, layout, changed, folder / packed_file.FILE_NAME)
 
 
 def test_mutated_folders_are_refused_with_a_sentence_or_compute(copy):
     """Some mutations only change weights; such a model must still run. See also test_tensor_file.py."""
-    raw = (copy / packed.FILE_NAME).read_bytes()
+    raw = (copy / packed_file.FILE_NAME).read_bytes()
     text = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
     rng, refused = random.Random(1), 0
     for case in range(400):
-        (copy / packed.FILE_NAME).write_bytes(mutate(raw, text, rng))
+        (copy / packed_file.FILE_NAME).write_bytes(mutate(raw, text, rng))
         try:
             model = checkpoint.load(copy)
         except UserError as error:
@@ -230,7 +231,7 @@ def test_mutated_folders_are_refused_with_a_sentence_or_compute(copy):
 
 
 def test_the_model_without_values_costs_nothing():
-    model = packed.build(small_config(vocab_size=2**30), PackedLayout("q4_0"))
+    model = packed_file.build(small_config(vocab_size=2**30), PackedLayout("q4_0"))
     assert isinstance(model, CausalLM)
     assert all(p.is_meta for p in model.parameters())
 
