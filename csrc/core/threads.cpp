@@ -27,7 +27,7 @@ inline void relax() {
 
 constexpr int kSpins = 2000;              // some 20 to 50 microseconds
 constexpr int kPieces = 3;                // a thread takes this part of its share of what is left
-constexpr int kKept = 1;                  // so many pieces for each thread are not taken ahead
+constexpr int kKept = 1;                  // so many tasks for each thread are not taken ahead
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
 constexpr int kYields = 1000;             // other threads that want this core get it here
 
@@ -37,7 +37,7 @@ int wanted = 0;
 
 #ifdef OLMOE_FORKS
 // A child has only the thread that forked: no locks may be held by others, and the pool's threads are gone.
-void watch_forks() {
+void handle_forks() {
   static const int registered = pthread_atfork(
       [] {
         one_at_a_time().lock();
@@ -55,7 +55,7 @@ void watch_forks() {
   (void)registered;
 }
 #else
-void watch_forks() {}
+void handle_forks() {}
 #endif
 
 int available() {
@@ -79,7 +79,7 @@ ThreadPool::~ThreadPool() {
   for (auto& helper : helpers_) helper.join();
 }
 
-void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
+void ThreadPool::run_tasks(int count, int grain, Call call, const void* work) {
   const uint32_t job = announced_.load(std::memory_order_relaxed) + 1;
   // Closed before it is described: a helper that still looks at the job before this one must not read the new count
   // with the old claim, and take what that job never had. Who reads the count sees this too.
@@ -90,17 +90,17 @@ void ThreadPool::run_pieces(int count, int grain, Call call, const void* work) {
   claim_.store(uint64_t(job) << 32, std::memory_order_release);
   announced_.store(job, std::memory_order_release);
   announced_.notify_all();
-  work_on_pieces(job);
+  work_on_tasks(job);
   for (int spins = 0; done_.load(std::memory_order_acquire) != count; spins++) {
     if (spins < kSpins)
       relax();
     else
-      std::this_thread::yield();  // whoever has the last piece may be waiting for a core
+      std::this_thread::yield();  // whoever has the last task may be waiting for a core
   }
 }
 
-bool ThreadPool::take_piece(uint32_t job, int& begin, int& end) {
-  // Long pieces first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all
+bool ThreadPool::take_task(uint32_t job, int& begin, int& end) {
+  // Long tasks first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all
   // threads end together.
   const int share = kPieces * threads();
   uint64_t claim = claim_.load(std::memory_order_acquire);
@@ -116,21 +116,21 @@ bool ThreadPool::take_piece(uint32_t job, int& begin, int& end) {
   return false;
 }
 
-void ThreadPool::work_on_pieces(uint32_t job) {
+void ThreadPool::work_on_tasks(uint32_t job) {
   int begin, end, next = -1, next_end = 0;
-  if (!take_piece(job, begin, end)) return;
-  // These belong to the job, which is not over before this thread's piece is done.
+  if (!take_task(job, begin, end)) return;
+  // These belong to the job, which is not over before this thread's task is done.
   const Call call = call_.load(std::memory_order_relaxed);
   const void* work = work_.load(std::memory_order_relaxed);
   const int count = count_.load(std::memory_order_relaxed);
   for (bool more = true; more; begin = next, end = next_end) {
-    // The next piece is taken before this one is done, so that it can be fetched meanwhile; not the last ones, which an
+    // The next task is taken before this one is done, so that it can be fetched meanwhile; not the last ones, which an
     // idle thread should get.
     const int left = count - int(uint32_t(claim_.load(std::memory_order_relaxed)));
-    const bool ahead = left > kKept * threads() && take_piece(job, next, next_end);
+    const bool ahead = left > kKept * threads() && take_task(job, next, next_end);
     call(work, begin, end, ahead ? next : -1);
     done_.fetch_add(end - begin, std::memory_order_release);
-    more = ahead || take_piece(job, next, next_end);
+    more = ahead || take_task(job, next, next_end);
   }
 }
 
@@ -151,7 +151,7 @@ void ThreadPool::help() {
     }
     seen = now;
     if (stopping_.load(std::memory_order_relaxed)) return;
-    work_on_pieces(now);
+    work_on_tasks(now);
   }
 }
 
@@ -161,7 +161,7 @@ std::mutex& one_at_a_time() {
 }
 
 ThreadPool& pool() {
-  watch_forks();
+  handle_forks();
   std::lock_guard lock(pool_mutex);
   const int threads = wanted > 0 ? wanted : available();
   if (!current || current->threads() != threads) {

@@ -20,9 +20,9 @@ class ThreadPool {
 
   int threads() const { return int(helpers_.size()) + 1; }
 
-  // Run `work(begin, end, next)` over [0, count) in pieces of at least `grain`, which threads take as they become free.
-  // Which thread takes a piece is not fixed, so a piece must write only what is its own. `next` is where this thread
-  // goes on after this piece, so that it can fetch what it needs there, or -1.
+  // Run `work(begin, end, next)` over [0, count) in tasks of at least `grain` items, which threads take as they become
+  // free. Which thread runs a task is not fixed, so a task must write only what is its own. `next` is where this thread
+  // goes on after this task, so that it can fetch what it needs there, or -1.
   template <typename Work>
   void run(int count, int grain, const Work& work) {
     if (count <= 0) return;
@@ -30,7 +30,7 @@ class ThreadPool {
       work(0, count, -1);
       return;
     }
-    run_pieces(
+    run_tasks(
         count, grain,
         [](const void* w, int begin, int end, int next) { (*static_cast<const Work*>(w))(begin, end, next); }, &work);
   }
@@ -52,14 +52,14 @@ class ThreadPool {
 
  private:
   using Call = void (*)(const void* work, int begin, int end, int next);
-  void run_pieces(int count, int grain, Call call, const void* work);
-  bool take_piece(uint32_t job, int& begin, int& end);
-  void work_on_pieces(uint32_t job);
+  void run_tasks(int count, int grain, Call call, const void* work);
+  bool take_task(uint32_t job, int& begin, int& end);
+  void work_on_tasks(uint32_t job);
   void help();
 
   std::vector<std::thread> helpers_;
   bool alone_ = false;  // of the calling thread alone
-  // One job at a time. Whoever takes a piece changes `claim_`, the number of the job and the first item that nobody has
+  // One job at a time. Whoever takes a task changes `claim_`, the number of the job and the first item that nobody has
   // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over,
   // and nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it
   // is.

@@ -1,10 +1,11 @@
-// What is known of each packed format, in one trait each: everything else asks here. A new format is a number in
-// `Type`, a trait, its line in `with_packed`, and, where an instruction set has a faster way to its codes than `code`,
-// an `unpack` there (isa/*/packed.h).
+// What is known of each packed format, in one trait each: everything else asks here, Python included, which reads
+// names, types and bytes of blocks from the extension. A new format is a number in `Type`, a trait, its place in
+// `kPackedTypes` and `with_packed`, and, where an instruction set has a faster way to its codes than `code`, an
+// `unpack` there (isa/*/packed_tiles.h).
 //
 // A block of a group is kGroup rows of kBlock columns of unsigned codes, the value of a code c being c - zero. Formats
 // of 4 and 5 bits have the codes of columns 4j..4j+3 in the lower and of columns 16+4j..16+4j+3 in the upper halves of
-// bytes 64j + 4 * row + 0..3 from kNibblesAt on; olmoe/quant/blocks.py says the same.
+// bytes 64j + 4 * row + 0..3 from kNibblesAt on; olmoe/quant/formats/blocks.py says the same.
 #pragma once
 
 #include <cstddef>
@@ -28,6 +29,7 @@ struct PackedOf {
   static constexpr int kZero = 1 << (BITS - 1);
   static constexpr int kCodeBytes = kGroup * kBlock * BITS / 8;  // of one block of a group
   static constexpr int kScaleBytes = 2 * kGroup;
+  static constexpr int kBlockBytes = (kCodeBytes + kScaleBytes) / kGroup;  // of one row, as in GGUF
   static constexpr size_t group_bytes(int blocks) { return size_t(blocks) * (kCodeBytes + kScaleBytes); }
 };
 
@@ -42,6 +44,7 @@ struct Packed;
 
 template <>
 struct Packed<Type::kQ8> : PackedOf<Type::kQ8, 8> {
+  static constexpr const char* kName = "q8_0";
   static constexpr int code(const uint8_t* block, int row, int column) {
     return block[64 * (column / 4) + 4 * row + column % 4];
   }
@@ -49,6 +52,7 @@ struct Packed<Type::kQ8> : PackedOf<Type::kQ8, 8> {
 
 template <>
 struct Packed<Type::kQ4> : PackedOf<Type::kQ4, 4> {
+  static constexpr const char* kName = "q4_0";
   static constexpr int kNibblesAt = 0;
   static constexpr int code(const uint8_t* block, int row, int column) { return nibble(block, row, column); }
 };
@@ -57,6 +61,7 @@ struct Packed<Type::kQ4> : PackedOf<Type::kQ4, 4> {
 // them.
 template <>
 struct Packed<Type::kQ5> : PackedOf<Type::kQ5, 5> {
+  static constexpr const char* kName = "q5_0";
   static constexpr int kNibblesAt = 64;
   static constexpr int code(const uint8_t* block, int row, int column) {
     const int bit = 4 * row + column % 4;
@@ -64,6 +69,8 @@ struct Packed<Type::kQ5> : PackedOf<Type::kQ5, 5> {
     return nibble(block + kNibblesAt, row, column) | fifth << 4;
   }
 };
+
+constexpr Type kPackedTypes[] = {Type::kQ8, Type::kQ4, Type::kQ5};
 
 // f.operator()<Packed<T>>() for a packed type that is known only now.
 template <typename Function>

@@ -122,13 +122,13 @@ struct Kernels {
   void (*block_sums)(const float* x, int n, double* sums);
   // The largest of each kMaxBlock values that follow each other.
   void (*block_maxima)(const float* x, int n, float* maxima);
-  // The number of values of at least `least`; their places, rising, are written to `ids`, which has room for
+  // The number of values of at least `least`; their indices, rising, are written to `ids`, which has room for
   // n + kSlack.
   int (*at_least)(const float* x, int n, float least, int* ids);
   // Numbers below kDigits that rise as x falls, from 0 for `top`, which none exceeds: the upper bits of
   // 1 + (top - x) * scale. With a scale of 1 they tell apart what is 1/32 apart, or less, down to 15 below the top.
   void (*digits_below)(const float* x, int n, float top, float scale, uint16_t* digits);
-  // As at_least, of the places where `digits` has this one.
+  // As at_least, of the indices where `digits` has this one.
   int (*with_digit)(const uint16_t* digits, int n, int digit, int* ids);
 };
 

@@ -50,11 +50,11 @@ void encode(const Matrix& m, const float* factor, Type type, uint8_t* out) {
     for (int panel = begin; panel < end; panel++) {
       const int rows = std::min(kPanel, m.rows - panel * kPanel);
       const uint8_t* weight = m.data + size_t(panel) * kPanel * row_bytes;
-      uint8_t* place = out + panel * panel_bytes;
+      uint8_t* target = out + panel * panel_bytes;
       if (factor)
-        k.compensate(weight, m.type, rows, m.columns, packed, type, place, scratch);
+        k.compensate(weight, m.type, rows, m.columns, packed, type, target, scratch);
       else
-        k.search(weight, m.type, rows, m.columns, type, place);
+        k.search(weight, m.type, rows, m.columns, type, target);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Activations in the form a matrix wants, and the product with one matrix.
+// Activations as a matrix wants them, and the product with one matrix.
 #include <algorithm>
 
 #include "ops.h"
@@ -36,13 +36,13 @@ void Activations::reserve(const Matrix& m, int tokens) {
 }
 
 void Activations::put(int row, int column, const float* x, int count) {
-  uint8_t* place = const_cast<uint8_t*>(reinterpret_cast<const uint8_t*>(rows_[row].blocks));
+  uint8_t* target = const_cast<uint8_t*>(reinterpret_cast<const uint8_t*>(rows_[row].blocks));
   if (packed_) {
-    kernels().quantize(x, count, zero_, reinterpret_cast<ActivationBlock*>(place) + column / kBlock);
+    kernels().quantize(x, count, zero_, reinterpret_cast<ActivationBlock*>(target) + column / kBlock);
   } else if (bf16_) {
-    kernels().store(x, count, Type::kBF16, reinterpret_cast<uint16_t*>(place) + column);
+    kernels().store(x, count, Type::kBF16, reinterpret_cast<uint16_t*>(target) + column);
   } else {
-    std::copy_n(x, count, reinterpret_cast<float*>(place) + column);
+    std::copy_n(x, count, reinterpret_cast<float*>(target) + column);
     if (split_) kernels().split_lanes(x, column, count, columns_, const_cast<float*>(rows_[row].lanes));
   }
 }
@@ -76,28 +76,28 @@ void linear(std::initializer_list<Product> products, const Activations& x) {
   const Matrix& first = *products.begin()->m;
   const int tokens = x.tokens(), block = token_block(first);
   const int token_blocks = (tokens + block - 1) / block;
-  // Few rows, as a router has them, would make one piece for one thread.
+  // Few rows, as a router has them, would make one task for one thread.
   auto band_of = [](const Matrix& m) { return m.rows <= 4 * kBand ? kGroup : kBand; };
   auto bands_of = [&](const Matrix& m) { return (m.rows + band_of(m) - 1) / band_of(m); };
   int bands = 0;
   for (const Product& product : products) bands += bands_of(*product.m);
-  // Pieces of about 64 kB of weights: small enough to share out evenly, large enough to stream.
+  // Tasks of about 64 kB of weights: small enough to share out evenly, large enough to stream.
   const int grain = std::max(1, int((1 << 14) / first.group_bytes()));
   // The product and the first row of a band.
-  auto place = [&](int band) {
+  auto locate = [&](int band) {
     const Product* product = products.begin();
     for (; band >= bands_of(*product->m); product++) band -= bands_of(*product->m);
     return std::pair(product, band * band_of(*product->m));
   };
   pool().run(bands * token_blocks, grain, [&](int begin, int end, int next) {
-    for (int piece = begin; piece < end; piece++) {
-      const auto [product, r0] = place(piece % bands);
+    for (int task = begin; task < end; task++) {
+      const auto [product, r0] = locate(task % bands);
       const auto& [m, bias, add, y, ld] = *product;
       const int rows = std::min(band_of(*m), m->rows - r0);
-      const int t0 = piece / bands * block, count = std::min(block, tokens - t0);
+      const int t0 = task / bands * block, count = std::min(block, tokens - t0);
       const uint8_t* after = nullptr;
-      if (const int following = piece + 1 < end ? piece + 1 : next; following >= 0) {
-        const auto [other, row] = place(following % bands);
+      if (const int following = task + 1 < end ? task + 1 : next; following >= 0) {
+        const auto [other, row] = locate(following % bands);
         after = other->m->group(0, row / kGroup);
       }
       multiply(*m, 0, r0, rows, x.rows() + t0, count, y + size_t(t0) * ld + r0, ld, after);

@@ -7,27 +7,27 @@
 namespace olmoe {
 namespace {
 
-// A piece of work: some hidden columns (or bands of rows) of one expert.
-struct Piece {
+// A task of a thread: some hidden columns (or bands of rows) of one expert.
+struct Task {
   int expert, begin, end;
 };
 
-// Pieces that cover [0, units) of every expert that has rows, `grain` units each.
-std::vector<Piece> cut(const std::vector<int>& offsets, int units, int grain) {
-  std::vector<Piece> pieces;
+// Tasks that cover [0, units) of every expert that has rows, `grain` units each.
+std::vector<Task> cut(const std::vector<int>& offsets, int units, int grain) {
+  std::vector<Task> tasks;
   for (int e = 0; e + 1 < int(offsets.size()); e++) {
     if (offsets[e] == offsets[e + 1]) continue;
-    for (int u = 0; u < units; u += grain) pieces.push_back({e, u, std::min(u + grain, units)});
+    for (int u = 0; u < units; u += grain) tasks.push_back({e, u, std::min(u + grain, units)});
   }
-  return pieces;
+  return tasks;
 }
 
-// The weights that are read after unit `u` of `piece`, where the thread goes on with `pieces[next]`, or null.
-// `place(expert, unit)` is where a unit begins.
-template <typename Place>
-const uint8_t* following(const std::vector<Piece>& pieces, const Piece& piece, int u, int next, const Place& place) {
-  if (u + 1 < piece.end) return place(piece.expert, u + 1);
-  return next < 0 ? nullptr : place(pieces[next].expert, pieces[next].begin);
+// The weights that are read after unit `u` of `task`, where the thread goes on with `tasks[next]`, or null.
+// `locate(expert, unit)` is where a unit begins.
+template <typename Locate>
+const uint8_t* following(const std::vector<Task>& tasks, const Task& task, int u, int next, const Locate& locate) {
+  if (u + 1 < task.end) return locate(task.expert, u + 1);
+  return next < 0 ? nullptr : locate(tasks[next].expert, tasks[next].begin);
 }
 
 }  // namespace
@@ -76,25 +76,25 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   // Where the weights of a unit begin.
   auto gate = [&](int e, int u) { return experts.gate_up.group(e, u * per_unit / kGroup); };
   auto up = [&](int e, int u) { return experts.gate_up.group(e, (width + u * per_unit) / kGroup); };
-  const auto up_pieces = cut(offsets, units, grain_up);
-  threads.run(int(up_pieces.size()), 1, [&](int begin, int end, int next) {
+  const auto up_tasks = cut(offsets, units, grain_up);
+  threads.run(int(up_tasks.size()), 1, [&](int begin, int end, int next) {
     const int block = experts.gate_up.packed() ? 64 : token_block(experts.gate_up);  // gate and up stay in the cache
     static thread_local std::vector<float> products, gated;
     products.resize(size_t(block) * 2 * per_unit);
     gated.resize(per_unit);
     for (int p = begin; p < end; p++) {
-      const Piece& piece = up_pieces[p];
-      for (int u = piece.begin; u < piece.end; u++) {
-        const uint8_t* after = following(up_pieces, piece, u, p + 1 < end ? p + 1 : next, gate);
-        for (int first = offsets_[piece.expert]; first < offsets_[piece.expert + 1]; first += block) {
-          const int count = std::min(block, offsets_[piece.expert + 1] - first);
+      const Task& task = up_tasks[p];
+      for (int u = task.begin; u < task.end; u++) {
+        const uint8_t* after = following(up_tasks, task, u, p + 1 < end ? p + 1 : next, gate);
+        for (int first = offsets_[task.expert]; first < offsets_[task.expert + 1]; first += block) {
+          const int count = std::min(block, offsets_[task.expert + 1] - first);
           const int ld = 2 * per_unit;
           if (aligned) {
             for (int half = 0; half < 2; half++)
-              multiply(experts.gate_up, piece.expert, half * width + u * per_unit, per_unit, inputs_.data() + first,
-                       count, products.data() + half * per_unit, ld, half == 0 ? up(piece.expert, u) : after);
+              multiply(experts.gate_up, task.expert, half * width + u * per_unit, per_unit, inputs_.data() + first,
+                       count, products.data() + half * per_unit, ld, half == 0 ? up(task.expert, u) : after);
           } else {
-            multiply(experts.gate_up, piece.expert, 0, 2 * width, inputs_.data() + first, count, products.data(), ld);
+            multiply(experts.gate_up, task.expert, 0, 2 * width, inputs_.data() + first, count, products.data(), ld);
           }
           for (int t = 0; t < count; t++) {
             const float* gate = products.data() + size_t(t) * ld;
@@ -110,15 +110,15 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   outputs.resize(size_t(routed) * d);
   const int grain_down = std::max(1, int((1 << 15) / experts.down.group_bytes()));
   auto down = [&](int e, int band) { return experts.down.group(e, band * (kBand / kGroup)); };
-  const auto down_pieces = cut(offsets, (d + kBand - 1) / kBand, grain_down);
-  threads.run(int(down_pieces.size()), 1, [&](int begin, int end, int next) {
+  const auto down_tasks = cut(offsets, (d + kBand - 1) / kBand, grain_down);
+  threads.run(int(down_tasks.size()), 1, [&](int begin, int end, int next) {
     for (int p = begin; p < end; p++) {
-      const Piece& piece = down_pieces[p];
-      const int first = offsets_[piece.expert], count = offsets_[piece.expert + 1] - first;
-      for (int band = piece.begin; band < piece.end; band++) {
+      const Task& task = down_tasks[p];
+      const int first = offsets_[task.expert], count = offsets_[task.expert + 1] - first;
+      for (int band = task.begin; band < task.end; band++) {
         const int r = band * kBand;
-        const uint8_t* after = following(down_pieces, piece, band, p + 1 < end ? p + 1 : next, down);
-        multiply(experts.down, piece.expert, r, std::min(kBand, d - r), hidden_.rows() + first, count,
+        const uint8_t* after = following(down_tasks, task, band, p + 1 < end ? p + 1 : next, down);
+        multiply(experts.down, task.expert, r, std::min(kBand, d - r), hidden_.rows() + first, count,
                  outputs_.data() + size_t(first) * d + r, d, after);
       }
     }

@@ -19,7 +19,7 @@ const Kernels& kernels();
 bool set_isa(const char* name);   // false: this machine or build lacks it
 std::vector<const char*> isas();  // what this machine can run, best first
 
-// Rows of activations in the form that a matrix wants them in (see ActivationRow). Keeps its memory between calls.
+// Rows of activations as a matrix wants them (see ActivationRow). Keeps its memory between calls.
 class Activations {
  public:
   // x (N, C), `ld` floats from row to row, for products with `m`.
@@ -95,7 +95,7 @@ void attention(const float* q, const float* k, const float* v, const Sequences& 
 // Rows of an embedding matrix: ids (N) -> out (N, D). `ids` must be below m.rows.
 void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
 
-// A row-major matrix (R, C), R a multiple of 16, stored as kQ4 or kQ5 with chosen codes: by `search` alone, or, with an
+// A row-major matrix (R, C), R a multiple of 16, stored as kQ4 or kQ5 with chosen codes: by `search`, or, with an
 // upper triangular factor (C, C), by `compensate`, for which R is a multiple of 32. See olmoe/quant/search.py.
 bool compensates();  // the chosen kernels can
 void encode(const Matrix& weight, const float* factor, Type type, uint8_t* out);

@@ -34,7 +34,7 @@ struct Scratch {
   void reserve(int n) {
     if (int(scores.size()) >= n) return;
     for (auto* floats : {&scores, &shares, &few}) floats->resize(n);
-    for (auto* places : {&ids, &ties}) places->resize(n + kSlack);
+    for (auto* indices : {&ids, &ties}) indices->resize(n + kSlack);
     sums.resize(n / kSumBlock + 1);
     counts.resize(n);
     digits.resize(n);
@@ -62,7 +62,7 @@ uint32_t key_of(float x) {
   return bits & 0x80000000 ? bits : bits ^ 0x7fffffff;
 }
 
-// Where values in falling order, equal ones by rising place, are cut: those above `value` stay, and of those equal to
+// Where values in falling order, equal ones by rising index, are cut: those above `value` stay, and of those equal to
 // it the first `ties`.
 struct Cut {
   float value;
@@ -100,46 +100,46 @@ struct Histogram {
 };
 
 // The cut after the first value with which the shares of all up to it reach `target`, or after the last; `top` is the
-// largest. What `share(i)` gives is added in T. Leaves the places of values equal to the cut's in `s.ties`, rising, and
-// their number in `s.equals`.
+// largest. What `share(i)` gives is added in T. Leaves the indices of values equal to the cut's in `s.ties`, rising,
+// and their number in `s.equals`.
 template <typename T, typename Share>
 Cut cut(const float* x, int n, float top, Histogram<T> histogram, Share share, T target, Scratch& s,
         const Kernels& kernel) {
-  int* const places = s.ties.data();
+  int* const indices = s.ties.data();
   uint32_t* const keys = s.keys.data();
   uint16_t* const digits = s.digits.data();
   T before = 0;
   const float lowest = kernel.smallest_finite(x, n, top), spread = top - lowest;
-  int count = spread == 0 ? kernel.at_least(x, n, top, places) : 0;
+  int count = spread == 0 ? kernel.at_least(x, n, top, indices) : 0;
   if (count < n) {  // not all the same
     // A power of two that spreads what lies close together over the digits.
     const bool close = spread > 0 && spread < 32;
     const float scale = close ? std::exp2(std::min(100.0f, std::floor(std::log2(64 / spread)))) : 1.0f;
     kernel.digits_below(x, n, top, scale, digits);
     histogram.fill(n, [=](int i) { return digits[i]; }, share);
-    count = kernel.with_digit(digits, n, histogram.reach(target, before), places);
+    count = kernel.with_digit(digits, n, histogram.reach(target, before), indices);
   }
-  for (int c = 0; c < count; c++) keys[c] = key_of(x[places[c]]);
+  for (int c = 0; c < count; c++) keys[c] = key_of(x[indices[c]]);
   while (true) {
     // Bins for the range of the values left.
     uint32_t low = ~0u, high = 0;
     for (int c = 0; c < count; c++) low = std::min(low, keys[c]), high = std::max(high, keys[c]);
     if (low == high) break;
     const int shift = std::max(0, int(std::bit_width(high - low)) - kDigitBits);
-    histogram.fill(count, [=](int c) { return (keys[c] - low) >> shift; }, [=](int c) { return share(places[c]); });
+    histogram.fill(count, [=](int c) { return (keys[c] - low) >> shift; }, [=](int c) { return share(indices[c]); });
     const uint32_t bin = histogram.reach(target, before);
     int kept = 0;
     for (int c = 0; c < count; c++) {
-      places[kept] = places[c], keys[kept] = keys[c];
+      indices[kept] = indices[c], keys[kept] = keys[c];
       kept += (keys[c] - low) >> shift == bin;
     }
     count = kept;
   }
   s.equals = count;
-  const T each = share(places[0]);
+  const T each = share(indices[0]);
   int ties = int(std::clamp(double(target - before) / double(each), 1.0, double(count)));
   while (ties < count && before + T(ties) * each < target) ties++;
-  return Cut{x[places[0]], ties};
+  return Cut{x[indices[0]], ties};
 }
 
 // The cut after the k largest of n > k values; `top` is the largest.
@@ -225,9 +225,9 @@ int narrow(float least, int n, int all, int worth, Scratch& s, const Kernels& ke
   const int kept = kernel.at_least(s.scores.data(), n, least, s.ties.data());
   if (kept > worth) return n;
   for (int i = 0; i < kept; i++) {
-    const int place = s.ties[i];
-    s.scores[i] = s.scores[place], s.shares[i] = s.shares[place];
-    s.ids[i] = n == all ? place : s.ids[place];
+    const int index = s.ties[i];
+    s.scores[i] = s.scores[index], s.shares[i] = s.shares[index];
+    s.ids[i] = n == all ? index : s.ids[index];
   }
   return kept;
 }

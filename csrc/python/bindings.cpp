@@ -40,6 +40,15 @@ Sequences sequences(const Counts& counts, const Counts& lengths, const Table& ta
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  // What Python must know of formats: name -> type number and bytes of a block of one row; rows and columns of a block.
+  nb::dict formats;
+  for (Type type : kPackedTypes)
+    with_packed(type, [&]<typename Format>() {
+      formats[Format::kName] = nb::make_tuple(int(Format::kType), Format::kBlockBytes);
+    });
+  m.attr("packed_formats") = formats;
+  m.attr("block_shape") = nb::make_tuple(kGroup, kBlock);
+
   m.def("unchanged", &unchanged);
   m.def("layout", &layout);
   m.def("isas", [] {
@@ -89,9 +98,9 @@ NB_MODULE(_kernels, m) {
     Running running;
     ThreadPool& threads = pool();
     std::atomic<uint64_t> total = 0;
-    constexpr size_t kPiece = 1 << 20;
-    threads.run(int(bytes / kPiece), 4, [&](int begin, int end, int) {
-      total ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kPiece, size_t(end - begin) * kPiece);
+    constexpr size_t kTaskBytes = 1 << 20;
+    threads.run(int(bytes / kTaskBytes), 4, [&](int begin, int end, int) {
+      total ^= kernels().read(at<const uint8_t>(data) + size_t(begin) * kTaskBytes, size_t(end - begin) * kTaskBytes);
     });
     return total.load();
   });

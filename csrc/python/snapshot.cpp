@@ -74,9 +74,9 @@ nb::object layout(const nb::capsule& api, const nb::list& tensors) {
       PyErr_Clear();
       return nb::none();
     }
-    const uintptr_t place = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-    const int32_t form[] = {t.device_type, t.device_id, t.dimensions, int32_t(t.dtype)};
-    add(&place, sizeof place), add(form, sizeof form);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+    const int32_t signature[] = {t.device_type, t.device_id, t.dimensions, int32_t(t.dtype)};
+    add(&address, sizeof address), add(signature, sizeof signature);
     add(t.shape, sizeof(int64_t) * t.dimensions), add(t.strides, sizeof(int64_t) * t.dimensions);
   }
   return nb::bytes(bytes.data(), bytes.size());

@@ -1,4 +1,4 @@
-// The thread pool by itself, to be run under the thread sanitizer (scripts/sanitize.py): every piece runs once, what
+// The thread pool by itself, to be run under the thread sanitizer (scripts/sanitize.py): every task runs once, what
 // helpers wrote is seen by the caller, and pools come and go, also while another thread changes their size.
 #include "../core/threads.h"
 
@@ -24,10 +24,10 @@ void run_uneven_jobs(ThreadPool& pool, int jobs) {
     const int count = job % 2 ? 4096 : 2;
     std::vector<int> times(count);
     pool.run(count, 1, [&](int begin, int end, int) {
-      check(begin >= 0 && end <= count, "a piece of another job");
+      check(begin >= 0 && end <= count, "a task of another job");
       for (int i = begin; i < end; i++) times[i]++;
     });
-    for (int t : times) check(t == 1, "every piece once");
+    for (int t : times) check(t == 1, "every task once");
   }
 }
 
@@ -38,10 +38,10 @@ void run_jobs(ThreadPool& pool, int jobs) {
     const int count = 1 + job % 257, grain = 1 + job % 5;
     for (int& t : times) t = 0;
     pool.run(count, grain, [&](int begin, int end, int next) {
-      check(next < count && (next < 0 || next >= end), "the next piece is another");
+      check(next < count && (next < 0 || next >= end), "the next task is another");
       for (int i = begin; i < end; i++) times[i]++;
     });
-    for (int i = 0; i < 257; i++) check(times[i] == (i < count), "every piece once");
+    for (int i = 0; i < 257; i++) check(times[i] == (i < count), "every task once");
   }
 }
 
@@ -49,12 +49,12 @@ void run_jobs(ThreadPool& pool, int jobs) {
 void run_alone(ThreadPool& pool) {
   const std::thread::id here = std::this_thread::get_id();
   auto elsewhere = [&] {
-    std::atomic<int> pieces = 0;
+    std::atomic<int> tasks = 0;
     pool.run(64, 1, [&](int begin, int end, int) {
-      if (std::this_thread::get_id() != here) pieces += end - begin;
+      if (std::this_thread::get_id() != here) tasks += end - begin;
       if (std::this_thread::get_id() == here) usleep(2000);  // so that helpers get some, if they may
     });
-    return pieces.load();
+    return tasks.load();
   };
   {
     const ThreadPool::Alone alone(pool, true);

@@ -21,7 +21,7 @@ OLMOE_INLINE void unpack(const uint8_t* block, int half, int j, __m256i& low, __
   low = _mm256_and_si256(v, low_nibble);
   high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low_nibble);
   if constexpr (Packed<T>::kBits == 5) {
-    // Each byte gets the byte of bits that its own is in, then keeps that bit alone.
+    // Each byte gets the byte of bits that its own is in, then keeps only that bit.
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3,
                                             3, 3, 3, 3, 3, 3, 3);
     const __m256i own = _mm256_set1_epi64x(int64_t(0x8040201008040201));
@@ -163,12 +163,12 @@ OLMOE_INLINE void packed_tile(const uint8_t* codes, size_t, ptrdiff_t ahead, int
     packed_half<T, TOKENS>(codes, blocks, half, x, half == 0 ? ahead : 0, total);
     const int count = rows - 8 * half;
     for (int t = 0; t < TOKENS; t++) {
-      float* place = out + size_t(t) * ld + 8 * half;
+      float* target = out + size_t(t) * ld + 8 * half;
       if (count >= 8) {
-        _mm256_storeu_ps(place, total[t]);
+        _mm256_storeu_ps(target, total[t]);
       } else {
         _mm256_storeu_ps(spilled, total[t]);
-        std::memcpy(place, spilled, size_t(count) * 4);
+        std::memcpy(target, spilled, size_t(count) * 4);
       }
     }
   }

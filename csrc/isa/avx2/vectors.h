@@ -67,7 +67,7 @@ OLMOE_INLINE void transpose(vf (&v)[W]) {
 
 OLMOE_INLINE vf broadcast(const float* p) { return (vf)_mm256_broadcast_ss(p); }
 
-// Write the places i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
+// Write the indices i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
 OLMOE_INLINE int append_lanes(vi hits, int i, int* ids, int count) {
   for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
     ids[count] = i + j;
@@ -94,7 +94,7 @@ OLMOE_INLINE int round_to_bytes(const float* x, float inverse, int8_t* out) {
 
 // Two steps of eight rows of bf16: transposed as they are, which takes half the shuffles, and widened where they go,
 // lanes and steps so many floats apart.
-OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_size, size_t step_size, float* place) {
+OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_size, size_t step_size, float* target) {
   __m256i a[8], b[8];
 #pragma GCC unroll 4
   for (int j = 0; j < 8; j += 2) {
@@ -116,7 +116,7 @@ OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_s
     const __m256i column =
         l % 2 ? _mm256_unpackhi_epi64(b[l / 2], b[4 + l / 2]) : _mm256_unpacklo_epi64(b[l / 2], b[4 + l / 2]);
     const __m256i low = _mm256_unpacklo_epi16(zero, column), high = _mm256_unpackhi_epi16(zero, column);
-    float* lane = place + l * lane_size;
+    float* lane = target + l * lane_size;
     store(lane, (vf)_mm256_permute2x128_si256(low, high, 0x20));
     store(lane + step_size, (vf)_mm256_permute2x128_si256(low, high, 0x31));
   }

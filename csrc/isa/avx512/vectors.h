@@ -73,11 +73,11 @@ OLMOE_INLINE void transpose(vf (&v)[W]) {
 
 OLMOE_INLINE vf broadcast(const float* p) { return (vf)_mm512_set1_ps(*p); }
 
-// Write the places i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
+// Write the indices i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
 OLMOE_INLINE int append_lanes(vi hits, int i, int* ids, int count) {
   const __mmask16 mask = _mm512_movepi32_mask((__m512i)hits);
-  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(i))));
   return count + __builtin_popcount(mask);
 }
 

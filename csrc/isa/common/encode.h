@@ -1,5 +1,5 @@
 // Choosing codes for blocks of weights, on one thread: the arithmetic of olmoe/quant/search.py, operation by operation
-// and in its order, so that both give the same bits. Lanes are rows: what depends on a column alone is a scalar.
+// and in its order, so that both give the same bits. Lanes are rows: what depends only on a column is a scalar.
 #pragma once
 
 #include "simd.h"
@@ -48,7 +48,7 @@ OLMOE_INLINE vf finite_reciprocal(vf x) {
   return inverse - inverse == 0.0f ? inverse : vf{};
 }
 
-// What rounding to a scale does, as BlockFormat.round of olmoe/quant/blocks.py: codes as stored, still fp32.
+// What rounding to a scale does, as BlockFormat.round of olmoe/quant/formats/blocks.py: codes as stored, still fp32.
 OLMOE_INLINE vf code_of(vf x, vf inverse_scale, int zero) {
   const vf cut = clamp(rounded(x * inverse_scale) + (zero + 0.5f), 0.0f, float(2 * zero - 1));
   return __builtin_convertvector(__builtin_convertvector(cut, vi), vf);
@@ -100,7 +100,7 @@ OLMOE_INLINE void search_scales(const float* blocks, int ld, const float* import
   store_f16(out, scales);
 }
 
-// Codes as stored of a block of kGroup rows (column by column, `ld` apart) to their place; blocks.py has the layout.
+// Codes as stored of a block of kGroup rows (column by column, `ld` apart) to their slot; blocks.py has the layout.
 inline void store_codes(const float* codes, int ld, Type type, uint8_t* out) {
   auto code = [&](int row, int column) { return uint32_t(codes[column * ld + row]); };
   if (type == Type::kQ5) {
@@ -141,12 +141,12 @@ inline void transpose(Type type, const uint8_t* weight, int rows, int columns, i
 }
 
 // Where a block of a group goes: codes of all blocks, then scales, and groups one after the other.
-struct Place {
+struct Slot {
   uint8_t* codes;
   uint8_t* scales;
 };
-inline Place place_of(uint8_t* out, Type type, int blocks, int group, int block) {
-  return with_packed(type, [&]<typename Format>() -> Place {
+inline Slot slot_of(uint8_t* out, Type type, int blocks, int group, int block) {
+  return with_packed(type, [&]<typename Format>() -> Slot {
     uint8_t* start = out + group * Format::group_bytes(blocks);
     return {start + size_t(block) * Format::kCodeBytes,
             start + size_t(blocks) * Format::kCodeBytes + block * Format::kScaleBytes};
@@ -170,9 +170,9 @@ inline void search(const uint8_t* weight, Type stored, int rows, int columns, Ty
       }
     }
     for (int g = 0; g < rows / kGroup; g++) {
-      const Place place = place_of(out, type, blocks, g, b);
-      store_codes(block + g * kGroup, kPanel, type, place.codes);
-      std::memcpy(place.scales, scales + g * kGroup, 2 * kGroup);
+      const Slot slot = slot_of(out, type, blocks, g, b);
+      store_codes(block + g * kGroup, kPanel, type, slot.codes);
+      std::memcpy(slot.scales, scales + g * kGroup, 2 * kGroup);
     }
   }
 }
@@ -189,8 +189,8 @@ OLMOE_INLINE void make_up(const float* factor, const float* errors, float* w) {
   }
   for (int c = 0; c < kColumns; c++)
     for (int v = 0; v < kVectors; v++) {
-      float* place = w + c * kPanel + v * W;
-      store(place, load(place) - sums[c][v]);
+      float* target = w + c * kPanel + v * W;
+      store(target, load(target) - sums[c][v]);
     }
 }
 
@@ -206,8 +206,8 @@ OLMOE_INLINE void round_block(float* block, const float* u, const uint16_t* scal
     store(errors + c * kPanel, error);
     store(block + c * kPanel, chosen + float(zero));
     for (int j = c + 1; j < kBlock; j++) {
-      float* place = block + j * kPanel;
-      store(place, fused(splat(-u[c * kBlock + j]), error, load(place)));
+      float* target = block + j * kPanel;
+      store(target, fused(splat(-u[c * kBlock + j]), error, load(target)));
     }
   }
 }
@@ -231,9 +231,9 @@ inline void compensate(const uint8_t* weight, Type stored, int rows, int columns
       round_block(block + v, u, scales + v, zero, errors + v);
     }
     for (int g = 0; g < rows / kGroup; g++) {
-      const Place place = place_of(out, type, blocks, g, b);
-      store_codes(block + g * kGroup, kPanel, type, place.codes);
-      std::memcpy(place.scales, scales + g * kGroup, 2 * kGroup);
+      const Slot slot = slot_of(out, type, blocks, g, b);
+      store_codes(block + g * kGroup, kPanel, type, slot.codes);
+      std::memcpy(slot.scales, scales + g * kGroup, 2 * kGroup);
     }
     factor += kBlock * kBlock;
     for (int c = (b + 1) * kBlock; c < columns; c += kColumns, factor += kBlock * kColumns)

@@ -12,10 +12,10 @@ namespace {
 // block by block the part that takes as long. Spread over the block's work, because the CPU drops some of many at once;
 // `sum`, which each seems to change, keeps the compiler from gathering them.
 template <typename Vector>
-OLMOE_INLINE void fetch(const uint8_t* place, int bytes, int slot, int slots, Vector& sum) {
+OLMOE_INLINE void fetch(const uint8_t* address, int bytes, int slot, int slots, Vector& sum) {
   const int lines = (bytes + 63) / 64;
   for (int line = slot * lines / slots; line < (slot + 1) * lines / slots; line++)
-    asm volatile("prefetcht1 %1" : "+v"(sum) : "m"(place[64 * line]));
+    asm volatile("prefetcht1 %1" : "+v"(sum) : "m"(address[64 * line]));
 }
 
 }  // namespace

@@ -33,13 +33,13 @@ template <Type T>
 inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int steps, float* panel) {
   const size_t stride = lane_stride(steps);
   for (int r = 0; r < rows; r += W) {
-    float* place = panel + r / kTileRows * W * stride + r % kTileRows;
+    float* target = panel + r / kTileRows * W * stride + r % kTileRows;
     const uint8_t* first = weight + r * row_bytes;
     const int count = rows - r < W ? rows - r : W;
     int i = 0;
     if (kPacksBF16 && T == Type::kBF16 && count == W)
       for (; i + 2 <= steps; i += 2)
-        pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, kTileRows, place + size_t(i) * kTileRows);
+        pack_bf16(first + size_t(i) * W * 2, row_bytes, stride, kTileRows, target + size_t(i) * kTileRows);
     for (; i < steps; i++) {
       vf v[W];
       if (count == W) {
@@ -50,7 +50,7 @@ inline void pack_panel(const uint8_t* weight, size_t row_bytes, int rows, int st
       }
       transpose(v);
 #pragma GCC unroll 16
-      for (int l = 0; l < W; l++) store(place + l * stride + size_t(i) * kTileRows, v[l]);
+      for (int l = 0; l < W; l++) store(target + l * stride + size_t(i) * kTileRows, v[l]);
     }
   }
   for (int r = (rows + W - 1) / W * W; r % kTileRows; r += W)
@@ -103,14 +103,14 @@ inline void lane_tile_of(int count, const float* panel, int steps, const Activat
 
 // Lines of weights that are needed next, fetched into the second cache in so many parts.
 struct Ahead {
-  const uint8_t* place;
+  const uint8_t* address;
   size_t lines;
   int part, parts;
 
   void fetch() {
-    if (!place) return;
+    if (!address) return;
     const size_t begin = lines * part / parts, end = lines * ++part / parts;
-    fetch_ahead(place + 64 * begin, 64 * (end - begin));
+    fetch_ahead(address + 64 * begin, 64 * (end - begin));
   }
 };
 

@@ -55,13 +55,13 @@ inline void packed_rows(const uint8_t* group, int rows, int columns, const Activ
     auto streams = [&]<int TOKENS>(int t) {
       for (int r = 0; r < rows; r += 4 * kGroup) {
         const uint8_t* first = group + r / kGroup * group_bytes;
-        float* place = out + size_t(t) * ld + r;
+        float* target = out + size_t(t) * ld + r;
         if (rows - r > 3 * kGroup)
-          packed_streams<T, 4, TOKENS>(first, group_bytes, ahead(r, 4), blocks, rows - r, x + t, place, ld);
+          packed_streams<T, 4, TOKENS>(first, group_bytes, ahead(r, 4), blocks, rows - r, x + t, target, ld);
         else
           for (int s = 0; s < rows - r; s += kGroup)
             packed_streams<T, 1, TOKENS>(first + s / kGroup * group_bytes, group_bytes, ahead(r + s, 1), blocks,
-                                         rows - r - s, x + t, place + s, ld);
+                                         rows - r - s, x + t, target + s, ld);
       }
     };
     int t = 0;

@@ -116,7 +116,7 @@ inline void block_maxima(const float* x, int n, float* maxima) {
   }
 }
 
-// Write the places i + j of lanes that are hit after `count` others; the number of all.
+// Write the indices i + j of lanes that are hit after `count` others; the number of all.
 OLMOE_INLINE int append(vi hits, int i, int* ids, int count) {
   if (!any(hits)) return count;
   return append_lanes(hits, i, ids, count);

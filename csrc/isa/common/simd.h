@@ -8,8 +8,8 @@ namespace olmoe {
 namespace {  // every instruction set has its own copy: nothing here may be shared between object files
 
 // Fetch some bytes into the second cache: what is looked at next, before the hardware notices what is being read.
-inline void fetch_ahead(const void* place, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)place + i, 0, 2);
+inline void fetch_ahead(const void* address, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)address + i, 0, 2);
 }
 
 // a * b + c of single numbers, rounded once where the CPU can. Whether the compiler makes one instruction of the

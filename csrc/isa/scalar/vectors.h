@@ -87,7 +87,7 @@ OLMOE_INLINE void transpose(vf (&v)[W]) {
 
 OLMOE_INLINE vf broadcast(const float* p) { return vf{*p, *p, *p, *p}; }
 
-// Write the places i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
+// Write the indices i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
 OLMOE_INLINE int append_lanes(vi hits, int i, int* ids, int count) {
   for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
     ids[count] = i + j;

@@ -112,20 +112,22 @@ class PackedModule(nn.Module):
             return self.product(x, name, expert)
         return cpu.packed_linear(x, self.parts(name, expert)[CODES], self.formats[name].name, *self.shapes[name])
 
-    def kernels(self, x: Tensor, *names: str, others: tuple[Tensor | None, ...] = (), unfit: str | None = None) -> bool:
+    def kernels(
+        self, x: Tensor, *names: str, others: tuple[Tensor | None, ...] = (), unsupported_reason: str | None = None
+    ) -> bool:
         """Whether the C++ kernels multiply `x` with the matrices `names` as they lie.
 
-        `others` are the other tensors that the result depends on; `unfit` is a reason of the caller's against it.
+        `others` are the other tensors that the result depends on; `unsupported_reason` is one that the caller knows.
 
         Raises `BackendUnavailableError` where they were asked for and cannot.
         """
         if self.backend not in (ops.AUTO, "cpu"):
             return False
-        reason = unfit or cpu.unsupported(x, *others)
+        reason = unsupported_reason or cpu.unsupported(x, *others)
         if reason is None and any(name not in self.formats for name in names):
             reason = "a matrix beside packed ones is plain"
-        if reason is None and any(self.formats[name].name not in cpu.FORMATS for name in names):
-            reason = f"it multiplies with {' and '.join(cpu.FORMATS)}, not {self.formats[names[0]].name}"
+        if reason is None and any(self.formats[name].name not in cpu.packed_formats() for name in names):
+            reason = f"it multiplies with {' and '.join(cpu.packed_formats())}, not {self.formats[names[0]].name}"
         if reason is not None and self.backend == "cpu":
             raise BackendUnavailableError(f"Backend 'cpu' cannot run {type(self).__name__} here: {reason}.")
         return reason is None
@@ -263,8 +265,8 @@ class PackedExperts(PackedModule):
 
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D) in x's dtype."""
-        unfit = None if self.activation is F.silu else "its experts compute SwiGLU with silu only"
-        if self.kernels(x_ND, "gate_up_proj", "down_proj", others=(weights_NK,), unfit=unfit):
+        reason = None if self.activation is F.silu else "its experts compute SwiGLU with silu only"
+        if self.kernels(x_ND, "gate_up_proj", "down_proj", others=(weights_NK,), unsupported_reason=reason):
             packed = [(self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj")]
             return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, packed[0], packed[1], self.shapes["down_proj"][1])
         if mapped(expert_ids_NK):  # which experts were chosen cannot be asked for
@@ -280,12 +282,12 @@ class PackedExperts(PackedModule):
         """`forward` by `product(x, name, expert)`, this module's own or one that adds to it."""
         rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
         x_MD = ops.gather_rows(x_ND.to(self.compute_dtype or x_ND.dtype), rows, backend=self.backend)
-        offsets, pieces = rows.offsets_E.tolist(), []
+        offsets, parts = rows.offsets_E.tolist(), []
         for e, (start, end) in enumerate(pairwise(offsets)):
             if start < end:
                 gate, up = product(x_MD[start:end], "gate_up_proj", e).chunk(2, dim=-1)
-                pieces.append(product(self.activation(gate) * up, "down_proj", e))
-        out_MD = torch.cat(pieces) if pieces else x_MD
+                parts.append(product(self.activation(gate) * up, "down_proj", e))
+        out_MD = torch.cat(parts) if parts else x_MD
         return ops.combine(out_MD, weights_NK, rows, backend=self.backend).to(x_ND.dtype)
 
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:

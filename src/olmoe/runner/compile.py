@@ -165,7 +165,7 @@ def require_unmodified(module: nn.Module, types: tuple[type[nn.Module], ...]) ->
     _require_backend(module)
     if isinstance(module, PackedModule):
         for format in module.formats.values():
-            if format.name not in extension.PACKED_TYPES:
+            if format.name not in extension.packed_formats():
                 raise Unfit(f"matrices in the format {format.name}")
     for p in module.parameters(recurse=False):
         if type(p) is not nn.Parameter or p.device.type != "cpu" or not p.is_contiguous() or p.numel() == 0:

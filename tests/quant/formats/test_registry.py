@@ -11,8 +11,18 @@ from olmoe.errors import BackendUnavailableError, ConfigError
 from olmoe.model import set_backend
 from olmoe.ops.cpu import extension
 from olmoe.quant import PackedLayout, PackedModule
-from olmoe.quant.formats import CODES, FORMATS, Format, layout_formats, make_format, register_format, saved_formats
+from olmoe.quant.formats import (
+    CODES,
+    FORMATS,
+    BlockFormat,
+    Format,
+    layout_formats,
+    make_format,
+    register_format,
+    saved_formats,
+)
 from olmoe.quant.formats import registry as registry_module
+from olmoe.quant.formats.blocks import BLOCK, GROUP
 from olmoe.runner import TorchRunner, make_runner
 from olmoe.weights import checkpoint
 from olmoe.weights.checkpoint import open_source
@@ -82,10 +92,28 @@ def test_ours_are_known_by_what_layouts_say_of_them():
     assert layout_formats() == ("q8_0", "q5_0", "q4_0")
     assert saved_formats() == ("nf4", "fp4", "int8")
     assert [make_format(name).name for name in FORMATS] == list(FORMATS)
-    assert set(extension.PACKED_TYPES) <= set(FORMATS)
-    for name, size in extension.BLOCK_BYTES.items():
-        assert make_format(name).block_bytes == size
     assert list(make_format("nf4", double_quant=True).parts(4, 64)) == [CODES, "absmax", "nested_absmax", "offset"]
+
+
+@pytest.mark.skipif(not extension.available(), reason="the kernels were not built")
+def test_the_kernels_have_the_same_table_as_the_registry():
+    """The C++ traits name their formats and say how large blocks are; Python keeps no second list."""
+    blocks = {name: kind for name in FORMATS if isinstance(kind := make_format(name), BlockFormat)}
+    assert {name: kind.block_bytes for name, kind in blocks.items()} == {
+        name: size for name, (_, size) in extension.packed_formats().items()
+    }
+    types = [number for number, _ in extension.packed_formats().values()]
+    assert len({*types, *extension.FLOAT_TYPES.values()}) == len(types) + len(extension.FLOAT_TYPES)
+    assert extension.kernels().block_shape == (GROUP, BLOCK)
+    for name, kind in blocks.items():
+        assert kind.parts(33, 64)[CODES][0] == extension.packed_shape(name, 33, 64)
+
+
+def test_without_the_kernels_the_registry_is_all_there_is(monkeypatch):
+    monkeypatch.setattr(extension, "_load", lambda: (None, "there are none"))
+    assert extension.packed_formats() == {}
+    codes = make_format("q4_0").encode(torch.ones(16, 32))
+    assert torch.equal(make_format("q4_0").decode(codes, 16, 32, torch.float32), torch.ones(16, 32))
 
 
 @pytest.mark.parametrize("name", ["q4_0", "bf16", "float32", "Q2", "", "a" * 41, "x*", None, 3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.ops.cpu.extension import BLOCK_BYTES, PACKED_TYPES, float_matrix, kernels, unsupported_weight
+from olmoe.ops.cpu.extension import float_matrix, kernels, packed_formats, packed_shape, unsupported_weight
 
 FORMATS = ("q4_0", "q5_0")
 
@@ -38,7 +38,7 @@ def encode(format_name: str, weight: Tensor, factor: Tensor | None) -> Tensor:
     rows, columns = weight.shape
     assert columns % 32 == 0, columns
     assert factor is None or factor.shape == (columns, columns), factor.shape
-    out = torch.empty(rows // 16, columns // 32 * 16 * BLOCK_BYTES[format_name], dtype=torch.uint8)
+    out = torch.empty(packed_shape(format_name, rows, columns), dtype=torch.uint8)
     address = 0 if factor is None else factor.data_ptr()
-    kernels().encode(float_matrix(weight.detach()), address, PACKED_TYPES[format_name], out.data_ptr())
+    kernels().encode(float_matrix(weight.detach()), address, packed_formats()[format_name][0], out.data_ptr())
     return out

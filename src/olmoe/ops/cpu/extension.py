@@ -16,11 +16,8 @@ from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.ops.transforms import observed, transformed
 from olmoe.runtime import log
 
-# `Type` of csrc/core/types.h.
+# `Type` of csrc/core/traits.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PACKED_TYPES = {"q8_0": 3, "q4_0": 4, "q5_0": 5}
-# Bytes of 32 columns of a row, codes and scale, in those formats.
-BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q5_0": 22}
 # Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -56,6 +53,20 @@ def kernels() -> Any:
     if module.get_threads() != threads:
         module.set_threads(threads)
     return module
+
+
+def packed_formats() -> dict[str, tuple[int, int]]:
+    """Formats of blocks that the kernels know: name -> `Type`, and bytes of a block of one row. None without them."""
+    module, _ = _load()
+    formats: dict[str, tuple[int, int]] = {} if module is None else module.packed_formats
+    return formats
+
+
+def packed_shape(format_name: str, rows: int, columns: int) -> tuple[int, int]:
+    """The shape (G, bytes) of a matrix that is stored in blocks."""
+    group, block = kernels().block_shape
+    assert columns % block == 0
+    return -(-rows // group), columns // block * group * packed_formats()[format_name][1]
 
 
 def isas() -> tuple[str, ...]:
@@ -127,10 +138,11 @@ def float_matrix(weight: Tensor, inputs: torch.dtype = torch.float32) -> Any:
 
 def packed_matrix(codes: Tensor, format_name: str, rows: int, columns: int) -> Any:
     """A matrix of blocks, codes (G, bytes) uint8 or a stack (E, G, bytes), laid out by `olmoe.quant.formats.blocks`."""
-    shape = (-(-rows // 16), columns // 32 * 16 * BLOCK_BYTES[format_name])
-    assert columns % 32 == 0
+    shape = packed_shape(format_name, rows, columns)
     assert codes.shape[-2:] == shape, (codes.shape, shape)
     assert codes.dtype == torch.uint8
     assert codes.is_contiguous()
     assert codes.device.type == "cpu", codes.device
-    return kernels().Matrix(codes.data_ptr(), PACKED_TYPES[format_name], rows, columns, shape[0] * shape[1], False)
+    return kernels().Matrix(
+        codes.data_ptr(), packed_formats()[format_name][0], rows, columns, shape[0] * shape[1], False
+    )

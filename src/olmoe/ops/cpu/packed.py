@@ -11,12 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.ops.cpu.extension import PACKED_TYPES, kernels, packed_matrix, unsupported, wide
+from olmoe.ops.cpu.extension import kernels, packed_formats, packed_matrix, unsupported, wide
 from olmoe.ops.cpu.functional import run_moe
 
-FORMATS = tuple(PACKED_TYPES)
-
-__all__ = ["FORMATS", "packed_embedding", "packed_linear", "packed_moe", "unsupported"]
+__all__ = ["packed_embedding", "packed_formats", "packed_linear", "packed_moe", "unsupported"]
 
 
 def packed_linear(
