@@ -114,7 +114,7 @@ def cpu_multiplies_bf16() -> bool:
     """Whether torch multiplies bf16 matrices fast on this CPU: it has AVX512-BF16 or AMX, and oneDNN may use them.
 
     Elsewhere torch's bf16 product runs at a fraction of its fp32 speed, so `ops` converts weights to fp32
-    piece by piece instead. The answer follows `torch.backends.mkldnn` and `ONEDNN_MAX_CPU_ISA`.
+    part by part instead. The answer follows `torch.backends.mkldnn` and `ONEDNN_MAX_CPU_ISA`.
     """
     import torch
 

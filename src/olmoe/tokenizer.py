@@ -246,7 +246,7 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Turns ids into text as they come, holding back bytes until they make whole characters.
 
-    The pieces joined (with `finish`) are exactly `Tokenizer.decode` of all ids.
+    All that is returned, joined, `finish` included, is exactly `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:

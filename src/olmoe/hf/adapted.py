@@ -129,7 +129,7 @@ def _noticed(owner: nn.Module, name: str, module: Any) -> Any:
 
 
 def _placed(owner: nn.Module, name: str, module: PackedModule) -> PackedModule | None:
-    """What stands in the place of a packed module that PEFT wraps or unwraps; None elsewhere."""
+    """What replaces a packed module that PEFT wraps or unwraps; None elsewhere."""
     if name in ("base_layer", "original_module", "word_embeddings") and _is_pefts(owner):
         return _adapted(owner, module)
     if not isinstance(module, Adapted):

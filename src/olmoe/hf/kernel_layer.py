@@ -1,7 +1,7 @@
 """One decoder layer through the C++ kernels: two calls, and attention between them, in place of thirty operations.
 
 The kernels' view of a layer is compiled as a runner's is (`olmoe.runner.compile`), but modules of the transformers face
-may be hooked, adapted and edited between two calls: a snapshot says at each call whether the view is still right.
+may be hooked, adapted and edited between two calls: a snapshot says at each call whether the view is up to date.
 
 Shapes legend: N tokens, D hidden, Dh head dim, E experts, K experts per token.
 """

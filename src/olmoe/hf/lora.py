@@ -31,7 +31,7 @@ def route_lora(layers: nn.ModuleList) -> None:
     """Make PEFT's wrappers around the experts of `layers` compute only what was routed to.
 
     The wrappers keep their parameters, names and methods, so saving, merging and switching adapters are PEFT's.
-    Experts that PEFT did not wrap are left alone; so is everything while a graph is compiled.
+    Experts that PEFT did not wrap stay as they are; so does everything while a graph is compiled.
     """
     if torch.compiler.is_compiling():
         return
@@ -47,7 +47,7 @@ def route_lora(layers: nn.ModuleList) -> None:
 
 
 def routed_wrapper(wrapper: Any) -> Any:
-    """What is to stand in the place of one of PEFT's wrappers, if it is one of LoRA around a parameter: else itself."""
+    """What replaces one of PEFT's wrappers, if it is one of LoRA around a parameter: else itself."""
     from peft.tuners.lora.layer import ParamWrapper
 
     return view_as(_routed_wrapper(ParamWrapper), wrapper) if type(wrapper) is ParamWrapper else wrapper

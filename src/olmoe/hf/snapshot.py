@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmoe.ops.cpu import extension
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others have no part in inference
+from olmoe.runner.compile import HOOKS
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -22,9 +21,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Snapshot:
-    """Remembers modules as they are, until it is `complete`; `unchanged` says whether they are that yet.
+    """Remembers modules as they are when it is `complete`; `unchanged` says whether they are the same now.
 
-    Everything lies in lists of Python's, through which its garbage collector finds the way back to the modules.
+    Everything lies in lists of Python's, through which its garbage collector finds the modules.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 `formats` holds them, one file each, and the registry of their names; `search` chooses better codes and scales for those
 of blocks. `layout` says which format each matrix of a packed checkpoint has. `modules` holds `PackedLinear`,
-`PackedEmbedding` and `PackedExperts`, which decode what they multiply with, matrix by matrix; `swap` puts them in the
-places of the network's modules.
+`PackedEmbedding` and `PackedExperts`, which decode what they multiply with, matrix by matrix; `swap` replaces
+the network's modules by them.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class DecodedWeight(Tensor):
     Views of it are as lazy.
     """
 
-    _is_param = True  # so that it passes for the parameter whose place it takes
+    _is_param = True  # so that it passes for the parameter that it replaces
 
     packed: tuple[PackedModule, str]
     views: tuple[Callable[[Any], Any], ...]  # what makes this one of the decoded matrix

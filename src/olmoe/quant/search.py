@@ -3,7 +3,7 @@
 Rounding a matrix W to Q changes a layer's output x W^T. With H = E[x x^T] of the inputs it meets, the expected
 squared change is the sum over rows of (w - q) H (w - q)^T.
 
-- `search` takes the diagonal of H alone, the importance of each column: for every block it tries a row of scales,
+- `search` takes only the diagonal of H, the importance of each column: for every block it tries a row of scales,
   rounds, and keeps the scale whose least-squares fit leaves the smallest weighted error.
 - `compensate` takes all of H: columns are rounded from left to right, and what a column's rounding changed is made up
   for by the columns that are still free (the method of GPTQ, arXiv 2210.17323, here with a scale search in each
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from olmoe.ops.cpu import encode as kernels
-from olmoe.quant.formats.blocks import BLOCK, GROUP, PIECE, BlockFormat, extreme
+from olmoe.quant.formats.blocks import BLOCK, GROUP, PART_WEIGHTS, BlockFormat, extreme
 
 # Where the extreme value of a block may land, as a share of the grid's lower end (-8 of q4_0, -16 of q5_0): on either
 # end, a bit before, beyond.
@@ -90,7 +90,7 @@ class Inputs:
 def encode(format: BlockFormat, weight: Tensor, inputs: Inputs | Tensor | None) -> Tensor:
     """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, without inputs by `search`.
 
-    `inputs` may be a covariance (C, C) of this matrix alone.
+    `inputs` may be a covariance (C, C) of only this matrix.
     """
     if inputs is None or not format.searched:
         factor = None
@@ -101,16 +101,16 @@ def encode(format: BlockFormat, weight: Tensor, inputs: Inputs | Tensor | None) 
         format.check_scales(format.scales_of(packed))
         return packed
     rows, columns = weight.shape
-    piece = PIECE if factor is None else COMPENSATED
-    pieces, step = [], max(piece // columns // GROUP, 1) * GROUP
+    weights = PART_WEIGHTS if factor is None else COMPENSATED
+    parts, step = [], max(weights // columns // GROUP, 1) * GROUP
     for start in range(0, rows, step):
-        part = weight[start : start + step]
+        rows_here = weight[start : start + step]
         if factor is None:
-            chosen = search(format, part.float().reshape(-1, BLOCK), torch.ones(()))
+            chosen = search(format, rows_here.float().reshape(-1, BLOCK), torch.ones(()))
         else:
-            chosen = compensate(format, part, factor)
-        pieces.append(format.pack(*chosen, len(part)))
-    return torch.cat(pieces)
+            chosen = compensate(format, rows_here, factor)
+        parts.append(format.pack(*chosen, len(rows_here)))
+    return torch.cat(parts)
 
 
 def inverse_factor(covariance: Tensor) -> Tensor:

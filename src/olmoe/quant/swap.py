@@ -1,4 +1,4 @@
-"""Putting packed modules in the places of the network's own, as a layout says."""
+"""Replacing the network's modules by packed ones, as a layout says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from olmoe.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 
 
 def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtype: torch.dtype | None = None) -> None:
-    """Put packed modules, on the meta device, in the places of the network's modules that `layout` packs.
+    """Replace modules that `layout` packs by packed ones on the meta device.
 
     Products are computed in `compute_dtype` (None: the dtype of hidden states), and embeddings start hidden states in
     the dtype that they have. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its
@@ -33,7 +33,7 @@ def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtyp
 def packed_module(
     module: nn.Module, name: str, layout: Layout, tied: bool, compute_dtype: torch.dtype | None
 ) -> nn.Module | None:
-    """The packed module for the place of `module`; None where `layout` leaves all its matrices plain."""
+    """What replaces `module`; None where `layout` leaves all its matrices plain."""
     with torch.device("meta"):
         if isinstance(module, Experts):
             e, d, f = module.down_proj.shape

@@ -64,6 +64,6 @@ class RopeTable:
         # A decoding step has few; those of a prompt are worth torch's threads.
         size = max(1, _SERIAL_ELEMENTS // half) if len(positions) == len(batch.counts) else len(positions)
         for start in range(0, len(positions), size):
-            piece = slice(start, start + size)
-            cos[piece], sin[piece] = self._rotary(torch.tensor(positions[piece]), torch.tensor(lengths[piece]))
+            part = slice(start, start + size)
+            cos[part], sin[part] = self._rotary(torch.tensor(positions[part]), torch.tensor(lengths[part]))
         return Angles(cos, sin, list(range(len(positions))))

@@ -1,6 +1,6 @@
 """`TrainConfig`: everything that decides a training run, read from one TOML file.
 
-Every unknown key, wrong type and contradictory value is refused with its place in the file.
+Every unknown key, wrong type and contradictory value is refused with its key in the file.
 """
 
 from __future__ import annotations
@@ -192,16 +192,16 @@ def resolve_path(path: str, base: Path) -> Path:
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     left = re.match(r"~[^/\\]*", expanded) or re.search(r"\$(\w+|\{[^}]*\})", expanded)
-    place = base / expanded
-    if left is not None and not place.exists():
+    found = base / expanded
+    if left is not None and not found.exists():
         raise ConfigError(
             f"The path {shown(path)} has {left.group()}, which stands for nothing here; set it, or write the path out."
         )
-    return place
+    return found
 
 
 def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
-    """Read and check a TOML file. Raises `ConfigError` with the offending place and value.
+    """Read and check a TOML file. Raises `ConfigError` with the offending key and value.
 
     With `resume`, what the file leaves to the checkpoint that it starts from comes from the run itself; see
     `inheritance`.
@@ -227,7 +227,7 @@ def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
 def _check(config: TrainConfig) -> None:
     """Refuse values of the right type that make no training run."""
     _check_ranges(config)
-    _check_places(config)
+    _check_paths(config)
     _check_model(config)
     schedule = config.schedule
     if schedule.kind not in ("cosine", "linear"):
@@ -263,12 +263,12 @@ def _check_ranges(config: TrainConfig) -> None:
         "loss.router_z": config.loss.router_z,
         "evaluation.windows": config.evaluation.windows,
     }
-    for place, value in positive.items():
+    for key, value in positive.items():
         if not 0 < value < _LIMIT:  # false for nan and inf as well
-            raise ConfigError(f"{place} must be above 0 and below 2^63, not {shown(value)}.")
-    for place, value in not_negative.items():
+            raise ConfigError(f"{key} must be above 0 and below 2^63, not {shown(value)}.")
+    for key, value in not_negative.items():
         if not 0 <= value < _LIMIT:
-            raise ConfigError(f"{place} must be at least 0 and below 2^63, not {shown(value)}.")
+            raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
     if not 0 <= config.regularization.residual_dropout < 1:
@@ -278,15 +278,15 @@ def _check_ranges(config: TrainConfig) -> None:
         )
 
 
-def _check_places(config: TrainConfig) -> None:
+def _check_paths(config: TrainConfig) -> None:
     """What is read and written."""
     data = config.data
     if not config.run.output:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
-    for place in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in data.sources)):
-        config.resolve(place)
+    for path in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in data.sources)):
+        config.resolve(path)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -312,9 +312,9 @@ def _check_model(config: TrainConfig) -> None:
         )
 
 
-def _build(cls: Any, table: Any, place: str) -> Any:
+def _build(cls: Any, table: Any, name: str) -> Any:
     """A dataclass from a TOML table, nested ones included."""
-    where = f"[{place}]" if place else "The configuration"
+    where = f"[{name}]" if name else "The configuration"
     if not isinstance(table, dict):
         raise ConfigError(f"{where} must be a table, not {shown(table)}.")
     hints = typing.get_type_hints(cls)
@@ -322,33 +322,33 @@ def _build(cls: Any, table: Any, place: str) -> Any:
     unknown = sorted(set(table) - set(known))
     if unknown:
         raise ConfigError(f"{where} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(known))}.")
-    for name, f in known.items():
+    for key, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in table:
-            raise ConfigError(f"{where} lacks {name!r}; add it.")
-    values = {key: _convert(hints[key], value, f"{place}.{key}".lstrip(".")) for key, value in table.items()}
+        if required and key not in table:
+            raise ConfigError(f"{where} lacks {key!r}; add it.")
+    values = {key: _convert(hints[key], value, f"{name}.{key}".lstrip(".")) for key, value in table.items()}
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, place: str) -> Any:
+def _convert(hint: Any, value: Any, name: str) -> Any:
     """`value` as the annotated type, or `ConfigError`."""
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, place)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else _build(hint, value, name)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
             try:
-                return _convert(option, value, place)
+                return _convert(option, value, name)
             except ConfigError:
                 continue
-        raise ConfigError(f"{place} has the value {shown(value)} of the wrong type.")
+        raise ConfigError(f"{name} has the value {shown(value)} of the wrong type.")
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
+            return tuple(_convert(arguments[0], v, f"{name}[{i}]") for i, v in enumerate(value))
         if len(value) == len(arguments):
-            return tuple(_convert(h, v, f"{place}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
+            return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{place} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}.")
+    raise ConfigError(f"{name} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}.")

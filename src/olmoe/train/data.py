@@ -67,7 +67,7 @@ def name_files(paths: Iterable[Path]) -> dict[Path, str]:
             raise ConfigError(f"The data file {path} does not exist.")
         parts = absolute.with_suffix("").parts[1:]
         shorter = ["-".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
-        # The whole path in the end, because two files may differ in their suffix alone.
+        # The whole path in the end, because two files may differ in nothing but their suffix.
         candidates[absolute] = [*shorter, quote(str(absolute), safe="")]
     uses = Counter(name for names in candidates.values() for name in names)
     return {path: next(n for n in candidates[absolute] if uses[n] == 1) for path, absolute in whole.items()}
@@ -95,7 +95,7 @@ def prepare(
 ) -> TokenFile:
     """The token file of `path`, made anew unless `folder` holds one of the same text, tokenizer and EOS.
 
-    It is kept as `name`, by default what `name_files` calls `path` alone. A `.npy` path is taken as a token
+    It is kept as `name`, by default what `name_files` calls `path` by itself. A `.npy` path is taken as a token
     file as it is, and any path if `dtype` says what its ids are. Raises `ConfigError` for missing or unreadable
     files and for a vocabulary that does not fit uint16.
     """
@@ -194,7 +194,7 @@ class Mixture:
     """An endless, deterministic sequence of training windows over several token files.
 
     An epoch visits each source `repeat` times, cut into windows of `length` ids from a start drawn anew
-    for each pass, all shuffled together. Window `i` depends on the seed and `i` alone, so that a resumed run
+    for each pass, all shuffled together. Window `i` depends on nothing but the seed and `i`, so that a resumed run
     continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
     """
 
@@ -220,23 +220,23 @@ class Mixture:
 
     def window(self, index: int) -> npt.NDArray[np.int64]:
         """Training window number `index` (from 0): `length` ids."""
-        epoch, place = divmod(index, self.windows_per_epoch)
+        epoch, position = divmod(index, self.windows_per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
-        source, start = self._order[place]
+        source, start = self._order[position]
         return self._sources[source][0][start : start + self._length].astype(np.int64)
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
         """(source, start) of every window of an epoch, in training order."""
         generator = np.random.default_rng((self._seed, epoch))
-        pieces = []
+        chosen_of = []
         for source, parts in enumerate(self._parts):
             for count in parts:
                 first = int(generator.integers(self._length))
                 chosen = generator.permutation(self._windows[source])[:count]
                 starts = first + chosen * self._length
-                pieces.append(np.stack((np.full_like(starts, source), starts), axis=1))
-        order = np.concatenate(pieces)
+                chosen_of.append(np.stack((np.full_like(starts, source), starts), axis=1))
+        order = np.concatenate(chosen_of)
         return order[generator.permutation(len(order))]
 
 

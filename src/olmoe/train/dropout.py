@@ -1,4 +1,4 @@
-"""Dropout for training alone: on the embeddings and on what each block adds to the residual stream.
+"""Dropout, in training only: on the embeddings and on what each block adds to the residual stream.
 
 OLMoE itself trains without dropout, passing over its data once. A small corpus that is passed over many times is
 learnt by heart without it. The network has no dropout of its own, so that it stays what runs everywhere; hooks add it
@@ -21,7 +21,7 @@ from olmoe.model import CausalLM
 def residual_dropout(model: CausalLM, probability: float, seed: int) -> Iterator[None]:
     """Zero values of the embeddings and of each block's outputs with `probability`, and scale the others up.
 
-    Masks depend on `seed`, the shapes and the device's kind alone, so a run that is continued draws those that an
+    Masks depend on `seed`, the shapes and the device's kind, so a run that is continued draws those that an
     uninterrupted one draws. With probability 0 nothing is hooked, and nothing drawn. 0 <= probability < 1.
     """
     if probability == 0:

@@ -36,7 +36,7 @@ def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, wind
 
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
     last window is included when all windows are asked for. Fewer are taken at even distances over the whole
-    file: its beginning alone can be much easier than the rest.
+    file: its beginning can be much easier than the rest.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
@@ -82,7 +82,7 @@ def _windows(total: int, length: int, windows: int) -> list[int]:
 
 
 def _batches(starts: list[int], total: int, length: int) -> list[list[int]]:
-    """Windows that fit one batch; a shorter last window goes alone."""
+    """Windows that fit one batch; a shorter last window is a batch of its own."""
     full = [start for start in starts if start + length <= total]
     size = max(1, BATCH_TOKENS // length)
     batches = [full[i : i + size] for i in range(0, len(full), size)]

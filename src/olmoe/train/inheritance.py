@@ -21,12 +21,12 @@ from olmoe.train.run_folder import latest
 END_OF_TEXT = "<|endoftext|>"
 
 
-def start_folder(start: str, place: Path) -> Path:
-    """The checkpoint that `run.initialize_from` names: a folder at `place`, else whatever the hub makes of the name.
+def start_folder(start: str, path: Path) -> Path:
+    """The checkpoint that `run.initialize_from` names: a folder at `path`, else whatever the hub makes of the name.
 
     Raises `CheckpointError` if there is none.
     """
-    return hub.resolve(place if place.exists() or _looks_like_a_path(start) else start)
+    return hub.resolve(path if path.exists() or _looks_like_a_path(start) else start)
 
 
 def _looks_like_a_path(start: str) -> bool:

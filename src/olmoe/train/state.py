@@ -80,41 +80,41 @@ def _refuse_a_run(folder: Path, newest: Path | None) -> None:
             f"{folder} already holds a run; continue it with --resume, delete it with --overwrite, or choose another "
             "run.output."
         )
-    for place in (folder / "best", folder / "evaluation.json", folder / "metrics.jsonl"):
+    for path in (folder / "best", folder / "evaluation.json", folder / "metrics.jsonl"):
         # A run that was killed before its first checkpoint leaves records, and starts again.
-        if place.exists() and not (place.name == "metrics.jsonl" and _are_records(place)):
+        if path.exists() and not (path.name == "metrics.jsonl" and _are_records(path)):
             raise ConfigError(
-                f"{place} is the result of another run; move it, delete it with --overwrite, or choose another "
+                f"{path} is the result of another run; move it, delete it with --overwrite, or choose another "
                 "run.output."
             )
 
 
 def discard(folder: Path) -> None:
     """Delete what a run wrote into its folder; what else lies there stays."""
-    for place in _written(folder):
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
+    for path in _written(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            place.unlink()
+            path.unlink()
 
 
 def _written(folder: Path) -> list[Path]:
-    """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its place."""
+    """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its way."""
     texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
-    folders = [place for place in (*checkpoints(folder), folder / "best") if place.exists()]
+    folders = [path for path in (*checkpoints(folder), folder / "best") if path.exists()]
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
     foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
-    for place in folders:
-        inside = targets.foreign_entries(place, names, shards=True) if place.is_dir() else [""]
-        foreign += [place / name for name in inside]
+    for path in folders:
+        inside = targets.foreign_entries(path, names, shards=True) if path.is_dir() else [""]
+        foreign += [path / name for name in inside]
     if foreign:
         raise ConfigError(
             f"{foreign[0]} was not written by a run, so --overwrite does not delete it; move it, or choose another "
             "run.output."
         )
-    return [*folders, *(place for place in (metrics, evaluation) if place.exists())]
+    return [*folders, *(path for path in (metrics, evaluation) if path.exists())]
 
 
 def save_state(

@@ -69,7 +69,7 @@ class StepReport:
 
 
 def microbatches(mixture: Mixture, config: TrainConfig, step: int, device: torch.device) -> Iterator[Microbatch]:
-    """All microbatches of a step (counted from 0), which follow from its number alone."""
+    """All microbatches of a step (counted from 0), which follow from its number."""
     sequences, accumulation = config.batch.sequences, config.batch.accumulation
     for number in range(step * accumulation, (step + 1) * accumulation):
         first = number * sequences

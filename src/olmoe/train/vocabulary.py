@@ -74,9 +74,9 @@ def _cut(document: str) -> Iterator[str]:
     """
     start = 0
     for run in _LONG_RUN.finditer(document):
-        for place in range(run.start() + LONGEST, run.end(), LONGEST):
-            yield document[start:place]
-            start = place
+        for end in range(run.start() + LONGEST, run.end(), LONGEST):
+            yield document[start:end]
+            start = end
     yield document[start:]
 
 

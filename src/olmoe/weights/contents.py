@@ -56,7 +56,7 @@ def describe(table: TensorTable, tensors: Tensors, file_bytes: int) -> Packed:
 
 
 def contents_of(checkpoint: Checkpoint) -> Packed:
-    """What a packed checkpoint holds, from its headers alone. Raises what loading it would."""
+    """What a packed checkpoint holds, from nothing but its headers. Raises what loading it would."""
     source = checkpoint.source()
     assert isinstance(source, PackedFile), f"{checkpoint.folder} is not packed"
     tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in source.tensors.entries.items()}

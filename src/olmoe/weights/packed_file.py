@@ -218,12 +218,12 @@ def file_tensors(table: TensorTable, plain: torch.dtype | Mapping[str, torch.dty
         dtype = fixed or (plain if isinstance(plain, torch.dtype) else plain[name])
         tensors[name] = (shape, dtype)
 
-    def place(item: tuple[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bool, bool, int]:
+    def order(item: tuple[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bool, bool, int]:
         (shape, dtype) = item[1]
         # Then wider values before narrower ones, so that none starts at an odd multiple.
         return dtype != torch.uint8, math.prod(shape) % 64 != 0, -dtype.itemsize
 
-    return dict(sorted(tensors.items(), key=place))
+    return dict(sorted(tensors.items(), key=order))
 
 
 def writer(path: Path, tensors: Tensors) -> TensorWriter:

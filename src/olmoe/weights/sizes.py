@@ -1,4 +1,4 @@
-"""How many bytes a model takes in every format that this package stores, from its architecture alone. No torch.
+"""How many bytes a model takes in every format that this package stores, from nothing but its architecture. No torch.
 
 The numbers are those of the files but for their headers; `tests/test_sizes.py` compares them with what is written.
 """

@@ -1,6 +1,6 @@
 """`TensorTable`: every parameter of a model and how a checkpoint stores it. The schema for packing, checking, reading.
 
-It follows from the architecture and a layout alone; no module is built for it.
+It follows from nothing but the architecture and a layout; no module is built for it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TensorTable(Mapping[str, Row]):
         layers = (f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in _LAYER)
         names = (EMBEDDING, *layers, "model.norm.weight", HEAD)
         self._rows = {name: _row(name, shapes[name], layout) for name in names if name in shapes}
-        assert len(self._rows) == len(shapes), "a parameter has no place in the order"
+        assert len(self._rows) == len(shapes), "a parameter is missing from the order"
 
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]

@@ -53,7 +53,7 @@ def test_half_precision_is_encoded_as_its_fp32_values(name, dtype, weights):
 def test_pieces_do_not_show(weights, monkeypatch):
     whole = encode("w", weights.view(4, 100, 96), BY_NAME["Q4_0"])
     assert whole.shape == (4, 100, 54)
-    monkeypatch.setattr(module, "PIECE", 7 * 96)
+    monkeypatch.setattr(module, "PART_WEIGHTS", 7 * 96)
     np.testing.assert_array_equal(encode("w", weights.view(4, 100, 96), BY_NAME["Q4_0"]), whole)
 
 

@@ -46,7 +46,7 @@ def many_rows(dtype: torch.dtype) -> bool:
 
     Measured against torch 2.13 on one core of a Zen 4, 2048 columns, 16 to 512 rows, also with all libraries limited
     to AVX2: a single product in fp32 1.0 to 1.2 times as fast, in bf16 without bf16 instructions (torch then widens
-    pieces of the weight) 1.05 to 1.3 times, routed experts 1.1 to 1.7 times. With AVX512-BF16 a single product is 0.9
+    parts of the weight) 1.05 to 1.3 times, routed experts 1.1 to 1.7 times. With AVX512-BF16 a single product is 0.9
     to 1.1 times as fast as oneDNN's, routed experts 1.1 to 1.8 times; AMX, which ours do not use, is left to torch.
     AVX2 kernels leave prompts to a torch that has AVX-512, whose vectors are twice as wide; kernels for no known
     vectors leave all of them.

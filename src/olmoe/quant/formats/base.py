@@ -15,7 +15,7 @@ CODES = "codes"
 
 
 class Format(ABC):
-    """Encodes one matrix (R, C) at a time, so that each expert of a stack can be decoded alone."""
+    """Encodes one matrix (R, C) at a time, so that each expert of a stack can be decoded by itself."""
 
     name: str
     bits: int  # of one weight's code

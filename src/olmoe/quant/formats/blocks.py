@@ -36,7 +36,7 @@ BLOCK = 32
 GROUP = 16
 SCALE_BYTES = 2
 # Weights encoded or decoded at a time: 128 k in fp32 are 512 KB, which stay in the L2 cache.
-PIECE = 2**17
+PART_WEIGHTS = 2**17
 # Above it a scale is not a finite fp16.
 MAX_SCALE = 65504.0
 
@@ -127,11 +127,11 @@ class BlockFormat(Format):
         (shape, dtype) = self.parts(*weight.shape)[CODES]
         rows, columns = weight.shape
         out = torch.empty(shape, dtype=dtype, device=weight.device)
-        piece = max(PIECE // columns // GROUP, 1) * GROUP
-        for start in range(0, rows, piece):
-            wide = weight[start : start + piece].detach().float()
+        step = max(PART_WEIGHTS // columns // GROUP, 1) * GROUP
+        for start in range(0, rows, step):
+            wide = weight[start : start + step].detach().float()
             codes, scales = self.quantize(wide.reshape(-1, BLOCK))
-            out[start // GROUP : (start + piece) // GROUP] = self.pack(codes, scales, len(wide))
+            out[start // GROUP : (start + step) // GROUP] = self.pack(codes, scales, len(wide))
         return {CODES: out}
 
     def pack(self, codes: Tensor, scales: Tensor, rows: int) -> Tensor:
@@ -157,10 +157,10 @@ class BlockFormat(Format):
         """See `Format.decode`."""
         packed = parts[CODES]
         out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
-        piece = max(PIECE // columns // GROUP, 1) if packed.device.type == "cpu" else max(packed.shape[0], 1)
-        for start in range(0, packed.shape[0], piece):
-            code_bytes, scales = self.deinterleave(packed[start : start + piece], columns)
-            here = out[start * GROUP : (start + piece) * GROUP]
+        step = max(PART_WEIGHTS // columns // GROUP, 1) if packed.device.type == "cpu" else max(packed.shape[0], 1)
+        for start in range(0, packed.shape[0], step):
+            code_bytes, scales = self.deinterleave(packed[start : start + step], columns)
+            here = out[start * GROUP : (start + step) * GROUP]
             values = self.values(code_bytes.view(-1, self.code_bytes)).mul_(scales.view(-1, 1).float())
             here.copy_(values.view(-1, columns)[: len(here)])
         return out

@@ -118,10 +118,10 @@ class FourBit(Format):
         blocks, pairs = absmax_B.numel(), _pairs(self.name, codes.device)
         codes = F.pad(codes, (0, blocks * BLOCK // 2 - codes.numel())).view(blocks, BLOCK // 2)
         out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-        # In pieces that stay in cache; a GPU has no use for that.
-        piece = DECODE_BLOCKS if codes.device.type == "cpu" else max(blocks, 1)
-        for start in range(0, blocks, piece):
-            here = slice(start, start + piece)
+        # In parts that stay in cache; a GPU has no use for that.
+        step = DECODE_BLOCKS if codes.device.type == "cpu" else max(blocks, 1)
+        for start in range(0, blocks, step):
+            here = slice(start, start + step)
             values = F.embedding(codes[here].int(), pairs).view(-1, BLOCK)
             torch.mul(values, absmax_B[here].unsqueeze(1), out=values)
             out[here] = values

@@ -44,8 +44,8 @@ class Int8(Format):
         """See `Format.decode`."""
         codes, scale_R = parts[CODES], parts["absmax"] / 127.0
         out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-        piece = max(DECODE_WEIGHTS // max(columns, 1), 1) if codes.device.type == "cpu" else max(rows, 1)
-        for start in range(0, rows, piece):
-            here = slice(start, start + piece)
+        step = max(DECODE_WEIGHTS // max(columns, 1), 1) if codes.device.type == "cpu" else max(rows, 1)
+        for start in range(0, rows, step):
+            here = slice(start, start + step)
             out[here] = codes[here].float().mul_(scale_R[here].unsqueeze(1))
         return out

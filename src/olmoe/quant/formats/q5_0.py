@@ -19,14 +19,14 @@ class Q5_0(Q4_0):  # noqa: N801  (GGUF's name)
 
     def values(self, code_words: Tensor) -> Tensor:
         """See `BlockFormat.values`."""
-        places = torch.arange(8, dtype=torch.uint8, device=code_words.device)
-        fifth = (code_words[:, :4].unsqueeze(-1) >> places & 1).flatten(1)
+        shifts = torch.arange(8, dtype=torch.uint8, device=code_words.device)
+        fifth = (code_words[:, :4].unsqueeze(-1) >> shifts & 1).flatten(1)
         return super().values(code_words[:, 4:]).add_(fifth << 4).sub_(8.0)
 
     def to_bytes(self, codes: Tensor) -> Tensor:
         """See `BlockFormat.to_bytes`."""
-        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        fifth = (codes.view(-1, 4, 8) >> 4 << places).sum(-1, dtype=torch.uint8)
+        shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        fifth = (codes.view(-1, 4, 8) >> 4 << shifts).sum(-1, dtype=torch.uint8)
         return torch.cat((fifth, super().to_bytes(codes & 15)), dim=1)
 
     def interleave(self, code_bytes: Tensor, scales: Tensor) -> Tensor:

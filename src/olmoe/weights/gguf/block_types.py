@@ -21,7 +21,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 # Values decoded at a time: what decoders make on their way stays in the cache.
-PIECE = 2**18
+PART_VALUES = 2**18
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def dequantize(kind: BlockType, data: Bytes) -> Floats:
     blocks = np.ascontiguousarray(data).reshape(-1, kind.block_bytes)
     columns = data.shape[-1] // kind.block_bytes * kind.block_values
     out = np.empty((len(blocks), kind.block_values), np.float32)
-    step = max(PIECE // kind.block_values, 1)
+    step = max(PART_VALUES // kind.block_values, 1)
     with np.errstate(invalid="ignore", over="ignore"):  # a hostile file may hold infinite scales
         for start in range(0, len(blocks), step):
             out[start : start + step] = kind.decode(blocks[start : start + step])

@@ -16,7 +16,7 @@ _FORMATS = {name.upper(): make_format(name) for name in layout_formats() if name
 BLOCKS = {name: format for name, format in _FORMATS.items() if isinstance(format, BlockFormat)}
 ENCODABLE = (*_PLAIN, *BLOCKS)
 # Weights encoded at a time: 1 M in fp32 are 4 MB.
-PIECE = 2**20
+PART_WEIGHTS = 2**20
 
 
 def fitting(kind: BlockType, columns: int) -> BlockType:
@@ -31,10 +31,10 @@ def encode(name: str, weight: Tensor, kind: BlockType) -> Bytes:
     """
     out = torch.empty(*weight.shape[:-1], kind.row_bytes(weight.shape[-1]), dtype=torch.uint8)
     rows, encoded = weight.reshape(-1, weight.shape[-1]), out.view(-1, out.shape[-1])
-    step = max(PIECE // weight.shape[-1], 1)
+    step = max(PART_WEIGHTS // weight.shape[-1], 1)
     for start in range(0, len(rows), step):
-        piece = rows[start : start + step].detach()
-        encoded[start : start + step] = _encode_rows(name, piece, kind)
+        part = rows[start : start + step].detach()
+        encoded[start : start + step] = _encode_rows(name, part, kind)
     array: Bytes = out.numpy()
     return array
 
@@ -46,14 +46,14 @@ def _encode_rows(name: str, rows: Tensor, kind: BlockType) -> Tensor:
         if not all_finite(plain):
             raise CheckpointError(_refusal(name, kind))
         return plain.view(torch.uint8)
-    form = BLOCKS[kind.name]
-    codes, scales = form.quantize(rows.float().reshape(-1, BLOCK))
+    format = BLOCKS[kind.name]
+    codes, scales = format.quantize(rows.float().reshape(-1, BLOCK))
     if kind.name == "Q8_0":
         scales = scales.abs()  # blocks of zeros have the scale 0 there, never -0
     if not all_finite(scales):
         raise CheckpointError(_refusal(name, kind))
     scale_bytes = scales.unsqueeze(-1).view(torch.uint8)
-    return torch.cat((scale_bytes, form.flip(form.to_bytes(codes))), dim=-1).view(len(rows), -1)
+    return torch.cat((scale_bytes, format.flip(format.to_bytes(codes))), dim=-1).view(len(rows), -1)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Output:
     """One tensor of the file: from which parameter, and which part of an expert's rows of it."""
 
     tensor: PlannedTensor
@@ -57,33 +57,33 @@ def to_gguf(
     source = open_source(folder)
     config = source.config
     tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
-    pieces = _plan(source, type_name)
+    outputs = _plan(source, type_name)
     metadata: dict[str, Value] = {
         "general.architecture": keys.ARCHITECTURE,
         "general.type": "model",
         "general.name": folder.resolve().name,
-        "general.file_type": _file_type(pieces),
+        "general.file_type": _file_type(outputs),
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     metadata |= keys.to_metadata(config)
     text = read_text(folder / "tokenizer.json")
     metadata |= vocabulary.to_metadata(text, config.vocab_size, tokenizer.chat_template)
-    total, done = sum(piece.tensor.num_bytes for piece in pieces), 0
+    total, done = sum(output.tensor.num_bytes for output in outputs), 0
 
     def counted() -> Iterator[Bytes]:
         nonlocal done
-        for piece in pieces:
-            for data in _data(source, piece):
+        for output in outputs:
+            for data in _data(source, output):
                 yield data
                 done += data.nbytes
                 if progress is not None:
                     progress(done, total)
         targets.check_file(target, overwrite=overwrite)  # once more, in case somebody put something there meanwhile
 
-    write(target, metadata, [piece.tensor for piece in pieces], counted())
+    write(target, metadata, [output.tensor for output in outputs], counted())
 
 
-def _plan(source: WeightSource, type_name: str | None) -> list[_Piece]:
+def _plan(source: WeightSource, type_name: str | None) -> list[_Output]:
     """Which tensors the file holds, each with its type and where its values come from."""
     config = source.config
     shapes = tensor_shapes(config)
@@ -91,18 +91,18 @@ def _plan(source: WeightSource, type_name: str | None) -> list[_Piece]:
     if config.tie_word_embeddings:
         # llama.cpp's OLMoE needs a head of its own, so the shared matrix is written twice.
         shapes[HEAD] = shapes[EMBEDDING]
-    pieces: list[_Piece] = []
+    outputs: list[_Output] = []
     for parameter, tensors in names.items():
         kind = _kind_of(source, parameter, shapes[tensors[0]], type_name)
         for number, name in enumerate(tensors):
             shape = shapes[name]
             planned = PlannedTensor(name, shape, fitting(kind, shape[-1]))
             first_row = number * shape[-2] if number else 0
-            pieces.append(_Piece(planned, parameter, shape[0] if len(shape) == 3 else None, first_row))
+            outputs.append(_Output(planned, parameter, shape[0] if len(shape) == 3 else None, first_row))
     if config.tie_word_embeddings:
-        first = pieces[0]
-        pieces.append(_Piece(PlannedTensor(HEAD, first.tensor.shape, first.tensor.kind), first.parameter))
-    return pieces
+        first = outputs[0]
+        outputs.append(_Output(PlannedTensor(HEAD, first.tensor.shape, first.tensor.kind), first.parameter))
+    return outputs
 
 
 def _kind_of(source: WeightSource, parameter: str, shape: tuple[int, ...], type_name: str | None) -> BlockType:
@@ -114,23 +114,23 @@ def _kind_of(source: WeightSource, parameter: str, shape: tuple[int, ...], type_
     return BY_NAME[stored[0] if stored and stored[0] in BLOCKS else "BF16"]
 
 
-def _data(source: WeightSource, piece: _Piece) -> Iterator[Bytes]:
+def _data(source: WeightSource, output: _Output) -> Iterator[Bytes]:
     """The tensor's bytes, expert by expert where it is a stack."""
-    kind, shape = piece.tensor.kind, piece.tensor.shape
-    rows = slice(piece.first_row, piece.first_row + shape[-2]) if len(shape) > 1 else slice(None)
+    kind, shape = output.tensor.kind, output.tensor.shape
+    rows = slice(output.first_row, output.first_row + shape[-2]) if len(shape) > 1 else slice(None)
     stored = source if isinstance(source, BlockSource) and kind.name in BLOCKS else None
-    for expert in [None] if piece.experts is None else range(piece.experts):
-        if stored is not None and stored.stored_as(piece.parameter) == (kind.name,):
-            yield stored.blocks(piece.parameter, expert)[rows]
+    for expert in [None] if output.experts is None else range(output.experts):
+        if stored is not None and stored.stored_as(output.parameter) == (kind.name,):
+            yield stored.blocks(output.parameter, expert)[rows]
         else:
-            yield encode(piece.tensor.name, source.read(piece.parameter, expert)[rows], kind)
+            yield encode(output.tensor.name, source.read(output.parameter, expert)[rows], kind)
 
 
-def _file_type(pieces: list[_Piece]) -> int:
+def _file_type(outputs: list[_Output]) -> int:
     """llama.cpp's number for the type that most matrices have."""
     sizes: dict[str, int] = {}
-    for piece in pieces:
-        if piece.parameter.endswith((GATE_UP, DOWN)):
-            name = piece.tensor.kind.name.lower()
-            sizes[name] = sizes.get(name, 0) + piece.tensor.num_bytes
+    for output in outputs:
+        if output.parameter.endswith((GATE_UP, DOWN)):
+            name = output.tensor.kind.name.lower()
+            sizes[name] = sizes.get(name, 0) + output.tensor.num_bytes
     return FILE_TYPES[max(sizes, key=sizes.__getitem__)]

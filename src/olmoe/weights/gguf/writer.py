@@ -40,25 +40,25 @@ def write(
     tensors: Sequence[PlannedTensor],
     data: Iterable[Bytes],
 ) -> None:
-    """Write `target` atomically. `data` yields the bytes of all `tensors` in their order, in pieces of any size that
-    do not cross from one tensor to the next; only one piece is held at a time.
+    """Write `target` atomically. `data` yields the bytes of all `tensors` in their order, in parts of any size that
+    do not cross from one tensor to the next; only one part is held at a time.
 
     Integers of the metadata are written as 32-bit (unsigned unless negative), floats as fp32, numpy arrays in their
-    own dtype. Raises `UserError` if the disk is full or the place cannot be written.
+    own dtype. Raises `UserError` if the disk is full or the file cannot be written.
     """
     with atomic_file(target) as temporary, temporary.open("wb") as file:
         file.write(header(metadata, tensors))
-        pieces = iter(data)
+        parts = iter(data)
         for tensor in tensors:
             _pad(file)
             left = tensor.num_bytes
             while left:
-                piece = next(pieces)
-                left -= piece.nbytes
+                part = next(parts)
+                left -= part.nbytes
                 assert left >= 0, f"{tensor.name}: more bytes than planned"
-                file.write(np.ascontiguousarray(piece).data)
+                file.write(np.ascontiguousarray(part).data)
         _pad(file)
-        assert next(pieces, None) is None, "more data than planned"
+        assert next(parts, None) is None, "more data than planned"
 
 
 def header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
