@@ -27,7 +27,7 @@ inline void relax() {
 
 constexpr int kSpins = 2000;              // some 20 to 50 microseconds
 constexpr int kPieces = 3;                // a thread takes this part of its share of what is left
-constexpr int kKept = 1;                  // so many tasks for each thread are not taken ahead
+constexpr int kKept = 1;                  // this many tasks for each thread are not taken ahead
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
 constexpr int kYields = 1000;             // other threads that want this core get it here
 
@@ -82,7 +82,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run_tasks(int count, int grain, Call call, const void* work) {
   const uint32_t job = announced_.load(std::memory_order_relaxed) + 1;
   // Closed before it is described: a helper that still looks at the job before this one must not read the new count
-  // with the old claim, and take what that job never had. Who reads the count sees this too.
+  // with the old claim, and take what that job never had. A thread that reads the count sees this too.
   claim_.store(uint64_t(job) << 32 | kClosed, std::memory_order_relaxed);
   count_.store(count, std::memory_order_release), grain_.store(grain, std::memory_order_relaxed);
   call_.store(call, std::memory_order_relaxed), work_.store(work, std::memory_order_relaxed);

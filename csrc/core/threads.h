@@ -59,10 +59,10 @@ class ThreadPool {
 
   std::vector<std::thread> helpers_;
   bool alone_ = false;  // of the calling thread alone
-  // One job at a time. Whoever takes a task changes `claim_`, the number of the job and the first item that nobody has
-  // taken, as a whole: so a helper that comes late, because its core was given to others, finds that the job is over,
-  // and nobody waits for it. A job is over when all its items are `done_`, and until then what describes it stays as it
-  // is.
+  // One job at a time. A thread that takes a task changes `claim_`, the number of the job and the first item that is
+  // not taken yet, in one operation: so a helper that comes late, because its core was given to others, finds that the
+  // job is over, and no thread waits for it. A job is over when all its items are `done_`; until then its description
+  // does not change.
   alignas(64) std::atomic<uint64_t> claim_{0};
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<uint32_t> announced_{0};  // the number of the newest job; helpers sleep on it

@@ -149,7 +149,7 @@ inline size_t attention_scratch(int head_dim) {
   return size_t(kKeyBlock) * (head_dim + kQueryBlock) + size_t(kQueryBlock) * (head_dim + 4) + 64;
 }
 
-// Rows that Kernels::tiles widens at a time, and the scratch that it needs for so many tokens.
+// Rows that Kernels::tiles widens at a time, and the scratch that it needs for that many tokens.
 constexpr int kPanelRows = 32;
 inline size_t tiles_scratch(int columns, int tokens) {
   return size_t(kPanelRows) * (columns + 5 * size_t(tokens)) + 16 * kPanelRows;

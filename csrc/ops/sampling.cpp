@@ -13,7 +13,7 @@ namespace olmoe {
 namespace {
 
 constexpr int kBins = kDigits, kTables = 4;
-constexpr int kFewCandidates = 4096;   // among so many, a selection by comparing is faster than by digits
+constexpr int kFewCandidates = 4096;   // up to this many, selecting by comparisons is faster than by digits
 constexpr int kAloneScores = 1 << 15;  // rows with fewer together are not worth another thread
 constexpr uint32_t kSeen = 1u << 31;   // a token of prompt or text; the bits below count it in the text
 

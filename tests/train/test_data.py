@@ -15,7 +15,8 @@ from configurations import VOCAB_SIZE
 from olmoe.errors import ConfigError, UserError
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import Source
-from olmoe.train.data import Mixture, load_sources, name_files, open_tokens, prepare, read_documents
+from olmoe.train.data import Mixture, name_files, open_tokens, prepare, read_documents
+from olmoe.train.sources import SourceFiles, open_sources
 from sentences import refused
 
 EOS = VOCAB_SIZE - 1
@@ -309,7 +310,8 @@ def test_the_order_is_pinned():
 def test_a_file_too_short_for_two_windows_is_refused_by_name(tmp_path, tokenizer_file):
     np.zeros(19, dtype="<u2").tofile(tmp_path / "short.npy")
     file = prepare(tmp_path / "short.npy", tokenizer_file, tmp_path, EOS)
-    loaded = load_sources((Source(path="short.npy"),), [file], VOCAB_SIZE)
+    short = SourceFiles(Source(path="short.npy"), (tmp_path / "short.npy",))
+    loaded = open_sources([short], [[file]], VOCAB_SIZE, 10)
     message = refused(lambda: Mixture(loaded, 10, seed=0), ConfigError)
     assert "short.npy" in message
     assert "19 tokens" in message
@@ -326,5 +328,6 @@ def test_sources_keep_their_repeats(tmp_path, tokenizer_file):
     for name in ("a", "b"):
         np.zeros(20, dtype="<u2").tofile(tmp_path / f"{name}.npy")
     wanted = (Source(path="a.npy", repeat=2.0), Source(path="b.npy", repeat=0.5))
-    files = [prepare(tmp_path / s.path, tokenizer_file, tmp_path, EOS) for s in wanted]
-    assert [repeat for _, repeat in load_sources(wanted, files, VOCAB_SIZE)] == [2.0, 0.5]
+    found = [SourceFiles(source, (tmp_path / source.path,)) for source in wanted]
+    files = [[prepare(tmp_path / s.path, tokenizer_file, tmp_path, EOS)] for s in wanted]
+    assert [repeat for _, repeat in open_sources(found, files, VOCAB_SIZE, 10)] == [2.0, 0.5]

@@ -150,7 +150,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
   std::memcpy(out, sums, size_t(rows < GROUPS * kGroup ? rows : GROUPS * kGroup) * sizeof(float));
 }
 
-// Up to so many tokens the next group is fetched; among more, products take longer than memory does.
+// Up to this many tokens the next group is fetched; with more, products take longer than memory does.
 constexpr int kFetchedTokens = 8, kStreamedTokens = 1;
 
 template <Type T, int GROUPS, int TOKENS>

@@ -93,7 +93,7 @@ OLMOE_INLINE int round_to_bytes(const float* x, float inverse, int8_t* out) {
 }
 
 // Two steps of eight rows of bf16: transposed as they are, which takes half the shuffles, and widened where they go,
-// lanes and steps so many floats apart.
+// lanes and steps this many floats apart.
 OLMOE_INLINE void pack_bf16(const uint8_t* rows, size_t row_bytes, size_t lane_size, size_t step_size, float* target) {
   __m256i a[8], b[8];
 #pragma GCC unroll 4

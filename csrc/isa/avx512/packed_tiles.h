@@ -129,7 +129,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
     for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
   }
 }
-// Up to so many tokens weights are read in several streams, which fetch; tiles are for more, and need not.
+// Up to this many tokens weights are read in several streams, which fetch; tiles are for more, and need not.
 constexpr int kStreamedTokens = 8, kFetchedTokens = 0;
 
 // As many tokens as there are registers for their sums.

@@ -101,7 +101,7 @@ inline void lane_tile_of(int count, const float* panel, int steps, const Activat
   if constexpr (TOKENS > 1) lane_tile_of<TOKENS - 1>(count, panel, steps, x, start, n, sums, level_size);
 }
 
-// Lines of weights that are needed next, fetched into the second cache in so many parts.
+// Lines of weights that are needed next, fetched into the second-level cache in this many parts.
 struct Ahead {
   const uint8_t* address;
   size_t lines;

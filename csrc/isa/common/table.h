@@ -25,7 +25,7 @@ inline void rows(Type type, const uint8_t* group, int rows, int columns, const A
   }
 }
 
-// Vectors of 16 have registers for so many rows and tokens that widening half precision on the way costs nothing.
+// Vectors of 16 have enough registers for rows and tokens that widening half precision as it is read costs nothing.
 constexpr bool kHalfTiles = W < 16;
 constexpr int kNever = 1 << 30, kManyHalf = kHalfTiles ? 12 : kNever;
 

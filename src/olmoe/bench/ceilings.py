@@ -32,7 +32,7 @@ class StepBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What memory allows: reads of `bytes_per_second` deliver the `step` of a batch so many times a second."""
+    """What memory allows: at `bytes_per_second`, reads deliver the `step` of a batch this many times a second."""
 
     bytes_per_second: float
     step: StepBytes

@@ -5,8 +5,8 @@ they would see codes. So PEFT wraps a view of a packed module under another clas
 attributes are what the codes stand for (`olmoe.quant.decoded`), which cannot be written. Its parameters, their names
 and the state dict stay those of a packed module.
 
-PEFT tells nobody what it wraps, and some of its methods read weights as soon as they did. torch does tell: its hook for
-modules that become children of others is asked, from the first packed model on.
+PEFT does not announce what it wraps, and some of its methods read weights right after that. torch does announce it:
+its hook for modules that become children of others is registered with the first packed model.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
 
     _room: tuple[Tensor, Tensor] | None = None
     _shown: tuple[Tensor, Tensor] | None = (
-        None  # the views of `_room` that `keys` and `values` are, if nobody changed them
+        None  # the views of `_room` that `keys` and `values` are unless they were replaced
     )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

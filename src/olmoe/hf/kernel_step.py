@@ -26,7 +26,7 @@ STEP_ROWS = 64
 
 
 class StackedRouters(Sequence[RouterOutput]):
-    """What the routers of all layers decided, kept together; a layer's `RouterOutput` is made when it is asked for."""
+    """What the routers of all layers decided, kept together; a layer's `RouterOutput` is made on request."""
 
     def __init__(self, logits_LNE: Tensor, weights_LNK: Tensor, ids_LNK: Tensor) -> None:
         self._stacked = logits_LNE, weights_LNK, ids_LNK

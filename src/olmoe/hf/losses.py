@@ -77,7 +77,7 @@ def share_of_step(labels: Tensor, options: Mapping[str, Any]) -> Tensor | float:
 
     labels (B, T); `options` are what the loss function gets. With `num_items_in_batch` it divides the batch's summed
     cross-entropy by the predicted tokens of the step, on all processes: the share is how many of them are here.
-    Without, it takes the mean over this batch, and whoever accumulates divides: 1.
+    Without it the loss is the mean over this batch, and a caller that accumulates gradients divides it: 1.
     """
     items = options.get("num_items_in_batch")
     if items is None:

@@ -265,7 +265,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
-    """Replace modules whose matrices are to be packed with packed ones, which have no values yet.
+    """Replace modules whose matrices will be packed with packed ones, which have no values yet.
 
     Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32; of
     others all `Linear` and `Experts` modules are packed but those that match a pattern of `skipped`.

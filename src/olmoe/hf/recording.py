@@ -1,7 +1,7 @@
-"""What a forward pass is asked to return besides its result: router logits and attention probabilities of each layer.
+"""What a forward pass returns on request besides its result: each layer's router logits and attention probabilities.
 
 transformers collects them with hooks, which it leaves on the modules. Ours would then always be computed module by
-module, so here they note what arises by themselves while somebody asks for it.
+module, so here modules record these values themselves while a caller has asked for them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _asked() -> dict[str, list[Any]] | None:
 
 
 def note(name: str, value: Any) -> None:
-    """Keep `value` if somebody asks for `name`; a module without attention probabilities notes None."""
+    """Keep `value` if `name` was asked for; a module without attention probabilities records None."""
     notes = _asked()
     if notes is not None and name in notes and value is not None:
         notes[name].append(value)

@@ -1,7 +1,7 @@
-"""Whether what a view of some modules depends on is unchanged.
+"""Whether everything that a view of some modules depends on is unchanged.
 
-Modules change without telling: hooks, adapters and settings come and go, and weights are replaced. So it is asked at
-every call, in C++, because a step of decoding has pushed all of these objects out of the caches.
+Modules change without notice: hooks, adapters and settings come and go, and weights are replaced. So they are compared
+at every call, in C++, because a step of decoding has evicted all of these objects from the caches.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from olmoe.ops.cpu import extension
 from olmoe.runner.compile import HOOKS
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something of somebody else's runs before or after it."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
-
-
 class Snapshot:
     """Remembers modules as they are when it is `complete`; `unchanged` says whether they are the same now.
 
-    Everything lies in lists of Python's, through which its garbage collector finds the modules.
+    Everything lies in Python lists, through which the garbage collector finds the modules.
     """
 
     def __init__(self) -> None:

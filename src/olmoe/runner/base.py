@@ -1,4 +1,4 @@
-"""What every runner takes and gives: one call for prompts, chunks of prompts, decoding steps and any mixture of them.
+"""What every runner takes and returns: one call for prompts, chunks of prompts, decoding steps and any mixture of them.
 
 A runner is compiled once from the weights of a model, and immutable from then on. It knows neither requests nor text.
 
@@ -149,9 +149,9 @@ class Runner(Protocol):
     """One model, compiled for one kind of device."""
 
     config: ModelConfig
-    cache_dtype: torch.dtype  # of keys and values, unless another is asked for
+    cache_dtype: torch.dtype  # of keys and values, by default
     chunk_tokens: int  # new tokens of one call beyond which it is not faster
-    block_positions: int  # a sequence takes a multiple of so many positions in a cache of `new_cache`
+    block_positions: int  # sequences take a multiple of this many positions in a cache of `new_cache`
 
     @property
     def position_bytes(self) -> int:
@@ -161,7 +161,7 @@ class Runner(Protocol):
     def new_cache(
         self, sequences: int, positions: int, dtype: torch.dtype | None = None, block_size: int | None = None
     ) -> BlockCache:
-        """An empty cache for so many sequences of that length, in blocks of `block_size` positions.
+        """An empty cache for that many sequences of that length, in blocks of `block_size` positions.
 
         None is one block a sequence, which is read fastest: after 2048 tokens a tenth faster than in blocks of 64.
         """

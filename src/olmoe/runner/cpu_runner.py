@@ -26,8 +26,8 @@ class CpuRunner:
     changed, count in a new runner only.
     """
 
-    # Every expert of the released shapes gets 64 of them on average, enough for full speed, and what a layer computes
-    # on the way takes 0.1 GB.
+    # Every expert of the released shapes gets 64 of them on average, enough for full speed, and a layer's
+    # intermediate results take 0.1 GB.
     chunk_tokens = 512
     block_positions = KEY_BLOCK
 

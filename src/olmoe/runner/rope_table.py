@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary embeddings for the kernels: looked up where they depend on nothing but the position.
+"""Cosines and sines of rotary embeddings for the kernels: looked up where they depend only on the position.
 
 Shapes legend: N tokens, Dh head dim, P positions.
 """
@@ -14,8 +14,8 @@ from olmoe.model import RotaryEmbedding
 from olmoe.runner.base import Batch
 
 _FIRST_POSITIONS = 256
-# So many cosines torch computes on the calling thread, also where it leaves them to MKL. After more its other threads
-# spin for milliseconds, on cores that those of the kernels need.
+# Up to this many cosines torch computes on the calling thread, also where it leaves them to MKL. After more, its other
+# threads spin for milliseconds on cores that the kernels' threads need.
 _SERIAL_ELEMENTS = 64
 
 
@@ -35,13 +35,13 @@ class RopeTable:
         self._table: tuple[Tensor, Tensor] | None = None  # replaced whole, so that threads see one or the other
 
     def reserve(self, positions: int) -> None:
-        """Make room for so many positions: who knows them beforehand spares a later call the work."""
+        """Make room for that many positions now, rather than within a later call."""
         if self._rotary.rope.rope_type != "dynamic":
             self._grown(positions)
 
     @torch.inference_mode()
     def _grown(self, positions: int) -> tuple[Tensor, Tensor]:
-        """The table, with room for so many positions."""
+        """The table, with room for that many positions."""
         table = self._table
         if table is None or positions > len(table[0]):
             count = _FIRST_POSITIONS

@@ -26,7 +26,6 @@ from olmoe.io import documents
 from olmoe.io.atomic import atomic_file, write_text
 from olmoe.io.documents import Chat
 from olmoe.tokenizer import Tokenizer
-from olmoe.train.config import Source
 from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
 
 SEPARATOR = documents.SEPARATOR
@@ -74,7 +73,7 @@ def name_files(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def read_documents(path: Path) -> Iterator[str | Chat]:
-    """The documents of a text or JSONL file; see `olmoe.io.documents`. Raises `ConfigError` for what is none."""
+    """The documents of a text or JSONL file; see `olmoe.io.documents`. Raises `ConfigError` for other files."""
     return documents.read_documents(path, "The data file", ConfigError)
 
 
@@ -238,11 +237,6 @@ class Mixture:
                 chosen_of.append(np.stack((np.full_like(starts, source), starts), axis=1))
         order = np.concatenate(chosen_of)
         return order[generator.permutation(len(order))]
-
-
-def load_sources(sources: tuple[Source, ...], files: list[TokenFile], vocab_size: int) -> list[tuple[Tokens, float]]:
-    """Open the token files of `sources`, each with its repeat factor."""
-    return [(open_tokens(file, vocab_size), source.repeat) for source, file in zip(sources, files, strict=True)]
 
 
 def origin(tokens: Tokens) -> str:

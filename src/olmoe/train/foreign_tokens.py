@@ -84,7 +84,7 @@ def _from_header(path: Path, dtype: str | None) -> Layout:
 
 
 def _refuse_half_empty(path: Path, kind: np.dtype[Any]) -> None:
-    """Refuse a type that somebody said if every second id of it is exactly 0: the upper half of a wider one."""
+    """Refuse a declared type if every second id is exactly 0: the upper half of a wider one."""
     ids = np.fromfile(path, dtype=kind, count=_LOOKED_AT)
     pairs = ids[: len(ids) // 2 * 2].reshape(-1, 2)
     varied = [len(np.unique(pairs[:, i])) for i in (0, 1)]

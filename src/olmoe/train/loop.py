@@ -195,7 +195,7 @@ def save(run: Run) -> Path:
 def report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on all of every held-out and measured file into `evaluation.json`; its folder."""
     best = run.output / "best"
-    if not state.has_best(run.output):  # removed meanwhile, or before a finished run was resumed
+    if not state.has_best(run.output):  # removed in the meantime, or before a finished run was resumed
         log.warning("%s is missing; the last state takes its place", best)
         run.progress.best_step = run.progress.step
         export.save(run.model, best, extra_files=run.data.tokenizer_files)
@@ -260,7 +260,7 @@ def _catch_interrupts() -> Iterator[list[int]]:
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         try:
             previous[number] = signal.signal(number, handler)
-        except ValueError:  # not the main thread: whoever runs us handles signals
+        except ValueError:  # not the main thread: the caller handles signals
             break
     try:
         yield received

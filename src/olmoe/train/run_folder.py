@@ -35,7 +35,7 @@ def latest(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep every other process from training into `folder` meanwhile.
+    """Keep every other process from training into `folder` until the block is left.
 
     The operating system holds the lock for this process and lets go of it however the process ends, so that a killed
     run leaves nothing behind that a new one must wait for. Raises `ConfigError` if another process holds it.
@@ -102,7 +102,7 @@ def _lock(handle: IO[str]) -> None:
 
 def _lock_on_windows(handle: IO[str]) -> None:
     msvcrt = importlib.import_module("msvcrt")
-    handle.seek(2**30)  # a byte far behind the text, which others may read meanwhile
+    handle.seek(2**30)  # a byte far behind the text, which others may still read
     try:
         msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:

@@ -38,7 +38,7 @@ class Progress:
 def begin(folder: Path, resume: bool, overwrite: bool = False) -> Path | None:
     """Make the folder of a run; return the checkpoint to continue from, None for a new run.
 
-    Raises `ConfigError` if the folder holds a run that is not to be resumed, or none that could be. With `overwrite`,
+    Raises `ConfigError` if the folder holds a run that should not be resumed, or none that can be. With `overwrite`,
     a run is no hindrance if `discard` can delete it.
     """
     if resume and overwrite:
@@ -144,7 +144,7 @@ def save_state(
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints under `folder`, and what a killed process left unfinished.
 
-    Whoever calls this holds the run's lock, so that nobody is still at work on what is unfinished.
+    The caller holds the run's lock, so no other process is writing what is unfinished here.
     """
     unfinished = [*folder.glob(".best.*.partial"), *(folder / "checkpoints").glob(".step-*.partial")]
     unfinished += [*(folder.glob(".best.*.old") if has_best(folder) else ()), *folder.glob("checkpoints/.step-*.old")]

@@ -1,6 +1,6 @@
 """One optimizer step: microbatches forward and backward, clipping, the update.
 
-Nothing here knows files, evaluation or how many processes train: whoever calls says which microbatches this process
+Nothing here knows files, evaluation or how many processes train: the caller says which microbatches this process
 computes and what the sums of the whole step are divided by, and may clip in another way.
 
 Shapes legend: B windows of a microbatch, T positions, L layers, E experts.

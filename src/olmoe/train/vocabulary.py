@@ -81,16 +81,16 @@ def _cut(document: str) -> Iterator[str]:
 
 
 def _interruptible(work: Callable[[], object]) -> None:
-    """Do `work`, which is deaf to signals, in a thread of its own, so that Ctrl-C is heard meanwhile."""
+    """Do `work`, during which Python handles no signals, in another thread, so that Ctrl-C still ends it."""
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # raised in the waiting thread
             failures.append(error)
 
-    # A daemon: after an interrupt nobody waits for it.
+    # A daemon, because after an interrupt nothing joins it.
     thread = threading.Thread(target=run, name="vocabulary", daemon=True)
     thread.start()
     while thread.is_alive():

@@ -1,7 +1,7 @@
-"""`Checkpoint`: a model on disk, whatever it is stored as; and `load`, which is the short way to a model.
+"""`Checkpoint`: a model on disk in any format that is supported; and `load`, the shortcut to the model itself.
 
 A folder whose `config.json` has a `quantization_config` is a packed one (`olmoe.weights.packed_file`), others are
-Hugging Face's (`olmoe.weights.hf_folder`). Who loads need not know.
+Hugging Face's (`olmoe.weights.hf_folder`). Callers need not know which.
 """
 
 from __future__ import annotations

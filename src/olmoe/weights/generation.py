@@ -14,7 +14,7 @@ FILE_NAME = "generation_config.json"
 
 
 def generation_text(config: ModelConfig) -> str:
-    """The file's contents for a model whose own ids are to be used."""
+    """The file's contents for a model that uses its own ids."""
     values = {
         "_from_model_config": True,
         "pad_token_id": config.pad_token_id,

@@ -46,7 +46,7 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def is_packed(raw: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` with these contents says that the weights are packed (by whomever)."""
+    """Whether a `config.json` with these contents says that the weights are packed, by this package or another."""
     return raw.get(CONFIG_KEY) not in (None, {})
 
 
@@ -103,7 +103,7 @@ class PackedFile:
 
     def check(self) -> None:
         """Raise `CheckpointError` if the tensors do not fit the configuration."""
-        assert self.table
+        _ = self.table
 
     def load(
         self,

@@ -140,7 +140,7 @@ def pack(
         text = packed_file.config_text(source.config, recipe.layout(), tensors["model.norm.weight"][1])
         (temporary / "config.json").write_text(text, encoding="utf-8")
         size = (temporary / packed_file.FILE_NAME).stat().st_size
-        # Hours may have passed, in which somebody put something there.
+        # Again: hours may have passed, and something may have appeared there.
         _check_target(source, target, names, overwrite)
     return describe(table, tensors, size)
 

@@ -1,4 +1,4 @@
-"""Where weights come from that are read one matrix at a time: what packing and export need, and no more memory.
+"""Weights that are read one matrix at a time, so that packing and export need no more memory than that.
 
 `hf_folder`, `packed_file` and `gguf.source` implement `WeightSource`; `checkpoint.open_source` finds the right one.
 

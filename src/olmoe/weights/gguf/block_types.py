@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Values decoded at a time: what decoders make on their way stays in the cache.
+# Values decoded at a time, so that intermediate results stay in the cache.
 PART_VALUES = 2**18
 
 

@@ -60,7 +60,7 @@ def to_folder(
         config = source.config.to_json(str(dtype).removeprefix("torch."))
         for name, text in (files | {"config.json": config}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        # Once more, in case somebody put something there meanwhile.
+        # Again, because something may have appeared there.
         targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
 
 

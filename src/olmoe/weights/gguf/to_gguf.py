@@ -78,7 +78,7 @@ def to_gguf(
                 done += data.nbytes
                 if progress is not None:
                     progress(done, total)
-        targets.check_file(target, overwrite=overwrite)  # once more, in case somebody put something there meanwhile
+        targets.check_file(target, overwrite=overwrite)  # again, because something may have appeared there
 
     write(target, metadata, [output.tensor for output in outputs], counted())
 
