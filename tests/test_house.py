@@ -73,6 +73,15 @@ def test_no_path_of_one_machine_is_tracked():
     assert found.stdout == ""
 
 
+def test_no_conflict_of_a_merge_is_left():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    found = subprocess.run(
+        ["git", "grep", "-nE", "^(<{7}|>{7}) ", "--", "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.stdout == ""
+
+
 def test_changelog_and_version_agree():
     import olmoe
 
