@@ -4,6 +4,9 @@
 // has, in the order of its positions, says its row of a table. So sequences join, leave and share what they have in
 // common without a copy. A cache with the positions of a sequence one after the other is the case of one block each.
 //
+// A cache of kI8 holds signed bytes and for each position and KV head one fp32 scale, which a block has behind the
+// bytes of each head: (G, block_size * Dh bytes, block_size scales).
+//
 // Shapes legend: see types.h; B sequences of a call.
 #pragma once
 
@@ -29,8 +32,13 @@ struct Sequences {
 };
 
 struct LayerCache {
-  uint8_t* keys;    // (blocks, G, block_size, Dh)
-  uint8_t* values;  // of the same shape
+  uint8_t* keys;    // the first block
+  uint8_t* values;  // alike
+};
+
+// Bytes from the start of a layer's keys, or values, to those of a position and KV head, and to their scale.
+struct CachePlace {
+  size_t row, scale;
 };
 
 struct CacheView {
@@ -38,20 +46,27 @@ struct CacheView {
   Type type = Type::kF32;
   int kv_heads = 0, head_dim = 0;
   int64_t block_size = 0;  // a multiple of kKeyBlock, unless no sequence has more than one block
+  // Bytes from a block to the next, and within it from a KV head to the next, and to a head's scales.
+  size_t block_bytes = 0, head_bytes = 0, scales_at = 0;
 
-  size_t row_bytes() const { return size_t(head_dim) * sizeof_type(type); }
-  // Bytes from the start of a layer's keys, or values, to a position of sequence `b`, for KV head `g`.
-  size_t offset(const Sequences& s, int b, int g, int64_t position) const {
-    const int64_t block = s.table[b * s.width + position / block_size];
-    return size_t((block * kv_heads + g) * block_size + position % block_size) * row_bytes();
+  // Of sequence `b`.
+  CachePlace place(const Sequences& s, int b, int g, int64_t position) const {
+    const size_t block = s.table[b * s.width + position / block_size], slot = position % block_size;
+    const size_t head = block * block_bytes + g * head_bytes;
+    return {head + slot * head_dim * sizeof_type(type), head + scales_at + slot * sizeof(float)};
   }
-  // Where each kKeyBlock of the first `visible` positions begins.
-  void key_blocks(const LayerCache& layer, const Sequences& s, int b, int g, int64_t visible, const void** keys,
-                  const void** values) const {
-    for (int64_t start = 0; start < visible; start += kKeyBlock) {
-      const size_t at = offset(s, b, g, start);
-      *keys++ = layer.keys + at, *values++ = layer.values + at;
+  // The positions from there on.
+  KeyBlock key_block(const LayerCache& layer, CachePlace at) const {
+    KeyBlock block{layer.keys + at.row, layer.values + at.row};
+    if (type == Type::kI8) {
+      block.key_scales = reinterpret_cast<const float*>(layer.keys + at.scale);
+      block.value_scales = reinterpret_cast<const float*>(layer.values + at.scale);
     }
+    return block;
+  }
+  // Where each kKeyBlock of the first `visible` positions lie.
+  void key_blocks(const LayerCache& layer, const Sequences& s, int b, int g, int64_t visible, KeyBlock* blocks) const {
+    for (int64_t start = 0; start < visible; start += kKeyBlock) *blocks++ = key_block(layer, place(s, b, g, start));
   }
 };
 

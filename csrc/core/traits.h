@@ -17,10 +17,11 @@ constexpr int kBlock = 32;         // columns that share a scale
 constexpr int kGroup = 16;         // rows that are stored interleaved
 constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
 
-enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5 };
+// kI8 is for caches alone: rows of signed bytes, each with a scale that lies elsewhere (core/cache.h).
+enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5, kI8 = 6 };
 
 // Bytes of one number of a plain matrix or cache.
-constexpr int sizeof_type(Type type) { return type == Type::kF32 ? 4 : 2; }
+constexpr int sizeof_type(Type type) { return type == Type::kF32 ? 4 : type == Type::kI8 ? 1 : 2; }
 
 template <Type TYPE, int BITS>
 struct PackedOf {
@@ -82,7 +83,7 @@ constexpr decltype(auto) with_packed(Type type, Function f) {
   }
 }
 
-constexpr bool is_packed(Type type) { return type >= Type::kQ8; }
+constexpr bool is_packed(Type type) { return type >= Type::kQ8 && type != Type::kI8; }
 constexpr int zero_of(Type type) {
   return with_packed(type, []<typename Format>() { return Format::kZero; });
 }

@@ -57,6 +57,13 @@ struct ActivationRow {
   const float* lanes;
 };
 
+// Where kKeyBlock positions of a KV head lie in a cache: keys and values (kKeyBlock, Dh), and in one of kI8 the scales
+// (kKeyBlock) that these are to be multiplied with.
+struct KeyBlock {
+  const void *keys = nullptr, *values = nullptr;
+  const float *key_scales = nullptr, *value_scales = nullptr;
+};
+
 // The kernels of one instruction set. Each runs on the calling thread and touches no shared state.
 struct Kernels {
   const char* name;
@@ -87,15 +94,16 @@ struct Kernels {
   void (*softmax)(float* x, int n);
   // y += a * x
   void (*axpy)(float a, const float* x, int n, float* y);
-  // Attention of `queries` consecutive tokens of one query head over the keys and values of its KV head, of which each
-  // kKeyBlock lie together (kKeyBlock, Dh); query t sees the first `first + t`. q and out have a stride of `ld` floats
-  // a token. `scratch` holds attention_scratch floats. `next` are the first keys of another head that the thread looks
-  // at after these, to be fetched meanwhile, or null.
-  void (*attention)(const float* q, int queries, int ld, const void* const* keys, const void* const* values, Type cache,
-                    int first, int head_dim, float scale, float* out, float* scratch, const void* next);
+  // Attention of `queries` consecutive tokens of one query head over the keys and values of its KV head; query t sees
+  // the first `first + t`. q and out have a stride of `ld` floats a token. `scratch` holds attention_scratch floats.
+  // `next` is where another head's begin, at which the thread looks after these, to be fetched meanwhile, or null.
+  void (*attention)(const float* q, int queries, int ld, const KeyBlock* blocks, Type cache, int first, int head_dim,
+                    float scale, float* out, float* scratch, const KeyBlock* next);
   // Read n bytes, a multiple of 4 kB, and return something that depends on all of them.
   uint64_t (*read)(const uint8_t* data, size_t n);
-  // fp32 values to and from a cache of the given type.
+  // A row of n values to signed bytes, to the nearest and halves to even, and their scale of max|x| / 127.
+  void (*quantize_row)(const float* x, int n, int8_t* codes, float* scale);
+  // fp32 values to and from another plain type.
   void (*store)(const float* x, int n, Type type, void* out);
   void (*load)(const void* x, int n, Type type, float* out);
   // Codes and scales of least error (olmoe/quant/search.py) of at most kPanel rows, a multiple of kGroup, of a

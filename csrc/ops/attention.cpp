@@ -38,12 +38,19 @@ void attention(const float* q, const float* k, const float* v, const Sequences& 
     total += count;
     steps = steps && count == 1;
   }
+  auto store_row = [&](const float* x, uint8_t* cached, CachePlace to) {
+    if (cache.type == Type::kI8)
+      kernel.quantize_row(x, head_dim, reinterpret_cast<int8_t*>(cached + to.row),
+                          reinterpret_cast<float*>(cached + to.scale));
+    else
+      kernel.store(x, head_dim, cache.type, cached + to.row);
+  };
   auto store = [&](int sequence, int g, int64_t first_token) {
     for (int64_t t = 0; t < sequences.counts[sequence]; t++) {
       const size_t from = (size_t(first_token + t) * kv_heads + g) * head_dim;
-      const size_t to = cache.offset(sequences, sequence, g, sequences.lengths[sequence] + t);
-      kernel.store(k + from, head_dim, cache.type, layer.keys + to);
-      kernel.store(v + from, head_dim, cache.type, layer.values + to);
+      const CachePlace to = cache.place(sequences, sequence, g, sequences.lengths[sequence] + t);
+      store_row(k + from, layer.keys, to);
+      store_row(v + from, layer.values, to);
     }
   };
   // Where heads have keys and values of their own, and a single query, they store them themselves.
@@ -58,25 +65,24 @@ void attention(const float* q, const float* k, const float* v, const Sequences& 
   const float scale = 1.0f / std::sqrt(float(head_dim));
   pool().run(int(items.size()), 1, [&](int begin, int end, int next) {
     static thread_local std::vector<float> scratch;
-    static thread_local std::vector<const void*> blocks;
+    static thread_local std::vector<KeyBlock> blocks;
     scratch.resize(attention_scratch(head_dim));
     for (int i = begin; i < end; i++) {
       const Item& item = items_[i];
       if (own) store(item.sequence, item.head, item.first_token);
       const int following = i + 1 < end ? i + 1 : next;
-      const uint8_t* keys_ahead = nullptr;
+      KeyBlock ahead;
       if (following >= 0) {
         const Item& other = items_[following];
-        keys_ahead = layer.keys + cache.offset(sequences, other.sequence, other.head / group, 0);
+        ahead = cache.key_block(layer, cache.place(sequences, other.sequence, other.head / group, 0));
       }
       const int64_t first = sequences.lengths[item.sequence] + item.query + 1, visible = first + item.count - 1;
       const size_t width = size_t(visible + kKeyBlock - 1) / kKeyBlock;
-      if (blocks.size() < 2 * width) blocks.resize(2 * width);
-      cache.key_blocks(layer, sequences, item.sequence, item.head / group, visible, blocks.data(),
-                       blocks.data() + width);
+      if (blocks.size() < width) blocks.resize(width);
+      cache.key_blocks(layer, sequences, item.sequence, item.head / group, visible, blocks.data());
       const size_t place = (size_t(item.first_token + item.query) * heads + item.head) * head_dim;
-      kernel.attention(q + place, item.count, heads * head_dim, blocks.data(), blocks.data() + width, cache.type,
-                       int(first), head_dim, scale, out + place, scratch.data(), keys_ahead);
+      kernel.attention(q + place, item.count, heads * head_dim, blocks.data(), cache.type, int(first), head_dim, scale,
+                       out + place, scratch.data(), following >= 0 ? &ahead : nullptr);
     }
   });
 }

@@ -113,14 +113,15 @@ NB_MODULE(_kernels, m) {
     Running running;
     encode(weight, at<float>(factor), Type(type), at<uint8_t>(out));
   });
-  // Keys and values: the addresses of each layer's.
+  // Keys and values: the addresses of each layer's, and their strides in bytes.
   nb::class_<CacheView>(m, "CacheView")
-      .def("__init__", [](CacheView* self, const std::vector<Address>& keys, const std::vector<Address>& values,
-                          int type, int kv_heads, int head_dim, int64_t block_size) {
-        new (self) CacheView{{}, Type(type), kv_heads, head_dim, block_size};
-        for (size_t i = 0; i < keys.size(); i++)
-          self->layers.push_back({at<uint8_t>(keys[i]), at<uint8_t>(values.at(i))});
-      });
+      .def("__init__",
+           [](CacheView* self, const std::vector<Address>& keys, const std::vector<Address>& values, int type,
+              int kv_heads, int head_dim, int64_t block_size, size_t block_bytes, size_t head_bytes, size_t scales_at) {
+             new (self) CacheView{{}, Type(type), kv_heads, head_dim, block_size, block_bytes, head_bytes, scales_at};
+             for (size_t i = 0; i < keys.size(); i++)
+               self->layers.push_back({at<uint8_t>(keys[i]), at<uint8_t>(values.at(i))});
+           });
 
   m.def("attention", [](Address q, Address k, Address v, const Counts& counts, const Counts& lengths,
                         const Table& table, int heads, const CacheView& cache, int layer, Address out) {

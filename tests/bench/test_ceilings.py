@@ -23,6 +23,7 @@ def test_a_step_reads_what_the_formats_take():
     assert four.weights / (step.weights / 2) == pytest.approx(4.5 / 8, rel=0.02)
     assert four.cache == step.cache  # fp16
     assert step_bytes(model, 100, cache_dtype=torch.float32).cache == 2 * step.cache
+    assert step_bytes(model, 100, cache_dtype=torch.int8).cache == 100 * 16 * 2 * 16 * (128 + 4)
 
 
 def test_a_batch_shares_the_dense_weights_and_some_experts():

@@ -1,4 +1,4 @@
-"""Routing as data: policies and traces, alike on the kernels and on torch."""
+"""Routing as data, alike on the kernels and on torch; and what a cache is held in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import torch
 
 from conftest import make_model
 from olmoe.errors import UserError
-from olmoe.runner import Batch, CacheView, CpuRunner, RouterPolicy, TorchRunner, Want
+from olmoe.runner import (
+    Batch,
+    CacheView,
+    CpuRunner,
+    RouterPolicy,
+    TorchRunner,
+    Want,
+    position_bytes,
+    to_cache_dtype,
+)
 from runner_calls import chunked, error, prompt, tables, together
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 3
@@ -114,3 +123,55 @@ def test_a_trace_is_what_the_network_routes(kind):
 def test_policies_that_fit_no_model_are_refused(policy, message):
     with pytest.raises(UserError, match=message):
         policy.resolve(make_model().config)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("auto", None),
+        (None, None),
+        ("fp16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("f32", torch.float32),
+        ("int8", torch.int8),
+        (torch.int8, torch.int8),
+    ],
+)
+def test_names_of_cache_dtypes(name, dtype):
+    assert to_cache_dtype(name) == dtype
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8", "", torch.float64, torch.uint8])
+def test_a_cache_of_another_dtype_is_refused(name):
+    with pytest.raises(UserError, match=f"cannot be of {name}; choose auto, .* or int8"):
+        to_cache_dtype(name)
+
+
+@RUNNERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_a_token_takes_in_the_cache_what_the_runner_says(kind, dtype):
+    runner = kind(make_model(num_key_value_heads=2))
+    runner.cache_dtype = dtype
+    cache = runner.new_cache(3, 128, block_size=64)
+    assert cache.dtype == dtype
+    assert runner.position_bytes == position_bytes(runner.config, dtype)
+    assert cache.keys[0].untyped_storage().nbytes() == 3 * 128 * runner.position_bytes
+
+
+@RUNNERS
+def test_an_int8_cache_changes_little(kind):
+    runner = kind(make_model())
+    exact = together(runner, [prompt(90), prompt(30, seed=1)])
+    runner.cache_dtype = torch.int8
+    for ours, theirs in zip(together(runner, [prompt(90), prompt(30, seed=1)]), exact, strict=True):
+        assert 1e-4 < error(ours, theirs) < 0.05
+
+
+def test_kernels_and_torch_agree_on_an_int8_cache(isa):
+    model = make_model(num_key_value_heads=2)
+    runners = CpuRunner(model), TorchRunner(model, "reference")
+    for runner in runners:
+        runner.cache_dtype = torch.int8
+    # Numbers that differ in their last bit may round to codes that differ by one.
+    for ours, theirs in zip(*(together(runner, [prompt(90), prompt(30, seed=1)]) for runner in runners), strict=True):
+        assert error(ours, theirs) < 2e-3

@@ -24,6 +24,9 @@ SPLITS = [
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # int4 has q5_0 ends.
 FORMATS = (*PLAIN, "int8", "int4", "q4_0")
+# What the runner holds its keys and values in, where that is not its own choice.
+INT8_CACHE = ", int8 cache"
+RUNNERS = (*FORMATS, *(f"{format}{INT8_CACHE}" for format in ("fp32", "bf16", "int4")))
 # As wide as rows have to be for every kind of tile, with heads of whole vectors and a rest, and few KV heads.
 SHAPES = {**WHOLE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 
@@ -40,20 +43,35 @@ def models(tmp_path_factory):
     return {format: model_in(format, folder) for format in FORMATS}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+def runner_of(models, name):
+    runner = CpuRunner(models[name.removesuffix(INT8_CACHE)])
+    if name.endswith(INT8_CACHE):
+        runner.cache_dtype = torch.int8
+    return runner
+
+
+def poison(cache):
+    """Fill all places, so that reading one that was never written shows."""
+    for t in (*cache.keys, *cache.values):
+        t.fill_(77 if t.dtype == torch.int8 else float("nan"))
+    for t in (*cache.key_scales, *cache.value_scales):
+        t.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize(("sizes", "reason"), SPLITS, ids=[reason for _, reason in SPLITS])
-def test_any_split_of_a_prompt(models, format, sizes, reason, isa, set_threads):
-    runner, ids = CpuRunner(models[format]), prompt(LENGTH)
+def test_any_split_of_a_prompt(models, name, sizes, reason, isa, set_threads):
+    runner, ids = runner_of(models, name), prompt(LENGTH)
     set_threads(1)
     whole = chunked(runner, ids, [LENGTH])
     set_threads(3)
     assert torch.equal(chunked(runner, ids, sizes), whole), reason
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 9, 16, 17, 33, 64, 65])
-def test_any_batch(models, format, count, isa, set_threads):
-    runner, ids = CpuRunner(models[format]), prompt(40)
+def test_any_batch(models, name, count, isa, set_threads):
+    runner, ids = runner_of(models, name), prompt(40)
     set_threads(1)
     alone = together(runner, [ids])
     set_threads(2)
@@ -62,13 +80,13 @@ def test_any_batch(models, format, count, isa, set_threads):
         assert torch.equal(ours[-1], theirs[0])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_prompts_and_steps_in_one_call(models, format, isa):
+@pytest.mark.parametrize("name", RUNNERS)
+def test_prompts_and_steps_in_one_call(models, name, isa):
     """A chunk of one prompt beside a step of another sequence, as a scheduler mixes them."""
     from olmoe.runner import Batch, CacheView, Want
     from runner_calls import tables
 
-    runner, first, second = CpuRunner(models[format]), prompt(70), prompt(90, seed=1)
+    runner, first, second = runner_of(models, name), prompt(70), prompt(90, seed=1)
     cache = runner.new_cache(2, 96, block_size=64)
     view = CacheView(cache, tables(cache, 2))
     runner.forward(Batch([*first[:69], *second[:20]], [69, 20], [0, 0], [70, 90]), view, Want([]))
@@ -77,15 +95,15 @@ def test_prompts_and_steps_in_one_call(models, format, isa):
     assert torch.equal(mixed[1], chunked(runner, second, [90]))
 
 
-def test_free_blocks_are_never_read(models, isa):
+@pytest.mark.parametrize("name", ["int4", f"int4{INT8_CACHE}"])
+def test_free_blocks_are_never_read(models, name, isa):
     """What lies in blocks of nobody, and behind the last position of a sequence, may be anything."""
     from olmoe.runner import Batch, CacheView, Want
 
-    runner, ids = CpuRunner(models["int4"]), prompt(100)
+    runner, ids = runner_of(models, name), prompt(100)
     expected = chunked(runner, ids, [100])
     cache = runner.new_cache(4, 128, block_size=64)
-    for t in (*cache.keys, *cache.values):
-        t.fill_(float("nan"))
+    poison(cache)
     import numpy as np
 
     view = CacheView(cache, np.array([[5, 2]], dtype=np.int32))
@@ -93,13 +111,14 @@ def test_free_blocks_are_never_read(models, isa):
     assert torch.equal(runner.forward(Batch(ids[99:], [1], [99]), view, Want([0])).logits[0], expected)
 
 
+@pytest.mark.parametrize("name", ["int4", f"int4{INT8_CACHE}"])
 @pytest.mark.parametrize("block_size", [None, 128, 192])
-def test_the_size_of_blocks_changes_no_bit(models, block_size, isa):
+def test_the_size_of_blocks_changes_no_bit(models, name, block_size, isa):
     import numpy as np
 
     from olmoe.runner import Batch, CacheView, Want
 
-    runner, ids = CpuRunner(models["int4"]), prompt(150)
+    runner, ids = runner_of(models, name), prompt(150)
     cache = runner.new_cache(1, 150, block_size=block_size)
     view = CacheView(cache, np.arange(cache.blocks, dtype=np.int32)[None])
     runner.forward(Batch(ids[:70], [70], [0], [150]), view, Want([]))

@@ -35,6 +35,8 @@ class Cache:
             device=torch.device("cpu"),
         )  # fmt: skip
         for t in (*self.blocks.keys, *self.blocks.values):
+            t.fill_(77 if dtype == torch.int8 else math.nan)
+        for t in (*self.blocks.key_scales, *self.blocks.value_scales):
             t.fill_(math.nan)
         order = np.arange(batch) if block_size is None else np.random.default_rng(0).permutation(batch * width)
         self.table = order.astype(np.int32).reshape(batch, width)
@@ -159,8 +161,16 @@ def test_the_cache_has_the_dtype_and_the_size_that_were_asked_for(backend):
     assert cache.attend([3, 2])(q, k, v, 0).dtype == torch.bfloat16
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache of `dtype` holds of rows (..., Dh)."""
+    if dtype != torch.int8:
+        return x.to(dtype).float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.round(x / scale) * scale
+
+
 @backends
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cache_of_another_dtype_than_its_queries_rounds_keys_and_values_alone(dtype, cache_dtype, backend):
     config = small_config(num_key_value_heads=2)
@@ -174,7 +184,7 @@ def test_a_cache_of_another_dtype_than_its_queries_rounds_keys_and_values_alone(
     out = cache.attend([1, 1])(*(t.to(dtype) for t in sequences.step(0, [0, 1], [5, 3])), 0)
     assert out.dtype == dtype
     for part in sequences.parts[0]:
-        part["k"], part["v"] = (part[name].to(cache_dtype).float() for name in "kv")
+        part["k"], part["v"] = (rounded(part[name], cache_dtype) for name in "kv")
     expected = torch.stack([sequences.expected(0, 0, 5), sequences.expected(0, 1, 3)])
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)

@@ -3,6 +3,9 @@
 //
 // A query's result has the same bits whether it is computed alone, as in decoding, or with others, as in a prompt: its
 // dot products, its softmax and its weighted sum add in one order, in functions that both ways share.
+//
+// Keys and values in signed bytes are multiplied as the whole numbers that they are: a key's scale comes to its score,
+// a value's to its weight.
 #pragma once
 
 #include "simd.h"
@@ -66,26 +69,41 @@ OLMOE_INLINE void weigh(float* row, int seen, float& top, float& total, float* s
   total += sum(here);
 }
 
+// row[s] *= factors[s]. Not inline: a compiler that saw both could round this product and what follows it only once,
+// for one query and not for many.
+__attribute__((noinline)) inline void multiply_row(float* row, const float* factors, int count) {
+  int s = 0;
+  for (; s + W <= count; s += W) store(row + s, load(row + s) * load(factors + s));
+  for (; s < count; s++) row[s] *= factors[s];
+}
+
 // One query: keys and values are read where they lie. While it looks at keys it fetches their values, and meanwhile the
 // keys after them, of which `next` are those that the thread looks at after this head, if that is known.
 template <Type T>
-inline void attend_one(const float* q, const void* const* keys, const void* const* values, int visible, int head_dim,
-                       float scale, float* out, float* scratch, const void* next) {
+inline void attend_one(const float* q, const KeyBlock* blocks, int visible, int head_dim, float scale, float* out,
+                       float* scratch, const KeyBlock* next) {
   const size_t row_bytes = size_t(head_dim) * sizeof_type(T);
   float* scores = scratch;
   float top = -INFINITY, total = 0;
   for (int d = 0; d < head_dim; d++) out[d] = 0;
-  for (int start = 0, b = 0; start < visible; start += kKeyBlock, b++) {
+  for (int start = 0; start < visible; start += kKeyBlock, blocks++) {
     const int count = visible - start < kKeyBlock ? visible - start : kKeyBlock;
-    const void *k = keys[b], *v = values[b];
+    const void *k = blocks->keys, *v = blocks->values;
+    if constexpr (T == Type::kI8) fetch_ahead(blocks->value_scales, count * sizeof(float));
     int s = 0;
     for (; s + 4 <= count; s += 4) {
       fetch_ahead((const char*)v + s * row_bytes, 4 * row_bytes);
       dots<T, 1, 4>(q, 0, k, s, head_dim, scale, scores + s);
     }
     for (; s < count; s++) dots<T, 1, 1>(q, 0, k, s, head_dim, scale, scores + s);
+    if constexpr (T == Type::kI8) multiply_row(scores, blocks->key_scales, count);
     weigh(scores, count, top, total, out, head_dim);
-    const char* keys_ahead = (const char*)(start + kKeyBlock >= visible ? next : keys[b + 1]);
+    const KeyBlock* ahead = start + kKeyBlock >= visible ? next : blocks + 1;
+    const char* keys_ahead = ahead ? (const char*)ahead->keys : nullptr;
+    if constexpr (T == Type::kI8) {
+      multiply_row(scores, blocks->value_scales, count);
+      if (ahead) fetch_ahead(ahead->key_scales, count * sizeof(float));
+    }
     int d = 0;
     for (; d + 4 * W <= head_dim; d += 4 * W) {
       vf sums[4];
@@ -159,8 +177,8 @@ OLMOE_INLINE void add_values(const float* weights, const float* values, int coun
 
 // Up to kQueryBlock queries: a block of keys, and then of values, is widened once for all of them.
 template <Type T>
-inline void attend_block(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
-                         int first, int head_dim, float scale, float* out, float* scratch) {
+inline void attend_block(const float* q, int queries, int ld, const KeyBlock* blocks, int first, int head_dim,
+                         float scale, float* out, float* scratch) {
   float* wide = scratch;                                   // (kKeyBlock, Dh): keys, then values
   float* scores = wide + size_t(kKeyBlock) * head_dim;     // (queries, kKeyBlock)
   float* sums = scores + size_t(kQueryBlock) * kKeyBlock;  // (queries, Dh)
@@ -169,9 +187,9 @@ inline void attend_block(const float* q, int queries, int ld, const void* const*
   for (int t = 0; t < queries; t++) tops[t] = -INFINITY, totals[t] = 0;
   for (int i = 0; i < queries * head_dim; i++) sums[i] = 0;
   const int longest = first + queries - 1;  // what the last query sees
-  for (int start = 0, b = 0; start < longest; start += kKeyBlock, b++) {
+  for (int start = 0; start < longest; start += kKeyBlock, blocks++) {
     const int count = longest - start < kKeyBlock ? longest - start : kKeyBlock;
-    widen<T>(keys[b], count * head_dim, wide);
+    widen<T>(blocks->keys, count * head_dim, wide);
     auto score = [&]<int QUERIES>(int t) {
       const float* from = q + size_t(t) * ld;
       int s = 0;
@@ -187,13 +205,17 @@ inline void attend_block(const float* q, int queries, int ld, const void* const*
     for (t = 0; t < queries; t++) {
       float* row = scores + t * kKeyBlock;
       const int visible = first + t - start;  // how many of these keys the query sees
-      if (visible > 0)
-        weigh(row, visible < count ? visible : count, tops[t], totals[t], sums + t * head_dim, head_dim);
-      else
+      if (visible > 0) {
+        const int seen = visible < count ? visible : count;
+        if constexpr (T == Type::kI8) multiply_row(row, blocks->key_scales, seen);
+        weigh(row, seen, tops[t], totals[t], sums + t * head_dim, head_dim);
+        if constexpr (T == Type::kI8) multiply_row(row, blocks->value_scales, seen);
+      } else {
         for (int s = 0; s < kKeyBlock; s++) row[s] = 0;
+      }
     }
 
-    widen<T>(values[b], count * head_dim, wide);
+    widen<T>(blocks->values, count * head_dim, wide);
     t = 0;
     for (; t + 4 <= queries; t += 4) add_values<4>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
     for (; t < queries; t++) add_values<1>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
@@ -205,22 +227,23 @@ inline void attend_block(const float* q, int queries, int ld, const void* const*
 }
 
 template <Type T>
-inline void attend_type(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
-                        int first, int head_dim, float scale, float* out, float* scratch, const void* next) {
+inline void attend_type(const float* q, int queries, int ld, const KeyBlock* blocks, int first, int head_dim,
+                        float scale, float* out, float* scratch, const KeyBlock* next) {
   if (queries == 1)
-    attend_one<T>(q, keys, values, first, head_dim, scale, out, scratch, next);
+    attend_one<T>(q, blocks, first, head_dim, scale, out, scratch, next);
   else
-    attend_block<T>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch);
+    attend_block<T>(q, queries, ld, blocks, first, head_dim, scale, out, scratch);
 }
 
-inline void attention(const float* q, int queries, int ld, const void* const* keys, const void* const* values,
-                      Type cache, int first, int head_dim, float scale, float* out, float* scratch, const void* next) {
-  if (cache == Type::kF32)
-    attend_type<Type::kF32>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
-  else if (cache == Type::kBF16)
-    attend_type<Type::kBF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
-  else
-    attend_type<Type::kF16>(q, queries, ld, keys, values, first, head_dim, scale, out, scratch, next);
+inline void attention(const float* q, int queries, int ld, const KeyBlock* blocks, Type cache, int first, int head_dim,
+                      float scale, float* out, float* scratch, const KeyBlock* next) {
+  switch (cache) {
+    case Type::kF32: return attend_type<Type::kF32>(q, queries, ld, blocks, first, head_dim, scale, out, scratch, next);
+    case Type::kBF16:
+      return attend_type<Type::kBF16>(q, queries, ld, blocks, first, head_dim, scale, out, scratch, next);
+    case Type::kI8: return attend_type<Type::kI8>(q, queries, ld, blocks, first, head_dim, scale, out, scratch, next);
+    default: return attend_type<Type::kF16>(q, queries, ld, blocks, first, head_dim, scale, out, scratch, next);
+  }
 }
 
 }  // namespace

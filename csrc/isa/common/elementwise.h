@@ -107,29 +107,60 @@ inline void load_from(const void* x, int n, Type type, float* out) {
                                    : scalar_as<Type::kF16>(x, i);
 }
 
+// max|x| / 127 of n values.
+OLMOE_INLINE float byte_scale(const float* x, int n) {
+  // As integers, magnitudes compare as they do as numbers, and NaN is above all: it must not get lost.
+  vi largest = {};
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    const vi magnitude = (vi)load(x + i) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  int32_t top = largest[0];
+  for (int j = 1; j < W; j++) top = largest[j] > top ? largest[j] : top;
+  for (; i < n; i++) {
+    int32_t magnitude;
+    std::memcpy(&magnitude, x + i, sizeof magnitude);
+    magnitude &= 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+  }
+  float d;
+  std::memcpy(&d, &top, sizeof d);
+  return d / 127.0f;
+}
+
+// What values of that scale are multiplied with, and whether they are numbers at all. If not, 0 times the scale is NaN,
+// so that codes of 0 make NaN of whatever they are multiplied with.
+OLMOE_INLINE bool byte_inverse(float d, float& inverse) {
+  if (!(d <= FLT_MAX)) return false;
+  inverse = 1.0f / d;
+  if (!(inverse <= FLT_MAX)) inverse = 0;  // of zeros and denormals
+  return true;
+}
+
 inline void quantize(const float* x, int columns, int zero, ActivationBlock* out) {
   for (int b = 0; b < columns / kBlock; b++, x += kBlock, out++) {
-    // As integers, magnitudes compare as they do as numbers, and NaN is above all: it must not get lost.
-    vi largest = {};
-    for (int i = 0; i < kBlock; i += W) {
-      const vi magnitude = (vi)load(x + i) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    int32_t top = largest[0];
-    for (int i = 1; i < W; i++) top = largest[i] > top ? largest[i] : top;
-    float d;
-    std::memcpy(&d, &top, sizeof d);
-    d /= 127.0f;
-    out->d = d;
-    if (!(d <= FLT_MAX)) {  // 0 times this d is NaN, so the block makes NaN of whatever it is multiplied with
+    out->d = byte_scale(x, kBlock);
+    float inverse;
+    if (!byte_inverse(out->d, inverse)) {
       std::memset(out->q, 0, sizeof out->q);
       out->correction = 0;
       continue;
     }
-    float inverse = 1.0f / d;
-    if (!(inverse <= FLT_MAX)) inverse = 0;  // of zeros and denormals
     out->correction = -zero * round_to_bytes(x, inverse, out->q);
   }
+}
+
+inline void quantize_row(const float* x, int n, int8_t* codes, float* scale) {
+  *scale = byte_scale(x, n);
+  float inverse;
+  if (!byte_inverse(*scale, inverse)) {
+    std::memset(codes, 0, n);
+    return;
+  }
+  int i = 0;
+  for (; i + kBlock <= n; i += kBlock) round_to_bytes(x + i, inverse, codes + i);
+  for (; i < n; i++) codes[i] = int8_t(std::nearbyint(x[i] * inverse));
 }
 
 }  // namespace

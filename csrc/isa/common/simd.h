@@ -65,17 +65,26 @@ OLMOE_INLINE void store_bf16(uint16_t* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+OLMOE_INLINE vf load_i8(const int8_t* p) {
+  typedef int8_t vb __attribute__((vector_size(W)));
+  vb codes;
+  std::memcpy(&codes, p, sizeof codes);
+  return __builtin_convertvector(__builtin_convertvector(codes, vi), vf);
+}
+
 template <Type T>
 OLMOE_INLINE vf load_as(const void* p, size_t i) {
   if constexpr (T == Type::kF32) return load((const float*)p + i);
   if constexpr (T == Type::kBF16) return load_bf16((const uint16_t*)p + i);
   if constexpr (T == Type::kF16) return load_f16((const uint16_t*)p + i);
+  if constexpr (T == Type::kI8) return load_i8((const int8_t*)p + i);
 }
 template <Type T>
 OLMOE_INLINE float scalar_as(const void* p, size_t i) {
   if constexpr (T == Type::kF32) return ((const float*)p)[i];
   if constexpr (T == Type::kBF16) return bf16_to_float(((const uint16_t*)p)[i]);
   if constexpr (T == Type::kF16) return half_to_float(((const uint16_t*)p)[i]);
+  if constexpr (T == Type::kI8) return ((const int8_t*)p)[i];
 }
 
 // e^x to about 2 units in the last place: x = n ln 2 + r, a Taylor polynomial in r, n added to the exponent.

@@ -60,6 +60,7 @@ inline Kernels make_table(const char* name) {
                  .axpy = axpy,
                  .attention = attention,
                  .read = read,
+                 .quantize_row = quantize_row,
                  .store = store_as,
                  .load = load_from,
                  .search = search,

@@ -15,7 +15,7 @@ from olmoe.model import CausalLM, Experts
 from olmoe.ops import cpu
 from olmoe.ops.cpu.extension import kernels
 from olmoe.quant import PackedExperts
-from olmoe.runner.base import default_cache_dtype
+from olmoe.runner.base import default_cache_dtype, position_bytes
 
 
 class StepBytes(NamedTuple):
@@ -66,9 +66,8 @@ def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch
             continue  # one row of it
         size = sum(p.numel() * p.element_size() for p in module._parameters.values() if p is not None)
         weights += size * share if isinstance(module, Experts | PackedExperts) else size
-    per_token = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
-    dtype = cache_dtype or default_cache_dtype(model)
-    return StepBytes(round(weights), batch * context * per_token * dtype.itemsize)
+    per_token = position_bytes(config, cache_dtype or default_cache_dtype(model))
+    return StepBytes(round(weights), batch * context * per_token)
 
 
 def read_bandwidth(repeats: int = 5, size: int = 2**30) -> float:

@@ -4,12 +4,16 @@ A block holds `block_size` positions of one sequence for all KV heads, and a row
 sequence has, in the order of its positions. Sequences join and leave without a copy. A contiguous cache is the case of
 one block a sequence.
 
+A cache of int8 holds each row of Dh numbers as signed bytes with an fp32 scale of its own: half the memory of fp16, and
+a row's numbers depend on nothing but the row.
+
 Shapes legend: B sequences, G KV heads, S positions, Dh head dim, W blocks in a row of the table.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,19 +38,70 @@ def one_block_each(batch: int) -> Table:
     return table
 
 
-class BlockCache:
-    """Keys and values of all layers, each (blocks, G, block_size, Dh); its tensors are written in place."""
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., Dh) as int8 codes, to the nearest and halves to even, and their fp32 scales (...) of max|x| / 127.
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """A cache in tensors that exist, contiguous and alike."""
+    A row that holds no finite numbers has codes of 0 and a scale that makes NaN of them.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(dim=-1) / 127
+    inverses = 1 / scales
+    inverses = torch.where(inverses.isfinite(), inverses, 0.0).unsqueeze(-1)
+    codes = torch.where(scales.isfinite().unsqueeze(-1), (wide * inverses).round(), 0.0)
+    return codes.to(torch.int8), scales
+
+
+def position_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """What the keys and values of a token take in a cache of `dtype`, scales included."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * layers * kv_heads * (head_dim * dtype.itemsize + scale)
+
+
+def _strides(cached: Tensor) -> tuple[int, ...]:
+    """Numbers from a block of (blocks, G, block_size, ...) to the next, and from a head of it to the next."""
+    if cached.is_contiguous():  # torch gives any for dimensions of one
+        head = math.prod(cached.shape[2:])
+        return cached.shape[1] * head, head
+    assert cached[:1, :1].is_contiguous()
+    return cached.stride()[:2]
+
+
+class BlockCache:
+    """Keys and values of all layers, each (blocks, G, block_size, Dh); its tensors are written in place.
+
+    One of int8 also has `key_scales` and `value_scales`, each (blocks, G, block_size) fp32; others have none.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        key_scales: Sequence[Tensor] = (),
+        value_scales: Sequence[Tensor] = (),
+    ) -> None:
+        """A cache in tensors that exist, alike, and contiguous within a block and a head."""
         self.keys, self.values = list(keys), list(values)
+        self.key_scales, self.value_scales = list(key_scales), list(value_scales)
         first = self.keys[0]
         self.dtype, self.device = first.dtype, first.device
         self.blocks, self.kv_heads, self.block_size, self.head_dim = first.shape
+        self._strides = _strides(first)
         assert len(self.keys) == len(self.values)
         assert all(
-            t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous() for t in (*self.keys, *self.values)
+            t.shape == first.shape and t.dtype == first.dtype and _strides(t) == self._strides
+            for t in (*self.keys, *self.values)
         )
+        assert len(self.key_scales) == len(self.value_scales) == (len(self.keys) if first.dtype == torch.int8 else 0)
+        places = set()  # of scales behind their codes
+        for scales, codes in zip(self.key_scales + self.value_scales, self.keys + self.values, strict=False):
+            assert (scales.shape, scales.dtype) == (first.shape[:3], torch.float32)
+            assert all(
+                size == 1 or 4 * ours == theirs
+                for size, ours, theirs in zip(first.shape[:2], _strides(scales), self._strides, strict=True)
+            )
+            places.add(scales.data_ptr() - codes.data_ptr())
+        assert len(places) <= 1
+        self._scales_at = places.pop() if places else 0
 
     @classmethod
     def allocate(
@@ -64,12 +119,15 @@ class BlockCache:
 
         All layers share one allocation, which the system can back with pages of 2 MB nearly whole.
         """
-        shape = (2 * layers, blocks, kv_heads, block_size, head_dim)
-        memory = torch.empty(shape, dtype=dtype, device=device)
+        row = -(-block_size * head_dim // 4) * 4 + 4 * block_size if dtype == torch.int8 else block_size * head_dim
+        memory = torch.empty((2 * layers, blocks, kv_heads, row), dtype=dtype, device=device)
         if device.type == "cpu":
             advise_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
-        tensors = memory.unbind()
-        return cls(tensors[:layers], tensors[layers:])
+        tensors = memory[..., : block_size * head_dim].unflatten(-1, (block_size, head_dim)).unbind()
+        scales: tuple[Tensor, ...] = ()
+        if dtype == torch.int8:  # behind the codes of each head and block, so that they are read together
+            scales = memory[..., row - 4 * block_size :].view(torch.float32).unbind()
+        return cls(tensors[:layers], tensors[layers:], scales[:layers], scales[layers:])
 
     @functools.cached_property
     def kernel(self) -> Any:
@@ -77,10 +135,12 @@ class BlockCache:
         return extension.kernels().CacheView(
             [t.data_ptr() for t in self.keys],
             [t.data_ptr() for t in self.values],
-            extension.FLOAT_TYPES[self.dtype],
+            extension.CACHE_TYPES[self.dtype],
             self.kv_heads,
             self.head_dim,
             self.block_size,
+            *(n * self.dtype.itemsize for n in self._strides),
+            self._scales_at,
         )
 
     def check(self, table: Table, counts: Sequence[int], lengths: Sequence[int]) -> None:
@@ -96,25 +156,39 @@ class BlockCache:
 
     def write(self, layer: int, row: Table, start: int, k: Tensor, v: Tensor) -> None:
         """Put the keys and values (T, G, Dh) of positions `start`, `start` + 1, ... of a sequence into its blocks."""
+        pairs = [(self.keys[layer], k), (self.values[layer], v)]
+        if self.dtype == torch.int8:
+            (codes_k, scales_k), (codes_v, scales_v) = quantize_rows(k), quantize_rows(v)
+            pairs = [(self.keys[layer], codes_k), (self.key_scales[layer], scales_k)]
+            pairs += [(self.values[layer], codes_v), (self.value_scales[layer], scales_v)]
         done, count = 0, len(k)
         while done < count:
             block, at = divmod(start + done, self.block_size)
             n = min(self.block_size - at, count - done)
-            for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            for cached, new in pairs:
                 cached[int(row[block]), :, at : at + n] = new[done : done + n].transpose(0, 1)
             done += n
 
     def read(self, layer: int, table: Table, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, length, Dh) of each row of the table; views where they lie together."""
+        """Keys and values (B, G, length, Dh) of each row of the table; views where they lie together.
+
+        Those of an int8 cache are fp32.
+        """
+        keys, values = (self._read(t[layer], table, length) for t in (self.keys, self.values))
+        if self.dtype == torch.int8:
+            key_scales, value_scales = (
+                self._read(t[layer], table, length).unsqueeze(-1) for t in (self.key_scales, self.value_scales)
+            )
+            return keys * key_scales, values * value_scales
+        return keys, values
+
+    def _read(self, cached: Tensor, table: Table, length: int) -> Tensor:
+        """Of a tensor (blocks, G, block_size, ...): (B, G, length, ...)."""
         width = -(-length // self.block_size)
         ids = table[:, :width]
         first = int(ids[0, 0])
-        found = []
-        for cached in (self.keys[layer], self.values[layer]):
-            if width == 1 and np.array_equal(ids[:, 0], np.arange(first, first + len(ids))):
-                found.append(cached[first : first + len(ids), :, :length])
-                continue
-            index = torch.from_numpy(ids.reshape(-1).astype(np.int64)).to(cached.device)
-            blocks = cached[index].view(len(ids), width, self.kv_heads, self.block_size, self.head_dim)
-            found.append(blocks.transpose(1, 2).flatten(2, 3)[:, :, :length])
-        return found[0], found[1]
+        if width == 1 and np.array_equal(ids[:, 0], np.arange(first, first + len(ids))):
+            return cached[first : first + len(ids), :, :length]
+        index = torch.from_numpy(ids.reshape(-1).astype(np.int64)).to(cached.device)
+        blocks = cached[index].unflatten(0, (len(ids), width))  # (B, W, G, block_size, ...)
+        return blocks.transpose(1, 2).flatten(2, 3)[:, :, :length]

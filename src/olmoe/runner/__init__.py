@@ -14,6 +14,8 @@ from olmoe.runner.base import (
     StepOutput,
     Unfit,
     Want,
+    position_bytes,
+    to_cache_dtype,
 )
 from olmoe.runner.choose import BACKENDS, make_runner, require_backend
 from olmoe.runner.cpu_runner import CpuRunner
@@ -32,5 +34,7 @@ __all__ = [
     "Unfit",
     "Want",
     "make_runner",
+    "position_bytes",
     "require_backend",
+    "to_cache_dtype",
 ]

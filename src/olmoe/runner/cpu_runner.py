@@ -14,7 +14,16 @@ import torch
 from olmoe.model import CausalLM
 from olmoe.ops.cache import KEY_BLOCK, BlockCache
 from olmoe.ops.cpu import extension
-from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Unfit, Want, default_cache_dtype
+from olmoe.runner.base import (
+    Batch,
+    CacheView,
+    RouterTrace,
+    StepOutput,
+    Unfit,
+    Want,
+    default_cache_dtype,
+    position_bytes,
+)
 from olmoe.runner.compile import CompiledDecoder
 from olmoe.runner.rope_table import RopeTable
 
@@ -43,8 +52,7 @@ class CpuRunner:
     @property
     def position_bytes(self) -> int:
         """See `Runner.position_bytes`."""
-        first = self._compiled.layers[0]
-        return 2 * len(self._compiled.layers) * first.kv_heads * first.head_dim * self.cache_dtype.itemsize
+        return position_bytes(self.config, self.cache_dtype)
 
     def new_cache(
         self, sequences: int, positions: int, dtype: torch.dtype | None = None, block_size: int | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from olmoe import ops
 from olmoe.model import CausalLM, set_backend
 from olmoe.ops.cache import BlockCache
-from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Want, default_cache_dtype
+from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Want, default_cache_dtype, position_bytes
 
 
 class TorchRunner:
@@ -41,8 +41,7 @@ class TorchRunner:
     @property
     def position_bytes(self) -> int:
         """See `Runner.position_bytes`."""
-        config = self.config
-        return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * self.cache_dtype.itemsize
+        return position_bytes(self.config, self.cache_dtype)
 
     def new_cache(
         self, sequences: int, positions: int, dtype: torch.dtype | None = None, block_size: int | None = None

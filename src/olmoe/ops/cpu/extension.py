@@ -18,6 +18,7 @@ from olmoe.runtime import log
 
 # `Type` of csrc/core/traits.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_TYPES = FLOAT_TYPES | {torch.int8: 6}
 # Subclasses (distributed, quantized, fake tensors) keep their values elsewhere.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
