@@ -1,7 +1,8 @@
 """What quantization costs: perplexity, the distance of next-token distributions, and whether routers still agree.
 
-Both models read the same held-out text in windows. For each predicted token, with p the distribution of the
-reference and q that of the candidate:
+`measure` says it of weights, `measure_cache` of the keys and values that a model keeps. Both sides read the same
+held-out text in windows. For each predicted token, with p the distribution of the reference and q that of the
+candidate:
 
     perplexity    exp of the mean of -log q(next token)
     KL            sum over the vocabulary of p (log p - log q), in nats: its mean and its 99th percentile
@@ -21,11 +22,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
+from olmoe.runner import Batch, CacheView, Runner, Want, make_runner, to_cache_dtype
 from olmoe.runtime import available_memory_bytes, log
 from olmoe.weights import checkpoint, sample_text
 from olmoe.weights.checkpoint import open_source
@@ -123,42 +126,115 @@ def compare(
     Every token but the first is predicted once, from those before it in its window; a last window that is not full
     counts too. `progress(done, total)` is called in tokens.
     """
-    total = len(token_ids) - 1
-    if total < 1:
-        raise UserError("The text has fewer than two tokens, so nothing can be predicted; give a longer one.")
-    nats = reference_nats = 0.0
-    same, kls, kept = 0, [], torch.zeros(reference.config.num_hidden_layers, dtype=torch.float64)
-    done = 0
+    tally = _Tally(len(token_ids) - 1, reference.config.num_hidden_layers, progress)
     for ids in _batches(token_ids, length):
         inputs_BT, labels_N = ids[:, :-1], ids[:, 1:].flatten()
         positions = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT)
         outputs = [model(inputs_BT, positions, causal_attend) for model in (reference, candidate)]
         for layer, (expected, actual) in enumerate(zip(outputs[0].routers, outputs[1].routers, strict=True)):
-            met_NKK = expected.expert_ids.unsqueeze(2) == actual.expert_ids.unsqueeze(1)
-            kept[layer] += met_NKK.any(dim=2).double().mean(dim=1).sum()
+            tally.add_routing(layer, expected.expert_ids, actual.expert_ids)
         hidden = [output.hidden.flatten(0, 1) for output in outputs]
         for start in range(0, len(labels_N), LOGIT_TOKENS):
             part = slice(start, start + LOGIT_TOKENS)
-            log_p = reference.logits(hidden[0][part]).float().log_softmax(dim=-1)  # (N, V)
-            log_q = candidate.logits(hidden[1][part]).float().log_softmax(dim=-1)
-            chosen = labels_N[part].unsqueeze(1)
-            reference_nats -= float(log_p.gather(1, chosen).sum())
-            nats -= float(log_q.gather(1, chosen).sum())
-            same += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
-            kls.append(((log_p - log_q) * log_p.exp()).sum(dim=-1))
-        done += len(labels_N)
-        if progress is not None:
-            progress(done, total)
-    kl_N = torch.cat(kls)
-    return Report(
-        tokens=total,
-        reference_perplexity=math.exp(reference_nats / total),
-        perplexity=math.exp(nats / total),
-        kl_mean=float(kl_N.mean()),
-        kl_p99=float(kl_N.quantile(0.99)) if total < 2**24 else float(kl_N.sort().values[int(0.99 * total)]),
-        same_top_token=same / total,
-        routing_agreement=tuple((kept / total).tolist()),
-    )
+            tally.add_tokens(reference.logits(hidden[0][part]), candidate.logits(hidden[1][part]), labels_N[part])
+        tally.show()
+    return tally.report()
+
+
+def measure_cache(
+    source: str | os.PathLike[str],
+    cache_dtype: str | torch.dtype = "int8",
+    *,
+    reference: str | torch.dtype = "float16",
+    text: str | os.PathLike[str] = sample_text.HELD_OUT,
+    tokens: int = 16384,
+    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """What a KV cache of `cache_dtype` costs beside one of `reference`, each any that `LLM` takes.
+
+    The model is read as `measure` reads it, and so are the other arguments.
+    """
+    found = open_source(source, revision=revision, token=token, local_files_only=local_files_only)
+    dtypes = [to_cache_dtype(name) for name in (reference, cache_dtype)]
+    ids = sample_text.read_ids(text, tokenizer_of(found))[:tokens]
+    length = min(WINDOW, found.config.max_position_embeddings)
+    return compare_caches(make_runner(_model(found)), ids, length, dtypes[0], dtypes[1], progress)
+
+
+@torch.inference_mode()
+def compare_caches(
+    runner: Runner,
+    token_ids: list[int],
+    length: int,
+    reference: torch.dtype | None = None,
+    candidate: torch.dtype | None = torch.int8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """As `compare`, one model with its keys and values in two dtypes; None is the runner's own."""
+    layers = runner.config.num_hidden_layers
+    tally = _Tally(len(token_ids) - 1, layers, progress)
+    caches = [runner.new_cache(1, min(length, len(token_ids) - 1), dtype) for dtype in (reference, candidate)]
+    views = [CacheView(blocks, np.arange(blocks.blocks, dtype=np.int32)[None]) for blocks in caches]
+    for first in range(0, len(token_ids) - 1, length):
+        window = token_ids[first : first + length + 1]
+        inputs, labels_N = window[:-1], torch.tensor(window[1:])
+        for start in range(0, len(inputs), LOGIT_TOKENS):
+            part = inputs[start : start + LOGIT_TOKENS]
+            batch, rows = Batch(part, [len(part)], [start], [len(inputs)]), range(len(part))
+            expected, actual = (runner.forward(batch, view, Want(rows, rows)) for view in views)
+            assert expected.trace is not None
+            assert actual.trace is not None
+            for layer in range(layers):
+                tally.add_routing(layer, expected.trace.expert_ids[:, layer], actual.trace.expert_ids[:, layer])
+            labels = labels_N[start : start + len(part)].to(expected.logits.device)
+            tally.add_tokens(expected.logits, actual.logits, labels)
+        tally.show()
+    return tally.report()
+
+
+class _Tally:
+    """The sums of a report over the tokens so far. Raises `UserError` if there are to be none."""
+
+    def __init__(self, total: int, layers: int, progress: Callable[[int, int], None] | None) -> None:
+        if total < 1:
+            raise UserError("The text has fewer than two tokens, so nothing can be predicted; give a longer one.")
+        self._total, self._progress = total, progress
+        self._reference_nats = self._nats = 0.0
+        self._same, self._done = 0, 0
+        self._kls: list[Tensor] = []
+        self._kept = torch.zeros(layers, dtype=torch.float64)
+
+    def add_routing(self, layer: int, expected_NK: Tensor, actual_NK: Tensor) -> None:
+        met_NKK = expected_NK.unsqueeze(2) == actual_NK.unsqueeze(1)
+        self._kept[layer] += met_NKK.any(dim=2).double().mean(dim=1).sum()
+
+    def add_tokens(self, reference_NV: Tensor, candidate_NV: Tensor, labels_N: Tensor) -> None:
+        log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (reference_NV, candidate_NV))
+        chosen = labels_N.unsqueeze(1)
+        self._reference_nats -= float(log_p.gather(1, chosen).sum())
+        self._nats -= float(log_q.gather(1, chosen).sum())
+        self._same += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
+        self._kls.append(((log_p - log_q) * log_p.exp()).sum(dim=-1).cpu())
+        self._done += len(labels_N)
+
+    def show(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def report(self) -> Report:
+        total, kl_N = self._total, torch.cat(self._kls)
+        return Report(
+            tokens=total,
+            reference_perplexity=math.exp(self._reference_nats / total),
+            perplexity=math.exp(self._nats / total),
+            kl_mean=float(kl_N.mean()),
+            kl_p99=float(kl_N.quantile(0.99)) if total < 2**24 else float(kl_N.sort().values[int(0.99 * total)]),
+            same_top_token=self._same / total,
+            routing_agreement=tuple((self._kept / total).tolist()),
+        )
 
 
 def _batches(token_ids: list[int], length: int) -> list[Tensor]:
