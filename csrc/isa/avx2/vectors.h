@@ -33,6 +33,10 @@ inline uint16_t float_to_half(float x) {  // round to nearest even
 
 OLMOE_INLINE vf load_f16(const uint16_t* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
+OLMOE_INLINE vf load_i8(const int8_t* p) {
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+
 // As float_to_half, W at a time.
 OLMOE_INLINE void store_f16(uint16_t* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
 

@@ -29,6 +29,10 @@ inline uint16_t float_to_half(float x) {  // round to nearest even
 
 OLMOE_INLINE vf load_f16(const uint16_t* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
+OLMOE_INLINE vf load_i8(const int8_t* p) {
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+
 // As float_to_half, W at a time.
 OLMOE_INLINE void store_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
 

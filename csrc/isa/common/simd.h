@@ -65,13 +65,6 @@ OLMOE_INLINE void store_bf16(uint16_t* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-OLMOE_INLINE vf load_i8(const int8_t* p) {
-  typedef int8_t vb __attribute__((vector_size(W)));
-  vb codes;
-  std::memcpy(&codes, p, sizeof codes);
-  return __builtin_convertvector(__builtin_convertvector(codes, vi), vf);
-}
-
 template <Type T>
 OLMOE_INLINE vf load_as(const void* p, size_t i) {
   if constexpr (T == Type::kF32) return load((const float*)p + i);

@@ -65,6 +65,14 @@ OLMOE_INLINE vf load_f16(const uint16_t* p) {
   return (vf)((exponent == 0 ? small : rebased) | (bits & 0x8000) << 16);
 }
 
+OLMOE_INLINE vf load_i8(const int8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  // Each byte to the upper end of its lane, from where shifting brings its sign.
+  const vi lanes = (vi)(vu{bytes << 24, bytes << 16, bytes << 8, bytes});
+  return __builtin_convertvector(lanes >> 24, vf);
+}
+
 // As float_to_half, W at a time.
 OLMOE_INLINE void store_f16(uint16_t* p, vf v) {
   for (int i = 0; i < W; i++) p[i] = float_to_half(v[i]);
