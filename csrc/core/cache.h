@@ -31,9 +31,9 @@ struct Sequences {
   }
 };
 
+// The first block's.
 struct LayerCache {
-  uint8_t* keys;    // the first block
-  uint8_t* values;  // alike
+  uint8_t *keys, *values;
 };
 
 // Bytes from the start of a layer's keys, or values, to those of a position and KV head, and to their scale.

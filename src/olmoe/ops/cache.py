@@ -117,17 +117,21 @@ class BlockCache:
     ) -> BlockCache:
         """An empty cache; memory is taken as it is written.
 
-        All layers share one allocation, which the system can back with pages of 2 MB nearly whole.
+        All layers share one allocation, which the system can back with pages of 2 MB nearly whole. In a block the
+        values of a head lie behind its keys, and scales behind what they belong to: wherever memory is not read on in
+        order, what the processor has fetched of it ahead is lost.
         """
-        row = -(-block_size * head_dim // 4) * 4 + 4 * block_size if dtype == torch.int8 else block_size * head_dim
-        memory = torch.empty((2 * layers, blocks, kv_heads, row), dtype=dtype, device=device)
+        numbers = block_size * head_dim
+        part = -(-numbers // 4) * 4 + 4 * block_size if dtype == torch.int8 else numbers  # scales at whole fp32
+        memory = torch.empty((layers, blocks, kv_heads, 2, part), dtype=dtype, device=device)
         if device.type == "cpu":
             advise_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
-        tensors = memory[..., : block_size * head_dim].unflatten(-1, (block_size, head_dim)).unbind()
-        scales: tuple[Tensor, ...] = ()
-        if dtype == torch.int8:  # behind the codes of each head and block, so that they are read together
-            scales = memory[..., row - 4 * block_size :].view(torch.float32).unbind()
-        return cls(tensors[:layers], tensors[layers:], scales[:layers], scales[layers:])
+        rows = memory[..., :numbers].unflatten(-1, (block_size, head_dim))
+        found = [rows.select(3, i).unbind() for i in (0, 1)]
+        if dtype == torch.int8:
+            scales = memory[..., part - 4 * block_size :].view(torch.float32)
+            found += [scales.select(3, i).unbind() for i in (0, 1)]
+        return cls(*found)
 
     @functools.cached_property
     def kernel(self) -> Any:
