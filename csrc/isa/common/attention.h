@@ -14,13 +14,17 @@ namespace olmoe {
 namespace {
 
 // out[i * kKeyBlock + j] = q[i] . keys[j] * scale for QUERIES queries, `ld` floats apart, and KEYS consecutive keys, of
-// which `keys` is the first. Lanes along the head, which are then added.
+// which `keys` is the first. Lanes along the head, which are then added. As many bytes from `ahead` on are fetched
+// meanwhile, if it is not null.
 template <Type T, int QUERIES, int KEYS>
-OLMOE_INLINE void dots(const float* q, size_t ld, const void* keys, size_t key, int head_dim, float scale, float* out) {
+OLMOE_INLINE void dots(const float* q, size_t ld, const void* keys, size_t key, int head_dim, float scale, float* out,
+                       const char* ahead = nullptr) {
   vf dot[QUERIES][KEYS] = {};
   float rest[QUERIES][KEYS] = {};
   int d = 0;
   for (; d + W <= head_dim; d += W) {
+    constexpr int kBytes = KEYS * sizeof_type(T);
+    if (ahead && size_t(d) * kBytes % 64 == 0) fetch_ahead(ahead + size_t(d) * kBytes, W * kBytes);
     vf k[KEYS];
 #pragma GCC unroll 4
     for (int j = 0; j < KEYS; j++) k[j] = load_as<T>(keys, (key + j) * head_dim + d);
@@ -91,10 +95,8 @@ inline void attend_one(const float* q, const KeyBlock* blocks, int visible, int 
     const void *k = blocks->keys, *v = blocks->values;
     if constexpr (T == Type::kI8) fetch_ahead(blocks->value_scales, count * sizeof(float));
     int s = 0;
-    for (; s + 4 <= count; s += 4) {
-      fetch_ahead((const char*)v + s * row_bytes, 4 * row_bytes);
-      dots<T, 1, 4>(q, 0, k, s, head_dim, scale, scores + s);
-    }
+    for (; s + 4 <= count; s += 4)
+      dots<T, 1, 4>(q, 0, k, s, head_dim, scale, scores + s, (const char*)v + s * row_bytes);
     for (; s < count; s++) dots<T, 1, 1>(q, 0, k, s, head_dim, scale, scores + s);
     if constexpr (T == Type::kI8) multiply_row(scores, blocks->key_scales, count);
     weigh(scores, count, top, total, out, head_dim);
@@ -104,19 +106,27 @@ inline void attend_one(const float* q, const KeyBlock* blocks, int visible, int 
       multiply_row(scores, blocks->value_scales, count);
       if (ahead) fetch_ahead(ahead->key_scales, count * sizeof(float));
     }
+    // As much of the next keys as is read of these values: the CPU drops some of many lines at once.
+    auto fetch_keys = [&](int key, int column, int columns) __attribute__((always_inline)) {
+      if (keys_ahead)
+        fetch_ahead(keys_ahead + key * row_bytes + size_t(column) * sizeof_type(T), columns * sizeof_type(T));
+    };
     int d = 0;
     for (; d + 4 * W <= head_dim; d += 4 * W) {
       vf sums[4];
       for (int j = 0; j < 4; j++) sums[j] = load(out + d + j * W);
       for (s = 0; s < count; s++) {
-        if (d == 0 && keys_ahead) fetch_ahead(keys_ahead + s * row_bytes, row_bytes);
+        fetch_keys(s, d, 4 * W);
         for (int j = 0; j < 4; j++) sums[j] += load_as<T>(v, size_t(s) * head_dim + d + j * W) * scores[s];
       }
       for (int j = 0; j < 4; j++) store(out + d + j * W, sums[j]);
     }
     for (; d + W <= head_dim; d += W) {
       vf sums = load(out + d);
-      for (s = 0; s < count; s++) sums += load_as<T>(v, size_t(s) * head_dim + d) * scores[s];
+      for (s = 0; s < count; s++) {
+        fetch_keys(s, d, W);
+        sums += load_as<T>(v, size_t(s) * head_dim + d) * scores[s];
+      }
       store(out + d, sums);
     }
     for (; d < head_dim; d++)

@@ -169,7 +169,7 @@ class Runner(Protocol):
 
         A `dtype` of int8 takes half the memory of fp16, and rounds each row of a head's keys or values to signed bytes
         with a scale of its own. A `block_size` of None is one block a sequence, which is read fastest: after 2048
-        tokens a tenth faster than in blocks of 64.
+        tokens by a twentieth faster than blocks of 64.
         """
         ...
 
