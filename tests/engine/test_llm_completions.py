@@ -283,3 +283,17 @@ def test_a_bar_is_shown_for_many_prompts_on_a_terminal(llm, monkeypatch, capsys)
     monkeypatch.undo()
     llm.generate(["dog"] * 40, params)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("backend", [kernels, "torch"])
+def test_keys_and_values_of_int8_take_less_memory_and_nearly_give_the_same(tokenizer, sizes, backend):
+    model, found = make_model(num_key_value_heads=2), []
+    for dtype in (None, "int8", torch.int8):
+        llm = LLM.from_parts(model, tokenizer, backend=backend, cache_dtype=dtype)
+        (completion,) = llm.generate([[7, 8, 9] * 20], SamplingParams(max_new_tokens=4, logprobs=0, ignore_eos=True))
+        found.append([entry.logprob for entry in completion.logprobs])
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+    assert found[0] != found[1] == found[2]
+    assert sizes[1] < sizes[0] / 2
+    with pytest.raises(UserError, match="The KV cache cannot be of int4; choose"):
+        LLM.from_parts(model, tokenizer, backend=backend, cache_dtype="int4")

@@ -31,7 +31,7 @@ from olmoe.engine.token_mask import TokenMask
 from olmoe.errors import UserError
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
-from olmoe.runner import Batch, CacheView, RouterTrace, Runner, Want
+from olmoe.runner import Batch, CacheView, RouterTrace, Runner, Want, position_bytes
 from olmoe.tokenizer import Tokenizer
 
 
@@ -87,7 +87,8 @@ class Engine:
 
     All of it belongs to one thread, but for `request` and `statistics`. The cache has a fixed number of blocks of
     `block_size` positions, what `cache_bytes` have room for; `max_rows` is the most requests that run at once, and
-    `token_budget` the most tokens of a step (None: what the runner is fastest with). `weights_id` keeps the prefix
+    `token_budget` the most tokens of a step (None: what the runner is fastest with). `token_bytes` is what the keys and
+    values of a token take in it. `weights_id` keeps the prefix
     caches of different weights apart, should they ever be shared.
     """
 
@@ -108,11 +109,12 @@ class Engine:
     ) -> None:
         """Raises `UserError` if `cache_bytes` have no room for a single block."""
         self.runner, self.tokenizer, self.context_length = runner, tokenizer, context_length
-        blocks = cache_bytes // (runner.position_bytes * block_size)
+        self.token_bytes = position_bytes(runner.config, cache_dtype or runner.cache_dtype)
+        blocks = cache_bytes // (self.token_bytes * block_size)
         if blocks < 1:
             raise UserError(
-                f"A cache of {cache_bytes} bytes has no room for {block_size} tokens of "
-                f"{runner.position_bytes} bytes; give it more."
+                f"A cache of {cache_bytes} bytes has no room for {block_size} tokens of {self.token_bytes} bytes; "
+                "give it more."
             )
         self._cache = runner.new_cache(blocks, block_size, cache_dtype, block_size)
         budget = token_budget or runner.chunk_tokens

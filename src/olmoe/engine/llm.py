@@ -22,7 +22,7 @@ from olmoe.io import hub
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
-from olmoe.runner import make_runner, require_backend
+from olmoe.runner import make_runner, position_bytes, require_backend, to_cache_dtype
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ class LLM:
         threads: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
+        cache_dtype: str | torch.dtype | None = None,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
@@ -64,9 +65,10 @@ class LLM:
         or an error where they are not installed), "torch" or "reference". `threads` is the number of CPU threads of
         the whole process, torch's included (None: as it is, which is all cores unless something chose otherwise).
         `cache_bytes` bounds the keys and values that are held at once. With `prefix_cache` they are kept between
-        calls, and what a prompt has in common with earlier ones is not computed again: for conversations.
+        calls, and what a prompt has in common with earlier ones is not computed again: for conversations. `cache_dtype`
+        is that of keys and values: "int8" takes half the memory of fp16, which packed models have by default.
         """
-        self._limit(threads, cache_bytes, prefix_cache)
+        self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
         found = Checkpoint.open(
             hub.SHIPPED if model_id is None else model_id,
@@ -92,17 +94,21 @@ class LLM:
         threads: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
+        cache_dtype: str | torch.dtype | None = None,
     ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
         require_backend(backend)
         llm = cls.__new__(cls)
-        llm._limit(threads, cache_bytes, prefix_cache)
+        llm._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         llm.device = next(model.parameters()).device
         llm._assemble(model, tokenizer, backend)
         return llm
 
-    def _limit(self, threads: int | None, cache_bytes: int, prefix_cache: bool) -> None:
+    def _limit(
+        self, threads: int | None, cache_bytes: int, prefix_cache: bool, cache_dtype: str | torch.dtype | None
+    ) -> None:
         set_threads(threads)
+        self._cache_dtype = to_cache_dtype(cache_dtype)
         self._prefix_cache = prefix_cache
         self._idle: list[Engine] = []
         self.cache_bytes = whole_number("cache_bytes", cache_bytes, least=1)
@@ -235,21 +241,23 @@ class LLM:
 
     def _engine(self, requests: list[Request]) -> Engine:
         """An engine for these requests, or if prefixes are kept, for any."""
-        runner = self._runner
+        runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
+        token_bytes = position_bytes(config, self._cache_dtype or runner.cache_dtype)
         most = -(-max(request.most_tokens for request in requests) // unit) * unit
         if not self._prefix_cache:
             if len(requests) == 1:
                 block_size = most  # one block a sequence is read fastest
             needed = sum(-(-request.most_tokens // block_size) for request in requests) * block_size
-            cache_bytes = min(cache_bytes, needed * runner.position_bytes)
+            cache_bytes = min(cache_bytes, needed * token_bytes)
         # A single text always gets what it needs.
-        least = -(-most // block_size) * block_size * runner.position_bytes
+        least = -(-most // block_size) * block_size * token_bytes
         return Engine(
             runner,
             self.tokenizer,
             context_length=self.context_length,
             cache_bytes=max(cache_bytes, least),
+            cache_dtype=self._cache_dtype,
             block_size=block_size,
             max_rows=MOST_SEQUENCES,
             backend=self.backend,
