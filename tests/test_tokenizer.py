@@ -438,3 +438,16 @@ def test_a_template_that_fails_is_one_sentence(tokenizer_file, template, reason)
         tokenizer.render_chat(CHAT)
     assert "\n" not in str(caught.value)
     assert not str(caught.value).endswith("..")
+
+
+def test_what_is_far_too_long_is_seen_from_its_beginning(tokenizer):
+    text = "Once upon a time there was a little girl. " * 200
+    tokens = len(tokenizer.encode(text))
+    found = tokenizer.certain_tokens(text, 50)
+    assert 50 < found <= tokens
+    assert tokenizer.encode(text)[:found] == tokenizer.encode(
+        text[: len(tokenizer.decode(tokenizer.encode(text)[:found]))]
+    )
+    assert tokenizer.certain_tokens(text, tokens) is None
+    assert tokenizer.certain_tokens("a" * 100000, 10) is None  # no place that certainly divides it
+    assert tokenizer.certain_tokens(" " * 100000, 10) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -27,12 +28,14 @@ def test_examples_run_and_print_what_they_say(capsys):
             assert ("print" in code) == bool(outputs[-1].strip())
     finally:
         torch.set_num_threads(threads)
-    assert len(outputs) == 6
+    assert len(outputs) == 7
     assert "' time' -0." in outputs[2]
     assert re.search(r"^length 0\.\d+", outputs[2], flags=re.MULTILINE)
     assert re.search(r"\.\ncancelled \d+\n$", outputs[3])
     for printed in re.findall(r"print\(error\)  # (.*)", EXAMPLES[4]):
         assert outputs[4] == printed + "\n"
+    text, reason = outputs[5].strip().rsplit(maxsplit=1)
+    assert (sorted(json.loads(text)), reason) == (["age", "name"], "stop")
 
 
 def test_the_table_has_every_parameter_and_its_default():

@@ -313,7 +313,8 @@ class Engine:
                 masks.append(None if text.mask is None else text.mask.next(len(text.request.token_ids)))
             except Exception as error:  # a grammar's trouble is its own request's alone
                 masks.append(None)
-                errors[text] = f"The grammar cannot go on ({error})."
+                known = isinstance(error, UserError)  # a sentence
+                errors[text] = str(error) if known else f"The grammar cannot go on ({error})."
         choices = self._sampler.choose_rows(logits, [text.request for text in rows.choosing], masks)
         for row, text, choice in zip(rows.ends, rows.choosing, choices, strict=True):
             if text in errors:

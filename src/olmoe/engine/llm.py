@@ -22,7 +22,7 @@ from olmoe.io import hub
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
-from olmoe.runner import make_runner, position_bytes, require_backend, to_cache_dtype
+from olmoe.runner import Runner, make_runner, position_bytes, require_backend, to_cache_dtype
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
@@ -122,6 +122,11 @@ class LLM:
         self.recompile()
         # Scaled RoPE stretches the context that the model was trained on.
         self.context_length = int(config.max_position_embeddings * config.rope.factor)
+
+    @property
+    def runner(self) -> Runner:
+        """What was compiled from the model, for an `Engine` of one's own."""
+        return self._runner
 
     def recompile(self) -> None:
         """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
@@ -233,9 +238,13 @@ class LLM:
                     if delta.text:
                         yield delta.text  # what the reader does with it is not our time
             finished = True
+        except GeneratorExit:  # left between two steps: the engine is sound, and keeps its prefixes
+            finished = True
+            raise
         finally:
             for request in engine.requests():
                 engine.abort(request)
+            engine.unreported()
             if finished and self._prefix_cache:
                 self._idle.append(engine)
 
