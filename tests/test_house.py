@@ -44,12 +44,16 @@ def test_tests_mirror_the_source():
     are listed.
     """
     besides = {
+        "test_deploy",
+        "test_deploy_ray",
+        "test_examples",
         "test_house",
         "test_readme",
         "test_recipes",
         "ops/test_primitives",
         "ops/test_parity",
         "hf/test_documentation",
+        "serve/test_documentation",
     }
     astray = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):

@@ -55,11 +55,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--quiet", action="store_true", help="no speed, memory and finish reason on stderr")
     add_model_arguments(parser)
-    _add_sampling_arguments(parser.add_argument_group("sampling"))
+    sampling = parser.add_argument_group("sampling")
+    add_sampling_arguments(sampling)
+    sampling.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens in each place as well (0)"
+    )
     parser.set_defaults(usage_error=parser.error)
 
 
-def _add_sampling_arguments(group: Any) -> None:
+def add_sampling_arguments(group: Any) -> None:
+    """Declare how tokens are chosen and when a text ends."""
     default = SamplingParams()
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"at most N tokens ({default.max_new_tokens})")
     group.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({default.temperature})")
@@ -92,9 +97,6 @@ def _add_sampling_arguments(group: Any) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
-    group.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens in each place as well (0)"
-    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +115,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (C++ kernels where they fit), cpu (those kernels or an error), torch or reference (%(default)s)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="keys and values as float32, bfloat16, float16 or int8; auto is float16 for packed models (%(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,20 +134,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("The prompt is empty; give at least one character.")
 
     started = time.perf_counter()
-    from olmoe.engine.llm import LLM
+    from olmoe.engine import llm as _  # noqa: F401  (torch comes with it)
     from olmoe.runtime import keep_freed_memory
 
     keep_freed_memory()
     imported = time.perf_counter()
-    llm = LLM(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        backend=arguments.backend,
-        revision=arguments.revision,
-        local_files_only=arguments.offline,
-        threads=arguments.threads,
-    )
+    llm = load_model(arguments)
     seconds = {"import_seconds": imported - started, "load_seconds": time.perf_counter() - imported}
     stream = llm.stream([{"role": "user", "content": prompt}] if arguments.chat else prompt, params)
     completion = _generate(stream, "" if arguments.chat else prompt, show=target is None and not arguments.json)
@@ -153,6 +153,23 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(_summary(stream, completion, seconds), file=sys.stderr)
     return 0
+
+
+def load_model(arguments: argparse.Namespace, **options: Any) -> LLM:
+    """The model that the options of `add_model_arguments` name; `options` are further ones of `LLM`."""
+    from olmoe.engine.llm import LLM
+
+    return LLM(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        backend=arguments.backend,
+        revision=arguments.revision,
+        local_files_only=arguments.offline,
+        threads=arguments.threads,
+        cache_dtype=arguments.kv_cache_dtype,
+        **options,
+    )
 
 
 # ---- what was asked for ----

@@ -18,6 +18,9 @@ from olmoe.errors import UserError
 # Module of this package -> the line `olmoe --help` shows. Each has `configure(parser)` and `run(arguments)`.
 COMMANDS = {
     "generate": "continue a prompt and stream the text",
+    "chat": "chat with a model in the terminal",
+    "serve": "serve a model over HTTP, as OpenAI and Anthropic do; a chat page",
+    "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
     "convert": "convert a checkpoint to GGUF or back",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",

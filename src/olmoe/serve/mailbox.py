@@ -1,0 +1,100 @@
+"""From the engine's thread to the event loop: one wake-up a step, and a mailbox for each call that waits.
+
+The engine delivers the deltas of all requests of a step at once. They are handed to the loop in one call and sorted
+into the mailboxes of those who wait. Where a reader lags behind, what waits for it is merged, request by request, so
+that a slow client holds one delta for each of its requests and never a queue of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from olmoe.engine.request import Delta, Request
+
+
+def merged(first: Delta, second: Delta) -> Delta:
+    """Two deltas of one request, as if a single step had brought both."""
+    return Delta(
+        first.request,
+        first.text + second.text,
+        [*first.token_ids, *second.token_ids],
+        [*first.logprobs, *second.logprobs] if second.logprobs else first.logprobs,
+        [*first.routing, *second.routing] if second.routing else first.routing,
+        second.finish_reason,
+        second.error,
+    )
+
+
+class Mailbox:
+    """What has arrived for the requests of one call and has not been read. Lives on the event loop."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.index = {request: index for index, request in enumerate(requests)}
+        self.unfinished = set(requests)  # whose last delta has not been read
+        self._waiting: dict[Request, Delta] = {}
+        self._wake = asyncio.Event()
+
+    def put(self, delta: Delta) -> None:
+        """Add news, merged with what is there."""
+        earlier = self._waiting.get(delta.request)
+        self._waiting[delta.request] = delta if earlier is None else merged(earlier, delta)
+        self._wake.set()
+
+    async def take(self) -> list[tuple[int, Delta]]:
+        """All that has arrived; waits until there is something."""
+        while not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        taken, self._waiting = self._waiting, {}
+        for request, delta in taken.items():
+            if delta.finish_reason is not None:
+                self.unfinished.discard(request)
+        return [(self.index[request], delta) for request, delta in taken.items()]
+
+
+class Hub:
+    """All mailboxes. `deliver` is called on the engine's thread, everything else on the loop's.
+
+    `observe` is told, on the loop, of what arrives with each step (for metrics).
+    """
+
+    def __init__(self, observe: Callable[[list[Delta]], None] | None = None) -> None:
+        self._boxes: dict[Request, Mailbox] = {}
+        self._observe = observe
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def deliver(self, deltas: list[Delta]) -> None:
+        """What the engine's thread calls after each step."""
+        if deltas and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._sort, deltas)
+
+    def open(self, requests: Sequence[Request]) -> Mailbox:
+        """A mailbox for requests that are about to be submitted. Readers all run on one event loop, this one."""
+        self._loop = asyncio.get_running_loop()
+        box = Mailbox(requests)
+        for request in requests:
+            self._boxes[request] = box
+        return box
+
+    def close(self, box: Mailbox) -> list[Request]:
+        """Forget a mailbox; returns its requests that have not finished, which nobody waits for any more."""
+        return [request for request in box.index if self._boxes.pop(request, None) and request in box.unfinished]
+
+    @property
+    def requests(self) -> list[Request]:
+        """All that somebody waits for."""
+        return list(self._boxes)
+
+    def queued(self) -> tuple[int, int]:
+        """How many of them the engine has not begun, and how many tokens their prompts have."""
+        waiting = [len(r.prompt_ids) for r in self._boxes if not r.times.scheduled and r.finish_reason is None]
+        return len(waiting), sum(waiting)
+
+    def _sort(self, deltas: list[Delta]) -> None:
+        if self._observe is not None:
+            self._observe(deltas)
+        for delta in deltas:
+            box = self._boxes.get(delta.request)
+            if box is not None:
+                box.put(delta)

@@ -1,0 +1,176 @@
+"""Running the application: the socket before the weights, signals of our own, draining before the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from olmoe.errors import UserError
+from olmoe.serve.app import make_app
+from olmoe.serve.state import ServerState, ServeSettings
+
+_log = logging.getLogger("olmoe")
+# Clients keep connections for their next request; one that we close first costs them that request.
+_IDLE_SECONDS = 120
+# After the second signal, this long for the last words to clients.
+_LAST_WORDS = 2.0
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Taken before the weights are loaded, so that a port in use shows at once.
+
+    Clients that connect before the server runs wait. Raises `UserError` for an address that cannot be had.
+    """
+    if not 0 <= port <= 65535:
+        raise UserError(f"The port must be between 0 and 65535, not {port}.")
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"The host {host!r} is unknown ({error}); use 127.0.0.1, or 0.0.0.0 for all.") from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere this lets two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        code = error.errno
+        if code == errno.EADDRINUSE:
+            raise UserError(f"Port {port} of {host} is in use; choose another with --port, 0 for any.") from None
+        if code in (errno.EACCES, errno.EPERM):
+            raise UserError(f"Port {port} of {host} is not permitted to this user; choose one above 1023.") from None
+        if code == errno.EADDRNOTAVAIL:
+            raise UserError(f"{host} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all.") from None
+        raise UserError(f"Port {port} of {host} cannot be had ({error}); choose another with --port.") from None
+    listener.setblocking(False)
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def url_of(listener: socket.socket, settings: ServeSettings) -> str:
+    """Where a browser finds the page."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}"
+
+
+def check_tls(settings: ServeSettings) -> None:
+    """Raises `UserError` for certificates that cannot be used, before anything else is done."""
+    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
+        raise UserError("--ssl-keyfile needs --ssl-certfile, the certificate that it belongs to; add it.")
+    if settings.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(
+            f"The certificate {settings.ssl_certfile} and its key cannot be used ({error}); give PEM files that belong "
+            "together, with --ssl-certfile and --ssl-keyfile."
+        ) from None
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers, which end the program in their own way."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One server, on a socket that listens already. `run` returns when it has ended.
+
+    The first `stop` drains: new requests are refused, running ones finish. The second ends those as well, and tells
+    their clients.
+    """
+
+    def __init__(self, state: ServerState, listener: socket.socket) -> None:
+        self.state, self._listener = state, listener
+        settings = state.settings
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                make_app(state),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level=logging.INFO if settings.access_log else logging.WARNING,
+                access_log=settings.access_log,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=_IDLE_SECONDS,
+                timeout_graceful_shutdown=5,
+                backlog=_BACKLOG,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+            )
+        )
+        self._stops = 0
+        self._ending: asyncio.Task[None] | None = None
+
+    def run(self, *, signals: bool = True, begun: Callable[[], None] = lambda: None) -> None:
+        """Serve until stopped, by SIGINT or SIGTERM if `signals` are to be handled (in the main thread alone).
+
+        `begun` is called once signals are handled.
+        """
+        try:
+            asyncio.run(self._serve(signals, begun))
+        finally:
+            self.state.close()
+
+    async def _serve(self, signals: bool, begun: Callable[[], None]) -> None:
+        loop = self.loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_quietly)
+        if signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(NotImplementedError):  # Windows
+                    loop.add_signal_handler(number, self.stop)
+        begun()
+        await self._uvicorn.serve(sockets=[self._listener])
+
+    def stop(self) -> None:
+        """Drain; called again, end at once. To be called on the event loop."""
+        self._stops += 1
+        if self._stops == 1:
+            self.state.draining = True
+            _log.warning("draining: %d requests finish; once more ends them", self.state.calls)
+            self._ending = asyncio.ensure_future(self._drain())
+        elif self._stops == 2:
+            _log.warning("ending %d requests", self.state.calls)
+            self.state.abort_all()
+            asyncio.get_running_loop().call_later(_LAST_WORDS, self._force)
+
+    async def _drain(self) -> None:
+        while self.state.calls:
+            await asyncio.sleep(0.02)
+        self._uvicorn.should_exit = True
+
+    def _force(self) -> None:
+        self._uvicorn.should_exit = self._uvicorn.force_exit = True
+
+
+def _quietly(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    """Connections that break are not worth a traceback; anything else is."""
+    if not isinstance(context.get("exception"), ConnectionError):
+        loop.default_exception_handler(context)

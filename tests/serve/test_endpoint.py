@@ -1,0 +1,219 @@
+"""Bodies, hang-ups at every stage, slow readers, pipelining and large prompts, on raw sockets."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from olmoe.serve import endpoint
+from olmoe.serve.state import ServeSettings
+from serve.conftest import until
+
+PATH = "/v1/completions"
+LONG = {"prompt": "Once upon a time", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+
+
+def request_bytes(body, path: str = PATH, **headers) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, f"content-length: {len(content)}", "", ""]).encode() + content
+
+
+def connect(server) -> socket.socket:
+    return socket.create_connection((server.host, server.port), 20)
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    received = b""
+    while mark not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    return received
+
+
+# ---- bodies ----
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "sentence"),
+    [
+        (b"", 400, "not valid JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b"[]", 400, "object"),
+        (b'"text"', 400, "object"),
+        (b"null", 400, "object"),
+        (b"\xff\xfe", 400, "not valid JSON"),
+        (b'{"prompt": "\\ud800"}', 400, "JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
+        (b'{"prompt": ' + b"[" * 100000, 400, "JSON"),
+        (b'{"prompt": "a", "x": ' + b"[" * 150 + b"]" * 150 + b', "max_tokens": 1}', 200, None),
+    ],
+)
+def test_broken_bodies(server, content, status, sentence):
+    got, body, _ = server.call(PATH, content)
+    assert got == status, body
+    if sentence:
+        assert sentence in body["error"]["message"]
+        assert body["error"]["type"] == "invalid_request_error"
+
+
+def test_only_json_is_read(server):
+    body = json.dumps({"prompt": "a"}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        status, answer, _ = server.call(PATH, body, headers={"content-type": kind})
+        assert (status, answer["error"]["type"]) == (415, "invalid_request_error")
+    assert server.call(PATH, body, headers={"content-type": "application/json; charset=utf-8"})[0] == 200
+
+
+def test_bodies_that_are_too_large_are_refused_before_they_come(run_server):
+    running = run_server(ServeSettings(port=0, max_body_bytes=1000))
+    assert running.call(PATH, {"prompt": "a" * 2000})[0] == 413
+    with connect(running) as connection:
+        connection.sendall(request_bytes(b"").replace(b"content-length: 0", b"content-length: 99999999"))
+        assert b" 413 " in read_until(connection, b"}}")
+    with connect(running) as connection:  # in chunks, whose sum nobody has told
+        head = request_bytes(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
+        connection.sendall(head + b"200\r\n" + b"x" * 512 + b"\r\n" + b"200\r\n" + b"x" * 512 + b"\r\n")
+        assert b" 413 " in read_until(connection, b"}}")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(run_server):
+    running = run_server(ServeSettings(port=0, body_timeout=0.3))
+    with connect(running) as connection:
+        connection.sendall(request_bytes(LONG)[:-5])
+        assert b" 408 " in read_until(connection, b"}}")
+    assert running.idle()
+
+
+# ---- hang-ups ----
+
+
+def test_hang_ups_at_every_stage_free_everything(server):
+    whole = request_bytes({**LONG, "stream": True})
+    for stage in (1, 30, len(whole) - 5):  # in the request line, the headers, the body
+        with connect(server) as connection:
+            connection.sendall(whole[:stage])
+    for stream in (True, False):
+        for mark in (None, b"HTTP/1.1", b'"text"'):
+            if mark == b'"text"' and not stream:
+                continue
+            with connect(server) as connection:
+                connection.sendall(request_bytes({**LONG, "stream": stream, "n": 3}))
+                if mark and stream:
+                    read_until(connection, mark)
+                else:
+                    assert until(lambda: server.engine.statistics().running)
+            assert server.idle(), (stream, mark)
+
+
+def test_queued_requests_are_dropped_with_their_clients(run_server):
+    running = run_server(max_rows=1)
+    with connect(running) as first:
+        first.sendall(request_bytes({**LONG, "stream": True}))
+        read_until(first, b'"text"')
+        others = [connect(running) for _ in range(3)]
+        for number, other in enumerate(others):
+            other.sendall(request_bytes({**LONG, "stream": bool(number % 2)}))
+        assert until(lambda: running.engine.statistics().waiting == 3)
+        for other in others:
+            other.close()
+        assert until(lambda: running.engine.statistics().waiting == 0)
+        assert running.engine.statistics().running == 1
+    assert running.idle()
+
+
+def test_a_hang_up_leaves_others_alone(server):
+    expected = server.call(PATH, LONG)[1]["choices"][0]["text"]
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(server.call(PATH, LONG)))
+    thread.start()
+    for _ in range(5):
+        with connect(server) as connection:
+            connection.sendall(request_bytes({**LONG, "prompt": "The dog", "stream": True}))
+            read_until(connection, b'"text"')
+    thread.join(60)
+    assert answers[0][1]["choices"][0]["text"] == expected
+    assert server.idle()
+
+
+def test_a_stream_that_nobody_reads_ends_and_is_cut(run_server):
+    running = run_server(ServeSettings(port=0, stall_timeout=0.5))
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((running.host, running.port))
+        # Enough that no buffer between the two holds it.
+        connection.sendall(request_bytes({**LONG, "stream": True, "n": 16, "logprobs": 20, "routing": True}))
+        assert until(lambda: running.engine.statistics().generation_tokens > 1000, 60)
+        assert running.idle(60)
+
+
+def test_a_slow_reader_gets_everything(server):
+    whole = server.call(PATH, LONG)[1]["choices"][0]["text"]
+    with connect(server) as connection:
+        connection.sendall(request_bytes({**LONG, "stream": True}))
+        received = b""
+        while b"[DONE]" not in received:
+            received += connection.recv(4096)
+            time.sleep(0.002)
+    events = [json.loads(line[6:]) for line in received.decode().splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == whole
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    bodies = [{**LONG, "max_tokens": n, "stream": n == 2} for n in (1, 2, 3)]
+    with connect(server) as connection:
+        connection.sendall(b"".join(map(request_bytes, bodies)))
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 3 or not received.endswith(b"}"):
+            part = connection.recv(65536)
+            assert part
+            received += part
+    first, second, third = received.split(b"HTTP/1.1 200")[1:]
+    assert b'"completion_tokens":1' in first
+    assert b"[DONE]" in second
+    assert b'"completion_tokens":3' in third
+
+
+def test_garbage_is_answered_in_http(server):
+    with connect(server) as connection:
+        connection.sendall(b"\x16\x03\x01 this is TLS, or nothing\r\n\r\n")
+        assert b"400" in connection.recv(4096)
+    assert server.call("/health")[0] == 200
+
+
+# ---- what takes long stays off the loop ----
+
+
+@pytest.mark.parametrize(("path", "name"), [(PATH, "prompt"), ("/v1/chat/completions", "messages")])
+def test_health_answers_while_a_prompt_of_5_mb_is_tokenized(server, path, name):
+    words = "once upon a time there was little girl who had big dog and the ball".split()
+    text = " ".join(random.Random(0).choices(words, k=14 * 10**5))[: 5 * 2**20]
+    assert len(text) == 5 * 2**20
+    body = {name: text if name == "prompt" else [{"role": "user", "content": text}]}
+    answers, slowest, count = [], 0.0, 0
+    thread = threading.Thread(target=lambda: answers.append(server.call(path, body)))
+    server.call("/health")
+    thread.start()
+    while thread.is_alive():
+        started = time.perf_counter()
+        assert server.call("/health")[0] == 200
+        slowest, count = max(slowest, time.perf_counter() - started), count + 1
+        time.sleep(0.005)
+    status, answer, _ = answers[0]
+    assert (status, answer["error"]["param"]) == (400, name)
+    assert "context ends at 512" in answer["error"]["message"]
+    assert count > 0
+    assert slowest < 0.1
+
+
+def test_locations_name_the_field_alone():
+    assert endpoint._location(("stop", "list[str]", 0)) == "stop[0]"
+    assert endpoint._location(("messages", 2, "role")) == "messages[2].role"
