@@ -43,6 +43,14 @@ def test_a_file_becomes_a_folder(capsys, tmp_path, option, dtype):
     assert main(["info", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(("option", "dtype"), [((), "BF16"), (("--type", "f32"), "F32")])
+def test_a_folder_becomes_one_for_other_software(capsys, folder, tmp_path, option, dtype):
+    assert main(["quantize", str(folder), str(tmp_path / "packed"), "--format", "q4_0", "--quiet"]) == 0
+    assert convert(capsys, tmp_path / "packed", tmp_path / "out", "--quiet", *option) == (0, "", "")
+    assert {tensor.dtype for tensor in hf_folder.read_headers(tmp_path / "out").values()} == {dtype}
+    assert main(["info", str(tmp_path / "out")]) == 0
+
+
 def test_progress_goes_to_stderr_of_a_terminal_only(capsys, folder, tmp_path):
     assert convert(capsys, folder, tmp_path / "x.gguf")[1:] == ("", "")
 
@@ -61,8 +69,10 @@ def test_both_ways_give_the_same_text(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("{folder}", "{tmp}/x"), "must end in .gguf and the other not, but none end so"),
-        (("{tmp}/a.gguf", "{tmp}/b.gguf"), "must end in .gguf and the other not, but both end so"),
+        (("{tmp}/a.gguf", "{tmp}/b.gguf"), "One of SRC and DST may end in .gguf, but both end so"),
+        (("{folder}", "{tmp}"), "{tmp} exists already"),
+        (("{folder}", "{tmp}/out", "--type", "q8_0"), "leave --type out and use `olmoe quantize`"),
+        (("{tmp}/no", "{tmp}/out"), "There is no folder '{tmp}/no'"),
         (("{tmp}/no.gguf", "{tmp}/out"), "There is no file {tmp}/no.gguf"),
         (("{tmp}/no", "{tmp}/x.gguf"), "There is no folder '{tmp}/no'"),
         (("{folder}", "{tmp}/exists.gguf"), "{tmp}/exists.gguf exists already"),

@@ -1,4 +1,4 @@
-"""Convert a checkpoint folder to a GGUF file for llama.cpp, or a GGUF file to a checkpoint folder."""
+"""Convert a checkpoint to a GGUF file for llama.cpp, or to an unpacked folder for transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe convert`."""
     parser.add_argument("source", metavar="SRC", help="a checkpoint folder, a packed one, a hub id, or a .gguf file")
-    parser.add_argument("target", metavar="DST", help="a new .gguf file; a new folder if SRC is a .gguf file")
+    parser.add_argument(
+        "target", metavar="DST", help="a new .gguf file, or a new folder, which transformers and vLLM read"
+    )
     parser.add_argument(
         "--type",
         choices=TYPES,
@@ -36,15 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     source, target = arguments.source, Path(os.path.expanduser(arguments.target))
     to_gguf, from_gguf = _is_gguf(str(target)), _is_gguf(source)
-    if to_gguf == from_gguf:
-        which = "both" if to_gguf else "none"
-        raise UserError(f"One of SRC and DST must end in .gguf and the other not, but {which} end so; rename one.")
+    if to_gguf and from_gguf:
+        raise UserError("One of SRC and DST may end in .gguf, but both end so; rename one.")
     overwrite = arguments.overwrite
     if to_gguf:
         targets.check_file(target, overwrite=overwrite)
     elif not overwrite:  # before anything is read
         targets.check_folder(target, (), overwrite=False)
-    if from_gguf and arguments.type in ("q8_0", "q4_0"):
+    if not to_gguf and arguments.type in ("q8_0", "q4_0"):
         raise UserError(
             f"A checkpoint folder holds no {arguments.type} from here; leave --type out and use `olmoe quantize`."
         )
@@ -61,11 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
             folder = hub.resolve(source, revision=arguments.revision, local_files_only=arguments.offline)
             write_gguf(folder, target, arguments.type, progress, overwrite=overwrite)
         else:
-            from olmoe.weights.gguf.source import GGUFSource
-            from olmoe.weights.gguf.to_folder import DTYPES, to_folder
+            from olmoe.weights.checkpoint import open_source
+            from olmoe.weights.to_folder import DTYPES, to_folder
 
-            dtype = DTYPES[arguments.type or "bf16"]
-            to_folder(GGUFSource(os.path.expanduser(source)), target, dtype, progress, overwrite=overwrite)
+            opened = open_source(source, revision=arguments.revision, local_files_only=arguments.offline)
+            to_folder(opened, target, DTYPES[arguments.type or "bf16"], progress, overwrite=overwrite)
     return 0
 
 

@@ -28,11 +28,11 @@ from olmoe.weights import checkpoint
 from olmoe.weights.checkpoint import open_source
 from olmoe.weights.contents import contents_of
 from olmoe.weights.gguf.source import GGUFSource
-from olmoe.weights.gguf.to_folder import to_folder
 from olmoe.weights.gguf.to_gguf import to_gguf
 from olmoe.weights.quantize import pack
 from olmoe.weights.recipes import Recipe
 from olmoe.weights.source import load_model
+from olmoe.weights.to_folder import to_folder
 from packed_folders import WHOLE, decoded, plain_folder
 from runner_calls import chunked, prompt
 

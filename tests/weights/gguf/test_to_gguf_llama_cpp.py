@@ -29,10 +29,10 @@ from olmoe.weights.gguf.block_types import BY_NAME
 from olmoe.weights.gguf.encode import encode
 from olmoe.weights.gguf.names import tensor_shapes
 from olmoe.weights.gguf.source import GGUFSource
-from olmoe.weights.gguf.to_folder import to_folder
 from olmoe.weights.gguf.to_gguf import to_gguf
 from olmoe.weights.gguf.tokenizer import to_metadata
 from olmoe.weights.gguf.writer import PlannedTensor, write
+from olmoe.weights.to_folder import to_folder
 
 pytestmark = [
     pytest.mark.skipif(not llama_cpp_peer.available(), reason="no llama.cpp here: pip install xllamacpp"),

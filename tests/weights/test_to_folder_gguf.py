@@ -15,9 +15,9 @@ from olmoe.io.tensor_file import TensorWriter
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights import checkpoint, export, hf_folder
 from olmoe.weights.gguf.source import GGUFSource
-from olmoe.weights.gguf.to_folder import to_folder
 from olmoe.weights.gguf.to_gguf import to_gguf
 from olmoe.weights.names import parameter_shapes
+from olmoe.weights.to_folder import to_folder
 from sentences import refused
 
 
