@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from cpu_engine_worker import VOCABULARY, shared_state
-from machine import machine
+from machine import busy_seconds, cpu_seconds, machine
 
 from olmoe.bench.ceilings import Ceiling, read_bandwidth, step_bytes
 from olmoe.bench.random_models import require_memory, skeleton
@@ -89,8 +89,7 @@ class Engine:
 
     def cpu_seconds(self) -> float:
         """What its threads have computed so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self._process.pid)
 
     def close(self) -> None:
         """End the process; its memory is free when this returns."""
@@ -112,21 +111,15 @@ class Quiet:
     @contextmanager
     def watch(self, active: Engine, engines: list[Engine]) -> Iterator[None]:
         """Measure during one request to `active`; the largest shares of a core-second per second stay."""
-        before, busy, own = [e.cpu_seconds() for e in engines], _busy_seconds(), time.process_time()
+        before, busy, own = [e.cpu_seconds() for e in engines], busy_seconds(), time.process_time()
         started = time.perf_counter()
         yield
         wall = time.perf_counter() - started
         used = [e.cpu_seconds() - b for e, b in zip(engines, before, strict=True)]
-        others = _busy_seconds() - busy - sum(used) - (time.process_time() - own)
+        others = busy_seconds() - busy - sum(used) - (time.process_time() - own)
         if wall > 0.2:  # the clocks of the system count hundredths
             waiting = sum(u for e, u in zip(engines, used, strict=True) if e is not active)
             self.waiting, self.foreign = max(self.waiting, waiting / wall), max(self.foreign, others / wall)
-
-
-def _busy_seconds() -> float:
-    """What all cores have computed so far, for whomever."""
-    fields = [int(f) for f in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]]
-    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def warm(path: Path) -> None:

@@ -78,6 +78,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpu_seconds(process: int) -> float:
+    """What the threads of a process have computed so far."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_seconds() -> float:
+    """What all cores have computed so far, for whomever."""
+    fields = [int(f) for f in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]]
+    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
 def limit_isa(isa: str | None) -> None:
     """Restart this program with torch's libraries limited to `isa` (AVX2), as on a CPU that has no more.
 
