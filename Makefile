@@ -30,7 +30,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp,$(CSRC))
 
 $(VENV)/run: $(VENV)/torch pyproject.toml $(CSRC)
-	$(PIP) --editable .
+	$(PIP) --editable ".[serve]"
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run

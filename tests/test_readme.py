@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -50,7 +54,37 @@ PACKED = [command for command in COMMANDS if "tiny-int4" in command]  # each nee
 LONG = [command for command in COMMANDS if "configs/olmoe-tiny" in command]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("make test", *PACKED, *LONG)])
+# Those that go on until somebody ends them, and what somebody types.
+ENDLESS = [command for command in COMMANDS if command.startswith(("olmoe serve", "olmoe chat"))]
+
+
+def test_the_server_serves_until_it_is_stopped(environment):
+    (command,) = [command for command in ENDLESS if command.startswith("olmoe serve")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = shlex.split(re.sub(r"--port \d+", f"--port {port}", command))
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            lines = iter(server.stderr.readline, "")
+            assert any(f"http://127.0.0.1:{port}/" in line for line in lines)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+                assert b"<html" in page.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+
+
+def test_a_chat_answers(environment):
+    (command,) = [command for command in ENDLESS if command.startswith("olmoe chat")]
+    done = subprocess.run(
+        f"echo Hello | {command}", shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("make test", *PACKED, *LONG, *ENDLESS)])
 def test_command_runs(command, environment, tmp_path):
     cwd = ROOT
     if "train" in command:
