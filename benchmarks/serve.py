@@ -180,7 +180,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 def bare(model: Path, scenario: Scenario, threads: int) -> float:
     """Output tokens a second of the runner alone, which gets all prompts at once and then decodes all of them."""
-    from olmoe.bench.benchmark import Measured
+    from olmoe.bench.speed import Measured
     from olmoe.runtime import keep_freed_memory, set_threads
     from olmoe.weights.checkpoint import load
 
@@ -336,7 +336,8 @@ def run(names: list[str], big: bool, arguments: argparse.Namespace) -> dict[str,
     """All scenarios -> the line of results, which is added to the file."""
     from dataclasses import replace
 
-    from olmoe.bench.benchmark import Ceiling, read_bandwidth, skeleton, step_bytes
+    from olmoe.bench.ceilings import Ceiling, read_bandwidth, step_bytes
+    from olmoe.bench.random_models import skeleton
     from olmoe.config import ModelConfig
     from olmoe.io.hub import SHIPPED
     from olmoe.runtime import set_threads

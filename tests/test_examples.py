@@ -79,7 +79,8 @@ def test_openai_async(address):
     pytest.importorskip("openai")
     out = run("openai_async.py", address)
     assert [line.split()[0] for line in out.splitlines()] == [str(number) for number in range(8)]
-    assert len(out.splitlines()[0]) < 60 < len(out.splitlines()[1])
+    lengths = [len(line) for line in out.splitlines()]
+    assert lengths[0] < max(lengths)  # which was left early; how early depends on how much comes at once
 
 
 def test_openai_structured(address):
