@@ -173,22 +173,38 @@ def quality(target: str, peer: str) -> Callable[[Line], Figure | None]:
     return read
 
 
+def serving(scenario: str, measure: str, peer: str) -> Callable[[Line], Figure | None]:
+    """Our server beside llama.cpp's under one load."""
+
+    def read(line: Line) -> Figure | None:
+        found = line["scenarios"].get(scenario)
+        if found is None or peer not in found["medians"]:
+            return None
+        ours, theirs = found["medians"]["ours"][measure], found["medians"][peer][measure]
+        share = found["share_of_ceiling"] if measure.endswith("tok_per_s") else None
+        return Figure(ours, theirs, peer, found["gain"][peer][measure], share)
+
+    return read
+
+
 SPEED, GIGABYTES, SECONDS, MS, SHARE, NATS = "tokens/s", "GB", "s", "ms", "of bf16's bytes", "nats"
+_T, _F = "steady_output_tok_per_s", "ttft_ms"
 ROWS = [
+    Row("serve", "clients_1", "serving 1 client, int4", SPEED, serving("clients_1", _T, "llama.cpp")),
+    Row("serve", "clients_8", "serving 8 clients, int4", SPEED, serving("clients_8", _T, "llama.cpp")),
+    Row("serve", "clients_8.ttft", "their first token", MS, serving("clients_8", _F, "llama.cpp")),
+    Row("serve", "clients_16", "serving 16 clients, int4", SPEED, serving("clients_16", _T, "llama.cpp")),
+    Row("serve", "long", "4 clients, prompts of 2048, all", MS, serving("long", "e2e_ms", "llama.cpp")),
     Row("cpu_engines", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
-    Row("cpu_engines", "int8.prefill_512", "prompt of 512, int8", SPEED, engines("int8", "prefill_512")),
     Row("cpu_engines", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
     Row("cpu_engines", "int8.decode_64", "decoding, int8", SPEED, engines("int8", "decode_64")),
     Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
     Row("cpu_engines", "int4.peak_gb", "peak memory, int4", GIGABYTES, peaks("int4")),
     Row("cpu_engines", "starts.int4.load_s", "loading, int4, file cached", SECONDS, loading("int4")),
-    Row("cpu_engines_avx2", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
-    Row("cpu_engines_avx2", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
     Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
     Row("prefill_transformers", "decode", "decoding, bf16", SPEED, bf16("decode", "avx512")),
     Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
-    Row("experts_interface", "fp32.4", "experts, 4 tokens, fp32", MS, experts(4, "float32")),
     Row("experts_interface", "bf16.512", "experts, 512 tokens, bf16", MS, experts(512, "bfloat16")),
     Row("train_transformers", "16x256", "training olmoe-tiny's shape", SPEED, training),
     Row("quantized_footprint", "nf4", "loaded in NF4, 108M weights", SHARE, footprint("nf4_double_quant")),
