@@ -93,20 +93,6 @@ def peaks(group: str) -> Callable[[Line], Figure | None]:
     return read
 
 
-def loading(weights: str) -> Callable[[Line], Figure | None]:
-    """Seconds that opening a file takes when the page cache holds it, against the peer that is fastest."""
-
-    def read(line: Line) -> Figure | None:
-        found = {name: start["load_s"] for name, start in line.get("starts", {}).get(weights, {}).items()}
-        if not found:
-            return None
-        ours = found.pop("ours")
-        name = min(found, key=found.__getitem__)
-        return Figure(ours, found[name], name, found[name] / ours)
-
-    return read
-
-
 def bf16(measure: str, kernels: str) -> Callable[[Line], Figure | None]:
     """The whole released model in bf16 beside transformers; the ceiling is the machine's products, or its reads."""
 
@@ -119,21 +105,6 @@ def bf16(measure: str, kernels: str) -> Callable[[Line], Figure | None]:
         else:
             ceiling = limits["read_gb_per_s"] * 1e9 / (2 * STEP_PARAMETERS)
         return Figure(speed["ours"], speed["transformers"], "transformers", speed["ratio"], speed["ours"] / ceiling)
-
-    return read
-
-
-def experts(tokens: int, dtype: str) -> Callable[[Line], Figure | None]:
-    """Our experts of the released widths inside transformers' own model."""
-
-    def read(line: Line) -> Figure | None:
-        if (line["shape"], line.get("tokens"), line["dtype"]) != ("olmoe", tokens, dtype):
-            return None
-        if line.get("train") or line["isa_limit"] != "none" or line["threads"] != 2:
-            return None
-        ms = line["ms"]
-        share = line["floor_ms"] / ms["olmoe"] if "floor_ms" in line else None
-        return Figure(ms["olmoe"], ms["grouped_mm"], "`grouped_mm`", line["grouped_mm_over_olmoe"], share)
 
     return read
 
@@ -187,7 +158,7 @@ def serving(scenario: str, measure: str, peer: str) -> Callable[[Line], Figure |
     return read
 
 
-SPEED, GIGABYTES, SECONDS, MS, SHARE, NATS = "tokens/s", "GB", "s", "ms", "of bf16's bytes", "nats"
+SPEED, GIGABYTES, MS, SHARE, NATS = "tokens/s", "GB", "ms", "of bf16's bytes", "nats"
 _T, _F = "steady_output_tok_per_s", "ttft_ms"
 ROWS = [
     Row("serve", "clients_1", "serving 1 client, int4", SPEED, serving("clients_1", _T, "llama.cpp")),
@@ -201,11 +172,9 @@ ROWS = [
     Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
     Row("cpu_engines", "int4.peak_gb", "peak memory, int4", GIGABYTES, peaks("int4")),
-    Row("cpu_engines", "starts.int4.load_s", "loading, int4, file cached", SECONDS, loading("int4")),
     Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
     Row("prefill_transformers", "decode", "decoding, bf16", SPEED, bf16("decode", "avx512")),
     Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
-    Row("experts_interface", "bf16.512", "experts, 512 tokens, bf16", MS, experts(512, "bfloat16")),
     Row("train_transformers", "16x256", "training olmoe-tiny's shape", SPEED, training),
     Row("quantized_footprint", "nf4", "loaded in NF4, 108M weights", SHARE, footprint("nf4_double_quant")),
     Row("quantization_quality", "int4", "KL of int4, olmoe-tiny", NATS, quality("int4", "llama-Q4_0")),
