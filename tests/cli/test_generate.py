@@ -401,3 +401,17 @@ def test_an_interrupt_leaves_no_file(capsys, monkeypatch, folder, tmp_path):
         options = ["--model", str(folder), "--output", str(tmp_path / "out"), *more]
         assert generate(capsys, PROMPT, *options) == (130, "", "olmoe: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_router_policy_changes_the_text(capsys, tmp_path, folder):
+    options = [PROMPT, "--model", str(folder), "--max-new-tokens", "8"]
+    plain = generate(capsys, *options)[1]
+    path = tmp_path / "policy.json"
+    path.write_text("{}", encoding="utf-8")
+    assert generate(capsys, *options, "--router-policy", str(path))[1] == plain
+    path.write_text('{"ban": [{"expert": 0}, {"expert": 1}], "k": 1}', encoding="utf-8")
+    assert generate(capsys, *options, "--router-policy", str(path))[1] != plain
+    path.write_text('{"ban": [{"expert": 999}]}', encoding="utf-8")
+    code, out, err = generate(capsys, *options, "--router-policy", str(path))
+    assert (code, out) == (2, "")
+    assert "the expert 999, but the model's are 0 to" in err

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from olmoe.cli.generate import SAMPLING, add_model_arguments, add_sampling_arguments, load_model
+from olmoe.cli.generate import SAMPLING, add_model_arguments, add_sampling_arguments, load_model, router_policy
 from olmoe.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise UserError("The messages come from a terminal or from stdin, which is closed; open it.")
     given = {name: getattr(arguments, name) for name in SAMPLING if name != "logprobs"}
-    params = SamplingParams(**given, ignore_eos=arguments.ignore_eos, routing=True)
+    policy = router_policy(arguments)
+    params = SamplingParams(**given, ignore_eos=arguments.ignore_eos, routing=True, router_policy=policy)
     # What is wrong with a file must not wait for gigabytes of weights.
     messages = [] if arguments.load is None else read_messages(Path(os.path.expanduser(arguments.load)))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from olmoe.engine.llm import LLM
     from olmoe.engine.request import Completion
     from olmoe.engine.stream import Stream
+    from olmoe.runner.policy_file import NamedPolicy
 
 # Options that are fields of `SamplingParams`; what is not given is its default.
 SAMPLING = (
@@ -95,6 +96,9 @@ def add_sampling_arguments(group: Any) -> None:
     )
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument(
+        "--router-policy", metavar="FILE", help="JSON that bans or boosts experts, or changes how many a token has"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
 
@@ -183,7 +187,16 @@ def _params(arguments: argparse.Namespace) -> SamplingParams:
     given: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLING}
     if arguments.json and arguments.logprobs is None:
         given["logprobs"] = 0
-    return SamplingParams(**given, ignore_eos=arguments.ignore_eos)
+    return SamplingParams(**given, ignore_eos=arguments.ignore_eos, router_policy=router_policy(arguments))
+
+
+def router_policy(arguments: argparse.Namespace) -> NamedPolicy | None:
+    """What the file of --router-policy says, if one was given."""
+    if arguments.router_policy is None:
+        return None
+    from olmoe.runner.policy_file import read_policy
+
+    return read_policy(arguments.router_policy)
 
 
 def _target(arguments: argparse.Namespace) -> Path | None:

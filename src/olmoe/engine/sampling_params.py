@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from olmoe.runner import RouterPolicy
+    from olmoe.runner.policy_file import NamedPolicy
 
 
 class GrammarState(Protocol):
@@ -60,8 +61,9 @@ class SamplingParams:
     - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
       place; None reports none. `prompt_logprobs`: the same for the tokens of the prompt.
     - `allowed_token_ids`: only these can be chosen. `grammar`: the text belongs to it.
-    - `router_policy`: a `RouterPolicy` for this text. `routing`: report which experts predicted each token, with their
-      weights; `prompt_routing`: those of the prompt's tokens as well.
+    - `router_policy`: a `RouterPolicy` for this text, or one that `olmoe.runner.policy_file` has read.
+    - `routing`: report which experts predicted each token, with their weights; `prompt_routing`: those of the prompt's
+      tokens as well.
 
     None for any of them is its default. Whole numbers and numbers may be numpy's. Raises `UserError` for values of
     other types or outside their ranges.
@@ -86,7 +88,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     allowed_token_ids: Sequence[int] | None = None
     grammar: Grammar | None = None
-    router_policy: RouterPolicy | None = None
+    router_policy: RouterPolicy | NamedPolicy | None = None
     routing: bool = False
     prompt_routing: bool = False
 
