@@ -256,7 +256,7 @@ class LLM:
         most = -(-max(request.most_tokens for request in requests) // unit) * unit
         if not self._prefix_cache:
             if len(requests) == 1:
-                block_size = most  # one block a sequence is read fastest
+                block_size = most  # one block a sequence is read a little faster than blocks of 64
             needed = sum(-(-request.most_tokens // block_size) for request in requests) * block_size
             cache_bytes = min(cache_bytes, needed * token_bytes)
         # A single text always gets what it needs.
