@@ -156,3 +156,40 @@ def test_it_sleeps_without_work(engine, thread, readers):
     time.sleep(0.3)
     assert engine.statistics().steps == steps
     assert time.process_time() - used < 0.2
+
+
+class _Startless:
+    def start(self):
+        raise ValueError("no start")
+
+
+def test_a_request_that_cannot_begin_fails_alone(engine, thread, readers):
+    broken = engine.request([9], SamplingParams(grammar=_Startless()))
+    other = long(engine)
+    thread.submit([broken, other])
+    readers.wait(broken, other)
+    assert readers.news[broken][-1].error == broken.error == "The text cannot begin (no start)."
+    assert (other.finish_reason, thread.failed) == ("length", None)
+
+
+def test_a_request_submitted_twice_runs_once(engine, thread, readers):
+    request = long(engine)
+    thread.submit([request, request])
+    readers.wait(request, pieces=2)
+    thread.submit([request])
+    readers.wait(request)
+    thread.submit([request])
+    last = long(engine)
+    thread.submit([last])
+    readers.wait(last)
+    assert (len(request.token_ids), thread.failed) == (400, None)
+    assert len([d for d in readers.news[request] if d.finish_reason]) == 1
+
+
+def test_what_is_submitted_after_the_end_is_cancelled(engine, thread, readers):
+    thread.close()
+    request = long(engine)
+    thread.submit([request])
+    readers.wait(request)
+    thread.abort([request])
+    assert [d.finish_reason for d in readers.news[request]] == ["cancelled"]

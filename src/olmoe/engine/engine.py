@@ -162,17 +162,22 @@ class Engine:
         return request
 
     def add(self, request: Request) -> None:
-        """A request made by `request` waits for its turn."""
+        """A request made by `request` waits for its turn.
+
+        Raises `UserError` for one that is in progress or has finished; nothing has changed after any error.
+        """
+        if request in self._texts or request.finish_reason is not None:
+            raise UserError("This request was added before; make another.")
         params, vocab_size = request.params, self.tokenizer.vocab_size
         request.times.arrived = request.times.arrived or time.perf_counter()
         fresh = params.prompt_logprobs is not None or params.prompt_routing
         scheduled = Scheduled(request, self._chain(request), len(request.prompt_ids) if fresh else 0)
         mask = TokenMask(params, vocab_size, self._ends) if TokenMask.needed(params) else None
         stream = TextStream(self.tokenizer, params.stop, include_stop=params.include_stop)
+        self._scheduler.add(scheduled)
+        self._texts[request] = _Text(request, scheduled, stream, mask)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs.append(None)  # nothing comes before the first token
-        self._texts[request] = _Text(request, scheduled, stream, mask)
-        self._scheduler.add(scheduled)
 
     def abort(self, request: Request) -> None:
         """Give a request up: its blocks are free at once, and `step` reports its end as "cancelled"."""
@@ -184,6 +189,10 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
         return bool(self._texts or self._news)
+
+    def __contains__(self, request: Request) -> bool:
+        """Whether a request is in progress or waits."""
+        return request in self._texts
 
     def requests(self) -> list[Request]:
         """Those that have not finished."""
@@ -313,8 +322,7 @@ class Engine:
                 masks.append(None if text.mask is None else text.mask.next(len(text.request.token_ids)))
             except Exception as error:  # a grammar's trouble is its own request's alone
                 masks.append(None)
-                known = isinstance(error, UserError)  # a sentence
-                errors[text] = str(error) if known else f"The grammar cannot go on ({error})."
+                errors[text] = _sentence(error, "grammar")
         choices = self._sampler.choose_rows(logits, [text.request for text in rows.choosing], masks)
         for row, text, choice in zip(rows.ends, rows.choosing, choices, strict=True):
             if text in errors:
@@ -340,7 +348,11 @@ class Engine:
         request.routing += routing
         if len(request.token_ids) == 1:
             request.times.first_token = time.perf_counter()
-        new, reason = self._read(text, choice.token_id)
+        try:
+            new, reason = self._read(text, choice.token_id)
+        except Exception as error:  # trouble with a grammar or with characters is its own request's alone
+            request.error = _sentence(error, "text")
+            return self._end(text, "error", "", [choice.token_id], logprobs, routing)
         request.text += new
         if reason is not None:
             return self._end(text, reason, new, [choice.token_id], logprobs, routing)
@@ -403,6 +415,11 @@ class Engine:
                 timings.decode_seconds += self._step_seconds
             else:
                 timings.prefill_seconds += self._step_seconds
+
+
+def _sentence(error: Exception, what: str) -> str:
+    """Why a text ends with an error, for whoever asked for it."""
+    return str(error) if isinstance(error, UserError) else f"The {what} cannot go on ({error})."
 
 
 def _routing(trace: RouterTrace, row: int) -> Routing:

@@ -221,7 +221,7 @@ class LLM:
         """Generate until every request has finished, yielding the new texts of any of them."""
         if not requests:
             return
-        engine = self._idle.pop() if self._idle else self._engine(requests)
+        engine = self._rested(requests) or self._engine(requests)
         for request in requests:
             engine.add(request)
         finished = False
@@ -245,8 +245,15 @@ class LLM:
             for request in engine.requests():
                 engine.abort(request)
             engine.unreported()
-            if finished and self._prefix_cache:
-                self._idle.append(engine)
+            # Not one whose keys and values come from other weights. And only one, for `cache_bytes` hold for it.
+            if finished and self._prefix_cache and engine.runner is self._runner:
+                self._idle = [engine]
+
+    def _rested(self, requests: list[Request]) -> Engine | None:
+        """The engine that an earlier call has left with its prefixes, if it has room for these requests."""
+        idle, self._idle = self._idle, []
+        most = max(request.most_tokens for request in requests)
+        return next((engine for engine in idle if engine.pool_tokens >= most), None)
 
     def _engine(self, requests: list[Request]) -> Engine:
         """An engine for these requests, or if prefixes are kept, for any."""

@@ -12,6 +12,7 @@ import torch
 
 from olmoe.engine.engine import Engine
 from olmoe.engine.request import Delta, Request
+from olmoe.errors import UserError
 
 _log = logging.getLogger("olmoe")
 # Requests that come together are cheaper together: one that finds the engine idle waits for others, as long as this
@@ -32,6 +33,7 @@ class EngineThread:
         self._inbox: deque[tuple[bool, Request]] = deque()  # (whether it is new, else to be aborted, request)
         self._wake = threading.Condition()
         self._closing = False
+        self._ended = False  # nobody will look into the inbox any more
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="olmoe-engine", daemon=True)
 
@@ -40,7 +42,10 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Requests for the next step. Returns at once; may be called from any thread."""
+        """Requests for the next step. Returns at once; may be called from any thread.
+
+        After `close` they are cancelled, and `deliver` is told on the calling thread.
+        """
         self._put(True, requests)
 
     def abort(self, requests: Sequence[Request]) -> None:
@@ -63,6 +68,10 @@ class EngineThread:
                     request.times.arrived = now
                 self._inbox.append((new, request))
             self._wake.notify()
+            late = list(self._inbox) if self._ended else []
+        if late:
+            self._inbox.clear()
+            self._deliver_safely(self._cancelled(late))
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # which torch keeps for each thread
@@ -74,6 +83,7 @@ class EngineThread:
                     self._wake.wait_for(lambda: self._closing, min(_GATHERING * step, _LONGEST_GATHERING))
                 orders, closing = list(self._inbox), self._closing
                 self._inbox.clear()
+                self._ended = closing
             if closing:
                 break
             self._deliver_safely(self._turn(orders))
@@ -84,20 +94,34 @@ class EngineThread:
 
     def _turn(self, orders: list[tuple[bool, Request]]) -> list[Delta]:
         """What was ordered, then a step -> the news."""
+        refused: list[Delta] = []
         if self.failed is None:
             try:
                 for new, request in orders:
                     if new:
-                        self.engine.add(request)
+                        refused += self._add(request)
                     else:
                         self.engine.abort(request)
-                return self.engine.step()
+                return refused + self.engine.step()
             except Exception as error:  # whatever it is, nobody must wait for ever
                 self.failed = error
                 _log.exception("the engine has failed; restart it")
-        news = self.engine.unreported()
+        news = refused + self.engine.unreported()
         requests = dict.fromkeys([*self.engine.requests(), *(request for new, request in orders if new)])
         return news + [self._failure(request) for request in requests if request.finish_reason is None]
+
+    def _add(self, request: Request) -> list[Delta]:
+        """Take a request up -> its end, if that fails: the others go on."""
+        if request in self.engine or request.finish_reason is not None:  # submitted twice: it has its readers
+            return []
+        try:
+            self.engine.add(request)
+        except Exception as error:
+            _log.exception("a request could not begin")
+            request.finish_reason = "error"
+            request.error = str(error) if isinstance(error, UserError) else f"The text cannot begin ({error})."
+            return [Delta(request, finish_reason="error", error=request.error)]
+        return []
 
     def _failure(self, request: Request) -> Delta:
         request.finish_reason = "error"
