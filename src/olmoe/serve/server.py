@@ -17,6 +17,7 @@ import uvicorn
 
 from olmoe.errors import UserError
 from olmoe.serve.app import make_app
+from olmoe.serve.connection import connections
 from olmoe.serve.state import ServerState, ServeSettings
 
 _log = logging.getLogger("olmoe")
@@ -112,6 +113,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 make_app(state),
+                http=connections(settings.body_timeout),
                 ws="none",
                 lifespan="off",
                 log_config=None,
