@@ -123,3 +123,31 @@ class Serving(RuleBasedStateMachine):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+def test_an_urgent_prompt_does_not_wait_for_a_long_one_in_progress():
+    scheduler = Scheduler(BlockPool(64, SIZE), max_rows=8, token_budget=10)
+
+    def add(count: int, priority: int) -> Sequence:
+        sequence = Sequence(Request([count] * count, SamplingParams(), 5, priority=priority))
+        scheduler.add(sequence)
+        return sequence
+
+    def step() -> list[tuple[Sequence, int]]:
+        chunks = scheduler.schedule()
+        scheduler.advance(chunks)
+        return [(chunk.sequence, chunk.tokens) for chunk in chunks]
+
+    long = add(100, 0)
+    assert step() == [(long, 10)]
+    later = add(7, 0)
+    assert step() == [(long, 10)]  # first come, first served within a priority
+    urgent, unhurried = add(8, -1), add(6, 1)
+    assert step() == [(urgent, 8), (long, 2)]
+    urgent.ids.append(1)
+    assert step() == [(urgent, 1), (long, 9)]
+    scheduler.remove(urgent)
+    while long.left > 9:
+        assert step() == [(long, min(10, long.left + 10))]
+    assert [sequence for sequence, _ in step()] == [long, later]
+    assert unhurried in scheduler.waiting

@@ -74,3 +74,18 @@ def test_the_queue_is_what_the_engine_has_not_begun():
         assert hub.queued() == (1, 2)
 
     asyncio.run(run())
+
+
+def test_an_observer_that_fails_keeps_nothing_from_readers(caplog):
+    async def run():
+        def observe(_):
+            raise ValueError("no such number")
+
+        hub, request = Hub(observe), make()
+        box = hub.open([request])
+        hub.deliver([Delta(request, "a", [1], finish_reason="eos")])
+        ((_, delta),) = await asyncio.wait_for(box.take(), 5)
+        assert delta.text == "a"
+
+    asyncio.run(run())
+    assert "metrics have failed" in caplog.text

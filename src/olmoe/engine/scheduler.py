@@ -61,8 +61,8 @@ class Chunk(NamedTuple):
 class Scheduler:
     """Sequences that wait and that run, over one pool.
 
-    A step has at most `token_budget` tokens and `max_rows` sequences. Those that decode come first, then prompts that
-    have begun, then those that wait, by priority and arrival. A sequence is admitted when the pool has room for all
+    A step has at most `token_budget` tokens and `max_rows` sequences. Those that decode come first, then prompts by
+    priority and arrival, whether they have begun or wait. A sequence is admitted when the pool has room for all
     of its tokens. With `stepwise`, generated tokens are computed one at a time even when they are computed again.
     """
 
@@ -104,6 +104,10 @@ class Scheduler:
                 break
             if not sequence.blocks:  # preempted by one before it
                 continue
+            if sequence.left > 1 and not preempted:  # those that came later but are more urgent do not wait for it
+                room = self._admit(chosen, room, before=sequence.key)
+                if room <= 0:
+                    break
             chunk = self._chunk(sequence, room)
             chosen[sequence] = chunk
             room -= chunk.tokens
@@ -186,14 +190,19 @@ class Scheduler:
 
     # ---- sequences that wait ----
 
-    def _admit(self, chosen: dict[Sequence, Chunk], room: int) -> None:
-        """Let waiting sequences begin, and add their first chunks, of at most `room` tokens in all."""
-        if not self.waiting or room <= 0:
-            return
+    def _admit(self, chosen: dict[Sequence, Chunk], room: int, before: tuple[int, int] | None = None) -> int:
+        """Let waiting sequences begin, and add their first chunks, of at most `room` tokens in all -> what is left.
+
+        With `before` only those whose turn is before that key's.
+        """
+        if not self.waiting or room <= 0 or (before is not None and self.waiting[0].key > before):
+            return room
         promised = self._promised(self.running) if self._prefix_cache else set()
         at = 0
         while at < len(self.waiting) and room > 0 and len(self.running) < self.max_rows:
             sequence = self.waiting[at]
+            if before is not None and sequence.key > before:
+                break
             names = self._sharable(sequence)
             matched = self.pool.match(names)
             if len(matched) < len(names) and names[len(matched)] in promised:
@@ -203,7 +212,7 @@ class Scheduler:
             # Whoever still grows will want another block before long, and must not take the newcomer's for it.
             reserve = sum(self.blocks_of(each.request.most_tokens) > len(each.blocks) for each in self.running)
             if missing + reserve > self.pool.available(matched):
-                return
+                break
             self.pool.take(matched)
             blocks = self.pool.allocate(missing)
             assert blocks is not None  # a sequence that is alone fits: `add` has checked
@@ -212,6 +221,7 @@ class Scheduler:
             promised |= self._promised([sequence]) if self._prefix_cache else set()
             chosen[sequence] = chunk = self._chunk(sequence, room)
             room -= chunk.tokens
+        return room
 
     def _start(self, sequence: Sequence, matched: list[int], blocks: list[int]) -> None:
         _insert(self.running, sequence)

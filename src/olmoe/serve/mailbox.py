@@ -8,9 +8,12 @@ that a slow client holds one delta for each of its requests and never a queue of
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from olmoe.engine.request import Delta, Request
+
+_log = logging.getLogger("olmoe")
 
 
 def merged(first: Delta, second: Delta) -> Delta:
@@ -92,8 +95,11 @@ class Hub:
         return len(waiting), sum(waiting)
 
     def _sort(self, deltas: list[Delta]) -> None:
-        if self._observe is not None:
-            self._observe(deltas)
+        try:
+            if self._observe is not None:
+                self._observe(deltas)
+        except Exception:  # nobody must wait for ever because of a number
+            _log.exception("metrics have failed")
         for delta in deltas:
             box = self._boxes.get(delta.request)
             if box is not None:
