@@ -132,7 +132,8 @@ class LLM:
         """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
 
         Generation runs what was compiled from the model when this object was made, or by the last call of this.
-        Weights that are written in place need no call, unless they are vectors in half precision.
+        Weights that are written in place need no call, unless they are vectors in half precision, or `prefix_cache` has
+        kept what the old ones computed.
         """
         self._runner = make_runner(self.model, self.backend)
         self._idle = []  # what they keep was computed from other weights
