@@ -56,6 +56,7 @@ def test_answers_are_those_of_the_model(capsys, tmp_path, out):
         *(line(str(i)) for i in range(5)),
         chat | {"body": {"messages": messages, "max_tokens": 5, "temperature": 0}},
     ]
+    lines[0]["body"]["model"] = "another"  # a warning, which --quiet leaves out
     code, shown, err = batch(capsys, write(tmp_path / "in.jsonl", lines), str(out), "--quiet")
     assert (code, shown, err) == (0, "", "")
     found, llm = read(out), LLM()

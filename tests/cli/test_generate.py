@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,22 @@ def test_dtype_threads_and_device_are_passed_on(capsys, monkeypatch, folder):
     assert generate(capsys, PROMPT, "--model", str(folder), "--max-new-tokens", "2", *options)[0] == 0
     assert threads == [3]
     assert (loaded[0]["dtype"], loaded[0]["device"]) == (torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("quiet", "shown"), [([], True), (["--quiet"], False)])
+def test_a_long_load_shows_a_bar_on_a_terminal(capsys, monkeypatch, folder, quiet, shown):
+    load = checkpoint.Checkpoint.load
+
+    def slowly(self, **options):
+        time.sleep(1.1)
+        options["progress"](1, 2)
+        return load(self, **options | {"progress": None})
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "load", slowly)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = generate(capsys, PROMPT, "--model", str(folder), "--max-new-tokens", "2", *quiet)
+    assert code == 0
+    assert ("loading:  50%" in err) == shown
 
 
 def test_hub_options_are_passed_on(capsys, monkeypatch, folder):

@@ -150,3 +150,5 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "cannot be written (File exists)" in refused(lambda: BatchOutput(tmp_path / "file" / "out", []))
     assert "cannot be written (Is a directory)" in refused(lambda: BatchOutput(tmp_path, []))
+    # What can be read without end is not searched for earlier answers.
+    assert "/dev/full is not a regular file" in refused(lambda: BatchOutput("/dev/full", []))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_extra("olmoe batch")
     check_numbers(arguments, "in_flight")
+    if arguments.quiet and not arguments.verbose:
+        logging.getLogger("olmoe").setLevel(logging.ERROR)
     in_flight = arguments.in_flight or 2 * arguments.max_rows
     source, target = (name if name == "-" else os.path.expanduser(name) for name in (arguments.input, arguments.output))
     if source != "-" and target != "-" and os.path.exists(target) and os.path.samefile(source, target):

@@ -160,20 +160,32 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load_model(arguments: argparse.Namespace, **options: Any) -> LLM:
-    """The model that the options of `add_model_arguments` name; `options` are further ones of `LLM`."""
+    """The model that the options of `add_model_arguments` name; `options` are further ones of `LLM`.
+
+    On a terminal a bar shows how far it is, if it takes longer than a second.
+    """
+    from tqdm import tqdm
+
     from olmoe.engine.llm import LLM
 
-    return LLM(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        backend=arguments.backend,
-        revision=arguments.revision,
-        local_files_only=arguments.offline,
-        threads=arguments.threads,
-        cache_dtype=arguments.kv_cache_dtype,
-        **options,
-    )
+    with tqdm(desc="loading", unit="tensor", delay=1, leave=False, disable=arguments.quiet or None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return LLM(
+            arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            backend=arguments.backend,
+            revision=arguments.revision,
+            local_files_only=arguments.offline,
+            threads=arguments.threads,
+            cache_dtype=arguments.kv_cache_dtype,
+            progress=progress,
+            **options,
+        )
 
 
 # ---- what was asked for ----

@@ -120,10 +120,11 @@ def check_numbers(arguments: argparse.Namespace, *options: str) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> ServeSettings:
-    from olmoe.serve.auth import read_keys
+    from olmoe.serve.auth import check_origins, read_keys
     from olmoe.serve.state import ServeSettings
 
     check_numbers(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
+    check_origins(arguments.cors_origin)
     return ServeSettings(
         host=arguments.host,
         port=arguments.port,

@@ -145,7 +145,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         wanted = name if revision is None else f"{name} at revision {revision!r}"
         raise CheckpointError(
             f"There is no folder {name!r}, and the hub model {wanted} is neither complete in the local cache nor "
-            "reachable (offline mode, or no network)."
+            "reachable (offline mode, or no network); check the name, or download it where there is a network."
         ) from None
     except EntryNotFoundError:
         raise CheckpointError(f"{name} on the hub has no config.json, so it is no model that can be read.") from None

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from olmoe.errors import UserError
 from olmoe.ops.cpu import extension
 from olmoe.runtime import advise_large_pages
 
@@ -119,11 +120,19 @@ class BlockCache:
 
         All layers share one allocation, which the system can back with pages of 2 MB nearly whole. In a block the
         values of a head lie behind its keys, and scales behind what they belong to: wherever memory is not read on in
-        order, what the processor has fetched of it ahead is lost.
+        order, what the processor has fetched of it ahead is lost. Raises `UserError` if there is not so much memory.
         """
         numbers = block_size * head_dim
         part = -(-numbers // 4) * 4 + 4 * block_size if dtype == torch.int8 else numbers  # scales at whole fp32
-        memory = torch.empty((layers, blocks, kv_heads, 2, part), dtype=dtype, device=device)
+        shape = (layers, blocks, kv_heads, 2, part)
+        try:
+            memory = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError:  # torch's only word for it, on a GPU as well
+            mib = math.prod(shape) * dtype.itemsize / 2**20
+            raise UserError(
+                f"There is no memory for a cache of {mib:.0f} MiB for keys and values; ask for a smaller one with "
+                "--cache-mib (in Python, cache_bytes)."
+            ) from None
         if device.type == "cpu":
             advise_large_pages(memory.data_ptr(), memory.numel() * memory.element_size())
         rows = memory[..., :numbers].unflatten(-1, (block_size, head_dim))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from olmoe.errors import UserError
+from olmoe.errors import UserError, shown
 from olmoe.io.text_file import read_text
 from olmoe.serve.endpoint import Receive, send_error
 from olmoe.serve.errors import ApiError
 from olmoe.serve.sse import ANTHROPIC, OPENAI, Send
 
 VARIABLE = "OLMOE_API_KEY"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+|null")
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
@@ -38,6 +40,16 @@ def read_keys(given: Iterable[str] = (), file: str | Path | None = None) -> tupl
     if any(not key.strip() for key in keys):
         raise UserError("An API key is empty; give at least one character, or leave --api-key out.")
     return tuple(dict.fromkeys(keys))
+
+
+def check_origins(origins: Iterable[str]) -> None:
+    """Raise `UserError` for an origin that no browser ever sends, which would let nobody in."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise UserError(
+                f"--cors-origin must be * or an origin such as https://app.example.org, without a path and without / "
+                f"at its end, not {shown(origin)}."
+            )
 
 
 class Auth:

@@ -211,6 +211,9 @@ class BatchOutput:
 
 
 def _open_for_appending(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # A device may have no end, and a pipe nothing to go on from.
+        raise UserError(f"{path} is not a regular file; choose a file, or - for stdout.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

@@ -156,7 +156,11 @@ class Server:
         self._stops += 1
         if self._stops == 1:
             self.state.draining = True
-            _log.warning("draining: %d requests finish; once more ends them", self.state.calls)
+            if running := self.state.calls:
+                what = "1 request" if running == 1 else f"{running} requests"
+                _log.warning(
+                    "stopping when the answers in progress are complete (%s); a second signal stops at once", what
+                )
             self._ending = asyncio.ensure_future(self._drain())
         elif self._stops == 2:
             _log.warning("ending %d requests", self.state.calls)
