@@ -15,6 +15,7 @@ from olmoe.cli.main import _parse
 from olmoe.config import ModelConfig
 from olmoe.io.hub import SHIPPED
 from olmoe.serve.app import is_open, make_app
+from olmoe.serve.batch_file import URLS, parse_line
 from olmoe.serve.protocol import MOST_CHOICES, MOST_LOGPROBS, ChatRequest, CompletionRequest
 from olmoe.serve.state import ServeSettings
 
@@ -89,6 +90,13 @@ def test_every_command_is_of_a_kind_that_is_tested():
     ours = (ROOT / "examples" / "clients" / "lm_eval.sh").read_text(encoding="utf-8")
     for option in re.findall(r"(\w+)=", harness.split("--model_args")[1]):
         assert f"{option}=" in ours
+
+
+def test_the_request_of_a_batch_is_one():
+    (line,) = re.findall(r'^{"custom_id".*$', SECTIONS["Without HTTP: olmoe chat and olmoe batch"], flags=re.MULTILINE)
+    found = parse_line(line.encode(), 1, "page")
+    CompletionRequest.model_validate(found.body)
+    assert all(f"`{url}`" in PAGE for url in URLS)
 
 
 # ---- tables and lists ----
