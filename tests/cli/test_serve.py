@@ -97,6 +97,7 @@ def test_it_says_where_it_is_serves_and_drains(start):
     assert answers[0][0] == 200
     assert answers[0][1]["usage"]["completion_tokens"] == 490
     assert server.process.wait(20) == 0
+    assert "stopping after the answers in progress (1 request)" in server.process.stderr.read()
 
 
 def metrics(server: Process) -> str:

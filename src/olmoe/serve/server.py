@@ -154,16 +154,15 @@ class Server:
     def stop(self) -> None:
         """Drain; called again, end at once. To be called on the event loop."""
         self._stops += 1
+        running = "1 request" if self.state.calls == 1 else f"{self.state.calls} requests"
         if self._stops == 1:
             self.state.draining = True
-            if running := self.state.calls:
-                what = "1 request" if running == 1 else f"{running} requests"
-                _log.warning(
-                    "stopping when the answers in progress are complete (%s); a second signal stops at once", what
-                )
+            if self.state.calls:
+                _log.warning("stopping after the answers in progress (%s); a second signal stops at once", running)
             self._ending = asyncio.ensure_future(self._drain())
         elif self._stops == 2:
-            _log.warning("ending %d requests", self.state.calls)
+            if self.state.calls:
+                _log.warning("ending %s", running)
             self.state.abort_all()
             asyncio.get_running_loop().call_later(_LAST_WORDS, self._force)
 
