@@ -168,7 +168,7 @@ class ServerState:
         queued = self.mailbox.queued()[0]
         if queued >= self.settings.max_queued_requests:
             self.metrics.rejected("queue_requests")
-            raise overloaded(f"The queue has no room, since {queued} texts wait in it; try again later.")
+            raise overloaded(f"The queue has no room ({queued} waiting); try again later.")
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Raises `ApiError` if the queue has no room: 503, or 400 for a call that an empty queue would not hold."""
@@ -180,7 +180,7 @@ class ServerState:
             )
         if queued + len(requests) > settings.max_queued_requests:
             self.metrics.rejected("queue_requests")
-            raise overloaded(f"The queue has no room, since {queued} texts wait in it; try again later.")
+            raise overloaded(f"The queue has no room ({queued} waiting); try again later.")
         new = sum(len(request.prompt_ids) for request in requests)
         if queued and tokens + new > settings.max_queued_tokens:
             self.metrics.rejected("queue_tokens")
