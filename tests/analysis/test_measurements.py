@@ -69,3 +69,13 @@ def test_agreement_of_two_models(trace):
     other = Trace(trace.expert_ids, trace.weights, trace.input_ids[::-1], trace.starts, None, trace.metadata)
     with pytest.raises(ValueError, match="different tokens"):
         agreement(trace, other)
+
+
+def test_the_map_of_experts_chosen_together(trace):
+    for numbers in measure(trace)["layers"].values():
+        experts, shares = numbers["together"]["experts"], np.asarray(numbers["together"]["shares"])
+        assert sorted(experts) == list(range(E))
+        i, j, share = numbers["coactivation"][0]
+        assert shares[experts.index(i), experts.index(j)] == share == shares.max()
+        assert {experts[0], experts[1]} == {i, j}
+        assert np.diag(shares).tolist() == [0] * E

@@ -12,11 +12,14 @@ The schema ("olmoe-metrics-1"; every list over experts has one number an expert,
     layers.L.{first, margin, mass}    mean probability of the first expert, its lead over the second, and of all chosen
     layers.L.neighbours               share of experts that the token before chose too
     layers.L.coactivation             experts chosen together most often: [i, j, share of i's tokens] (Eq. 6)
+    layers.L.together.{experts, shares}   those of the strongest pairs, and of each pair of them the same share
     layers.L.vocabulary.{input, predicted, next}.{top_k, top_1}    mean best share of an id (Eq. 8, Fig. 30)
     layers.L.vocabulary.experts       of each expert, on input ids by first choices (Fig. 23); null for none
     flow.{"A-B"}                      tokens by first choices in layers A and B, the largest: [i, j, tokens] (Fig. 35)
     chance.{saturation_k, saturation_1, coactivation}        what routing at random would give
-    against                           agreement with another model by domain and layer (Eq. 5), where one was given
+    against.model, against.domains.NAME.{top_k, top_1}   agreement with another model by layer (Eq. 5), where given
+    top_tokens                        what experts of a layer take most exclusively: {layer, least, experts.E: [[text,
+                                      share of its occurrences, occurrences]]} (Table 8)
     revisions                         saturation of earlier checkpoints by layer (Eq. 5), where any were given
 
 Shapes legend: N tokens, L layers, K experts per token, E experts.
@@ -39,6 +42,8 @@ from olmoe.analysis.trace import Trace
 SCHEMA = "olmoe-metrics-1"
 # So many pairs and flows of a layer are listed, those with the highest values.
 _LISTED = 32
+# Experts in the map of those that are chosen together, as the paper's script shows.
+_TOGETHER = 16
 
 
 def domains_of(trace: Trace) -> dict[str, slice]:
@@ -131,6 +136,7 @@ def _layers(
         numbers["histogram"] = confidence.histogram[layer].tolist()
         numbers["neighbours"] = float(neighbours[layer])
         numbers["coactivation"] = [[i, j, float(together[layer, i, j])] for i, j in _largest(together[layer])]
+        numbers["together"] = _together(together[layer])
         numbers["vocabulary"] = {}
         for name, ids in tokens.items():
             if ids is not None:
@@ -152,6 +158,13 @@ def _flows(trace: Trace) -> dict[str, list[list[int]]]:
         flow = metrics.flow(trace.expert_ids, a, b, trace.experts)
         found[f"{a}-{b}"] = [[i, j, int(flow[i, j])] for i, j in _largest(flow)]
     return found
+
+
+def _together(matrix: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The experts with the largest shares with any other, strongest first, and the shares among them."""
+    strength = np.maximum(matrix.max(axis=0), matrix.max(axis=1))
+    experts = [int(e) for e in np.argsort(-strength, kind="stable")[:_TOGETHER] if strength[e] > 0]
+    return {"experts": experts, "shares": matrix[np.ix_(experts, experts)].tolist()}
 
 
 def _largest(matrix: npt.NDArray[Any]) -> list[tuple[int, int]]:

@@ -1,0 +1,383 @@
+"""What `olmoe analyze` does: texts of several domains through a model, its routing into a trace, numbers and a page.
+
+The folder that it writes:
+
+    trace.safetensors     which experts every token chose (`olmoe.analysis.trace`), domain after domain
+    against.safetensors   the same of the model that it is compared with, where one was given
+    metrics.json          the numbers (schema in `olmoe.analysis.measurements`)
+    report.html           the figures, each with a sentence of what it says; one page that needs nothing else
+    figure-*.png, .svg    the figures as files, where asked for
+
+Each domain is traced into a file of its own first, whose name is a digest of all that decides what is in it. A run
+that was interrupted finds the finished ones there, and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmoe.analysis import metrics
+from olmoe.analysis.measurements import agreement, measure
+from olmoe.analysis.trace import SCHEMA, WINDOW, Trace, TraceWriter, record
+from olmoe.errors import UserError
+from olmoe.io import hub, targets
+from olmoe.io.atomic import atomic_file, write_text
+from olmoe.io.documents import Chat, read_documents
+from olmoe.ops.dispatch import AUTO
+from olmoe.runner import make_runner, require_backend
+from olmoe.runtime import resolve_dtype
+from olmoe.tokenizer import Tokenizer
+from olmoe.weights.checkpoint import Checkpoint
+
+# As many of a domain as the paper's analysis reads (App. G).
+TOKENS = 204_800
+TRACE, AGAINST, METRICS, REPORT = "trace.safetensors", "against.safetensors", "metrics.json", "report.html"
+# Of the table of tokens (Table 8): so many an expert, and those that occur so often.
+_TOP_TOKENS, _OCCURRENCES = 15, 10
+_PART = ".part-"
+
+Progress = Callable[[int, int], None]
+# Token ids by document.
+Documents = list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is traced: its files, and how it reads."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    name: str
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides a trace besides the model and the tokens."""
+
+    window: int
+    backend: str
+    dtype: str
+
+
+def analyze(
+    model: str | os.PathLike[str] | None,
+    texts: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    tokens: int = TOKENS,
+    window: int = WINDOW,
+    overwrite: bool = False,
+    report: bool = True,
+    figures: bool = False,
+    backend: str = AUTO,
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trace a model on the text of each domain and write the folder `output`; returns what metrics.json holds.
+
+    `texts` are files by the name of their domain, of each the first `tokens` tokens. `model` and `against` are
+    checkpoint folders or hub ids, packed ones too; None is the shipped model. `progress(done, total)` is called in
+    tokens. Raises `UserError` for what cannot be read or would be overwritten, before anything is traced.
+    """
+    _check(texts, tokens, window, backend, dtype)
+    if report or figures:
+        require_matplotlib()
+    target = Path(os.path.expanduser(output))
+    _check_target(target, overwrite)
+    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    subjects = [_open(model, revision=revision, **options)]
+    ids = {name: _read(Path(os.path.expanduser(path)), name, subjects[0], tokens) for name, path in texts.items()}
+    if against is not None:
+        subjects.append(_open(against, **options))
+        _check_alike(subjects, texts, ids, tokens)
+    settings = _Settings(window, backend, dtype)
+    new = not target.exists()
+    try:
+        _make(target)
+        count = _Count(progress, len(subjects) * sum(map(_size, ids.values())))
+        parts = [_trace(subject, ids, settings, target, count) for subject in subjects]
+        for subject, files, name in zip(subjects, parts, (TRACE, AGAINST), strict=False):
+            _join(files, list(ids), target / name, subject)
+        found = _measure(target, subjects)
+        write_text(target / METRICS, json.dumps(found, allow_nan=False) + "\n")
+        _write_pictures(found, target, report, figures)
+        _clear(target, {TRACE, METRICS, *([AGAINST] if against is not None else [])}, report, figures)
+    except BaseException:
+        if new:  # nothing is left of a run that has not finished a domain
+            with contextlib.suppress(OSError):
+                target.rmdir()
+        raise
+    return found
+
+
+def require_matplotlib() -> None:
+    """Raise `UserError` where figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "The figures of a report need matplotlib, which is not installed; install olmoe[analysis], or do without "
+            "them with --no-report (in Python, report=False)."
+        )
+
+
+# ---- what was asked for ----
+
+
+def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dtype: str) -> None:
+    if not texts:
+        raise UserError("There is no text to analyse; give at least one as NAME=FILE.")
+    if not all(name.strip() for name in texts):
+        raise UserError("The name of a domain is empty; give each text as NAME=FILE.")
+    for name, value in (("tokens", tokens), ("window", window)):
+        if value < 1:
+            raise UserError(f"The number of {name} must be at least 1, not {value}.")
+    require_backend(backend)
+    resolve_dtype(dtype)
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(_PART) and name.endswith(".safetensors")
+
+
+def _is_figure(name: str) -> bool:
+    return name.startswith("figure-") and name.endswith((".png", ".svg"))
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """A folder with nothing but parts is an interrupted run, which goes on."""
+    found = targets.entries(target) if target.is_dir() else []
+    if not found or not all(map(_is_part, found)):
+        ours = {TRACE, AGAINST, METRICS, REPORT, *(name for name in found if _is_part(name) or _is_figure(name))}
+        targets.check_folder(target, ours, overwrite=overwrite)
+    targets.check_place(target / TRACE)
+
+
+def _make(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place.") from None
+
+
+def _open(model: str | os.PathLike[str] | None, **options: Any) -> _Subject:
+    where = hub.SHIPPED_NAME if model is None else os.fspath(model)
+    found = Checkpoint.open(where, **options)
+    config = found.config
+    tokenizer = Tokenizer.from_folder(found.folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
+    # The last part of a folder says which model it is; the rest is of one machine.
+    return _Subject(
+        found, tokenizer, found.folder.resolve().name if os.path.isdir(os.path.expanduser(where)) else where
+    )
+
+
+def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
+    """The first `most` tokens of a text."""
+    documents: Documents = []
+    left = most
+    for document in read_documents(path, f"The text of {name},"):
+        ids = _encode(document, subject.tokenizer)[:left]
+        if ids:
+            documents.append(ids)
+            left -= len(ids)
+        if left == 0:
+            break
+    if not documents:
+        raise UserError(f"The text of {name}, {path}, is empty; give one with at least a few sentences.")
+    largest = max(map(max, documents))
+    if largest >= subject.checkpoint.config.vocab_size:
+        raise UserError(
+            f"The tokenizer of {subject.name} gives the id {largest}, but the model has only "
+            f"{subject.checkpoint.config.vocab_size} rows; they do not belong together."
+        )
+    return documents
+
+
+def _encode(document: str | Chat, tokenizer: Tokenizer) -> list[int]:
+    """Nothing is added before or after a document, as in the paper's analysis."""
+    if isinstance(document, str):
+        return tokenizer.encode(document)
+    return tokenizer.encode_chat(document, add_generation_prompt=False)
+
+
+def _size(documents: Documents) -> int:
+    return sum(map(len, documents))
+
+
+def _check_alike(
+    subjects: Sequence[_Subject], texts: Mapping[str, Any], ids: Mapping[str, Documents], tokens: int
+) -> None:
+    """Two models can be compared token by token if they read the same ids and have the same routers."""
+    one, other = (subject.checkpoint.config for subject in subjects)
+    for name in ("num_hidden_layers", "num_experts"):
+        if getattr(one, name) != getattr(other, name):
+            raise UserError(
+                f"{subjects[1].name} has {name} {getattr(other, name)}, but {subjects[0].name} {getattr(one, name)}; "
+                "only models of the same shape can be compared."
+            )
+    for name, path in texts.items():
+        if _read(Path(os.path.expanduser(path)), name, subjects[1], tokens) != ids[name]:
+            raise UserError(
+                f"{subjects[1].name} and {subjects[0].name} read the text of {name} as different tokens, so they "
+                "cannot be compared token by token; choose a model with the same tokenizer."
+            )
+
+
+# ---- traces ----
+
+
+class _Count:
+    """Tokens that are done, for the progress bar."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def add(self, tokens: int) -> None:
+        self._done += tokens
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _trace(
+    subject: _Subject, ids: Mapping[str, Documents], settings: _Settings, target: Path, count: _Count
+) -> list[Path]:
+    """The files of the domains of one model; those that are there already are not made again."""
+    identity = _identity(subject.checkpoint, settings)
+    parts = {name: target / f"{_PART}{_digest(identity, documents)}.safetensors" for name, documents in ids.items()}
+    config = subject.checkpoint.config
+    runner = None
+    for name, path in parts.items():
+        if path.exists():
+            count.add(_size(ids[name]))
+            continue
+        if runner is None:
+            model = subject.checkpoint.load(dtype=resolve_dtype(settings.dtype))
+            runner = make_runner(model, settings.backend)
+        with TraceWriter(
+            path,
+            layers=config.num_hidden_layers,
+            experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            predictions=True,
+        ) as writer:
+            for step in record(runner, ids[name], writer, window=settings.window):
+                count.add(step)
+    return list(parts.values())
+
+
+def _identity(checkpoint: Checkpoint, settings: _Settings) -> str:
+    """What decides how a model routes. Weights are known by their files' sizes and times, not read for this."""
+    files = sorted(path for pattern in ("*.safetensors", "config.json") for path in checkpoint.folder.glob(pattern))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps([SCHEMA, str(checkpoint.folder.resolve()), stats, vars(settings)])
+
+
+def _digest(identity: str, documents: Documents) -> str:
+    digest = hashlib.sha256(identity.encode())
+    for document in documents:
+        digest.update(np.asarray([len(document), *document], dtype="<i4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _join(parts: Sequence[Path], names: Sequence[str], path: Path, subject: _Subject) -> None:
+    """One trace of all domains, which its metadata tell apart."""
+    traces = [Trace.open(part) for part in parts]
+    ends = list(itertools.accumulate(map(len, traces)))
+    domains = [[name, end - len(trace), end] for name, trace, end in zip(names, traces, ends, strict=True)]
+    config = subject.checkpoint.config
+    with TraceWriter(
+        path,
+        layers=config.num_hidden_layers,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        predictions=True,
+        metadata={"model": subject.name, "domains": json.dumps(domains)},
+    ) as writer:
+        for trace in traces:
+            assert trace.predicted_ids is not None
+            for start, end in itertools.pairwise([*trace.starts.tolist(), len(trace)]):
+                writer.start()
+                writer.append(
+                    trace.expert_ids[start:end],
+                    trace.weights[start:end],
+                    trace.input_ids[start:end].tolist(),
+                    trace.predicted_ids[start:end],
+                )
+
+
+# ---- numbers and pages ----
+
+
+def _measure(target: Path, subjects: Sequence[_Subject]) -> dict[str, Any]:
+    trace = Trace.open(target / TRACE)
+    found = measure(trace)
+    found["top_tokens"] = top_tokens(trace, subjects[0].tokenizer)
+    if len(subjects) > 1:
+        found["against"] = {
+            "model": subjects[1].name,
+            "domains": agreement(trace, Trace.open(target / AGAINST)),
+        }
+    return found
+
+
+def top_tokens(trace: Trace, tokenizer: Tokenizer, layer: int | None = None) -> dict[str, Any]:
+    """The tokens that experts of a layer (by default a middle one) take most of by first choices (Table 8).
+
+    Those that occur at least ten times, as [text, share of its occurrences, occurrences]; experts that take none are
+    left out.
+    """
+    if layer is None:
+        layer = (trace.expert_ids.shape[1] - 1) // 2
+    found = metrics.vocabulary(trace.expert_ids, trace.input_ids, layer, trace.experts, 1)
+    number = dict(zip(found.ids.tolist(), found.total.tolist(), strict=True))
+    experts = {}
+    for expert in range(trace.experts):
+        listed = found.top_ids(expert, _TOP_TOKENS, _OCCURRENCES)
+        if listed:
+            experts[str(expert)] = [
+                [tokenizer.token_bytes(i).decode("utf-8", errors="backslashreplace"), share, number[i]]
+                for i, share in listed
+            ]
+    return {"layer": layer, "least": _OCCURRENCES, "experts": experts}
+
+
+def _write_pictures(found: dict[str, Any], target: Path, report: bool, figures: bool) -> None:
+    if not report and not figures:
+        return
+    from olmoe.analysis.figures import draw, image_bytes
+    from olmoe.analysis.report import page
+
+    drawn = draw(found)
+    if report:
+        write_text(target / REPORT, page(found, drawn))
+    if figures:
+        for name, figure in drawn.items():
+            for kind in ("png", "svg"):
+                with atomic_file(target / f"figure-{name}.{kind}") as temporary:
+                    temporary.write_bytes(image_bytes(figure, kind))
+
+
+def _clear(target: Path, written: set[str], report: bool, figures: bool) -> None:
+    """Remove parts, and what an earlier run that was replaced has left."""
+    for name in _stale(target, written, report, figures):
+        (target / name).unlink()
+
+
+def _stale(target: Path, written: set[str], report: bool, figures: bool) -> Iterator[str]:
+    for name in targets.entries(target):
+        kept = name in written or (report and name == REPORT) or (figures and _is_figure(name))
+        if not kept and (name in (TRACE, AGAINST, METRICS, REPORT) or _is_part(name) or _is_figure(name)):
+            yield name

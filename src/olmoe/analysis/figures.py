@@ -1,0 +1,304 @@
+"""The figures of an analysis, drawn from what metrics.json holds: the paper's (section 5), for any OLMoE model.
+
+matplotlib is imported when one is drawn, and draws without its global state, so that a program's own figures are left
+alone. Colours can be told apart by those who do not see all of them, and in grey on paper.
+
+Shapes legend: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Metrics = Mapping[str, Any]
+
+# Of domains: Okabe and Ito's colours, in an order whose greys differ.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a5195", "#8c8c00", "#444444")
+_GREY = "#555555"
+_MAP = "cividis"
+_WIDTH = 7.2  # inches: a page's
+_STYLE: Any = {  # Any: its type in matplotlib names every setting, of its newest version
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "olmoe",  # the same numbers give the same file
+    "svg.fonttype": "path",
+    "figure.facecolor": "white",
+}
+
+
+def shown_layers(metrics: Metrics) -> list[int]:
+    """The first, a middle and the last layer, which the paper shows."""
+    last = metrics["layers_count"] - 1
+    return sorted({0, last // 2, last})
+
+
+def draw(metrics: Metrics) -> dict[str, Any]:
+    """Every figure that the numbers allow, by name: matplotlib `Figure` objects."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        drawn = {
+            "domains-top-k": _domains(metrics, "top_k"),
+            "domains-top-1": _domains(metrics, "top_1"),
+            "load": _load(metrics),
+            "coactivation": _coactivation(metrics),
+            "vocabulary": _vocabulary(metrics),
+            "flow": _flow(metrics),
+            "confidence": _confidence(metrics),
+            "neighbours": _neighbours(metrics),
+        }
+        if "against" in metrics:
+            drawn["agreement"] = _agreement(metrics)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def image_bytes(figure: Any, kind: Literal["png", "svg"] | str) -> bytes:
+    """A figure as a file."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, npt.NDArray[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _domains(metrics: Metrics, which: str) -> Any:
+    """Bars of each domain's shares by expert, with the uniform share (Fig. 22, 33, 34)."""
+    names, layers = list(metrics["domains"]), shown_layers(metrics)
+    uniform = metrics["top_k"] / metrics["experts"] if which == "top_k" else 1 / metrics["experts"]
+    figure, axes = _new(len(names), len(layers), 0.7 + 1.05 * len(names), sharex=True, sharey="col")
+    for row, name in enumerate(names):
+        for column, layer in enumerate(layers):
+            ax = axes[row, column]
+            shares = np.asarray(metrics["domains"][name]["layers"][str(layer)][which])
+            ax.bar(range(len(shares)), 100 * shares, width=0.85, color=_COLOURS[row % len(_COLOURS)])
+            ax.axhline(100 * uniform, color=_GREY, linewidth=0.9, linestyle="--")
+            if row == 0:
+                ax.set_title(f"layer {layer}")
+            if row == len(names) - 1:
+                ax.set_xlabel("expert")
+            if column == 0:
+                ax.set_ylabel(f"{_short(name)}\n% of tokens")
+    return figure
+
+
+def _load(metrics: Metrics) -> Any:
+    """How often each expert of each layer is chosen, by the uniform share."""
+    loads = np.asarray([metrics["layers"][str(layer)]["top_k"] for layer in range(metrics["layers_count"])])
+    relative = loads * metrics["experts"] / metrics["top_k"]
+    figure, axes = _new(1, 1, 1.2 + 0.16 * len(loads))
+    ax = axes[0, 0]
+    image = ax.imshow(relative, aspect="auto", cmap=_MAP, vmin=0, interpolation="nearest")
+    ax.set(xlabel="expert", ylabel="layer")
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=ax, label="load / uniform load", pad=0.01)
+    return figure
+
+
+def _coactivation(metrics: Metrics) -> Any:
+    """Of the experts that are chosen together most often: the share of i's tokens that choose j (Fig. 21)."""
+    layers = shown_layers(metrics)
+    figure, axes = _new(1, len(layers), 2.9)
+    image = None
+    for ax, layer in zip(axes[0], layers, strict=True):
+        together = metrics["layers"][str(layer)]["together"]
+        experts, matrix = together["experts"], 100 * np.asarray(together["shares"], dtype=float)
+        ax.set_title(f"layer {layer}")
+        if not experts:
+            ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
+            continue
+        image = ax.imshow(matrix, cmap=_MAP, vmin=0, vmax=100, interpolation="nearest")
+        ax.set_xticks(range(len(experts)), experts, rotation=90, fontsize=6.5)
+        ax.set_yticks(range(len(experts)), experts, fontsize=6.5)
+        ax.set_xlabel("expert j")
+    axes[0, 0].set_ylabel("expert i")
+    if image is not None:
+        figure.colorbar(image, ax=axes[0].tolist(), label="% of i's tokens", pad=0.01, shrink=0.8)
+    return figure
+
+
+def _vocabulary(metrics: Metrics) -> Any:
+    """How far ids decide experts, over depth (Fig. 30)."""
+    figure, axes = _new(1, 2, 2.6)
+    depth = range(metrics["layers_count"])
+    for ax, which, title in ((axes[0, 0], "top_k", f"top {metrics['top_k']}"), (axes[0, 1], "top_1", "top 1")):
+        for (name, label), style in zip(_SEEN.items(), ("-o", "--s", ":^"), strict=True):
+            values = [metrics["layers"][str(layer)]["vocabulary"].get(name) for layer in depth]
+            if all(value is not None for value in values):
+                ax.plot(
+                    depth, [100 * value[which] for value in values], style, label=label, markersize=3.5,
+                    color=_COLOURS[list(_SEEN).index(name)],
+                )  # fmt: skip
+        ax.set(title=title, xlabel="layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("vocabulary specialisation, %")
+    axes[0, 1].legend()
+    return figure
+
+
+_SEEN = {"input": "id that is read", "predicted": "id that is predicted", "next": "id that follows"}
+
+
+def _flow(metrics: Metrics) -> Any | None:
+    """Which first choices lead to which, between shown layers: bands by their part of the tokens drawn (Fig. 35)."""
+    flows = [(*map(int, name.split("-")), triples) for name, triples in metrics["flow"].items() if triples]
+    if not flows:
+        return None
+    sizes: dict[int, dict[int, float]] = {}
+    for a, b, triples in flows:
+        for i, j, _tokens in triples:
+            for layer, expert in ((a, i), (b, j)):
+                sizes.setdefault(layer, {}).setdefault(expert, 0)
+        for layer, at in ((a, 0), (b, 1)):
+            for expert in sizes[layer]:
+                through = sum(t[2] for t in triples if t[at] == expert)
+                sizes[layer][expert] = max(sizes[layer][expert], through)
+    layers = sorted(sizes)
+    figure, axes = _new(1, 1, 4.4)
+    ax = axes[0, 0]
+    heights = {layer: _stack(sizes[layer]) for layer in layers}
+    places = {layer: x for x, layer in enumerate(layers)}
+    for layer in layers:
+        for expert, (bottom, size) in heights[layer].items():
+            ax.add_patch(_rectangle(places[layer] - 0.02, bottom, 0.04, size))
+            ax.text(places[layer] + 0.03, bottom + size / 2, str(expert), fontsize=6.5, va="center", zorder=3)
+    for a, b, triples in flows:
+        _bands(ax, places[a], places[b], heights[a], heights[b], triples)
+    ax.set_xlim(-0.06, len(layers) - 0.9)
+    ax.set_ylim(-0.01, 1.01)
+    ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
+    ax.set_yticks([])
+    ax.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def _stack(sizes: Mapping[int, float]) -> dict[int, tuple[float, float]]:
+    """Bottom and height of each node, the largest on top; gaps take a fifth of the whole."""
+    total, gap = sum(sizes.values()), 0.2 / max(len(sizes), 1)
+    found, top = {}, 1.0
+    for expert in sorted(sizes, key=lambda e: (-sizes[e], e)):
+        height = 0.8 * sizes[expert] / total
+        found[expert] = (top - height, height)
+        top -= height + gap
+    return found
+
+
+def _bands(
+    ax: Any,
+    left: float,
+    right: float,
+    one: Mapping[int, tuple[float, float]],
+    other: Mapping[int, tuple[float, float]],
+    triples: list[list[int]],
+) -> None:
+    """Bands from nodes to nodes, each node's in the order of where they go, so that few cross."""
+    leaving = {i: sum(t[2] for t in triples if t[0] == i) for i in one}
+    coming = {j: sum(t[2] for t in triples if t[1] == j) for j in other}
+    top_one = {i: bottom + size for i, (bottom, size) in one.items()}
+    top_other = {j: bottom + size for j, (bottom, size) in other.items()}
+    starts: dict[tuple[int, int], tuple[float, float]] = {}
+    for i, j, tokens in sorted(triples, key=lambda t: (t[0], -other[t[1]][0])):
+        width = one[i][1] * tokens / leaving[i]
+        starts[i, j] = (top_one[i] - width, width)
+        top_one[i] -= width
+    order = sorted(one, key=lambda i: -one[i][0])
+    for rank, i, j, tokens in sorted((order.index(i), i, j, tokens) for i, j, tokens in triples):
+        width = other[j][1] * tokens / coming[j]
+        top_other[j] -= width
+        bottom, before = starts[i, j]
+        colour = _COLOURS[rank % len(_COLOURS)]
+        ax.add_patch(_band(left + 0.02, right - 0.02, (bottom, before), (top_other[j], width), colour))
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, facecolor="#333333", linewidth=0)
+
+
+def _band(x0: float, x1: float, one: tuple[float, float], other: tuple[float, float], colour: str) -> Any:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    middle = (x0 + x1) / 2
+    (y0, h0), (y1, h1) = one, other
+    points = [
+        (x0, y0), (middle, y0), (middle, y1), (x1, y1), (x1, y1 + h1), (middle, y1 + h1), (middle, y0 + h0),
+        (x0, y0 + h0), (x0, y0),
+    ]  # fmt: skip
+    codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
+    return PathPatch(Path(points, codes), facecolor=colour, alpha=0.45, linewidth=0)
+
+
+def _confidence(metrics: Metrics) -> Any:
+    """How sure routers are, over depth: probabilities of what they choose."""
+    figure, axes = _new(1, 2, 2.6)
+    depth = range(metrics["layers_count"])
+    names = {"mass": "all chosen", "first": "first expert", "margin": "its lead over the second"}
+    for (name, label), style, colour in zip(names.items(), ("-o", "--s", ":^"), _COLOURS, strict=False):
+        values = [metrics["layers"][str(layer)][name] for layer in depth]
+        axes[0, 0].plot(depth, values, style, label=label, markersize=3.5, color=colour)
+    axes[0, 0].set(xlabel="layer", ylabel="mean probability", ylim=(0, 1))
+    axes[0, 0].legend(loc="best")
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    for layer, style, colour in zip(shown_layers(metrics), ("-", "--", ":"), _COLOURS, strict=False):
+        counts = np.asarray(metrics["layers"][str(layer)]["histogram"], dtype=float)
+        edges = np.linspace(0, 1, len(counts) + 1)
+        shares = 100 * counts / max(counts.sum(), 1)
+        axes[0, 1].stairs(shares, edges, label=f"layer {layer}", color=colour, linestyle=style, linewidth=1.4)
+    axes[0, 1].set(xlabel="probability of the first expert", ylabel="% of tokens", xlim=(0, 1))
+    axes[0, 1].legend()
+    return figure
+
+
+def _neighbours(metrics: Metrics) -> Any:
+    """How many experts a token has in common with the one before it, over depth."""
+    figure, axes = _new(1, 1, 2.4)
+    ax, depth = axes[0, 0], range(metrics["layers_count"])
+    ax.plot(depth, [100 * metrics["layers"][str(layer)]["neighbours"] for layer in depth], "-o", color=_COLOURS[0])
+    chance = 100 * metrics["chance"]["saturation_k"]
+    ax.axhline(chance, color=_GREY, linewidth=0.9, linestyle="--")
+    ax.annotate("chance", (0, chance), xytext=(0, 3), textcoords="offset points", color=_GREY)
+    ax.set(xlabel="layer", ylabel="% of experts in common", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _agreement(metrics: Metrics) -> Any:
+    """How many experts two models have in common, by domain, over depth."""
+    figure, axes = _new(1, 2, 2.8, sharey=True)
+    depth = range(metrics["layers_count"])
+    for ax, which, title in ((axes[0, 0], "top_k", f"top {metrics['top_k']}"), (axes[0, 1], "top_1", "top 1")):
+        for at, (name, numbers) in enumerate(metrics["against"]["domains"].items()):
+            style = ("-", "--", ":", "-.")[at % 4]
+            values = [100 * value for value in numbers[which]]
+            colour = _COLOURS[at % len(_COLOURS)]
+            ax.plot(depth, values, style, marker="o", markersize=3, label=_short(name), color=colour)
+        ax.set(title=title, xlabel="layer", ylim=(0, 102))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("% of experts in common")
+    axes[0, 1].legend(fontsize=7, ncols=math.ceil(len(metrics["against"]["domains"]) / 6))
+    return figure
+
+
+def _short(name: str) -> str:
+    """A name as a label; matplotlib would read dollars as mathematics."""
+    name = name.replace("$", r"\$")
+    return name if len(name) <= 14 else f"{name[:13]}…"

@@ -1,0 +1,273 @@
+"""The page of an analysis: each figure with one sentence of what it says, computed from the numbers.
+
+One HTML file that asks for nothing else: figures are images in it, there are no scripts, and its style reads on a
+phone and on paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from olmoe.analysis.figures import image_bytes, shown_layers
+
+Metrics = Mapping[str, Any]
+# Experts in the table of tokens.
+_LISTED = 16
+
+_TITLES = {
+    "domains-top-k": "Domains: all chosen experts",
+    "domains-top-1": "Domains: first choices",
+    "load": "Load of experts",
+    "coactivation": "Experts that are chosen together",
+    "vocabulary": "Experts and the vocabulary",
+    "flow": "From layer to layer",
+    "confidence": "How sure routers are",
+    "neighbours": "Neighbouring tokens",
+    "agreement": "Agreement with another model",
+}
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 52rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
+figure { margin: 0; } img { width: 100%; height: auto; display: block; }
+.table { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #ccc; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+code { background: #f0f0f0; border-radius: 3px; padding: 0 .2rem; white-space: pre-wrap; }
+small { color: #555; }
+@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } section, tr { break-inside: avoid; } }
+"""
+
+
+def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
+    """The page, of numbers as in metrics.json and of figures by name (`olmoe.analysis.figures.draw`)."""
+    title = f"Routing of {metrics['model']}"
+    sentences = findings(metrics)
+    sections = "".join(_section(name, figure, sentences[name]) for name, figure in figures.items())
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(_summary(metrics))}</p>\n{_domain_table(metrics)}"
+        f"{sections}{_token_table(metrics)}"
+        "<p><small>Definitions: OLMoE: Open Mixture-of-Experts Language Models (Muennighoff et al. 2024), section 5. "
+        "Dashed lines are what uniform routing would give. All numbers are in metrics.json.</small></p>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def findings(metrics: Metrics) -> dict[str, str]:
+    """What each figure says, in one sentence."""
+    sentences: dict[str, Callable[[Metrics], str]] = {
+        "domains-top-k": lambda m: _say_domains(m, "top_k"),
+        "domains-top-1": lambda m: _say_domains(m, "top_1"),
+        "load": _say_load,
+        "coactivation": _say_coactivation,
+        "vocabulary": _say_vocabulary,
+        "flow": _say_flow,
+        "confidence": _say_confidence,
+        "neighbours": _say_neighbours,
+    }
+    if "against" in metrics:
+        sentences["agreement"] = _say_agreement
+    return {name: sentence(metrics) for name, sentence in sentences.items()}
+
+
+# ---- the parts of the page ----
+
+
+def _section(name: str, figure: Any, sentence: str) -> str:
+    image = base64.b64encode(image_bytes(figure, "svg")).decode()
+    return (
+        f'<section id="{name}">\n<h2>{_TITLES[name]}</h2>\n<figure>\n'
+        f'<img src="data:image/svg+xml;base64,{image}" alt="{html.escape(_TITLES[name])}">\n'
+        f"<figcaption>{html.escape(sentence)}</figcaption>\n</figure>\n</section>\n"
+    )
+
+
+def _summary(metrics: Metrics) -> str:
+    return (
+        f"{metrics['tokens']:,} tokens of {_number(len(metrics['domains']), 'domain')} went through "
+        f"{_number(metrics['layers_count'], 'layer')}, in each of which every token chose {metrics['top_k']} of "
+        f"{metrics['experts']} experts."
+    )
+
+
+def _domain_table(metrics: Metrics) -> str:
+    """How far each domain is from all of them together."""
+    layers = shown_layers(metrics)
+    heads = "".join(f'<th class="number">layer {layer}</th>' for layer in layers)
+    rows = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="number">{numbers["tokens"]:,}</td>'
+        + "".join(f'<td class="number">{_distance(numbers, layer):.2f}</td>' for layer in layers)
+        + "</tr>\n"
+        for name, numbers in metrics["domains"].items()
+    )
+    return (
+        f'<div class="table"><table>\n<tr><th>domain</th><th class="number">tokens</th>{heads}</tr>\n{rows}'
+        "</table></div>\n<p>Columns of layers: how far the first choices of a domain are from those of all domains, "
+        "from 0 (the same) to 1 (no expert in common).</p>\n"
+    )
+
+
+def _token_table(metrics: Metrics) -> str:
+    """The tokens of the experts that take tokens most exclusively (Table 8)."""
+    found = metrics.get("top_tokens")
+    if not found or not found["experts"]:
+        return ""
+
+    def strength(item: tuple[str, Any]) -> tuple[float, int]:
+        # Not the mean: an expert with a single token of its own would be the strongest.
+        return (-sum(share for _, share, _ in item[1]), int(item[0]))
+
+    rows = "".join(
+        f'<tr><td class="number">{expert}</td><td>'
+        + " ".join(
+            f"<code>{html.escape(_visible(text))}</code> <small>{share:.0%}</small>" for text, share, _ in tokens
+        )
+        + "</td></tr>\n"
+        for expert, tokens in sorted(found["experts"].items(), key=strength)[:_LISTED]
+    )
+    return (
+        f'<section id="tokens">\n<h2>Tokens of experts in layer {found["layer"]}</h2>\n<div class="table"><table>\n'
+        f'<tr><th class="number">expert</th><th>tokens, and the share of them that choose it first</th></tr>\n{rows}'
+        f"</table></div>\n<p>Tokens that occur at least {found['least']} times; the experts that take theirs most "
+        "exclusively come first.</p>\n</section>\n"
+    )
+
+
+def _visible(text: str) -> str:
+    """A token whose spaces and line ends can be seen."""
+    marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(marks.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"
+
+
+# ---- sentences ----
+
+
+def _say_domains(metrics: Metrics, which: str) -> str:
+    uniform = metrics["top_k"] / metrics["experts"] if which == "top_k" else 1 / metrics["experts"]
+    found = [
+        (share, name, layer, expert)
+        for name, numbers in metrics["domains"].items()
+        for layer in shown_layers(metrics)
+        for expert, share in enumerate(numbers["layers"][str(layer)][which])
+    ]
+    share, name, layer, expert = max(found, key=lambda item: item[0])
+    how = "" if which == "top_k" else " first"
+    text = (
+        f"The strongest preference is that of {name} for expert {expert} of layer {layer}: {share:.1%} of its tokens "
+        f"choose it{how}, against {uniform:.1%} if routing were uniform"
+    )
+    if len(metrics["domains"]) > 1:
+        last = shown_layers(metrics)[-1]
+        apart = {name: _distance(numbers, last) for name, numbers in metrics["domains"].items()}
+        most, least = max(apart, key=apart.__getitem__), min(apart, key=apart.__getitem__)
+        text += f"; in the last layer {most} is furthest from all domains together, {least} nearest to them"
+    return text + "."
+
+
+def _say_load(metrics: Metrics) -> str:
+    layers = metrics["layers"]
+    dead = sum(numbers["dead"] for numbers in layers.values())
+    peak = max(layers, key=lambda layer: layers[layer]["max_over_mean"])
+    even = min(layers, key=lambda layer: layers[layer]["entropy"])
+    unused = "no expert is unused" if dead == 0 else f"{_number(dead, 'expert')} of all layers took no token"
+    return (
+        f"The busiest expert has {layers[peak]['max_over_mean']:.1f} times the uniform load (layer {peak}), the least "
+        f"even layer ({even}) has {layers[even]['entropy']:.1%} of the greatest entropy, and {unused}."
+    )
+
+
+def _say_coactivation(metrics: Metrics) -> str:
+    found = [
+        (share, layer, i, j)
+        for layer in shown_layers(metrics)
+        for i, j, share in metrics["layers"][str(layer)]["coactivation"]
+    ]
+    chance = metrics["chance"]["coactivation"]
+    if not found:
+        return "No two experts are chosen together, since a token chooses one alone."
+    share, layer, i, j = max(found)
+    often = sum(1 for each, *_ in found if each > 0.5)
+    return (
+        f"Of the tokens of expert {i} in layer {layer}, {share:.0%} choose expert {j} too, against {chance:.1%} by "
+        f"chance, and {_number(often, 'pair')} of the layers shown "
+        f"{'is' if often == 1 else 'are'} together more than half the time."
+    )
+
+
+def _say_vocabulary(metrics: Metrics) -> str:
+    last = str(metrics["layers_count"] - 1)
+    first, final = metrics["layers"]["0"]["vocabulary"], metrics["layers"][last]["vocabulary"]
+    text = (
+        f"The expert that an id is sent to first takes {first['input']['top_1']:.0%} of the id's tokens in layer 0 and "
+        f"{final['input']['top_1']:.0%} in layer {last} on average over ids that are read"
+    )
+    if "predicted" in final:
+        more = final["predicted"]["top_1"] > final["input"]["top_1"]
+        follows = "comes out more than what goes in" if more else "goes in at least as much as what comes out"
+        text += (
+            f", and {final['predicted']['top_1']:.0%} there over ids that are predicted, so that the last layer "
+            f"follows what {follows}"
+        )
+    return text + "."
+
+
+def _say_flow(metrics: Metrics) -> str:
+    found = [(tokens, i, j, *name.split("-")) for name, triples in metrics["flow"].items() for i, j, tokens in triples]
+    if not found:
+        return "There is one layer alone, so nothing flows."
+    tokens, i, j, a, b = max(found)
+    chance = 1 / metrics["experts"] ** 2
+    return (
+        f"The widest path goes from expert {i} of layer {a} to expert {j} of layer {b} with "
+        f"{tokens / metrics['tokens']:.1%} of all tokens, against {chance:.2%} if first choices were uniform and "
+        "independent; only the widest paths are drawn, by first choices."
+    )
+
+
+def _say_confidence(metrics: Metrics) -> str:
+    layers = metrics["layers"]
+    sure = max(layers, key=lambda layer: layers[layer]["first"])
+    unsure = min(layers, key=lambda layer: layers[layer]["first"])
+    return (
+        f"Routers are surest in layer {sure}, where the first expert has a probability of {layers[sure]['first']:.2f} "
+        f"on average and leads by {layers[sure]['margin']:.2f}, and least sure in layer {unsure} "
+        f"({layers[unsure]['first']:.2f}, by {layers[unsure]['margin']:.2f})."
+    )
+
+
+def _say_neighbours(metrics: Metrics) -> str:
+    values = {layer: numbers["neighbours"] for layer, numbers in metrics["layers"].items()}
+    mean, most = sum(values.values()) / len(values), max(values, key=values.__getitem__)
+    return (
+        f"A token shares {mean:.0%} of its experts with the one before it on average over layers, most in layer {most} "
+        f"({values[most]:.0%}), against {metrics['chance']['saturation_k']:.1%} by chance."
+    )
+
+
+def _say_agreement(metrics: Metrics) -> str:
+    found = [
+        (share, name, layer)
+        for name, numbers in metrics["against"]["domains"].items()
+        for layer, share in enumerate(numbers["top_k"])
+    ]
+    mean = sum(share for share, *_ in found) / len(found)
+    least, name, layer = min(found)
+    return (
+        f"Of the experts that tokens choose, {metrics['against']['model']} chooses {mean:.1%} as well on average, "
+        f"least on {name} in layer {layer} ({least:.1%})."
+    )
+
+
+def _distance(domain: Mapping[str, Any], layer: int) -> float:
+    return float(domain["layers"][str(layer)]["distance"])
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
