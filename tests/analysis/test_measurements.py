@@ -78,4 +78,5 @@ def test_the_map_of_experts_chosen_together(trace):
         i, j, share = numbers["coactivation"][0]
         assert shares[experts.index(i), experts.index(j)] == share == shares.max()
         assert {experts[0], experts[1]} == {i, j}
+        assert numbers["often_together"] == (shares > 0.5).sum()
         assert np.diag(shares).tolist() == [0] * E

@@ -80,6 +80,8 @@ def test_sentences_are_computed(numbers):
     assert "against 37.5% if routing were uniform" in said["domains-top-k"]
     assert "m4 chooses 70.0% as well on average, least on $other$ in layer 4 (50.0%)" in said["agreement"]
     assert "no expert is unused" in said["load"]
+    often = sum(numbers["layers"][layer]["often_together"] for layer in ("0", "2", "4"))
+    assert f"{often} of 168 ordered pairs" in said["coactivation"]
     changed = numbers | {"layers": {k: v | {"dead": 2} for k, v in numbers["layers"].items()}}
     assert "10 experts of all layers took no token" in findings(changed)["load"]
 

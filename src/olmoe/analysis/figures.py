@@ -285,13 +285,16 @@ def _agreement(metrics: Metrics) -> Any:
     """How many experts two models have in common, by domain, over depth."""
     figure, axes = _new(1, 2, 2.8, sharey=True)
     depth = range(metrics["layers_count"])
+    domains = metrics["against"]["domains"].values()
+    lowest = 100 * min(share for numbers in domains for which in ("top_k", "top_1") for share in numbers[which])
+    bottom = max(0.0, min(95.0, lowest - 0.5 * (100 - lowest)))  # room for the names below the lines
     for ax, which, title in ((axes[0, 0], "top_k", f"top {metrics['top_k']}"), (axes[0, 1], "top_1", "top 1")):
         for at, (name, numbers) in enumerate(metrics["against"]["domains"].items()):
             style = ("-", "--", ":", "-.")[at % 4]
             values = [100 * value for value in numbers[which]]
             colour = _COLOURS[at % len(_COLOURS)]
             ax.plot(depth, values, style, marker="o", markersize=3, label=_short(name), color=colour)
-        ax.set(title=title, xlabel="layer", ylim=(0, 102))
+        ax.set(title=title, xlabel="layer", ylim=(bottom, 101))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("% of experts in common")
     axes[0, 1].legend(fontsize=7, ncols=math.ceil(len(metrics["against"]["domains"]) / 6))

@@ -12,6 +12,7 @@ The schema ("olmoe-metrics-1"; every list over experts has one number an expert,
     layers.L.{first, margin, mass}    mean probability of the first expert, its lead over the second, and of all chosen
     layers.L.neighbours               share of experts that the token before chose too
     layers.L.coactivation             experts chosen together most often: [i, j, share of i's tokens] (Eq. 6)
+    layers.L.often_together           pairs i, j of which more than half of i's tokens choose j as well
     layers.L.together.{experts, shares}   those of the strongest pairs, and of each pair of them the same share
     layers.L.vocabulary.{input, predicted, next}.{top_k, top_1}    mean best share of an id (Eq. 8, Fig. 30)
     layers.L.vocabulary.experts       of each expert, on input ids by first choices (Fig. 23); null for none
@@ -136,6 +137,7 @@ def _layers(
         numbers["histogram"] = confidence.histogram[layer].tolist()
         numbers["neighbours"] = float(neighbours[layer])
         numbers["coactivation"] = [[i, j, float(together[layer, i, j])] for i, j in _largest(together[layer])]
+        numbers["often_together"] = int((together[layer] > 0.5).sum())
         numbers["together"] = _together(together[layer])
         numbers["vocabulary"] = {}
         for name, ids in tokens.items():

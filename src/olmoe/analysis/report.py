@@ -193,11 +193,11 @@ def _say_coactivation(metrics: Metrics) -> str:
     if not found:
         return "No two experts are chosen together, since a token chooses one alone."
     share, layer, i, j = max(found)
-    often = sum(1 for each, *_ in found if each > 0.5)
+    often = sum(metrics["layers"][str(layer)]["often_together"] for layer in shown_layers(metrics))
+    pairs = sum(metrics["experts"] * (metrics["experts"] - 1) for _ in shown_layers(metrics))
     return (
         f"Of the tokens of expert {i} in layer {layer}, {share:.0%} choose expert {j} too, against {chance:.1%} by "
-        f"chance, and {_number(often, 'pair')} of the layers shown "
-        f"{'is' if often == 1 else 'are'} together more than half the time."
+        f"chance; in the layers shown, {often:,} of {pairs:,} ordered pairs are together more than half the time."
     )
 
 
