@@ -105,6 +105,18 @@ def test_finished_domains_are_not_traced_again(plain, texts, tmp_path, monkeypat
     assert (tmp_path / "out" / "trace.safetensors").read_bytes() == trace
 
 
+def test_a_run_that_was_killed_goes_on(plain, texts, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".part-0a.safetensors", ".trace.safetensors.0a.partial", "..part-0b.safetensors.0a.partial"):
+        (out / name).touch()
+    (out / "trace.safetensors").touch()  # written, but no numbers after it
+    analyze(plain, texts, out, report=False)
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "trace.safetensors"]
+    (out / ".part-0a.safetensors").touch()  # beside what a finished run wrote, which is kept
+    assert "--overwrite" in refused(lambda: analyze(plain, texts, out, report=False))
+
+
 def test_other_settings_are_traced_anew(plain, texts, tmp_path, monkeypatch):
     record, windows = module.record, []
 

@@ -150,6 +150,9 @@ def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dty
 
 
 def _is_part(name: str) -> bool:
+    """Whether a file is of an unfinished run, killed ones included, which leave what they were just writing."""
+    if name.endswith(".partial"):
+        return name.startswith(tuple(f".{each}" for each in (_PART, TRACE, AGAINST, METRICS, REPORT, "figure-")))
     return name.startswith(_PART) and name.endswith(".safetensors")
 
 
@@ -158,11 +161,11 @@ def _is_figure(name: str) -> bool:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """A folder with nothing but parts is an interrupted run, which goes on."""
+    """A folder with parts and no numbers is an interrupted run, which goes on."""
     found = targets.entries(target) if target.is_dir() else []
-    if not found or not all(map(_is_part, found)):
-        ours = {TRACE, AGAINST, METRICS, REPORT, *(name for name in found if _is_part(name) or _is_figure(name))}
-        targets.check_folder(target, ours, overwrite=overwrite)
+    ours = {TRACE, AGAINST, METRICS, REPORT, *(name for name in found if _is_part(name) or _is_figure(name))}
+    unfinished = any(map(_is_part, found)) and METRICS not in found
+    targets.check_folder(target, ours, overwrite=overwrite or unfinished)
     targets.check_place(target / TRACE)
 
 
