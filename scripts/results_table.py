@@ -167,7 +167,7 @@ ROWS = [
     Row("serve", "clients_16", "serving 16 clients, int4", SPEED, serving("clients_16", _T, "llama.cpp")),
     Row("serve", "long", "4 clients, prompts of 2048, all", MS, serving("long", "e2e_ms", "llama.cpp")),
     Row("cpu_engines", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
-    Row("cpu_engines", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
+    Row("cpu_engines", "whole.whole_64", "texts, sampled, int4", SPEED, engines("whole", "whole_64")),
     Row("cpu_engines", "int8.decode_64", "decoding, int8", SPEED, engines("int8", "decode_64")),
     Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
