@@ -79,20 +79,6 @@ def engines(group: str, measure: str) -> Callable[[Line], Figure | None]:
     return read
 
 
-def peaks(group: str) -> Callable[[Line], Figure | None]:
-    """Peak gigabytes of a part of `cpu_engines.py`, against the peer that needs least."""
-
-    def read(line: Line) -> Figure | None:
-        found = dict(line["parts"].get(group, {}).get("peak_gb", {}))
-        if not found:
-            return None
-        ours = found.pop("ours")
-        name = min(found, key=found.__getitem__)
-        return Figure(ours, found[name], name, found[name] / ours)
-
-    return read
-
-
 def bf16(measure: str, kernels: str) -> Callable[[Line], Figure | None]:
     """The whole released model in bf16 beside transformers; the ceiling is the machine's products, or its reads."""
 
@@ -158,7 +144,7 @@ def serving(scenario: str, measure: str, peer: str) -> Callable[[Line], Figure |
     return read
 
 
-SPEED, GIGABYTES, MS, SHARE, NATS = "tokens/s", "GB", "ms", "of bf16's bytes", "nats"
+SPEED, MS, SHARE, NATS = "tokens/s", "ms", "of bf16's bytes", "nats"
 _T, _F = "steady_output_tok_per_s", "ttft_ms"
 ROWS = [
     Row("serve", "clients_1", "serving 1 client, int4", SPEED, serving("clients_1", _T, "llama.cpp")),
@@ -167,11 +153,11 @@ ROWS = [
     Row("serve", "clients_16", "serving 16 clients, int4", SPEED, serving("clients_16", _T, "llama.cpp")),
     Row("serve", "long", "4 clients, prompts of 2048, all", MS, serving("long", "e2e_ms", "llama.cpp")),
     Row("cpu_engines", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
+    Row("cpu_engines", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
     Row("cpu_engines", "whole.whole_64", "texts, sampled, int4", SPEED, engines("whole", "whole_64")),
     Row("cpu_engines", "int8.decode_64", "decoding, int8", SPEED, engines("int8", "decode_64")),
     Row("cpu_engines", "context.decode_2048", "after 2048, int4", SPEED, engines("context", "decode_2048")),
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
-    Row("cpu_engines", "int4.peak_gb", "peak memory, int4", GIGABYTES, peaks("int4")),
     Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
     Row("prefill_transformers", "decode", "decoding, bf16", SPEED, bf16("decode", "avx512")),
     Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
