@@ -41,7 +41,7 @@ from olmoe.hf.recording import (
     wanted_states,
 )
 from olmoe.hf.switching import SwitchableExperts
-from olmoe.model import Linear, Router, RouterOutput, SparseMoeBlock
+from olmoe.model import Linear, Router, SparseMoeBlock
 from olmoe.runner.compile import CompiledLayer
 from olmoe.runtime import log
 
@@ -55,9 +55,11 @@ class OlmoeTopKRouter(Router):
         super().__init__(OlmoeConfig.network(config))
         self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
 
-    def forward(self, hidden_states: Tensor) -> RouterOutput:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K)."""
-        return super().forward(hidden_states.reshape(-1, self.hidden_dim))
+        # A plain tuple: hooks rebuild one by its type, which a named one does not take.
+        logits_NE, weights_NK, expert_ids_NK = super().forward(hidden_states.reshape(-1, self.hidden_dim))
+        return logits_NE, weights_NK, expert_ids_NK
 
 
 class OlmoeSparseMoeBlock(SparseMoeBlock):
