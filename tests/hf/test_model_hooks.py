@@ -366,9 +366,16 @@ def only_the_last_token(module, args, output):
     return output[0], weights, ids
 
 
+def none_second(module, args, output):
+    """The id behind the last expert stands for none."""
+    ids = output[2].clone()
+    ids[::2, 1] = output[0].shape[1]
+    return output[0], output[1], ids
+
+
 PATCHES = [
     without_the_first, forced, fewer, more, twice_the_same, ids_in_place, weights_in_place, of_other_tokens,
-    only_the_last_token,
+    only_the_last_token, none_second,
 ]  # fmt: skip
 
 
@@ -404,6 +411,15 @@ def test_a_router_of_half_precision_may_be_patched_with_weights_of_either_dtype(
         assert difference(a.float(), b.float()) < 0.05
         outputs.append(a)
     assert torch.equal(*outputs)  # 0.25 is exact in both
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_ids_that_no_expert_has_are_refused(wrong, gradients):
+    model = peers()[0]
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda _, args, output: (*output[:2], output[2] * 0 + wrong))
+    with torch.set_grad_enabled(gradients), pytest.raises(IndexError, match=f"{wrong} to {wrong} are not all below 8"):
+        model(IDS)
 
 
 def test_an_activation_of_another_run_may_be_patched_in():
