@@ -47,6 +47,7 @@ def test_tests_mirror_the_source():
         "test_deploy",
         "test_deploy_ray",
         "test_examples",
+        "test_examples_routing",
         "test_house",
         "test_readme",
         "test_recipes",
