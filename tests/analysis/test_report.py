@@ -19,7 +19,10 @@ from olmoe.analysis.trace import Trace, TraceWriter
 L, K, E = 5, 3, 8
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)
-FIGURES = ["domains-top-k", "domains-top-1", "load", "coactivation", "vocabulary", "flow", "confidence", "neighbours"]
+FIGURES = [
+    "domains-top-k", "domains-top-1", "load", "coactivation", "vocabulary", "vocabulary-experts", "token-shares",
+    "flow", "confidence", "neighbours",
+]  # fmt: skip
 
 
 def made(path, layers=L, k=K) -> Trace:

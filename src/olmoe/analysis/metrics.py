@@ -69,6 +69,15 @@ def balance(load_LE: Floats) -> Balance:
     return Balance(entropy / limit, load_LE.max(axis=1) / mean_L, (load_LE == 0).sum(axis=1))
 
 
+def distance(load_LE: Floats, other_LE: Floats) -> Floats:
+    """How far two loads are from each other: (L, E) twice -> (L,), total variation, 0 for alike, 1 for nothing shared.
+
+    Of a domain's and that of all domains together it says how special the domain is (of shares as in Eq. 7).
+    """
+    one, other = (load / np.maximum(load.sum(axis=1, keepdims=True), 1e-300) for load in (load_LE, other_LE))
+    return np.abs(one - other).sum(axis=1) / 2
+
+
 # ---- two routings of the same tokens ----
 
 
@@ -176,11 +185,29 @@ class Vocabulary(NamedTuple):
         with np.errstate(invalid="ignore"):
             return np.where(number > 0, total / number, np.nan)
 
-    def top_ids(self, expert: int, count: int, least: int = 1) -> list[tuple[int, float]]:
-        """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8)."""
+    def top_ids(
+        self, expert: int, count: int, least: int = 1, mode: Literal["all", "favourite"] = "all"
+    ) -> list[tuple[int, float]]:
+        """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8).
+
+        "favourite", as the published script, lists an id for the expert alone that takes most of it.
+        """
         known = np.flatnonzero(self.total >= least)
+        if mode == "favourite":
+            known = known[self.share[known].argmax(axis=1) == expert]
         order = known[np.lexsort((self.ids[known], -self.total[known], -self.share[known, expert]))][:count]
         return [(int(self.ids[at]), float(self.share[at, expert])) for at in order if self.share[at, expert] > 0]
+
+    def histogram(self, expert: int, bins: int = 10, least: int = 8) -> npt.NDArray[np.int64]:
+        """How exclusively an expert takes its ids (Fig. 32): -> (bins,) ids by their share, in equal steps to 1.
+
+        Of ids that the expert took `least` times at least. Of one domain's tokens against another's it shows whether
+        the expert takes the same part of an id wherever that occurs.
+        """
+        share = self.share[:, expert]
+        share = share[np.rint(share * self.total) >= least]
+        places = np.minimum((share * bins).astype(np.int64), bins - 1)
+        return np.bincount(places, minlength=bins)
 
 
 def vocabulary(expert_ids: Ids, token_ids: Ids, layer: int, experts: int, top: int | None = None) -> Vocabulary:
@@ -217,31 +244,31 @@ class Confidence(NamedTuple):
     """How sure routers are, of each layer: means (L,) and histograms over tokens.
 
     `first` is the probability of the likeliest expert, `margin` how far it is above the second, `mass` what all k have
-    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1.
+    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1; `ranks` (L, K) are means by rank.
     """
 
     first: Floats
     margin: Floats
     mass: Floats
     histogram: npt.NDArray[np.int64]
+    ranks: Floats
 
 
 def confidence(weights: npt.NDArray[np.floating], bins: int = 20) -> Confidence:
     """From the probabilities of chosen experts (N, L, K), by falling value, as OLMoE uses them: not renormalised."""
     n_layers, k = weights.shape[1:]
-    sums = np.zeros((3, n_layers))
+    margin, ranks = np.zeros(n_layers), np.zeros((n_layers, k))
     histogram = np.zeros((n_layers, bins), dtype=np.int64)
     for start in range(0, len(weights), _PART):
         part = np.asarray(weights[start : start + _PART], dtype=np.float64)
         first = part[:, :, 0]
-        sums[0] += first.sum(axis=0)
-        sums[1] += (first - (part[:, :, 1] if k > 1 else 0)).sum(axis=0)
-        sums[2] += part.sum(axis=(0, 2))
+        ranks += part.sum(axis=0)
+        margin += (first - (part[:, :, 1] if k > 1 else 0)).sum(axis=0)
         places = np.minimum((first * bins).astype(np.int64), bins - 1)
         for layer in range(n_layers):
             histogram[layer] += np.bincount(places[:, layer], minlength=bins)
-    first_L, margin_L, mass_L = sums / max(len(weights), 1)
-    return Confidence(first_L, margin_L, mass_L, histogram)
+    margin, ranks = margin / max(len(weights), 1), ranks / max(len(weights), 1)
+    return Confidence(ranks[:, 0], margin, ranks.sum(axis=1), histogram, ranks)
 
 
 def _top(expert_ids: Ids, top: int | None) -> Ids:
