@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -89,7 +90,26 @@ def image_bytes(figure: Any, kind: Literal["png", "svg"] | str) -> bytes:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    return buffer.getvalue()
+    if kind != "svg":
+        return buffer.getvalue()
+    text = re.sub(r'(?<= d=")[^"]+', lambda found: _shorter(found[0]), buffer.getvalue().decode())
+    return re.sub(r"\n\s+", "\n", text).encode()
+
+
+def _shorter(path: str) -> str:
+    """The same path of an SVG to a hundredth of a point, which takes half the room: a page holds thousands."""
+    parts, at = [], ["", ""]
+    for line in path.strip().split("\n"):
+        command, *numbers = line.split()
+        point = [re.sub(r"(\.\d\d)\d+", r"\1", number) for number in numbers]
+        if command == "L" and point[0] == at[0]:
+            parts.append(f"V{point[1]}")
+        elif command == "L" and point[1] == at[1]:
+            parts.append(f"H{point[0]}")
+        else:
+            parts.append(command + " ".join(point))
+        at = point[-2:] or ["", ""]
+    return "".join(parts)
 
 
 def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, npt.NDArray[Any]]:
@@ -108,12 +128,13 @@ def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = Non
         for column, layer in enumerate(layers):
             ax = axes[row, column]
             shares = np.asarray(metrics["domains"][name]["layers"][str(layer)][which])
-            ax.bar(range(len(shares)), 100 * shares, width=0.85, color=_COLOURS[row % len(_COLOURS)])
+            # One shape, not one for each expert: thousands of them would make the page several times as large.
+            edges = np.arange(len(shares) + 1) - 0.5
+            ax.stairs(100 * shares, edges, fill=True, color=_COLOURS[row % len(_COLOURS)])
             ax.axhline(100 * uniform, color=_GREY, linewidth=0.9, linestyle="--")
             if other is not None:
-                edges = np.arange(len(shares) + 1) - 0.5
                 outline = 100 * np.asarray(other[name][str(layer)][which])
-                ax.stairs(outline, edges, color="black", linewidth=0.7, label=metrics["against"]["model"])
+                ax.stairs(outline, edges, color="black", linewidth=0.7)
             if row == 0:
                 ax.set_title(f"layer {layer}")
             if row == len(names) - 1:
@@ -121,9 +142,8 @@ def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = Non
             if column == 0:
                 ax.set_ylabel(f"{_short(name)}\n% of tokens")
     if other is not None:
-        bars, line = axes[0, 0].containers[0][0], axes[0, 0].patches[-1]
         names = [_short(metrics["model"], 40), _short(metrics["against"]["model"], 40)]
-        figure.legend([bars, line], names, loc="outside upper center", ncols=2)
+        figure.legend(axes[0, 0].patches, names, loc="outside upper center", ncols=2)
     return figure
 
 

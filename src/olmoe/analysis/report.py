@@ -248,15 +248,14 @@ def _say_token_shares(metrics: Metrics) -> str:
         return "No expert of the last layer took any id often enough."
     found = metrics["token_shares"]
     counts = found["experts"][str(experts[0])]
-    ids = {name: sum(numbers) for name, numbers in counts.items()}
-    own = {name: sum(numbers[len(numbers) // 2 :]) for name, numbers in counts.items()}
-    most = max(ids, key=ids.__getitem__)
-    least = min(metrics["domains"], key=lambda name: ids.get(name, 0))
+    own = dict.fromkeys(metrics["domains"], 0)
+    own |= {name: sum(numbers[len(numbers) // 2 :]) for name, numbers in counts.items()}
+    most, least = max(own, key=own.__getitem__), min(own, key=own.__getitem__)
     return (
-        f"Expert {experts[0]} of layer {found['layer']} takes at least half of the occurrences of {own[most]:,} ids of "
-        f"{most}, and of {own.get(least, 0):,} of {least}; rows show how its ids spread over the shares of their "
-        f"occurrences that it takes within a domain, of ids that it took {found['least']} times or more, whose number "
-        "stands beside them."
+        f"Expert {experts[0]} of layer {found['layer']} takes at least half of the occurrences of "
+        f"{_number(own[most], 'id')} in {most}, and of {own[least]:,} in {least}; a row shows how an expert's ids in a "
+        f"domain spread over the share of their occurrences that it takes there, and beside it how many there are, of "
+        f"those that it took {found['least']} times or more."
     )
 
 
