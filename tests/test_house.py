@@ -53,6 +53,7 @@ def test_tests_mirror_the_source():
         "test_recipes",
         "ops/test_primitives",
         "ops/test_parity",
+        "analysis/test_documentation",
         "hf/test_documentation",
         "serve/test_documentation",
     }

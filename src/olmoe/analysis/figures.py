@@ -425,7 +425,7 @@ def _label_revisions(ax: Any, metrics: Metrics, count: int) -> None:
     by_step = all(each["step"] is not None for each in earlier)
     names = [f"{each['step']:,}" if by_step else _short(each["name"]) for each in earlier] + ["last"]
     places = sorted({round(at) for at in np.linspace(0, count - 1, min(count, 8))})
-    rotation = 0 if sum(len(names[at]) for at in places) < 36 else 30
+    rotation = 0 if sum(len(names[at]) for at in places) < 30 else 30
     ax.set_xticks(places, [names[at] for at in places], rotation=rotation)
     ax.set_xlabel("training step" if by_step else "revision")
 
