@@ -195,6 +195,7 @@ class Tokenizer:
 
     def render_chat(
         self,
+        /,  # the variables of a template may have its name
         messages: Sequence[Any],
         *,
         add_generation_prompt: bool | None = None,

@@ -27,6 +27,11 @@ def new_request(
     known = tokenizer.vocab_size
     if not prompt_ids:
         raise UserError("The prompt is empty; give at least one character.")
+    room = context_length - len(prompt_ids)
+    if room < 1:  # before all its ids are looked at, which may be millions
+        raise UserError(
+            f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
+        )
     if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
         foreign = next(i for i in prompt_ids if not 0 <= i < config.vocab_size)
         raise UserError(f"The prompt holds the id {foreign}, outside the vocabulary of {config.vocab_size}.")
@@ -34,10 +39,5 @@ def new_request(
         unknown = [i for i in getattr(params, name) or () if i >= known]
         if unknown:
             raise UserError(f"{name} holds the id {unknown[0]}, but the tokenizer has {known} ids.")
-    room = context_length - len(prompt_ids)
-    if room < 1:
-        raise UserError(
-            f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
-        )
     policy = None if params.router_policy is None else params.router_policy.resolve(config)
     return Request(prompt_ids, params, min(params.max_new_tokens, room), where, priority, cache_salt, policy)

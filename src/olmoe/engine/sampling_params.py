@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import sys
@@ -100,6 +101,12 @@ class SamplingParams:
             if value is not None:  # which is the default of some
                 value = _checked(each.name, value)
             object.__setattr__(self, each.name, value)
+
+    def with_seed(self, seed: int | None) -> SamplingParams:
+        """The same with another seed. All else is shared, however much it is, and not checked again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "seed", None if seed is None else _checked("seed", seed))
+        return other
 
 
 def _checked(name: str, value: object) -> Any:
