@@ -18,6 +18,8 @@ from olmoe.cli.generate import add_model_arguments, load_model
 if TYPE_CHECKING:
     import socket
 
+    import torch
+
     from olmoe.serve.state import ServerState, ServeSettings
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "llguidance")
@@ -33,6 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if the certificate file has none")
     network.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin call; * for all"
+    )
+    network.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests for this host name, and for no other; * for any (localhost, if that is all that reaches "
+        "the server and it has no keys)",
     )
     access = parser.add_argument_group("access")
     access.add_argument(
@@ -82,13 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Bind, load, serve until stopped."""
     check_extra("olmoe serve")
     from olmoe.serve import server
+    from olmoe.serve.hosts import is_loopback
 
     settings = _settings(arguments)
     server.check_tls(settings)
     listener = server.bind(settings.host, settings.port)
     with contextlib.closing(listener):
         _log_to_stderr()
-        if not server.is_loopback(settings.host) and not settings.api_keys:
+        server.allow_connections()
+        if not is_loopback(settings.host) and not settings.api_keys:
             logging.getLogger("olmoe").warning(
                 "everybody who reaches %s can use this server; set a key with --api-key", settings.host
             )
@@ -135,14 +147,16 @@ def check_numbers(arguments: argparse.Namespace, *options: str) -> None:
 
 def _settings(arguments: argparse.Namespace) -> ServeSettings:
     from olmoe.serve.auth import check_origins, read_keys
+    from olmoe.serve.hosts import names_to_check
     from olmoe.serve.state import ServeSettings
 
     check_numbers(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
     check_origins(arguments.cors_origin)
+    keys = read_keys(arguments.api_key, arguments.api_key_file)
     return ServeSettings(
         host=arguments.host,
         port=arguments.port,
-        api_keys=read_keys(arguments.api_key, arguments.api_key_file),
+        api_keys=keys,
         cors_origins=tuple(arguments.cors_origin),
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
@@ -151,6 +165,7 @@ def _settings(arguments: argparse.Namespace) -> ServeSettings:
         max_body_bytes=arguments.max_body_mib * _MIB,
         share_prefixes=arguments.share_prefix_cache,
         access_log=arguments.access_log,
+        allowed_hosts=names_to_check(arguments.allowed_host, arguments.host, keys=bool(keys)),
     )
 
 
@@ -164,6 +179,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
 
     keep_freed_memory()
     llm = load_model(arguments)
+    _check_memory(arguments.cache_mib, llm.device)
     context = min(llm.context_length, arguments.context_length or llm.context_length)
     engine = Engine(
         llm.runner,
@@ -186,6 +202,31 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         context_length=context,
         settings=settings,
     )
+
+
+def _check_memory(cache_mib: int, device: torch.device) -> None:
+    """Say that the cache is larger than the memory: the system promises that too, and later ends who asks for it.
+
+    Raises `UserError` for one that would never fit.
+    """
+    from olmoe.errors import UserError
+    from olmoe.runtime import available_memory_bytes, total_memory_bytes
+
+    free, total = available_memory_bytes(), total_memory_bytes()
+    if device.type != "cpu" or free is None or total is None:
+        return
+    if cache_mib * _MIB > total:
+        raise UserError(
+            f"There is no memory for a cache of {cache_mib} MiB: all there is are {total // _MIB} MiB; give a smaller "
+            "--cache-mib."
+        )
+    if cache_mib * _MIB > free:
+        logging.getLogger("olmoe").warning(
+            "the cache may grow to %d MiB, but only %d MiB of memory are free: the system may end this process; "
+            "give a smaller --cache-mib",
+            cache_mib,
+            free // _MIB,
+        )
 
 
 def _name(model: str) -> str:

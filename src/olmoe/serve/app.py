@@ -19,6 +19,7 @@ from olmoe.serve import chat, completions, messages, responses, tokenization
 from olmoe.serve.auth import Auth
 from olmoe.serve.endpoint import Endpoint, Receive
 from olmoe.serve.errors import ApiError
+from olmoe.serve.hosts import Hosts
 from olmoe.serve.metrics import CONTENT_TYPE
 from olmoe.serve.openapi import describe
 from olmoe.serve.protocol import ChatRequest, CompletionRequest
@@ -64,6 +65,8 @@ def make_app(state: ServerState) -> Starlette:
             allow_headers=["*"],
         )
         middleware.insert(0, cors)  # outermost: what a browser asks beforehand carries no key
+    if settings.allowed_hosts:
+        middleware.insert(0, Middleware(Hosts, names=settings.allowed_hosts))
     handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _failure}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
@@ -109,6 +112,8 @@ def _models(state: ServerState, request: Request) -> Response:
 
 def _model(state: ServerState, request: Request) -> Response:
     name = request.path_params["name"]
+    if not name:
+        return _models(state, request)
     state.check_model(name)
     return JSONResponse(_card(state, name))
 
