@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import platform
@@ -204,6 +205,14 @@ def test_bugs_of_ours_keep_their_traceback(monkeypatch, error):
     fail_with(monkeypatch, error)
     with pytest.raises(type(error), match="ours"):
         main(["info"])
+
+
+def test_a_file_that_may_not_grow_is_one_sentence(monkeypatch, capsys):
+    fail_with(monkeypatch, OSError(errno.EFBIG, "File too large"))
+    monkeypatch.setattr("olmoe.cli.main._discard_stdout", lambda: None)
+    assert main(["info"]) == 2
+    sentence = "olmoe: There is no more room (File too large), so the output is incomplete; free some space and try again.\n"
+    assert capsys.readouterr() == ("", sentence)
 
 
 def test_a_full_disk_behind_stdout_is_one_sentence():

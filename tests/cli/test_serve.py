@@ -155,6 +155,8 @@ def test_without_the_extra_it_says_how_to_install_it(capsys, monkeypatch):
         (["--cache-mib", "0"], "--cache-mib must be a whole number, at least 1, not 0"),
         (["--cache-mib", "100000000000", "--port", "0"], "There is no memory for a cache of 100000000000 MiB"),
         (["--cache-mib", str(10**20), "--port", "0"], "There is no memory for a cache of 100000000000000000000 MiB"),
+        (["--served-model-name", ""], "--served-model-name must be a name of printable characters, not ''"),
+        (["--served-model-name", "a\x1b[31m"], "--served-model-name must be"),
         (["--allowed-host", "https://a.org"], "--allowed-host must be a name such as"),
         (["--cors-origin", "app.example.org"], "--cors-origin must be * or an origin such as"),
         (["--cors-origin", "https://app.example.org/"], "not 'https://app.example.org/'"),

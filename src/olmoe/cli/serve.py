@@ -136,13 +136,17 @@ def check_extra(command: str) -> None:
         raise UserError(f'{command} needs {", ".join(missing)}; install {it} with: pip install "olmoe[serve]"')
 
 
-def check_numbers(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise `UserError` for a number below 1 among `options` and those of `add_engine_arguments`."""
+def check_values(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise `UserError` for a number below 1 among `options` and those of `add_engine_arguments`, and for odd names."""
     from olmoe.engine.sampling_params import whole_number
+    from olmoe.errors import UserError, shown
 
     for option in ("cache_mib", "max_rows", "token_budget", "context_length", *options):
         if getattr(arguments, option) is not None:
             whole_number("--" + option.replace("_", "-"), getattr(arguments, option), least=1)
+    for name in arguments.served_model_name:
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"--served-model-name must be a name of printable characters, not {shown(name)}.")
 
 
 def _settings(arguments: argparse.Namespace) -> ServeSettings:
@@ -150,7 +154,7 @@ def _settings(arguments: argparse.Namespace) -> ServeSettings:
     from olmoe.serve.hosts import names_to_check
     from olmoe.serve.state import ServeSettings
 
-    check_numbers(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
+    check_values(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
     check_origins(arguments.cors_origin)
     keys = read_keys(arguments.api_key, arguments.api_key_file)
     return ServeSettings(
