@@ -211,7 +211,9 @@ def test_a_file_that_may_not_grow_is_one_sentence(monkeypatch, capsys):
     fail_with(monkeypatch, OSError(errno.EFBIG, "File too large"))
     monkeypatch.setattr("olmoe.cli.main._discard_stdout", lambda: None)
     assert main(["info"]) == 2
-    sentence = "olmoe: There is no more room (File too large), so the output is incomplete; free some space and try again.\n"
+    sentence = (
+        "olmoe: There is no more room (File too large), so the output is incomplete; free some space and try again.\n"
+    )
     assert capsys.readouterr() == ("", sentence)
 
 

@@ -251,6 +251,8 @@ def _log_to_stderr() -> None:
     handler = _Stderr(sys.stderr)
     handler.setFormatter(logging.Formatter("olmoe: %(message)s"))
     logging.getLogger().handlers = [handler]
+    # A warning for what is sent behind a client that has just hung up, which happens all day.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def _announce(state: ServerState, listener: socket.socket) -> None:
