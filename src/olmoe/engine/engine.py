@@ -32,6 +32,7 @@ from olmoe.errors import UserError
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Batch, CacheView, RouterTrace, Runner, Want, position_bytes
+from olmoe.runner.policy_file import Policy
 from olmoe.tokenizer import Tokenizer
 
 
@@ -88,8 +89,8 @@ class Engine:
     All of it belongs to one thread, but for `request` and `statistics`. The cache has a fixed number of blocks of
     `block_size` positions, what `cache_bytes` have room for; `max_rows` is the most requests that run at once, and
     `token_budget` the most tokens of a step (None: what the runner is fastest with). `token_bytes` is what the keys and
-    values of a token take in it. `weights_id` keeps the prefix
-    caches of different weights apart, should they ever be shared.
+    values of a token take in it. `weights_id` keeps the prefix caches of different weights apart, should they ever be
+    shared. `router_policy` is for requests that have none.
     """
 
     def __init__(
@@ -106,9 +107,12 @@ class Engine:
         prefix_cache: bool = True,
         backend: str = AUTO,
         weights_id: bytes = b"",
+        router_policy: Policy | None = None,
     ) -> None:
-        """Raises `UserError` if `cache_bytes` have no room for a single block."""
+        """Raises `UserError` if `cache_bytes` have no room for a single block, or a policy does not fit the model."""
         self.runner, self.tokenizer, self.context_length = runner, tokenizer, context_length
+        self.router_policy = router_policy
+        self._policy = None if router_policy is None else router_policy.resolve(runner.config)
         self.token_bytes = position_bytes(runner.config, cache_dtype or runner.cache_dtype)
         blocks = cache_bytes // (self.token_bytes * block_size)
         if blocks < 1:
@@ -153,6 +157,7 @@ class Engine:
             where=where,
             priority=priority,
             cache_salt=cache_salt,
+            router_policy=self._policy,
         )
         if request.most_tokens > self.pool_tokens:
             raise UserError(
@@ -397,7 +402,7 @@ class Engine:
         policy = request.policy
         parts = [self._root, request.cache_salt.encode("utf-8", "surrogatepass")]
         if policy is not None:
-            parts += [policy.bias.tobytes(), f"{policy.top_k} {policy.renormalize}".encode()]
+            parts += policy.identity()
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
     def _account(self, chunks: Iterable[Chunk], started: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -23,10 +23,14 @@ from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Runner, make_runner, position_bytes, require_backend, to_cache_dtype
+from olmoe.runner.policy_file import Policy
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
+
+if TYPE_CHECKING:
+    from olmoe.engine.sampling_params import AnyPolicy
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
 # them are hardly faster, and each needs its logits.
@@ -58,6 +62,7 @@ class LLM:
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
         cache_dtype: str | torch.dtype | None = None,
+        router_policy: AnyPolicy | None = None,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
@@ -67,6 +72,7 @@ class LLM:
         `cache_bytes` bounds the keys and values that are held at once. With `prefix_cache` they are kept between
         calls, and what a prompt has in common with earlier ones is not computed again: for conversations. `cache_dtype`
         is that of keys and values: "int8" takes half the memory of fp16, which packed models have by default.
+        `router_policy` changes what routers choose wherever `SamplingParams` do not say otherwise.
         """
         self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
@@ -79,6 +85,7 @@ class LLM:
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
         folder, config = found.folder, found.config
+        self.config, self.router_policy = config, router_policy
         tokenizer = Tokenizer.from_folder(folder, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
         _check_fit(tokenizer, config)
         model = found.load(dtype=memory_dtype, device=self.device, progress=progress)
@@ -95,11 +102,13 @@ class LLM:
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
         cache_dtype: str | torch.dtype | None = None,
+        router_policy: AnyPolicy | None = None,
     ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
         require_backend(backend)
         llm = cls.__new__(cls)
         llm._limit(threads, cache_bytes, prefix_cache, cache_dtype)
+        llm.config, llm.router_policy = model.config, router_policy
         llm.device = next(model.parameters()).device
         llm._assemble(model, tokenizer, backend)
         return llm
@@ -127,6 +136,17 @@ class LLM:
     def runner(self) -> Runner:
         """What was compiled from the model, for an `Engine` of one's own."""
         return self._runner
+
+    @property
+    def router_policy(self) -> Policy | None:
+        """What changes the routers' choices by default; see `SamplingParams.router_policy`. It can be set."""
+        return self._policy
+
+    @router_policy.setter
+    def router_policy(self, policy: AnyPolicy | None) -> None:
+        given: Any = SamplingParams(router_policy=policy).router_policy
+        self._resolved = None if given is None else given.resolve(self.config)
+        self._policy: Policy | None = given
 
     def recompile(self) -> None:
         """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
@@ -201,7 +221,16 @@ class LLM:
             where = f"prompts[{place}]" if len(prompts) > 1 else ""
             try:
                 ids = prompt_ids(prompt, self.tokenizer)
-                requests.append(new_request(ids, each, self.config, self.tokenizer, self.context_length, where=where))
+                request = new_request(
+                    ids,
+                    each,
+                    self.config,
+                    self.tokenizer,
+                    self.context_length,
+                    where=where,
+                    router_policy=self._resolved,
+                )
+                requests.append(request)
             except UserError as error:
                 raise in_batch(error, where) from None
         cut = [request for request in requests if request.limit < request.params.max_new_tokens]

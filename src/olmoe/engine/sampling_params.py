@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from olmoe.errors import UserError, shown
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from olmoe.runner import RouterPolicy
-    from olmoe.runner.policy_file import NamedPolicy
+    from olmoe.runner.policy_file import Policy
+
+    AnyPolicy: TypeAlias = Policy | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class GrammarState(Protocol):
@@ -62,7 +64,9 @@ class SamplingParams:
     - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
       place; None reports none. `prompt_logprobs`: the same for the tokens of the prompt.
     - `allowed_token_ids`: only these can be chosen. `grammar`: the text belongs to it.
-    - `router_policy`: a `RouterPolicy` for this text, or one that `olmoe.runner.policy_file` has read.
+    - `router_policy`: changes what routers choose for this text: a `RouterPolicy`, the path of a JSON file, or a
+      mapping with the keys of one (see `olmoe.runner.policy_file`). Where `LLM` has another, `RouterPolicy()` is the
+      model's own.
     - `routing`: report which experts predicted each token, with their weights; `prompt_routing`: those of the prompt's
       tokens as well.
 
@@ -89,7 +93,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     allowed_token_ids: Sequence[int] | None = None
     grammar: Grammar | None = None
-    router_policy: RouterPolicy | NamedPolicy | None = None
+    router_policy: AnyPolicy | None = None
     routing: bool = False
     prompt_routing: bool = False
 
@@ -176,6 +180,12 @@ def _having(method: str) -> Callable[[object], Any]:
     return read
 
 
+def _policy(value: object) -> Policy:
+    from olmoe.runner.policy_file import as_policy  # on demand: torch comes with its package
+
+    return as_policy(value)
+
+
 def _biases(value: object) -> dict[int, float]:
     """Ids, perhaps written as strings (JSON has no other keys), to numbers that may be added to a logit."""
     if not isinstance(value, Mapping):
@@ -214,7 +224,7 @@ _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str
     "prompt_logprobs": ("a whole number", _whole, lambda n: n >= 0, "at least 0 (0 for the prompt's tokens alone)"),
     "allowed_token_ids": ("token ids", _ids, lambda ids: ids and all(0 <= i < 2**63 for i in ids), "at least one id"),
     "grammar": ("a Grammar", _having("start"), lambda _: True, ""),
-    "router_policy": ("a RouterPolicy", _having("resolve"), lambda _: True, ""),
+    "router_policy": ("a RouterPolicy, a file or a mapping", _policy, lambda _: True, ""),
     "routing": ("True or False", _flag, lambda _: True, ""),
     "prompt_routing": ("True or False", _flag, lambda _: True, ""),
 }

@@ -40,6 +40,7 @@ from olmoe.hf.recording import (
     recording,
     wanted_states,
 )
+from olmoe.hf.router_policy import LayerPolicy, RouterPolicies, with_policy_of_now
 from olmoe.hf.switching import SwitchableExperts
 from olmoe.model import Linear, Router, SparseMoeBlock
 from olmoe.runner.compile import CompiledLayer
@@ -54,11 +55,16 @@ class OlmoeTopKRouter(Router):
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(OlmoeConfig.network(config))
         self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
+        self.policy: LayerPolicy | None = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K)."""
+        """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K).
+
+        A policy changes weights and ids; the logits are the router's own.
+        """
+        policy = None if self.policy is None else self.policy.on(hidden_states.device)
         # A plain tuple: hooks rebuild one by its type, which a named one does not take.
-        logits_NE, weights_NK, expert_ids_NK = super().forward(hidden_states.reshape(-1, self.hidden_dim))
+        logits_NE, weights_NK, expert_ids_NK = super().forward(hidden_states.reshape(-1, self.hidden_dim), policy)
         return logits_NE, weights_NK, expert_ids_NK
 
 
@@ -111,7 +117,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
             options["use_cache"] = False  # the second pass would append to a cache again
             block = functools.partial(self._block, position_embeddings, attention_mask, None, options)
             checkpoint: Any = self._gradient_checkpointing_func
-            return checkpointed(checkpoint, block, hidden_states)
+            return checkpointed(checkpoint, with_policy_of_now(self, block), hidden_states)
         return self._block(position_embeddings, attention_mask, cache, options, hidden_states)
 
     def _block(self, position_embeddings: Any, mask: Any, cache: Any, options: dict[str, Any], x: Tensor) -> Tensor:
@@ -146,7 +152,9 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         return super().current(x)
 
 
-class OlmoePreTrainedModel(Initialization, KernelBackend, SwitchableExperts, PackedLoading, PreTrainedModel):
+class OlmoePreTrainedModel(
+    Initialization, KernelBackend, RouterPolicies, SwitchableExperts, PackedLoading, PreTrainedModel
+):
     """What all OLMoE models share: configuration class, initialisation, and what transformers may do with them."""
 
     config: OlmoeConfig
