@@ -169,6 +169,7 @@ def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, nam
     files = {"generate": 1, "train": 1, "batch": 2, "convert": 2, "quantize": 2, "upcycle": 2}
     rest = {command: ["x", "y"][: files.get(command, 0)] for command in COMMANDS}
     rest["analyze"] = ["x", "--text", "name=file", "--output", "y"]
+    rest["policy"] = ["x", "--domain", "name"]
     flag = f"--{option}"
     for arguments in (
         [flag, name, *rest[name]],

@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to GGUF or back",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
+    "policy": "make a router policy that favours the experts of a domain",
     "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
