@@ -76,6 +76,11 @@ def add_engine_arguments(group: Any) -> None:
     )
     group.add_argument("--context-length", type=int, metavar="N", help="longest text, if shorter than the model's own")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument(
+        "--router-policy",
+        metavar="FILE",
+        help="JSON that changes the routers' choices for requests without one of theirs",
+    )
 
 
 def _add_limits(group: Any) -> None:
@@ -182,7 +187,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
     from olmoe.serve.state import make_state
 
     keep_freed_memory()
-    llm = load_model(arguments)
+    llm = load_model(arguments, router_policy=arguments.router_policy)
     _check_memory(arguments.cache_mib, llm.device)
     context = min(llm.context_length, arguments.context_length or llm.context_length)
     engine = Engine(
@@ -195,6 +200,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         token_budget=arguments.token_budget,
         prefix_cache=not arguments.no_prefix_cache,
         backend=llm.backend,
+        router_policy=llm.router_policy,
     )
     names = arguments.served_model_name or [_name(str(arguments.model or hub.SHIPPED))]
     return make_state(

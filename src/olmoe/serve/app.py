@@ -23,6 +23,7 @@ from olmoe.serve.hosts import Hosts
 from olmoe.serve.metrics import CONTENT_TYPE
 from olmoe.serve.openapi import describe
 from olmoe.serve.protocol import ChatRequest, CompletionRequest
+from olmoe.serve.router_policy import described
 from olmoe.serve.sse import Send
 from olmoe.serve.state import ServerState
 from olmoe.serve.static_page import page_routes
@@ -119,7 +120,7 @@ def _model(state: ServerState, request: Request) -> Response:
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
-    config = state.config
+    config, policy = state.config, state.engine.router_policy
     return {
         "id": name,
         "object": "model",
@@ -132,6 +133,7 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
             "layers": config.num_hidden_layers,
             "experts": config.num_experts,
             "experts_per_token": config.num_experts_per_tok,
+            **({} if policy is None else {"router_policy": described(policy, config)}),
         },
     }
 

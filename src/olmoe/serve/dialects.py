@@ -19,7 +19,8 @@ from pydantic_core import from_json
 from olmoe.errors import shown
 from olmoe.serve.endpoint import Endpoint
 from olmoe.serve.errors import ApiError, invalid
-from olmoe.serve.protocol import ChatRequest, Ids, RouterPolicyModel
+from olmoe.serve.protocol import ChatRequest, Ids
+from olmoe.serve.router_policy import RouterPolicyModel
 
 # Tags of our unions begin so, to be told from fields in the path of an error.
 TAG = "as "

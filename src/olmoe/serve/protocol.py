@@ -16,6 +16,7 @@ from olmoe.engine.request import Request
 from olmoe.engine.sampling_params import Grammar, SamplingParams
 from olmoe.errors import UserError, shown
 from olmoe.serve.errors import ApiError, from_user_error, invalid, unsupported
+from olmoe.serve.router_policy import RouterPolicyModel, router_policy
 
 _log = logging.getLogger("olmoe")
 
@@ -25,7 +26,6 @@ MOST_LOGPROBS = 20
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 2**14
 # Of ids and biases that a body lists: for one of its texts, and for all of them together, since each text has its own.
 _MOST_IDS, _MOST_IDS_IN_ALL = 2**16, 2**20
-_MOST_CHANGES = 2**14  # of routers
 _MOST_NAMES_LOGGED = 100
 _logged: set[str] = set()
 
@@ -94,30 +94,6 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class ExpertBias(BaseModel):
-    """A number for the router logit of one expert; in every layer if none is named."""
-
-    layer: int | None = None
-    expert: int
-    bias: float
-
-
-class ExpertBan(BaseModel):
-    """An expert that is not to be chosen; in no layer if none is named."""
-
-    layer: int | None = None
-    expert: int
-
-
-class RouterPolicyModel(BaseModel):
-    """Changes of what the routers choose: biases, bans, experts a token, and whether their weights sum to one."""
-
-    boost: Annotated[list[ExpertBias], Field(max_length=_MOST_CHANGES)] | None = None
-    ban: Annotated[list[ExpertBan], Field(max_length=_MOST_CHANGES)] | None = None
-    k: int | None = None
-    renormalize: bool | None = None
 
 
 class _Body(BaseModel):
@@ -292,35 +268,6 @@ def limited(request: Request, body: Body) -> Request:
     if body.limit == 0:
         request.limit = 0
     return request
-
-
-def router_policy(given: RouterPolicyModel | None, layers: int, experts: int) -> Any:
-    """The engine's `RouterPolicy` of a request. Raises `ApiError` (400) for layers and experts that do not exist."""
-    if given is None or given == RouterPolicyModel():
-        return None
-    import numpy as np
-
-    from olmoe.runner import RouterPolicy
-
-    bias = np.zeros((layers, experts), dtype=np.float32)
-    banned = np.zeros((layers, experts), dtype=bool)
-
-    def place(kind: str, index: int, entry: ExpertBias | ExpertBan) -> tuple[Any, int]:
-        param = f"router_policy.{kind}[{index}]"
-        if not 0 <= entry.expert < experts:
-            raise invalid(f"{param}.expert is {entry.expert}, but experts are 0 to {experts - 1}.", f"{param}.expert")
-        if entry.layer is not None and not 0 <= entry.layer < layers:
-            raise invalid(f"{param}.layer is {entry.layer}, but layers are 0 to {layers - 1}.", f"{param}.layer")
-        return (slice(None) if entry.layer is None else entry.layer), entry.expert
-
-    for index, boost in enumerate(given.boost or ()):
-        if not abs(boost.bias) <= 1e4:
-            name = f"router_policy.boost[{index}].bias"
-            raise invalid(f"{name} must be between -10000 and 10000, not {boost.bias}.", name)
-        bias[place("boost", index, boost)] += boost.bias
-    for index, ban in enumerate(given.ban or ()):
-        banned[place("ban", index, ban)] = True
-    return RouterPolicy(bias, banned, given.k, given.renormalize)
 
 
 def _token_id(text: str) -> int:
