@@ -250,3 +250,21 @@ def test_a_broken_pipe_for_logs_does_not_end_it(start):
         assert server.call("/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
     server.process.stderr = None
     assert server.end() == 0
+
+
+def test_a_router_policy_for_requests_without_one(start, capsys, tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"pin": [{"layer": 1, "expert": 3}], "temperature": 3}', encoding="utf-8")
+    server = start("--router-policy", str(policy))
+    server.wait_for_url()
+    (card,) = server.call("/v1/models")[1]["data"]
+    assert card["olmoe"]["router_policy"] == {"pin": [{"layer": 1, "expert": 3}], "temperature": 3.0}
+    asked = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    first, own = (
+        server.call("/v1/completions", asked | more)[1]["choices"][0]["text"] for more in ({}, {"router_policy": {}})
+    )
+    assert first != own
+    assert server.end() == 0
+    for content, sentence in (('{"pins": []}', "it has the key 'pins'"), ('{"k": 65}', "top_k must be from 1 to 64")):
+        policy.write_text(content, encoding="utf-8")
+        assert sentence in refused(capsys, "--port", "0", "--router-policy", str(policy))
