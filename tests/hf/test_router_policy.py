@@ -135,6 +135,15 @@ def test_generate_writes_what_the_engine_writes(policy, tokenizer):
     assert torch.equal(model.generate(IDS[:1], **options), plain)
 
 
+def test_what_was_set_for_inference_also_trains():
+    model = make_face()
+    with torch.inference_mode():
+        model.router_policy = POLICIES[2]
+        model(IDS)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+
+
 def test_inside_and_afterwards():
     model = make_face()
     outer, inner = RouterPolicy(top_k=2), {"k": 1}

@@ -91,6 +91,7 @@ def test_arrays_are_described_too():
         ({"allow": [{"experts": [1, 64]}]}, "router_policy.allow[0].experts"),
         ({"pin": [{"layer": 4, "expert": 1}]}, "router_policy.pin[0].layer"),
         ({"boost": [{"expert": 1, "bias": 1e9}]}, "router_policy.boost[0].bias"),
+        ({"ban": [{"experts": [1] * 5000}, {"expert": 2}, {"experts": [3] * 4000}]}, "router_policy"),
         ({"temperature": 0}, "router_policy.temperature"),
         ({"temperature": [1, 1, 1, float("nan")]}, "router_policy.temperature"),
     ],

@@ -97,7 +97,9 @@ def add_sampling_arguments(group: Any) -> None:
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument(
-        "--router-policy", metavar="FILE", help="JSON that bans or boosts experts, or changes how many a token has"
+        "--router-policy",
+        metavar="FILE",
+        help="JSON that bans, pins or boosts experts, or changes their number or weights",
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,14 +23,11 @@ from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Runner, make_runner, position_bytes, require_backend, to_cache_dtype
-from olmoe.runner.policy_file import Policy
+from olmoe.runner.policy_file import AnyPolicy, Policy
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
-
-if TYPE_CHECKING:
-    from olmoe.engine.sampling_params import AnyPolicy
 
 # Bytes that the keys and values of texts in progress may take, and how many texts are in progress at most: more of
 # them are hardly faster, and each needs its logits.

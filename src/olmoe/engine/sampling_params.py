@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 from olmoe.errors import UserError, shown
 
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from olmoe.runner.policy_file import Policy
-
-    AnyPolicy: TypeAlias = Policy | Mapping[str, Any] | str | os.PathLike[str]
+    from olmoe.runner.policy_file import AnyPolicy, Policy
 
 
 class GrammarState(Protocol):

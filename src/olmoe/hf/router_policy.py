@@ -10,11 +10,10 @@ gets what it changes. It belongs to this object in memory and is saved nowhere.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,8 @@ from olmoe.model import Router
 from olmoe.ops.types import RoutePolicy
 from olmoe.runner.kernel_policies import KernelPolicies
 from olmoe.runner.policy import ResolvedPolicy
-from olmoe.runner.policy_file import Policy, as_policy
+from olmoe.runner.policy_file import AnyPolicy, Policy, as_policy
 from olmoe.runner.torch_runner import route_policies
-
-AnyPolicy: TypeAlias = Policy | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class ModelPolicy:
@@ -37,7 +34,8 @@ class ModelPolicy:
 
     def __init__(self, given: Policy, resolved: ResolvedPolicy) -> None:
         self.given, self._resolved = given, resolved
-        self.routes = route_policies([resolved], torch.device("cpu"))
+        with torch.inference_mode(False):  # a training step may use them too
+            self.routes = route_policies([resolved], torch.device("cpu"))
 
     @cached_property
     def kernel(self) -> KernelPolicies:
@@ -92,7 +90,9 @@ def with_policy_of_now(layer: nn.Module, block: Callable[[Tensor], Tensor]) -> C
     policies = [(router, router.policy) for router in _routers(layer)]
 
     def computed(x: Tensor) -> Tensor:
-        with _set(policies):
+        with _as_before(router for router, _ in policies):
+            for router, policy in policies:
+                router.policy = policy
             return block(x)
 
     return computed
@@ -110,7 +110,8 @@ class RouterPolicies:
         a JSON file, or a mapping with the keys of one.
 
         Keys and values that a cache holds were computed by the policy of then. Router logits that are returned, and
-        losses of them, are the routers' own. Raises `UserError` for a policy that does not fit the model.
+        losses of them, are the routers' own. Set it on the model itself, not on a wrapper, through which `routed_by`
+        works. Raises `UserError` for a policy that does not fit the model.
         """  # fmt: skip
         found = next((router.policy for layer in self.base_model.layers for router in _routers(layer)), None)
         return None if found is None else found.whole.given
@@ -136,13 +137,9 @@ class RouterPolicies:
     @contextmanager
     def routed_by(self, policy: AnyPolicy | None) -> Iterator[None]:
         """`router_policy` for what is computed inside; afterwards it is what it was before."""
-        before = [(router, router.policy) for layer in self.base_model.layers for router in _routers(layer)]
-        self.router_policy = policy
-        try:
+        with _as_before(router for layer in self.base_model.layers for router in _routers(layer)):
+            self.router_policy = policy
             yield
-        finally:
-            for router, old in before:
-                router.policy = old
 
 
 def _routers(layer: nn.Module) -> Iterator[Any]:
@@ -151,10 +148,9 @@ def _routers(layer: nn.Module) -> Iterator[Any]:
 
 
 @contextmanager
-def _set(policies: Sequence[tuple[Any, LayerPolicy | None]]) -> Iterator[None]:
-    before = [(router, router.policy) for router, _ in policies]
-    for router, policy in policies:
-        router.policy = policy
+def _as_before(routers: Iterable[Any]) -> Iterator[None]:
+    """Afterwards routers have the policies that they had."""
+    before = [(router, router.policy) for router in routers]
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Policy(Protocol):
     def resolve(self, config: ModelConfig) -> ResolvedPolicy:
         """All values, for a model. Raises `UserError` for what does not fit it."""
         ...
+
+
+# What callers may mean one by: see `as_policy`.
+AnyPolicy: TypeAlias = Policy | Mapping[str, Any] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

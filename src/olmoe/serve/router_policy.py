@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from olmoe.runner.policy_file import NamedPolicy, Policy
 
 
-# What one request may list: entries of each kind, and experts of all its entries.
-_MOST_CHANGES = 2**14
-_Several = Field(max_length=_MOST_CHANGES)
+# Named in one policy, repetitions included: several times those of all layers of the released model.
+_MOST_EXPERTS = 2**13
+_Several = Field(max_length=2 * _MOST_EXPERTS)  # entries of one list; longer ones are not read to their end
 
 
 class ExpertChoice(BaseModel):
@@ -57,9 +57,10 @@ def router_policy(given: RouterPolicyModel | None, layers: int, experts: int) ->
     from olmoe.runner.policy import TEMPERATURES
     from olmoe.runner.policy_file import NamedPolicy
 
-    entries = [entry for kind in (given.boost, given.ban, given.pin, given.allow) for entry in kind or ()]
-    if (named := sum(len(entry.experts or (0,)) for entry in entries)) > _MOST_CHANGES:
-        raise invalid(f"router_policy names {named} experts; at most {_MOST_CHANGES} are read.", "router_policy")
+    named = [entry for entries in (given.boost, given.ban, given.pin, given.allow) for entry in entries or ()]
+    count = sum(1 if entry.experts is None else len(entry.experts) for entry in named)
+    if count > _MOST_EXPERTS:
+        raise invalid(f"router_policy names {count} experts, more than {_MOST_EXPERTS}.", "router_policy")
     boost = []
     for index, each in enumerate(given.boost or ()):
         where = f"router_policy.boost[{index}]"
