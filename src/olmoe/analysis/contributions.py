@@ -10,6 +10,7 @@ K experts per token, F expert width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from olmoe.model import RotaryEmbedding, activation, causal_attend
 from olmoe.weights.calibrate import layer_without_experts
-from olmoe.weights.names import DOWN, EMBEDDING, EXPERTS, GATE_UP
+from olmoe.weights.names import DOWN, EMBEDDING, EXPERTS, GATE_UP, parameter_shapes
 from olmoe.weights.source import WeightSource, read_finite
 
 Floats = npt.NDArray[np.float64]
@@ -96,12 +97,15 @@ def weight_similarity(source: WeightSource, progress: Progress | None = None) ->
     different.
     """
     config = source.config
+    shapes = parameter_shapes(config)
     found = np.zeros((config.num_hidden_layers, config.num_experts, config.num_experts))
     for i in range(config.num_hidden_layers):
         products = torch.zeros(config.num_experts, config.num_experts)
         for leaf in (GATE_UP, DOWN):
             name = f"model.layers.{i}.{EXPERTS}.{leaf}"
-            stack_EP = torch.stack([read_finite(source, name, e).flatten() for e in range(config.num_experts)]).float()
+            stack_EP = torch.empty(config.num_experts, math.prod(shapes[name][1:]))
+            for e in range(config.num_experts):
+                stack_EP[e] = read_finite(source, name, e).flatten()
             products += stack_EP @ stack_EP.T
         found[i] = _normalized(products)
         if progress is not None:

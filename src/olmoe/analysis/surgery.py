@@ -30,7 +30,7 @@ from olmoe.io.text_file import read_text
 from olmoe.weights import sample_text
 from olmoe.weights.blueprint import Blueprint
 from olmoe.weights.checkpoint import Checkpoint
-from olmoe.weights.edited import EditedSource, write
+from olmoe.weights.edited import EditedSource, check_target, write
 from olmoe.weights.hf_folder import HFFolder
 from olmoe.weights.packed_file import PackedFile
 from olmoe.weights.source import WeightSource, tokenizer_of
@@ -119,6 +119,7 @@ def edit(
         targets.check_folder(target, (), overwrite=False)
     checkpoint = Checkpoint.open(os.fspath(model), revision=revision, token=token, local_files_only=local_files_only)
     source = cast(HFFolder | PackedFile, checkpoint.source())
+    check_target(EditedSource(source, Blueprint.unchanged(source.config)), target, overwrite=overwrite)
     blueprint = plan(source, edits, calibration=calibration, tokens=tokens, progress=progress)
     notes = {"model": source.path.resolve().name, "edits": _listed(edits.named())}
     write(EditedSource(source, blueprint, notes), target, overwrite=overwrite, progress=progress)
@@ -209,11 +210,15 @@ def read_lists(path: str | os.PathLike[str]) -> Lists:
     path = Path(os.path.expanduser(path))
     try:
         found = json.loads(read_text(path))
-        return {int(key): value for key, value in found.items()} if isinstance(found, dict) else cast(Lists, found)
+        if isinstance(found, dict):
+            return {int(key): value for key, value in found.items()}
     except OSError as error:
         raise UserError(f"The lists of experts {path} cannot be read ({error.strerror}); check the path.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} does not hold lists of experts in JSON ({error}).") from None
+    if not isinstance(found, list):
+        raise UserError(f"{path} must hold lists of numbers of experts, not {shown(found)}.")
+    return found
 
 
 # ---- choosing experts ----

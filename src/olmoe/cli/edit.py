@@ -131,6 +131,8 @@ def _check(arguments: argparse.Namespace, wanted: bool) -> None:
     """Raise `UserError` for arguments that do not go together."""
     from olmoe.errors import UserError
 
+    if arguments.by is not None and not (arguments.prune or "").isdigit():
+        raise UserError(f"--by {arguments.by} says which experts --prune N leaves out; give a number N.")
     if arguments.policy is not None:
         if wanted or arguments.target is not None:
             raise UserError("--policy is measured on MODEL and nothing is written; leave OUT and the edits out.")
@@ -143,8 +145,6 @@ def _check(arguments: argparse.Namespace, wanted: bool) -> None:
         raise UserError("--text is what --report reads; add it, or name text to choose experts by as --calibration.")
     if arguments.json is not None and not arguments.report:
         raise UserError("--json takes the numbers of a report; add --report.")
-    if arguments.by is not None and not (arguments.prune or "").isdigit():
-        raise UserError(f"--by {arguments.by} says which experts --prune N leaves out; give a number N.")
 
 
 def _edits(arguments: argparse.Namespace) -> Edits:
@@ -184,6 +184,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _texts(given: list[str] | None) -> dict[str, str] | None:
     """Files by name; the name of a file alone is its own without the suffix."""
+    import os
     from pathlib import Path
 
     from olmoe.errors import UserError
@@ -197,6 +198,8 @@ def _texts(given: list[str] | None) -> dict[str, str] | None:
             raise UserError(f"--text takes FILE or NAME=FILE, such as stories=stories.txt, not {text!r}.")
         if name.strip() in texts:
             raise UserError(f"--text names {name.strip()!r} twice; give each text a name of its own, as NAME=FILE.")
+        if not os.path.isfile(os.path.expanduser(file)):  # before hours of work
+            raise UserError(f"The text {file} cannot be read: it does not exist; check the path.")
         texts[name.strip()] = file
     return texts or None
 

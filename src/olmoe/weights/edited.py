@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from olmoe.io import targets
+from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.quant import PackedLayout
-from olmoe.weights import packed_file
 from olmoe.weights.blueprint import FILE_NAME, Blueprint, LayerPlan, Mix
 from olmoe.weights.hf_folder import HFFolder
 from olmoe.weights.names import layer_of, parameter_shapes
@@ -29,7 +29,7 @@ from olmoe.weights.packed_file import PackedFile
 from olmoe.weights.quantize import pack
 from olmoe.weights.recipes import RECIPES, Recipe
 from olmoe.weights.table import TensorTable
-from olmoe.weights.to_folder import to_folder
+from olmoe.weights.to_folder import to_folder, written_files
 
 Progress = Callable[[int, int], None]
 
@@ -115,9 +115,8 @@ def write(source: EditedSource, target: Path, *, overwrite: bool = False, progre
     dtype that it computes in (bf16 if it says none). `progress(done, total)` is called after each tensor. Raises
     `UserError` if `target` exists, or with `overwrite` if it holds anything but a model.
     """
+    check_target(source, target, overwrite=overwrite)
     base = source.base
-    names = {*source.files(), packed_file.FILE_NAME, "config.json"}
-    targets.check_folder(target, names, overwrite=overwrite, shards=True, source=source.path)
     if isinstance(base, HFFolder):
         dtypes = {name: base.parameter_dtypes[source.origin(name)[0]] for name in parameter_shapes(source.config)}
         to_folder(source, target, dtypes, progress, overwrite=overwrite)
@@ -125,6 +124,13 @@ def write(source: EditedSource, target: Path, *, overwrite: bool = False, progre
         pack(source, target, edited_recipe(source, base.layout), None, progress, overwrite=overwrite)
     else:
         to_folder(source, target, base.layout.compute_dtype or torch.bfloat16, progress, overwrite=overwrite)
+
+
+def check_target(source: EditedSource, target: Path, *, overwrite: bool) -> None:
+    """Raise what `write` raises for its target, before anything is computed."""
+    packed = isinstance(source.base.layout, PackedLayout)
+    names = {*(source.files() if packed else written_files(source)), SINGLE_NAME, "config.json"}
+    targets.check_folder(target, names, overwrite=overwrite, shards=not packed, source=source.path)
 
 
 def edited_recipe(source: EditedSource, layout: PackedLayout) -> Recipe:

@@ -50,7 +50,7 @@ def to_folder(
     `UserError` if the disk is full, or if `folder` holds anything; with `overwrite`, anything but the files of a
     checkpoint that was written like this.
     """
-    files = _files(source)
+    files = written_files(source)
     names = {*files, "config.json", SINGLE_NAME}
     targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
     parts = _parts(source.config)
@@ -105,7 +105,7 @@ def _parts(config: ModelConfig) -> dict[str, Part]:
     return parts
 
 
-def _files(source: WeightSource) -> dict[str, str]:
+def written_files(source: WeightSource) -> dict[str, str]:
     """The text files of the source, and what other software needs besides and can be derived."""
     files = {generation.FILE_NAME: generation.generation_text(source.config)} | source.files()
     if "tokenizer.json" in files and "tokenizer_config.json" not in files:
