@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +42,7 @@ RESULTS, IMAGES = ROOT / "benchmarks/results/surgery_study.json", ROOT / "docs/i
 WINDOW = 512
 REMOVED = (0, 8, 16, 24, 32, 40, 48, 56)
 SEEDS = (0, 1)
-EACH_WINDOWS = 2  # of a domain, where each expert is left out by itself: differences on the same text need few
+EACH_WINDOWS = 1  # of a domain, where each expert is left out by itself: differences on the same text need few
 FROM_DOMAINS = 24  # experts that a model of one domain does without
 KS = range(1, 17)
 
@@ -56,12 +55,11 @@ def main() -> None:
     """Measure, or read what was measured; and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder of texts, a domain each")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each half of each domain (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each half of each domain (%(default)s)")
     parser.add_argument("--figures", action="store_true", help="draw the figures of the results that are there")
     arguments = parser.parse_args()
     if not arguments.figures:
-        found = Study(arguments.corpus, arguments.tokens).run()
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Study(arguments.corpus, arguments.tokens).run()
     draw(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
@@ -83,24 +81,23 @@ class Study:
             self.calibration[name] = sample_text.windows(ids[:middle], WINDOW, tokens // WINDOW)
             self.held_out[name] = sample_text.windows(ids[middle:], WINDOW, tokens // WINDOW)
 
-    def run(self) -> dict[str, Any]:
-        """All of it."""
-        started = time.perf_counter()
-        every = self.contributions(self.calibration)
-        own = {name: self.contributions({name: windows}) for name, windows in self.calibration.items()}
-        found = {
+    def run(self) -> None:
+        """All of it, written after each part."""
+        found: dict[str, Any] = {
             "model": "olmoe-tiny",
+            "machine": machine_facts(),
             "domains": list(self.held_out),
             "tokens": {name: sum(len(w) - 1 for w in windows) for name, windows in self.held_out.items()},
             "loss": self.losses(self.runner),
-            "removed": self.removed(every),
-            "specialists": self.specialists(own),
-            "without": self.without_each(),
-            "reap": {name: each.reap.round(5).tolist() for name, each in own.items()},
-            "load": {name: each.load.round(5).tolist() for name, each in own.items()},
-            "k": self.other_k(),
         }
-        return found | {"seconds": round(time.perf_counter() - started), "machine": machine_facts()}
+        for name, part in (
+            ("removed", self.removed),
+            ("k", self.other_k),
+            ("specialists", self.specialists),
+            ("without", self.without_each),
+        ):
+            found[name] = part()
+            RESULTS.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     def contributions(self, windows: dict[str, Windows]) -> Contributions:
         """What experts do on the calibration half of these domains."""
@@ -119,8 +116,9 @@ class Study:
             write(EditedSource(self.source, blueprint), Path(folder) / "model")
             return self.losses(make_runner(checkpoint.load(Path(folder) / "model")))
 
-    def removed(self, found: Contributions) -> list[dict[str, Any]]:
-        """Losses by the number of experts that each criterion removes from each layer."""
+    def removed(self) -> list[dict[str, Any]]:
+        """Losses by the number of experts that each criterion removes from each layer, chosen on all domains."""
+        found = self.contributions(self.calibration)
         kinds = [("reap", 0), ("load", 0), ("merge", 0), *(("random", seed) for seed in SEEDS)]
         rows = []
         for kind, seed in tqdm(kinds, desc="criteria"):
@@ -130,10 +128,15 @@ class Study:
                 rows.append({"by": kind, "seed": seed, "removed": count, "loss": self.edited(blueprint)})
         return rows
 
-    def specialists(self, own: dict[str, Contributions]) -> dict[str, dict[str, float]]:
-        """Losses of every domain in models that were pruned by REAP on one."""
-        edits = Edits(prune=FROM_DOMAINS)
-        return {name: self.edited(apply(self.start, edits, found)) for name, found in tqdm(own.items(), desc="domains")}
+    def specialists(self) -> dict[str, dict[str, Any]]:
+        """Losses of every domain in models that were pruned by REAP on one, and which experts of each layer went."""
+        found = {}
+        for name, windows in tqdm(self.calibration.items(), desc="domains"):
+            blueprint = apply(self.start, Edits(prune=FROM_DOMAINS), self.contributions({name: windows}))
+            kept = [{mix.experts[0] for mix in layer.experts} for layer in blueprint.layers]
+            gone = [[e for e in range(self.start.num_experts) if e not in each] for each in kept]
+            found[name] = {"loss": self.edited(blueprint), "removed": gone}
+        return found
 
     def without_each(self) -> dict[str, list[list[float]]]:
         """How much each domain loses without each single expert, (L, E)."""
@@ -229,7 +232,7 @@ def mean_of(losses: dict[str, float], names: Sequence[str]) -> float:
 def draw_specialists(found: dict[str, Any]) -> Any:
     """What every domain (columns) loses in a model that was pruned on one (rows)."""
     names = found["domains"]
-    lost = np.array([[found["specialists"][a][b] - found["loss"][b] for b in names] for a in names])
+    lost = np.array([[found["specialists"][a]["loss"][b] - found["loss"][b] for b in names] for a in names])
     figure, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
     image = ax.imshow(lost, cmap="cividis_r", vmin=0)
     for (row, column), value in np.ndenumerate(lost):

@@ -27,7 +27,7 @@ COMMANDS = {
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
     "policy": "make a router policy that favours the experts of a domain",
-    "edit": "prune, merge or reorder experts, copy layers, and measure what it costs",
+    "edit": "prune, merge or reorder experts; measure what it costs",
     "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
