@@ -5,7 +5,7 @@
 Of the text of every domain the first half chooses experts (calibration), the second half measures the loss. Every
 edited model is written by the same functions as `olmoe edit` writes it and loaded again; bans of single experts and
 other k are router policies. Writes benchmarks/results/surgery_study.json and the figures docs/images/surgery-*.png;
-`--figures` draws them again from the results.
+`--parts` measures some of them again, `--figures` only draws.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ RESULTS, IMAGES = ROOT / "benchmarks/results/surgery_study.json", ROOT / "docs/i
 WINDOW = 512
 REMOVED = (0, 8, 16, 24, 32, 40, 48, 56)
 SEEDS = (0, 1)
-EACH_WINDOWS = 1  # of a domain, where each expert is left out by itself: differences on the same text need few
+PAIR = ("stories_tinystories", "code")  # the domains whose need of each single expert is compared
 FROM_DOMAINS = 24  # experts that a model of one domain does without
 KS = range(1, 17)
+PARTS = ("removed", "k", "specialists", "without")
 
 Windows = list[list[int]]
 # Okabe and Ito's colours.
@@ -56,10 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder of texts, a domain each")
     parser.add_argument("--tokens", type=int, default=2048, help="of each half of each domain (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (all)")
     parser.add_argument("--figures", action="store_true", help="draw the figures of the results that are there")
     arguments = parser.parse_args()
     if not arguments.figures:
-        Study(arguments.corpus, arguments.tokens).run()
+        Study(arguments.corpus, arguments.tokens).run(arguments.parts)
     draw(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
@@ -81,22 +83,18 @@ class Study:
             self.calibration[name] = sample_text.windows(ids[:middle], WINDOW, tokens // WINDOW)
             self.held_out[name] = sample_text.windows(ids[middle:], WINDOW, tokens // WINDOW)
 
-    def run(self) -> None:
-        """All of it, written after each part."""
+    def run(self, parts: Sequence[str]) -> None:
+        """Measure `parts` of `PARTS`, written after each; what was measured of the others before stays."""
+        kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
         found: dict[str, Any] = {
             "model": "olmoe-tiny",
             "machine": machine_facts(),
             "domains": list(self.held_out),
             "tokens": {name: sum(len(w) - 1 for w in windows) for name, windows in self.held_out.items()},
             "loss": self.losses(self.runner),
-        }
-        for name, part in (
-            ("removed", self.removed),
-            ("k", self.other_k),
-            ("specialists", self.specialists),
-            ("without", self.without_each),
-        ):
-            found[name] = part()
+        } | {name: kept[name] for name in PARTS if name in kept}
+        for name in parts:
+            found[name] = getattr(self, name)()
             RESULTS.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     def contributions(self, windows: dict[str, Windows]) -> Contributions:
@@ -104,11 +102,9 @@ class Study:
         ids = torch.tensor([each for of_domain in windows.values() for each in of_domain])
         return measure_contributions(self.source, ids, similarity=True)
 
-    def losses(
-        self, runner: Runner, policy: ResolvedPolicy | None = None, windows: int | None = None
-    ) -> dict[str, float]:
-        """Nats a token of each domain's held-out half, or of so many windows of it."""
-        return {name: round(loss(runner, each[:windows], policy), 6) for name, each in self.held_out.items()}
+    def losses(self, runner: Runner, policy: ResolvedPolicy | None = None, *names: str) -> dict[str, float]:
+        """Nats a token of the held-out half of these domains, by default of all."""
+        return {name: round(loss(runner, self.held_out[name], policy), 6) for name in names or self.held_out}
 
     def edited(self, blueprint: Blueprint) -> dict[str, float]:
         """The losses of an edited model, written and loaded."""
@@ -138,21 +134,21 @@ class Study:
             found[name] = {"loss": self.edited(blueprint), "removed": gone}
         return found
 
-    def without_each(self) -> dict[str, list[list[float]]]:
-        """How much each domain loses without each single expert, (L, E)."""
+    def without(self) -> dict[str, list[list[float]]]:
+        """How much each domain of `PAIR` loses without each single expert, (L, E)."""
         config = self.source.config
         shape = config.num_hidden_layers, config.num_experts
-        base = self.losses(self.runner, windows=EACH_WINDOWS)
+        base = self.losses(self.runner, None, *PAIR)
         lost = {name: np.zeros(shape) for name in base}
         for layer, expert in tqdm(list(np.ndindex(*shape)), desc="each expert"):
             banned = np.zeros(shape, dtype=bool)
             banned[layer, expert] = True
             policy = RouterPolicy(banned=banned).resolve(config)
-            for name, value in self.losses(self.runner, policy, EACH_WINDOWS).items():
+            for name, value in self.losses(self.runner, policy, *PAIR).items():
                 lost[name][layer, expert] = value - base[name]
         return {name: each.round(5).tolist() for name, each in lost.items()}
 
-    def other_k(self) -> list[dict[str, Any]]:
+    def k(self) -> list[dict[str, Any]]:
         """Losses by experts a token, with their probabilities as they are and divided by their sum."""
         rows = []
         for k in tqdm(KS, desc="k"):
@@ -202,7 +198,7 @@ def draw_removed(found: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained", sharey=True)
     base = found["loss"]
     stories = [name for name in base if name.startswith("stories")]
-    for ax, names, title in ((axes[0], list(base), "all domains"), (axes[1], stories, "stories")):
+    for ax, names, title in ((axes[0], list(base), "all domains"), (axes[1], stories, "stories, by the same choice")):
         for colour, kind, label in zip(
             COLOURS, ("reap", "load", "merge", "random"), ("REAP", "load", "merged", "random"), strict=False
         ):
@@ -250,15 +246,17 @@ def draw_specialists(found: dict[str, Any]) -> Any:
 def draw_without(found: dict[str, Any]) -> Any:
     """Each expert: what stories lose without it, and what code loses."""
     figure, ax = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
-    stories, code = (np.array(found["without"][name]) for name in ("stories_tinystories", "code"))
+    stories, code = (np.array(found["without"][name]) for name in PAIR)
     for layer in range(len(code)):
         ax.scatter(1000 * stories[layer], 1000 * code[layer], s=14, color=COLOURS[layer], label=f"layer {layer}")
-    for axis in (ax.set_xscale, ax.set_yscale):
-        axis("symlog", linthresh=1)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_yscale("symlog", linthresh=1)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
     ax.axhline(0, color="#999999", linewidth=0.6)
     ax.axvline(0, color="#999999", linewidth=0.6)
     ax.set(xlabel="stories lose without it, thousandths of a nat a token", ylabel="code loses without it")
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=len(code))
     return figure
 
 
@@ -276,7 +274,7 @@ def draw_k(found: dict[str, Any]) -> Any:
     axes[0].set(ylabel="loss added, nats a token", title="by domain, probabilities as they are")
     axes[1].set(ylabel="held-out loss, nats a token", title="all domains")
     for ax in axes:
-        ax.set(xlabel="experts a token (trained with 8)")
+        ax.set(xlabel="experts a token (trained with 8)", xticks=(1, 2, 4, 6, 8, 10, 12, 14, 16))
         ax.axvline(8, color="#999999", linewidth=0.8, linestyle="--")
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
         ax.legend(fontsize=7)
