@@ -93,6 +93,11 @@ def test_formats_go_with_their_layers(tmp_path):
     assert formats["model.layers.1.self_attn.q_proj.weight"] is None
     assert formats["model.layers.0.self_attn.q_proj.weight"] == "q8_0"
     assert formats["lm_head.weight"] == "q5_0"
+    assert not [
+        name
+        for name in json.loads((out / "config.json").read_text())["quantization_config"]["overrides"]
+        if "mlp.gate" in name
+    ]
     before, after = checkpoint.load(tmp_path / "packed"), checkpoint.load(out)
     for new, plan in enumerate(blueprint.layers):
         pairs = zip(after.model.layers[new].parameters(), before.model.layers[plan.origin].parameters(), strict=True)

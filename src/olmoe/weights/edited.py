@@ -33,6 +33,8 @@ from olmoe.weights.to_folder import to_folder, written_files
 
 Progress = Callable[[int, int], None]
 
+_ROUTER = ".mlp.gate.weight"
+
 
 class EditedSource:
     """A `BlockSource`: the weights of `base` by the names that they have in the edited model.
@@ -68,7 +70,7 @@ class EditedSource:
             mix = plan.experts[expert]
             return _average([self.base.read(name, e) for e in mix.experts], mix)
         value = self.base.read(name)
-        if plan is None or not parameter.endswith(".mlp.gate.weight"):
+        if plan is None or not parameter.endswith(_ROUTER):
             return value
         return torch.stack([_average([value[e] for e in mix.experts], mix) for mix in plan.experts])
 
@@ -149,6 +151,7 @@ def edited_recipe(source: EditedSource, layout: PackedLayout) -> Recipe:
     exceptions = {}
     for name, row in TensorTable(source.config, layout).items():
         wanted = layout.name_of(source.origin(name)[0])
-        if len(row.shape) > 1 and layout.name_of(name) != wanted:
+        matrix = len(row.shape) > 1 and not name.endswith(_ROUTER)
+        if matrix and layout.name_of(name) != wanted:
             exceptions[name.removesuffix(".weight")] = wanted
     return replace(recipe, overrides=recipe.overrides | exceptions)
