@@ -37,7 +37,7 @@ from olmoe.errors import UserError
 from olmoe.io.json_file import read_object
 from olmoe.ops.dispatch import AUTO
 from olmoe.runner import Batch, CacheView, Want, make_runner
-from olmoe.runner.base import ResolvedPolicy
+from olmoe.runner.policy import ResolvedPolicy
 from olmoe.runner.policy_file import read_policy
 from olmoe.runtime import resolve_dtype
 from olmoe.weights import sample_text

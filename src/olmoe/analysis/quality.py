@@ -29,7 +29,7 @@ from torch import Tensor
 from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.runner import Batch, CacheView, Runner, Want, make_runner, to_cache_dtype
-from olmoe.runner.base import ResolvedPolicy
+from olmoe.runner.policy import ResolvedPolicy
 from olmoe.runtime import available_memory_bytes, log
 from olmoe.weights import checkpoint, sample_text
 from olmoe.weights.checkpoint import open_source
