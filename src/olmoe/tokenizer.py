@@ -239,6 +239,10 @@ class Tokenizer:
         # A batch, if only of one, lets other threads run meanwhile.
         return list(self._chat_backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
+    def template(self, name: str | None = None) -> str:
+        """The chat template of that name, or the one that chats go through: OLMoE's, if the checkpoint has none."""
+        return self._template(name, False)
+
     def _template(self, wanted: str | None, tools: bool) -> str:
         """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""
         if wanted is not None:

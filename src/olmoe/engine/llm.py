@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from olmoe.config import ModelConfig
 from olmoe.engine.engine import Engine
 from olmoe.engine.new_request import new_request
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
-from olmoe.engine.request import Completion, Request, Statistics, in_batch
+from olmoe.engine.request import Completion, Delta, Request, Statistics, in_batch
 from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.engine.stream import Stream
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
@@ -145,6 +146,11 @@ class LLM:
         self._resolved = None if given is None else given.resolve(self.config)
         self._policy: Policy | None = given
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """That of keys and values, None for the runner's own."""
+        return self._cache_dtype
+
     def recompile(self) -> None:
         """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
 
@@ -200,6 +206,29 @@ class LLM:
         statistics = Statistics()
         return Stream(request, self._run([request], statistics), statistics)
 
+    def as_completed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        most_sequences: int | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """What `generate` returns, each with the number of its prompt and as soon as it has finished.
+
+        At most `most_sequences` are in progress at once (None: 256). Errors of prompts and parameters are raised at
+        once. Whoever leaves the iterator gives up what has not finished.
+        """
+        requests = self._requests(read_prompts(prompts), params)
+        number_of = {request: number for number, request in enumerate(requests)}
+
+        def finished() -> Iterator[tuple[int, Completion]]:
+            with contextlib.closing(self._deltas(requests, Statistics(), most_sequences)) as deltas:
+                for delta in deltas:
+                    if delta.finish_reason is not None:
+                        yield number_of[delta.request], delta.request.completion()
+
+        return finished()
+
     def _complete(self, prompts: list[Read], params: object, *, show_progress: bool) -> list[Completion]:
         requests = self._requests(prompts, params)
         statistics, hidden = Statistics(), not show_progress or len(requests) <= _MANY or sys.stderr is None
@@ -246,9 +275,18 @@ class LLM:
 
     def _run(self, requests: list[Request], statistics: Statistics) -> Generator[str, None, None]:
         """Generate until every request has finished, yielding the new texts of any of them."""
+        with contextlib.closing(self._deltas(requests, statistics)) as deltas:
+            for delta in deltas:
+                if delta.text:
+                    yield delta.text  # what the reader does with it is not our time
+
+    def _deltas(
+        self, requests: list[Request], statistics: Statistics, most_sequences: int | None = None
+    ) -> Generator[Delta, None, None]:
+        """Generate until every request has finished, yielding what is new of any of them."""
         if not requests:
             return
-        engine = self._rested(requests) or self._engine(requests)
+        engine = self._rested(requests) or self._engine(requests, most_sequences or MOST_SEQUENCES)
         for request in requests:
             engine.add(request)
         finished = False
@@ -262,8 +300,7 @@ class LLM:
                 for delta in news:
                     if delta.error is not None:
                         raise in_batch(UserError(delta.error), delta.request.where)
-                    if delta.text:
-                        yield delta.text  # what the reader does with it is not our time
+                    yield delta
             finished = True
         except GeneratorExit:  # left between two steps: the engine is sound, and keeps its prefixes
             finished = True
@@ -282,7 +319,7 @@ class LLM:
         most = max(request.most_tokens for request in requests)
         return next((engine for engine in idle if engine.pool_tokens >= most), None)
 
-    def _engine(self, requests: list[Request]) -> Engine:
+    def _engine(self, requests: list[Request], most_sequences: int) -> Engine:
         """An engine for these requests, or if prefixes are kept, for any."""
         runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
@@ -302,7 +339,7 @@ class LLM:
             cache_bytes=max(cache_bytes, least),
             cache_dtype=self._cache_dtype,
             block_size=block_size,
-            max_rows=MOST_SEQUENCES,
+            max_rows=most_sequences,
             backend=self.backend,
         )
 
