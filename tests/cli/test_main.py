@@ -171,6 +171,7 @@ def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, nam
     rest["edit"] = ["x", "y"]
     rest["analyze"] = ["x", "--text", "name=file", "--output", "y"]
     rest["policy"] = ["x", "--domain", "name"]
+    rest["eval"] = ["x", "--tasks", "y"]
     flag = f"--{option}"
     for arguments in (
         [flag, name, *rest[name]],

@@ -105,12 +105,14 @@ def add_sampling_arguments(group: Any) -> None:
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where a model comes from and what it runs on."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """Declare where a model comes from and what it runs on; `positional` names it without an option."""
+    what = "a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
+    if positional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", metavar="DIR|HUB_ID", help="a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
-    )
+    if not positional:
+        group.add_argument("--model", metavar="DIR|HUB_ID", help=what)
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (%(default)s)")

@@ -28,6 +28,7 @@ COMMANDS = {
     "analyze": "see which experts a model chooses on your texts, with figures",
     "policy": "make a router policy that favours the experts of a domain",
     "edit": "prune, merge or reorder experts; measure what it costs",
+    "eval": "score a model on tasks of lm-evaluation-harness",
     "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
