@@ -222,7 +222,10 @@ class LLM:
         number_of = {request: number for number, request in enumerate(requests)}
 
         def finished() -> Iterator[tuple[int, Completion]]:
-            with contextlib.closing(self._deltas(requests, Statistics(), most_sequences)) as deltas:
+            if not requests:
+                return
+            engine = self._rested(requests) or self._engine(requests, most_sequences)
+            with contextlib.closing(self._deltas(engine, requests, Statistics())) as deltas:
                 for delta in deltas:
                     if delta.finish_reason is not None:
                         yield number_of[delta.request], delta.request.completion()
@@ -275,18 +278,16 @@ class LLM:
 
     def _run(self, requests: list[Request], statistics: Statistics) -> Generator[str, None, None]:
         """Generate until every request has finished, yielding the new texts of any of them."""
-        with contextlib.closing(self._deltas(requests, statistics)) as deltas:
+        if not requests:
+            return
+        engine = self._rested(requests) or self._engine(requests)
+        with contextlib.closing(self._deltas(engine, requests, statistics)) as deltas:
             for delta in deltas:
                 if delta.text:
                     yield delta.text  # what the reader does with it is not our time
 
-    def _deltas(
-        self, requests: list[Request], statistics: Statistics, most_sequences: int | None = None
-    ) -> Generator[Delta, None, None]:
+    def _deltas(self, engine: Engine, requests: list[Request], statistics: Statistics) -> Generator[Delta, None, None]:
         """Generate until every request has finished, yielding what is new of any of them."""
-        if not requests:
-            return
-        engine = self._rested(requests) or self._engine(requests, most_sequences or MOST_SEQUENCES)
         for request in requests:
             engine.add(request)
         finished = False
@@ -319,7 +320,7 @@ class LLM:
         most = max(request.most_tokens for request in requests)
         return next((engine for engine in idle if engine.pool_tokens >= most), None)
 
-    def _engine(self, requests: list[Request], most_sequences: int) -> Engine:
+    def _engine(self, requests: list[Request], most_sequences: int | None = None) -> Engine:
         """An engine for these requests, or if prefixes are kept, for any."""
         runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
@@ -339,7 +340,7 @@ class LLM:
             cache_bytes=max(cache_bytes, least),
             cache_dtype=self._cache_dtype,
             block_size=block_size,
-            max_rows=most_sequences,
+            max_rows=most_sequences or MOST_SEQUENCES,
             backend=self.backend,
         )
 
