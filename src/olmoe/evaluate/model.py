@@ -112,7 +112,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
             pretrained = LLM(
                 pretrained,
                 dtype=dtype,
-                device=device or "auto",
+                device=_device(device),
                 backend=kernels,
                 revision=revision,
                 token=token,
@@ -346,6 +346,13 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
 
     def _bar(self, total: int, what: str, hidden: bool) -> Any:
         return tqdm(total=total, desc=what, disable=True if hidden or not self._show_progress else None)
+
+
+def _device(given: str | torch.device | None) -> str | torch.device:
+    """What the harness names: its command says cuda:0 whether there is one or not, which its `hf` backend lets pass."""
+    if given is None or (str(given).startswith("cuda") and not torch.cuda.is_available()):
+        return "auto"
+    return given
 
 
 def _rows(batch_size: int | str | None, most: int | None) -> int | None:

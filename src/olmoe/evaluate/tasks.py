@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+from lm_eval import evaluator, simple_evaluate  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
 from olmoe.errors import UserError, shown
@@ -50,7 +52,8 @@ def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any)
     Raises `UserError` if a task's data cannot be had.
     """
     try:
-        found: dict[str, Any] = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+        with _git_in_silence():
+            found: dict[str, Any] = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
     except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises, also for what is not on the hub
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(
@@ -58,6 +61,25 @@ def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any)
         ) from error
     found["config"] |= {"model": "olmoe", "model_args": {"pretrained": model.name}, "batch_size": model.batch_size}
     return found
+
+
+@contextlib.contextmanager
+def _git_in_silence() -> Iterator[None]:
+    """The harness notes the commit of the folder that it runs in, and git complains on stderr where there is none."""
+    ask = evaluator.get_git_commit_hash
+
+    def commit() -> str | None:
+        try:
+            done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # git is not installed
+            return None
+        return done.stdout.strip() or None
+
+    evaluator.get_git_commit_hash = commit
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 def _folders(given: Sequence[str]) -> list[str]:
