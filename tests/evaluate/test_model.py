@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="the extra `ecosystem` is not installed")
 
 import lm_eval
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
@@ -193,6 +194,11 @@ def test_it_is_registered_and_takes_the_harness_arguments():
     assert OlmoeLM.create_from_arg_obj({"threads": None}, {"batch_size": 1})._rows == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_the_gpu_that_the_harness_command_names_need_not_be_there():
+    assert str(OlmoeLM(device="cuda:0").device) == "cpu"
+
+
 def test_an_llm_is_taken_as_it_is(tokenizer):
     llm = LLM.from_parts(make_model(), tokenizer, cache_dtype="float16")
     model = OlmoeLM(llm, show_progress=False)
@@ -228,8 +234,6 @@ def test_small_batches_and_memory_change_nothing(ours):
 
 
 def test_samples_can_be_repeated_and_differ(ours):
-    import torch
-
     asked = [("Once upon a time", {"until": ["."], "max_gen_toks": 20, "do_sample": True, "temperature": 1.2})] * 3
     found = []
     for seed in (1, 1, 2):
