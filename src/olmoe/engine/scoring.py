@@ -23,7 +23,7 @@ from olmoe.engine.block_pool import BlockPool
 from olmoe.errors import UserError
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Batch, CacheView, Runner, Want, position_bytes
-from olmoe.runner.base import ResolvedPolicy
+from olmoe.runner.policy import ResolvedPolicy
 
 CACHE_BYTES = 2**31
 # Runs of tokens in one step at most.
