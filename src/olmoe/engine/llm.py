@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_para
 from olmoe.engine.request import Completion, Delta, Request, Statistics, in_batch
 from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.engine.stream import Stream
+from olmoe.engine.tracing import OnTrace, RequestTraces, TraceTarget, writer_of
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.io import hub
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
-from olmoe.runner import Runner, make_runner, position_bytes, require_backend, to_cache_dtype
+from olmoe.runner import Runner, TraceWriter, make_runner, position_bytes, require_backend, to_cache_dtype
 from olmoe.runner.policy_file import AnyPolicy, Policy
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
@@ -167,6 +169,7 @@ class LLM:
         params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         show_progress: bool = True,
+        trace: TraceTarget = None,
     ) -> list[Completion]:
         """Complete one prompt or several, each into the text that it would get alone.
 
@@ -181,10 +184,14 @@ class LLM:
         thousands of prompts, and what prompts have in common is computed once. For more than 32 a bar is shown on
         stderr if that is a terminal, unless `show_progress` is False.
 
+        `trace` is a file for what the routers choose for every token, written as texts grow, with a window for each
+        prompt in their order: the prompt's tokens and the new ones, but for the last, which nothing is computed of.
+        `olmoe.runner.Trace.open` reads it. Or it is an open `TraceWriter`, which takes the texts of several calls.
+
         Raises `UserError` for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
         and whatever else is no prompt, before anything is generated; it names the prompt if there are several.
         """
-        return self._complete(read_prompts(prompts), params, show_progress=show_progress)
+        return self._complete(read_prompts(prompts), params, trace, show_progress=show_progress)
 
     def chat(
         self,
@@ -192,19 +199,24 @@ class LLM:
         params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         show_progress: bool = True,
+        trace: TraceTarget = None,
     ) -> list[Completion]:
         """The assistant's answer to one conversation or to several; otherwise as `generate`.
 
         A conversation is a list of messages such as `{"role": "user", "content": "Hello"}`. They go through the
         checkpoint's chat template, or OLMoE-Instruct's where it has none.
         """
-        return self._complete(list(read_chats(messages)), params, show_progress=show_progress)
+        return self._complete(list(read_chats(messages)), params, trace, show_progress=show_progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once."""
-        (request,) = self._requests([read_prompt(prompt)], params)
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, trace: TraceTarget = None) -> Stream:
+        """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once.
+
+        The file of `trace` is there when the text has ended, and not if it was left before.
+        """
+        requests = self._requests([read_prompt(prompt)], params)
         statistics = Statistics()
-        return Stream(request, self._run([request], statistics), statistics)
+        pieces = self._run(requests, statistics, writer_of(trace, requests, self.config))
+        return Stream(requests[0], pieces, statistics)
 
     def as_completed(
         self,
@@ -232,11 +244,14 @@ class LLM:
 
         return finished()
 
-    def _complete(self, prompts: list[Read], params: object, *, show_progress: bool) -> list[Completion]:
+    def _complete(
+        self, prompts: list[Read], params: object, trace: TraceTarget, *, show_progress: bool
+    ) -> list[Completion]:
         requests = self._requests(prompts, params)
+        writer = writer_of(trace, requests, self.config)
         statistics, hidden = Statistics(), not show_progress or len(requests) <= _MANY or sys.stderr is None
         with tqdm(total=len(requests), desc="generate", unit="prompt", disable=hidden or None) as bar:
-            for _ in self._run(requests, statistics):
+            for _ in self._run(requests, statistics, writer):
                 bar.update(statistics.finished - bar.n)
             bar.update(statistics.finished - bar.n)
         return [request.completion() for request in requests]
@@ -276,18 +291,31 @@ class LLM:
 
     # ---- the inner loop ----
 
-    def _run(self, requests: list[Request], statistics: Statistics) -> Generator[str, None, None]:
+    def _run(
+        self, requests: list[Request], statistics: Statistics, trace: AbstractContextManager[TraceWriter | None]
+    ) -> Generator[str, None, None]:
         """Generate until every request has finished, yielding the new texts of any of them."""
-        if not requests:
-            return
-        engine = self._rested(requests) or self._engine(requests)
-        with contextlib.closing(self._deltas(engine, requests, statistics)) as deltas:
-            for delta in deltas:
-                if delta.text:
-                    yield delta.text  # what the reader does with it is not our time
+        with trace as writer:
+            if not requests:
+                return
+            traces = None
+            if writer is not None:
+                traces = RequestTraces(writer)
+                traces.expect(requests)
+            # One that is traced shares nothing with other texts or calls, for which nothing would be chosen here.
+            engine = (self._rested(requests) if traces is None else None) or self._engine(requests, on_trace=traces)
+            with contextlib.closing(self._deltas(engine, requests, statistics, keep=traces is None)) as deltas:
+                for delta in deltas:
+                    if delta.text:
+                        yield delta.text  # what the reader does with it is not our time
 
-    def _deltas(self, engine: Engine, requests: list[Request], statistics: Statistics) -> Generator[Delta, None, None]:
-        """Generate until every request has finished, yielding what is new of any of them."""
+    def _deltas(
+        self, engine: Engine, requests: list[Request], statistics: Statistics, *, keep: bool = True
+    ) -> Generator[Delta, None, None]:
+        """Generate until every request has finished, yielding what is new of any of them.
+
+        The engine is kept for later calls if prefixes are, and it may be.
+        """
         for request in requests:
             engine.add(request)
         finished = False
@@ -311,7 +339,7 @@ class LLM:
                 engine.abort(request)
             engine.unreported()
             # Not one whose keys and values come from other weights. And only one, for `cache_bytes` hold for it.
-            if finished and self._prefix_cache and engine.runner is self._runner:
+            if keep and finished and self._prefix_cache and engine.runner is self._runner:
                 self._idle = [engine]
 
     def _rested(self, requests: list[Request]) -> Engine | None:
@@ -320,8 +348,10 @@ class LLM:
         most = max(request.most_tokens for request in requests)
         return next((engine for engine in idle if engine.pool_tokens >= most), None)
 
-    def _engine(self, requests: list[Request], most_sequences: int | None = None) -> Engine:
-        """An engine for these requests, or if prefixes are kept, for any."""
+    def _engine(
+        self, requests: list[Request], most_sequences: int | None = None, on_trace: OnTrace | None = None
+    ) -> Engine:
+        """An engine for these requests, or if prefixes are kept, for any. One that is traced computes every token."""
         runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
         token_bytes = position_bytes(config, self._cache_dtype or runner.cache_dtype)
@@ -341,7 +371,9 @@ class LLM:
             cache_dtype=self._cache_dtype,
             block_size=block_size,
             max_rows=most_sequences or MOST_SEQUENCES,
+            prefix_cache=on_trace is None,
             backend=self.backend,
+            on_trace=on_trace,
         )
 
 

@@ -1,7 +1,7 @@
 """Inference on a compiled network: a runner is made once from a model, and one call of it takes any mixture of tokens.
 
 `base` says what goes in and comes out, `policy` what may change routers; `cpu_runner` is the C++ kernels, and
-`torch_runner` the plain network on any device.
+`torch_runner` the plain network on any device; `trace_file` keeps what routers chose.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from olmoe.runner.choose import BACKENDS, make_runner, require_backend
 from olmoe.runner.cpu_runner import CpuRunner
 from olmoe.runner.policy import RouterPolicy
 from olmoe.runner.torch_runner import TorchRunner
+from olmoe.runner.trace_file import Trace, TraceWriter
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,8 @@ __all__ = [
     "Runner",
     "StepOutput",
     "TorchRunner",
+    "Trace",
+    "TraceWriter",
     "Unfit",
     "Want",
     "make_runner",
