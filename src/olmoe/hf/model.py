@@ -37,6 +37,7 @@ from olmoe.hf.recording import (
     CheckpointsWithin,
     checkpointed,
     note,
+    note_routing,
     recording,
     wanted_states,
 )
@@ -81,8 +82,9 @@ class OlmoeSparseMoeBlock(SparseMoeBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_states (..., D) -> (..., D)."""
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_NE, weights_NK, expert_ids_NK = self.gate(x_ND)
-        note(ROUTERS, logits_NE)
+        routed = self.gate(x_ND)
+        note_routing([routed])
+        _, weights_NK, expert_ids_NK = routed
         return self.experts(x_ND, expert_ids_NK, weights_NK).view(hidden_states.shape)
 
 
@@ -126,7 +128,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         if done is not None:
             note(ATTENTIONS, attend.weights)
             if done[1] is not None:
-                note(ROUTERS, done[1].logits)
+                note_routing([done[1]])
             return done[0]
         attended, weights = self.self_attn(
             hidden_states=self.input_layernorm(x),
@@ -258,7 +260,7 @@ class OlmoeModel(OlmoePreTrainedModel):
             done = None if wanted else step(layers, x, rope, mask, cache, kwargs, OlmoeDecoderLayer)
             if done is not None:
                 x, routers = done
-                notes[ROUTERS] = [routed.logits for routed in routers] if output_router_logits else []
+                note_routing(routers)
             else:
                 for layer in layers:
                     x = layer(
