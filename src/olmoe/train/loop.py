@@ -154,7 +154,7 @@ def open_run(config: TrainConfig, output: Path, newest: Path | None, overwrite: 
     return run
 
 
-def advance(run: Run) -> dict[str, float]:
+def advance(run: Run) -> dict[str, Any]:
     """Train by one step; what it measured, by name."""
     started, config, progress = time.perf_counter(), run.config, run.progress
     batches = microbatches(run.data.mixture, config, progress.step, run.device)
