@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from olmoe.analysis import metrics
 from olmoe.analysis.measurements import agreement, measure, measure_revision, shares
@@ -36,6 +37,7 @@ from olmoe.errors import UserError
 from olmoe.io import hub, targets
 from olmoe.io.atomic import atomic_file, write_text
 from olmoe.io.documents import Chat, read_documents
+from olmoe.io.mapped import forget
 from olmoe.ops.dispatch import AUTO
 from olmoe.runner import make_runner, require_backend
 from olmoe.runtime import resolve_device, resolve_dtype
@@ -48,10 +50,12 @@ TRACE, AGAINST, METRICS, REPORT = "trace.safetensors", "against.safetensors", "m
 # Of the table of tokens (Table 8): so many an expert, and those that occur so often.
 _TOP_TOKENS, _OCCURRENCES = 15, 10
 _PART = ".part-"
+# Windows of a trace that are copied before what was read of it is forgotten.
+_TOGETHER = 64
 
 Progress = Callable[[int, int], None]
-# Token ids by document.
-Documents = list[list[int]]
+# Token ids by document; lists of them would take ten times the memory.
+Documents = list[npt.NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -211,15 +215,15 @@ def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
     documents: Documents = []
     left = most
     for document in read_documents(path, f"The text of {name},"):
-        ids = _encode(document, subject.tokenizer)[:left]
-        if ids:
+        ids = np.array(_encode(document, subject.tokenizer)[:left], dtype=np.int32)
+        if len(ids):
             documents.append(ids)
             left -= len(ids)
         if left == 0:
             break
     if not documents:
         raise UserError(f"The text of {name}, {path}, is empty; give one with at least a few sentences.")
-    largest = max(map(max, documents))
+    largest = max(int(ids.max()) for ids in documents)
     if largest >= subject.checkpoint.config.vocab_size:
         raise UserError(
             f"The tokenizer of {subject.name} gives the id {largest}, but the model has only "
@@ -253,7 +257,8 @@ def _check_alike(
     if subjects[1].tokenizer is subjects[0].tokenizer:
         return
     for name, path in texts.items():
-        if _read(Path(os.path.expanduser(path)), name, subjects[1], tokens) != ids[name]:
+        read = _read(Path(os.path.expanduser(path)), name, subjects[1], tokens)
+        if len(read) != len(ids[name]) or not all(map(np.array_equal, read, ids[name])):
             raise UserError(
                 f"{subjects[1].name} and {subjects[0].name} read the text of {name} as different tokens, so they "
                 "cannot be compared token by token; choose a model with the same tokenizer."
@@ -312,7 +317,7 @@ def _identity(checkpoint: Checkpoint, settings: _Settings) -> str:
 def _digest(identity: str, documents: Documents) -> str:
     digest = hashlib.sha256(identity.encode())
     for document in documents:
-        digest.update(np.asarray([len(document), *document], dtype="<i4").tobytes())
+        digest.update(np.asarray([len(document)], dtype="<i4").tobytes() + document.astype("<i4").tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -332,14 +337,13 @@ def _join(parts: Sequence[Path], names: Sequence[str], path: Path, subject: _Sub
     ) as writer:
         for trace in traces:
             assert trace.predicted_ids is not None
-            for start, end in itertools.pairwise([*trace.starts.tolist(), len(trace)]):
+            chosen, weights, ids, predicted = trace.expert_ids, trace.weights, trace.input_ids, trace.predicted_ids
+            for number, window in enumerate(trace.windows()):
                 writer.start()
-                writer.append(
-                    trace.expert_ids[start:end],
-                    trace.weights[start:end],
-                    trace.input_ids[start:end].tolist(),
-                    trace.predicted_ids[start:end],
-                )
+                writer.append(chosen[window], weights[window], ids[window], predicted[window])
+                if number % _TOGETHER == 0:
+                    for column in (chosen, weights, ids, predicted):
+                        forget(column)
 
 
 @dataclass(frozen=True)

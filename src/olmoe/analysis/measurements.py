@@ -184,11 +184,12 @@ def _layers(
     confidence = metrics.confidence(trace.weights)
     neighbours = metrics.neighbour_overlap(trace.expert_ids, trace.starts)
     together = metrics.coactivation(trace.expert_ids, trace.experts)
-    tokens: Mapping[str, Any] = {
-        "input": trace.input_ids,
-        "predicted": trace.predicted_ids,
-        "next": metrics.next_ids(trace.input_ids, trace.starts),
+    tokens = {
+        "input": metrics.occurrences(trace.input_ids),
+        "next": metrics.occurrences(metrics.next_ids(trace.input_ids, trace.starts)),
     }
+    if trace.predicted_ids is not None:
+        tokens["predicted"] = metrics.occurrences(trace.predicted_ids)
     for layer in range(len(top_k_LE)):
         numbers = found[str(layer)]
         numbers["first"] = float(confidence.first[layer])
@@ -200,17 +201,16 @@ def _layers(
         numbers["coactivation"] = [[i, j, float(together[layer, i, j])] for i, j in _largest(together[layer])]
         numbers["often_together"] = int((together[layer] > 0.5).sum())
         numbers["together"] = _together(together[layer])
-        numbers["vocabulary"] = {}
-        for name, ids in tokens.items():
-            if ids is not None:
-                numbers["vocabulary"][name] = {
-                    which: metrics.vocabulary(trace.expert_ids, ids, layer, trace.experts, top).mean_of_best
-                    for which, top in (("top_k", None), ("top_1", 1))
-                }
-        for key, ids in (("experts", trace.input_ids), ("experts_predicted", trace.predicted_ids)):
-            if ids is not None:
-                first = metrics.vocabulary(trace.expert_ids, ids, layer, trace.experts, 1)
-                numbers["vocabulary"][key] = [None if math.isnan(x) else float(x) for x in first.of_experts()]
+        follows = metrics.vocabularies(trace.expert_ids, tokens, layer, trace.experts, (None, 1))
+        numbers["vocabulary"] = {
+            name: {"top_k": follows[name, None].mean_of_best, "top_1": follows[name, 1].mean_of_best}
+            for name in ("input", "predicted", "next")
+            if name in tokens
+        }
+        for key, name in (("experts", "input"), ("experts_predicted", "predicted")):
+            if name in tokens:
+                favourites = follows[name, 1].of_experts()
+                numbers["vocabulary"][key] = [None if math.isnan(x) else float(x) for x in favourites]
     return found
 
 
