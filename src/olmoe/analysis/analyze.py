@@ -215,7 +215,7 @@ def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
     documents: Documents = []
     left = most
     for document in read_documents(path, f"The text of {name},"):
-        ids = np.array(_encode(document, subject.tokenizer)[:left], dtype=np.int32)
+        ids = _encode(document, subject.tokenizer, left)
         if len(ids):
             documents.append(ids)
             left -= len(ids)
@@ -232,11 +232,17 @@ def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
     return documents
 
 
-def _encode(document: str | Chat, tokenizer: Tokenizer) -> list[int]:
-    """Nothing is added before or after a document, as in the paper's analysis."""
-    if isinstance(document, str):
-        return tokenizer.encode(document)
-    return tokenizer.encode_chat(document, add_generation_prompt=False)
+def _encode(document: str | Chat, tokenizer: Tokenizer, most: int) -> npt.NDArray[np.int32]:
+    """Its first ids. Nothing is added before or after a document, as in the paper's analysis."""
+    if not isinstance(document, str):
+        return np.array(tokenizer.encode_chat(document, add_generation_prompt=False)[:most], dtype=np.int32)
+    parts, left = [], most
+    for ids in tokenizer.encode_parts(document):
+        parts.append(np.array(ids[:left], dtype=np.int32))
+        left -= len(parts[-1])
+        if left == 0:
+            break
+    return np.concatenate(parts)
 
 
 def _size(documents: Documents) -> int:
