@@ -2,9 +2,9 @@
 
     python benchmarks/trace_memory.py [--tokens 10000000] [--layers 16] [--folder DIR]
 
-Routing at random, with ids as frequent as words are. What bounds it from above is the size of the file, which is what a
-program takes that reads it whole. Resident memory counts pages of the mapped file as well; RssAnon is without them. Both
-are looked at twenty times a second. The file is removed at the end.
+Routing at random, with ids as frequent as words are. What bounds it from above is the size of the file, which is what
+a program takes that reads it whole. Resident memory counts pages of the mapped file as well; RssAnon is without them.
+Both are looked at twenty times a second. The file is removed at the end.
 """
 
 from __future__ import annotations
