@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from olmoe.analysis.report import findings
+from olmoe.analysis.trace import Trace
 from olmoe.cli.main import _parse, main
 from olmoe.io.hub import SHIPPED
 
@@ -45,6 +46,7 @@ def test_blocks(tmp_path, monkeypatch, capsys):
     namespace: dict[str, object] = {}
     for language, code in BLOCKS:
         if language == "python":
+            code = code.replace('"allenai/OLMoE-1B-7B-0924"', repr(str(SHIPPED)))
             exec(compile(code, "analysis.md", "exec"), namespace)
             continue
         for command in code.splitlines():
@@ -66,6 +68,8 @@ def test_blocks(tmp_path, monkeypatch, capsys):
     assert (layers, top) == (4, 8)
     assert namespace["together"].shape == namespace["theirs"].shape == (4, 64, 64)
     assert len(namespace["found"]["domains"]["code"]["layers"]["3"]["top_k"]) == 64
+    for name, windows in (("stories", 2), ("more", 2), ("routing", 1)):
+        assert len(Trace.open(f"{name}.safetensors").starts) == windows
 
 
 # ---- the table of keys ----
