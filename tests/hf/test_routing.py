@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeForSequenceClassification
 from olmoe.hf import record_routing
+from olmoe.hf.recording import asked
 from olmoe.runner import Trace
 from sentences import refused
 
@@ -92,6 +93,55 @@ def test_generate_in_another_thread_and_twice(model):
             thread.start()
             thread.join()
     assert_texts(model, recording.trace, [text[0, :-1] for text in found])
+
+
+def test_blocks_within_one_another(model):
+    with record_routing(model) as outer:
+        model(IDS[:1])
+        with record_routing(model) as inner:
+            model(IDS[1:2])
+        model(IDS[2:])
+    assert_texts(model, inner.trace, IDS[1:2].tolist())
+    assert_texts(model, outer.trace, IDS.tolist())
+
+
+def test_blocks_that_overlap(model):
+    first, second = record_routing(model), record_routing(model)
+    one, two = first.__enter__(), second.__enter__()
+    model(IDS[:1])
+    first.__exit__(None, None, None)
+    model(IDS[1:2])
+    second.__exit__(None, None, None)
+    assert_texts(model, one.trace, IDS[:1].tolist())
+    assert_texts(model, two.trace, IDS[:2].tolist())
+    assert asked() is None
+
+
+def test_threads_that_run_the_model_together(model):
+    texts = [IDS[0, :4], IDS[1, :9], IDS[2, 3:]]
+    meet = threading.Barrier(len(texts))
+    failed = []
+
+    def run(text):
+        meet.wait()
+        try:
+            for _ in range(6):
+                model.generate(text.view(1, -1), **GREEDY)
+        except Exception as error:  # shown by the test, not by the thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(text,)) for text in texts]
+    with record_routing(model) as recording:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    whole = [model.generate(text.view(1, -1), **GREEDY)[0, :-1].tolist() for text in texts]
+    trace = recording.trace
+    found = [trace.input_ids[window].tolist() for window in trace.windows()]
+    assert sorted(found) == sorted(whole * 6)
+    assert_texts(model, trace, found)
 
 
 def test_a_cache_continues_its_texts_and_another_one_does_not(model):

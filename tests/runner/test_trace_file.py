@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -110,6 +112,24 @@ def test_places_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch
         monkeypatch.setattr(writer, "_files", {name: type("Full", (), {"write": full})() for name in writer._files})
         assert "The disk is full" in refused(lambda: writer.append(*tokens(1)))
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_trace_is_there_once_its_block_has_ended_well(tmp_path, named):
+    def record(error: type[BaseException] | None) -> TraceWriter:
+        with (
+            pytest.raises(error) if error else contextlib.nullcontext(),
+            TraceWriter(tmp_path / "t" if named else None, layers=1, experts=4, top_k=1) as writer,
+        ):
+            writer.append(np.zeros((2, 1, 1), dtype=int), np.ones((2, 1, 1)), [1, 2])
+            assert "after the with block" in refused(lambda: writer.trace)
+            if error:
+                raise error
+        return writer
+
+    assert len(record(None).trace) == 2
+    failed = record(KeyError)  # whose file would be the one of before
+    assert "or its block has failed" in refused(lambda: failed.trace)
 
 
 def test_many_experts_need_two_bytes(tmp_path):

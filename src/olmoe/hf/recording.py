@@ -39,14 +39,15 @@ def recording(names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
     if not notes:
         yield notes
         return
-    token = _notes.set((_asked() or {}) | notes)
+    token = _notes.set((asked() or {}) | notes)
     try:
         yield notes
     finally:
         _notes.reset(token)
 
 
-def _asked() -> dict[str, list[Any]] | None:
+def asked() -> dict[str, list[Any]] | None:
+    """The lists that a caller has asked to be filled, by name; None where nobody has."""
     if torch.compiler.is_dynamo_compiling() and not _notes.compiling:
         return None  # what is not set inside a graph cannot be read there
     return _notes.get()
@@ -54,14 +55,14 @@ def _asked() -> dict[str, list[Any]] | None:
 
 def note(name: str, value: Any) -> None:
     """Keep `value` if `name` was asked for; a module without attention probabilities records None."""
-    notes = _asked()
+    notes = asked()
     if notes is not None and name in notes and value is not None:
         notes[name].append(value)
 
 
 def note_routing(routers: Iterable[RouterOutput]) -> None:
     """Keep what was asked for of what the routers of some layers decided."""
-    if _asked():
+    if asked():
         for logits_NE, weights_NK, expert_ids_NK in routers:
             note(ROUTERS, logits_NE)
             note(EXPERT_IDS, expert_ids_NK)
@@ -74,7 +75,7 @@ def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tenso
     Reentrant checkpointing computes without a graph and gives gradients only to the outputs of its function, so what
     is noted becomes such outputs.
     """
-    outer = _asked()
+    outer = asked()
     if not outer:
         return checkpoint(block, x)
     counts: list[int] = []

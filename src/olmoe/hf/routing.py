@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from olmoe.errors import UserError
 from olmoe.hf.inputs import restarts
 from olmoe.hf.model import OlmoeModel
-from olmoe.hf.recording import EXPERT_IDS, EXPERT_WEIGHTS, recording
+from olmoe.hf.recording import EXPERT_IDS, EXPERT_WEIGHTS, asked, recording
 from olmoe.runner import TraceWriter
 
 
@@ -34,7 +35,8 @@ def record_routing(
     block has ended. A row of a batch is a window of the trace, which `generate` and other passes with the same cache
     continue; texts that share a row have a window each. Padding, by a mask (B, S), is left out, and so is what a cache
     holds already. Nothing is kept of logits, and kernels compute what they compute otherwise. Tokens that are given as
-    embeddings have the id -1.
+    embeddings have the id -1. Blocks may be nested, each with all that runs inside it, and several threads may run the
+    model, each with caches of its own.
 
     >>> with record_routing(model, "routing.safetensors") as recording:    # doctest: +SKIP
     ...     model.generate(**inputs)
@@ -49,7 +51,8 @@ def record_routing(
     with TraceWriter.of(found.config, path, top_k=top_k, metadata=metadata) as writer:
         recorder = _Recorder(writer)
         before = found.register_forward_pre_hook(recorder.before, with_kwargs=True)
-        after = found.register_forward_hook(recorder.after, with_kwargs=True, always_call=True)
+        # In front: of two recorders the one that began last ends first.
+        after = found.register_forward_hook(recorder.after, with_kwargs=True, always_call=True, prepend=True)
         try:
             yield writer
         finally:
@@ -57,30 +60,50 @@ def record_routing(
             after.remove()
 
 
+class _Passes(threading.local):
+    """What is known of the passes of one thread: `outer` is what others want noted of the present one."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.notes: dict[str, list[Any]] = {}
+        self.outer: dict[str, list[Any]] = {}
+        self.cached = 0
+
+
 class _Recorder:
     """Two hooks of a decoder, before and after each of its passes."""
 
     def __init__(self, writer: TraceWriter) -> None:
         self._writer = writer
-        self._stack = ExitStack()
-        self._notes: dict[str, list[Any]] = {}
-        self._cached = 0
-        self._windows: list[int] = []  # of each row of the last pass
-        self._cache: weakref.ref[Any] | None = None  # of the last pass: with another one, other texts begin
+        self._lock = threading.Lock()
+        self._own = _Passes()
+        # Of each row of the last pass with a cache; with another cache other texts begin.
+        self._windows: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
     def before(self, module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to note; how many tokens there are in the cache is known only now."""
         cache = _given(module, args, kwargs)[2]
-        self._cached = 0 if cache is None else int(cache.get_seq_length())
-        self._notes = self._stack.enter_context(recording((EXPERT_IDS, EXPERT_WEIGHTS)))
+        own = self._own
+        own.cached = 0 if cache is None else int(cache.get_seq_length())
+        own.outer = asked() or {}
+        own.notes = own.stack.enter_context(recording((EXPERT_IDS, EXPERT_WEIGHTS)))
 
     def after(self, module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Write what was noted; nothing of a pass that has failed."""
-        notes, self._notes = self._notes, {}
-        self._stack.close()
+        own = self._own
+        notes, own.notes = own.notes, {}
+        own.stack.close()
         if output is None:
             return
-        x, mask, cache, positions = _given(module, args, kwargs)
+        for name in notes.keys() & own.outer.keys():
+            own.outer[name] += notes[name]
+        with self._lock:
+            self._write(notes, output, own.cached, *_given(module, args, kwargs))
+
+    def _write(
+        self, notes: dict[str, list[Any]], output: Any, cached: int, x: Tensor, mask: Any, cache: Any, positions: Any
+    ) -> None:
+        """Write what the routers chose in a pass, given what it was called with and the tokens in its cache then."""
         batch, count = x.shape[:2]
         layers = len(notes[EXPERT_IDS])
         if layers != self._writer.layers:
@@ -89,9 +112,11 @@ class _Recorder:
                 "not, and neither do modules that replace ours; record the model itself."
             )
         cache = getattr(output, "past_key_values", cache)
-        if not self._cached or len(self._windows) != batch or self._cache is None or self._cache() is not cache:
-            self._windows = [self._writer.start() for _ in range(batch)]
-        self._cache = None if cache is None else weakref.ref(cache)
+        windows = self._windows.get(cache, []) if cached and cache is not None else []
+        if len(windows) != batch:
+            windows = [self._writer.start() for _ in range(batch)]
+        if cache is not None:
+            self._windows[cache] = windows
         ids_BT = x.cpu().numpy() if x.dim() == 2 else np.full((batch, count), -1)
         mask = mask[:, -count:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         keep_BT = np.ones((batch, count), dtype=bool) if mask is None else mask.cpu().numpy()
@@ -104,9 +129,9 @@ class _Recorder:
             cuts = () if begins_BT is None else np.flatnonzero(begins_BT[row, places])
             for start, end in itertools.pairwise([0, *cuts, len(places)]):
                 if start:
-                    self._windows[row] = self._writer.start()
+                    windows[row] = self._writer.start()
                 part = places[start:end]
-                self._writer.append(chosen[row, part], weights[row, part], ids_BT[row, part], window=self._windows[row])
+                self._writer.append(chosen[row, part], weights[row, part], ids_BT[row, part], window=windows[row])
 
 
 def _given(module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any, Any]:

@@ -132,6 +132,7 @@ class TraceWriter:
         # What was written, in its order: so many tokens of such a window; -1 is before the first.
         self._windows, self._counts = array("q"), array("q")
         self._window = -1
+        self._written = False
         self._trace: Trace | None = None
 
     @classmethod
@@ -198,11 +199,14 @@ class TraceWriter:
         with self._stack:
             if kind is None:
                 self._finish()
+                self._written = True
         self._files = {}
 
     @property
     def trace(self) -> Trace:
-        """What was written, once the `with` block has ended."""
+        """What was written, once the `with` block has ended well. Raises `UserError` if it has not."""
+        if not self._written:
+            raise UserError("The trace is not written yet, or its block has failed; ask for it after the with block.")
         if self._trace is None:
             assert self._path is not None
             self._trace = Trace.open(self._path)
