@@ -56,6 +56,38 @@ def test_data_that_cannot_be_had_is_one_sentence(ours, tmp_path):
         tasks.evaluate(ours, names, manager)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("test_split: test", "test_split: nosplit", "KeyError: 'nosplit'"),
+        ("output_type: multiple_choice", "output_type: nonsense", "ValueError: Got invalid output_type 'nonsense'"),
+        ("local_data.load", "local_data.nothing", "AttributeError: Module .* has no function 'nothing'"),
+        ("doc_to_choice: choices", 'doc_to_choice: "{{missing}}"', "UndefinedError: 'missing' is undefined"),
+        ("doc_to_choice: choices", "  bad: [", "ScannerError: mapping values are not allowed in this context in .*"),
+    ],
+)
+def test_tasks_that_do_not_work_are_one_sentence(ours, tmp_path, old, new, reason):
+    shutil.copytree(EXAMPLES, tmp_path / "tasks")
+    file = tmp_path / "tasks" / "next_sentence.yaml"
+    text = file.read_text("utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), "utf-8")
+    manager, names = tasks.find([str(file)])
+    with pytest.raises(UserError, match=rf"^A task does not work as it is defined \({reason}.*\); see its YAML file"):
+        tasks.evaluate(ours, names, manager, limit=2)
+
+
+def test_faults_of_ours_are_not_blamed_on_tasks(ours, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(ours.tokenizer, "encode_rendered", broken)
+    ours._encoded.cache_clear()
+    manager, names = tasks.find(["next_sentence"], PATH)
+    with pytest.raises(KeyError, match="ours"):
+        tasks.evaluate(ours, names, manager, limit=2)
+
+
 def test_results_name_the_model(ours):
     manager, names = tasks.find(["next_sentence"], PATH)
     found = tasks.evaluate(ours, names, manager, limit=4, bootstrap_iters=0)

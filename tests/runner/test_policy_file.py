@@ -126,6 +126,7 @@ def test_nothing_changes_nothing():
         ),
         ({"pin": [{"experts": 2}]}, r"pin\[0\] must have whole numbers"),
         ({"allow": [{"experts": [1]}, {"experts": [1, 2.0]}]}, r"allow\[1\] must have whole numbers"),
+        ({"allow": [{"layer": 1, "experts": []}]}, r"allow\[0\] allows no experts at all"),
         ({"temperature": 0}, "temperature must be a number between 0.001 and 1000, not 0"),
         ({"temperature": True}, "temperature must be a number between"),
         ({"temperature": [1, -1]}, r"temperature\[1\] must be a number between"),

@@ -7,10 +7,8 @@ that is interrupted keeps the domains and revisions that it has finished: the sa
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+
+from olmoe.cli.progress import progress_bar
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.runtime import set_threads
 
     set_threads(arguments.threads)
-    with _bar(arguments) as progress:
+    with progress_bar(arguments, "tracing", "token") as progress:
         found = analyze(
             arguments.model,
             texts,
@@ -109,22 +107,3 @@ def _texts(given: list[str]) -> dict[str, str]:
             raise UserError(f"--text names the domain {name!r} twice; give each text a name of its own.")
         texts[name] = file
     return texts
-
-
-@contextmanager
-def _bar(arguments: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; there is none before its first call, so mistakes stand alone."""
-    from tqdm import tqdm
-
-    with ExitStack() as stack:
-
-        @functools.cache
-        def bar() -> Any:
-            disable = arguments.quiet or None
-            return stack.enter_context(tqdm(unit="token", unit_scale=True, desc="tracing", disable=disable))
-
-        def progress(done: int, total: int) -> None:
-            bar().total = total
-            bar().update(done - bar().n)
-
-        yield progress

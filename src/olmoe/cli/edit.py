@@ -89,6 +89,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Edit, say what was written, and report."""
+    import os
+    from pathlib import Path
+
     from olmoe.analysis.surgery import edit
     from olmoe.io import targets
     from olmoe.runtime import set_threads
@@ -100,7 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, wanted)
     texts = _texts(arguments.text)
     if arguments.json is not None:
-        targets.check_file(arguments.json, overwrite=arguments.overwrite)
+        targets.check_file(arguments.json, overwrite=arguments.overwrite, option="--json")
+        targets.check_place(Path(os.path.expanduser(arguments.json)))
     set_threads(arguments.threads)
     if wanted:
         calibration = arguments.calibration or [sample_text.CALIBRATION]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
 from olmoe.errors import UserError, shown
 from olmoe.evaluate.model import OlmoeLM
+
+_log = logging.getLogger("olmoe")
 
 
 def listing(include_path: Sequence[str] = ()) -> str:
@@ -49,7 +53,7 @@ def find(names: Sequence[str], include_path: Sequence[str] = ()) -> tuple[Any, l
 def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any) -> dict[str, Any]:
     """The harness' results of a model, with the model's name; `options` are those of its `simple_evaluate`.
 
-    Raises `UserError` if a task's data cannot be had.
+    Raises `UserError` if a task's data cannot be had, or its definition does not work.
     """
     try:
         with _git_in_silence():
@@ -59,8 +63,24 @@ def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any)
         raise UserError(
             f"The data of a task cannot be had ({reason}); see that it is on this machine, or that the network is."
         ) from error
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:
+        if _passed_through_us(error):
+            raise
+        _log.info("a task failed", exc_info=True)
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise UserError(
+            f"A task does not work as it is defined ({reason}); see its YAML file and its data. --verbose shows where."
+        ) from error
     found["config"] |= {"model": "olmoe", "model_args": {"pretrained": model.name}, "batch_size": model.batch_size}
     return found
+
+
+def _passed_through_us(error: Exception) -> bool:
+    """Whether the harness, or a task, called what raised this through code of ours: then it is a fault of ours."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("olmoe.") and name != __name__ for name in frames)
 
 
 @contextlib.contextmanager

@@ -172,6 +172,9 @@ def to_policy(value: Mapping[str, Any]) -> NamedPolicy:
         tuple(place for where, entry in _entries(value, key) for place in _experts(entry, where, _PLACE))
         for key in ("ban", "pin", "allow")
     )
+    for where, entry in _entries(value, "allow"):
+        if not _experts(entry, where, _PLACE):
+            raise UserError(f"{where} allows no experts at all ({shown(entry)}); leave it out, or name some.")
     k, renormalize, temperature = value.get("k"), value.get("renormalize"), value.get("temperature")
     if k is not None and type(k) is not int:
         raise UserError(f"k must be a whole number, not {shown(k)}.")
