@@ -295,6 +295,8 @@ def test_balance():
     assert (even.entropy[0], even.max_over_mean[0], even.dead[0]) == (pytest.approx(1), pytest.approx(1), 0)
     one = metrics.balance(np.eye(8)[:1])
     assert (one.entropy[0], one.max_over_mean[0], one.dead[0]) == (0, 8, 7)
+    assert str(one.entropy[0]) == "0.0"  # not below it
+    assert metrics.balance(np.ones((1, 1))).entropy[0] == 1  # a single expert cannot be uneven
     nothing = metrics.balance(np.zeros((1, 8)))
     assert (nothing.entropy[0], nothing.dead[0]) == (0, 8)
 

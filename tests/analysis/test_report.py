@@ -156,6 +156,23 @@ def test_an_expert_by_domain(numbers):
     assert "2 ids in <b>one & all, and of 1 in $other$" in findings(changed)["token-shares"]
 
 
+def test_one_token_and_one_expert(tmp_path):
+    metadata = {"domains": json.dumps([["a", 0, 1], ["b", 1, 2]]), "model": "m"}
+    with TraceWriter(tmp_path / "t", layers=1, experts=1, top_k=1, predictions=True, metadata=metadata) as writer:
+        writer.start()
+        writer.append(np.zeros((2, 1, 1), dtype=int), np.ones((2, 1, 1)), [1, 1], [1, 1])
+    found = json.loads(json.dumps(measure(Trace.open(tmp_path / "t"))))
+    drawn = draw(found)
+    text = page(found | {"tokens": 1}, drawn)
+    assert "1 token of 2 domains" in text
+    assert "chose 1 of 1 expert." in text
+    assert "has 100.0% of the greatest entropy" in text
+    assert "furthest from all domains" not in text  # they are alike
+    for name in ("domains-top-k", "load", "vocabulary-experts"):
+        ax = drawn[name].axes[0]
+        assert all(place == int(place) for place in ax.get_xticks()), name
+
+
 def test_each_expert_and_its_ids(numbers):
     axes = draw(numbers)["vocabulary-experts"].axes
     for ax, key in zip(axes, ("experts", "experts_predicted"), strict=True):

@@ -139,6 +139,7 @@ def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = Non
                 ax.set_title(f"layer {layer}")
             if row == len(names) - 1:
                 ax.set_xlabel("expert")
+                ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             if column == 0:
                 ax.set_ylabel(f"{_short(name)}\n% of tokens")
     if other is not None:
@@ -155,7 +156,8 @@ def _load(metrics: Metrics) -> Any:
     ax = axes[0, 0]
     image = ax.imshow(relative, aspect="auto", cmap=_MAP, vmin=0, interpolation="nearest")
     ax.set(xlabel="expert", ylabel="layer")
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.colorbar(image, ax=ax, label="load / uniform load", pad=0.01)
     return figure
 
@@ -195,7 +197,7 @@ def _vocabulary(metrics: Metrics) -> Any:
                     color=_COLOURS[list(_SEEN).index(name)],
                 )  # fmt: skip
         ax.set(title=title, xlabel="layer")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0, 0].set_ylabel("vocabulary specialisation, %")
     axes[0, 1].legend()
     return figure
@@ -214,6 +216,7 @@ def _vocabulary_experts(metrics: Metrics) -> Any | None:
         ax.bar(range(len(values)), values, width=0.85, color=_COLOURS[list(_SEEN).index(name)])
         ax.axhline(100 * vocabulary[name]["top_1"], color=_GREY, linewidth=0.9, linestyle="--")
         ax.set(title=label, ylabel="%", ylim=(0, 100))
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[-1, 0].set_xlabel(f"expert of layer {middle_layer(metrics)}")
     return figure
 
@@ -346,7 +349,7 @@ def _confidence(metrics: Metrics) -> Any:
         axes[0, 0].plot(depth, values, style, label=label, markersize=3.5, color=colour)
     axes[0, 0].set(xlabel="layer", ylabel="mean probability", ylim=(0, 1))
     axes[0, 0].legend(loc="best")
-    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for layer, style, colour in zip(shown_layers(metrics), ("-", "--", ":"), _COLOURS, strict=False):
         counts = np.asarray(metrics["layers"][str(layer)]["histogram"], dtype=float)
         edges = np.linspace(0, 1, len(counts) + 1)
@@ -366,7 +369,7 @@ def _neighbours(metrics: Metrics) -> Any:
     ax.axhline(chance, color=_GREY, linewidth=0.9, linestyle="--")
     ax.annotate("chance", (0, chance), xytext=(0, 3), textcoords="offset points", color=_GREY)
     ax.set(xlabel="layer", ylabel="% of experts in common", ylim=(0, None))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
 
 
@@ -384,7 +387,7 @@ def _agreement(metrics: Metrics) -> Any:
             colour = _COLOURS[at % len(_COLOURS)]
             ax.plot(depth, values, style, marker="o", markersize=3, label=_short(name), color=colour)
         ax.set(title=title, xlabel="layer", ylim=(bottom, 101))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0, 0].set_ylabel("% of experts in common")
     axes[0, 1].legend(fontsize=7, ncols=math.ceil(len(metrics["against"]["domains"]) / 6))
     return figure

@@ -65,11 +65,13 @@ def balance(load_LE: Floats) -> Balance:
     """The balance of a load (L, E)."""
     total_L1 = load_LE.sum(axis=1, keepdims=True)
     p_LE = load_LE / np.where(total_L1 == 0, 1, total_L1)
-    entropy = -(p_LE * np.log(np.where(p_LE > 0, p_LE, 1))).sum(axis=1)
     experts = load_LE.shape[1]
+    if experts == 1:  # which has as much as all others
+        entropy = (total_L1[:, 0] > 0).astype(np.float64)
+    else:
+        entropy = (p_LE * np.log(np.where(p_LE > 0, 1 / np.where(p_LE > 0, p_LE, 1), 1))).sum(axis=1) / np.log(experts)
     mean_L = np.where(total_L1 == 0, 1, total_L1)[:, 0] / experts
-    limit = np.log(experts) if experts > 1 else 1.0
-    return Balance(entropy / limit, load_LE.max(axis=1) / mean_L, (load_LE == 0).sum(axis=1))
+    return Balance(entropy, load_LE.max(axis=1) / mean_L, (load_LE == 0).sum(axis=1))
 
 
 def distance(load_LE: Floats, other_LE: Floats) -> Floats:

@@ -101,9 +101,9 @@ def _section(name: str, figure: Any, sentence: str) -> str:
 
 def _summary(metrics: Metrics) -> str:
     return (
-        f"{metrics['tokens']:,} tokens of {_number(len(metrics['domains']), 'domain')} went through "
+        f"{_number(metrics['tokens'], 'token')} of {_number(len(metrics['domains']), 'domain')} went through "
         f"{_number(metrics['layers_count'], 'layer')}, in each of which every token chose {metrics['top_k']} of "
-        f"{metrics['experts']} experts."
+        f"{_number(metrics['experts'], 'expert')}."
     )
 
 
@@ -177,7 +177,8 @@ def _say_domains(metrics: Metrics, which: str) -> str:
         last = shown_layers(metrics)[-1]
         apart = {name: _distance(numbers, last) for name, numbers in metrics["domains"].items()}
         most, least = max(apart, key=apart.__getitem__), min(apart, key=apart.__getitem__)
-        text += f"; in the last layer {most} is furthest from all domains together, {least} nearest to them"
+        if apart[most] > apart[least]:
+            text += f"; in the last layer {most} is furthest from all domains together, {least} nearest to them"
     return text + "."
 
 

@@ -122,8 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         written = Checkpoint.open(arguments.target)
         config = written.config
+        experts = f"{config.num_experts} expert{'' if config.num_experts == 1 else 's'}"
         print(
-            f"{arguments.target}: {config.num_hidden_layers} layers of {config.num_experts} experts, "
+            f"{arguments.target}: {config.num_hidden_layers} layers of {experts}, "
             f"{config.num_experts_per_tok} a token; {written.num_bytes:,} bytes of weights"
         )
     if arguments.report:

@@ -65,7 +65,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--use-cache", metavar="FILE", help="keep answers in FILE_rank0.db, and take those that are there already"
     )
-    run.add_argument("--router-policy", metavar="FILE", help="JSON that bans or boosts experts, or changes k")
+    run.add_argument(
+        "--router-policy",
+        metavar="FILE",
+        help="JSON that bans, pins or boosts experts, or changes their number or weights",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
