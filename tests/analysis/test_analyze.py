@@ -117,6 +117,21 @@ def test_a_run_that_was_killed_goes_on(plain, texts, tmp_path):
     assert "--overwrite" in refused(lambda: analyze(plain, texts, out, report=False))
 
 
+def test_a_run_that_was_interrupted_while_drawing_goes_on(plain, texts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_pictures", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            analyze(plain, texts, out, report=False)
+    monkeypatch.setattr(module, "record", None)  # nothing is traced again
+    analyze(plain, texts, out, report=False)
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "trace.safetensors"]
+
+
 def test_other_settings_are_traced_anew(plain, texts, tmp_path, monkeypatch):
     record, windows = module.record, []
 

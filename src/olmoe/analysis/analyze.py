@@ -136,8 +136,9 @@ def analyze(
         found = _measure(target, subjects)
         if earlier:
             found["revisions"] = [sweep.numbers(each) for each in earlier]
-        write_text(target / METRICS, json.dumps(found, allow_nan=False) + "\n")
         _write_pictures(found, target, report, figures)
+        # Last: what has numbers is finished, and is not gone on with.
+        write_text(target / METRICS, json.dumps(found, allow_nan=False) + "\n")
         _clear(target, {TRACE, METRICS, *([AGAINST] if against is not None else [])}, report, figures)
     except BaseException:
         if new:  # nothing is left of a run that has not finished a domain
