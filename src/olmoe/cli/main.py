@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
     "convert": "convert a checkpoint to GGUF or back",
+    "average": "average checkpoints of one architecture into a new one",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
     "bench": "measure prompt processing and decoding on this CPU",
