@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
+import torch
 
 from olmoe.errors import ConfigError
+from olmoe.train import loop
 from olmoe.train.config import SkipConfig
 from olmoe.train.skipping import StepFilter
+from rank_processes import train_run, train_until
 from sentences import refused
+from training_runs import assert_same_run, read_metrics, write_run
 
 CONFIG = SkipConfig(sigmas=6.0, window=8, limit=2)
 
@@ -69,3 +74,40 @@ def test_too_many_in_a_row_end_the_run():
 def test_zero_sigmas_skip_nothing():
     made = StepFilter(SkipConfig(sigmas=0), [[1.0, 1.0]] * 128)
     assert made.admits(1e9, 1e9, 1)
+
+
+# ---- in a run ----
+
+
+def test_a_spike_changes_no_weight_and_the_run_goes_on_exactly(tmp_path, tokenizer_file, monkeypatch):
+    """A norm as large as a flipped bit makes it, and one that is no number, both after a resumption."""
+    skip = {"sigmas": 6.0, "window": 8, "limit": 1}
+    spikes = {7: 1e9, 9: math.nan}
+    original, seen = loop.clip_gradients, []
+
+    def clip(parameters, max_norm):
+        seen.append(True)
+        norm = original(parameters, max_norm)
+        return norm * spikes.get(len(seen), 1.0)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+    outputs = []
+    for name in ("whole", "parts"):
+        path = write_run(tmp_path / name / "run", tokenizer_file, skip=skip)
+        seen.clear()
+        if name == "parts":
+            assert train_until(path, 6, 0, signal.SIGINT) == "step-0000006"
+        train_run(path, resume=name == "parts")
+        outputs.append(path.parent / "out")
+    assert_same_run(*outputs)
+    records = [r for r in read_metrics(outputs[0]) if "cross_entropy" in r]
+    assert [r["step"] for r in records if r.get("skipped")] == [7, 9]
+    assert records[8]["grad_norm"] is None  # JSON has no word for it
+    optimizer = torch.load(outputs[0] / "checkpoints" / "step-0000012" / "training_state.pt")["optimizer"]
+    assert float(optimizer["state"][0]["step"]) == 10
+    progress = torch.load(outputs[0] / "checkpoints" / "step-0000012" / "training_state.pt")["progress"]
+    assert len(progress["recent"]) == 8
+    spikes[8] = 1e9  # now three in a row
+    path = write_run(tmp_path / "limit" / "run", tokenizer_file, skip=skip)
+    seen.clear()
+    assert "2 steps in a row" in refused(lambda: train_run(path), ConfigError)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from olmoe.train.ranks import ALONE, Ranks, join_ranks
 from olmoe.train.run_data import RunData, open_data
 from olmoe.train.run_folder import run_lock
 from olmoe.train.sharded_export import export_sharded
-from olmoe.train.sharded_state import ShardSaver, restore_shards, tensors_of, texts_of
 from olmoe.train.shards import assign, load_weights
 from olmoe.train.skipping import StepFilter
 from olmoe.train.step import Scales, check_finite, microbatches, train_step
@@ -41,6 +40,9 @@ from olmoe.weights import checkpoint, export
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.names import EMBEDDING, HEAD, parameter_shapes
 from olmoe.weights.sharded_folder import is_sharded
+
+if TYPE_CHECKING:
+    from olmoe.train.sharded_state import ShardSaver
 
 CPU = torch.device("cpu")
 
@@ -117,7 +119,10 @@ def _train(
 
 @dataclass
 class Run:
-    """Everything that a training run consists of between two steps."""
+    """Everything that a training run consists of between two steps.
+
+    What only several processes need is imported where they need it, because it takes as long as torch itself.
+    """
 
     config: TrainConfig
     output: Path
@@ -128,11 +133,13 @@ class Run:
     progress: state.Progress
     fingerprint: dict[str, Any]
     ranks: Ranks = ALONE
-    saver: ShardSaver | None = None
+    saver: ShardSaver | None = field(default=None, init=False)
     filter: StepFilter = field(init=False)
 
     def __post_init__(self) -> None:
         if self.is_sharded:
+            from olmoe.train.sharded_state import ShardSaver
+
             self.saver = ShardSaver(self.ranks)
 
     @property
@@ -149,6 +156,11 @@ class Run:
     def metrics_path(self) -> Path:
         """The file with a record for each step and each evaluation."""
         return self.output / "metrics.jsonl"
+
+    def rest(self) -> None:
+        """Let a sharded model's parameters be shards again after a forward pass that no backward followed."""
+        if self.is_sharded:
+            self.model.reshard()  # type: ignore[operator]
 
     def must_stop(self, interrupted: bool) -> bool:
         """Whether any process was interrupted. Raises `UserError` on all if a checkpoint could not be written."""
@@ -208,7 +220,9 @@ def open_run(
     if overwrite:
         ranks.on_first(lambda: state.discard(output))
     if newest is not None:
-        restore = restore_shards if is_sharded(newest) else state.restore
+        restore = state.restore
+        if is_sharded(newest):
+            from olmoe.train.sharded_state import restore_shards as restore
         run.progress = ranks.on_all(lambda: restore(newest, model, optimizer, run.fingerprint))
         log.info("resumed from %s", newest)
         if not ranks.on_first(lambda: state.has_best(output)):
@@ -261,7 +275,7 @@ def keep_best(run: Run, score: float) -> None:
 def _export(run: Run, overwrite: bool = False) -> None:
     best, texts = run.output / "best", run.data.tokenizer_files
     if run.is_sharded:
-        parallel.rest(run.model)
+        run.rest()
         export_sharded(run.model, best, run.ranks, texts)
     else:
         export.save(run.model, best, extra_files=texts, overwrite=overwrite)
@@ -274,7 +288,9 @@ def save(run: Run) -> Path:
     """
     keep = run.config.checkpoint.keep
     if run.saver is not None:
-        parallel.rest(run.model)
+        from olmoe.train.sharded_state import tensors_of, texts_of
+
+        run.rest()
         path = state.checkpoint_path(run.output, run.progress)
         texts = texts_of(run.model, run.optimizer, run.progress, run.fingerprint, run.data.tokenizer_files)
         tensors = tensors_of(run.model, run.optimizer)
@@ -298,7 +314,7 @@ def report_best(run: Run) -> Path:
         _export(run)
     model = run.model
     if run.is_sharded:
-        parallel.rest(model)
+        run.rest()
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
     else:
         model = checkpoint.load(best, device=run.device)
@@ -315,7 +331,9 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
     One that is `resumed` gets its weights with the rest of the state.
     """
     if parallel.is_parallel(config, ranks):
-        model = parallel.build_parallel(config, ranks, device)
+        from olmoe.train.sharding import build_parallel
+
+        model = build_parallel(config, ranks, device)
         if not resumed:
             ranks.on_all(lambda: _fill(model, config, assign))
         return model

@@ -6,15 +6,17 @@ Everything here takes plain tensors too, of which a process holds all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from olmoe.model import CausalLM
 from olmoe.weights.names import EMBEDDING, EXPERTS, HEAD
 from olmoe.weights.source import WeightSource
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Part = tuple[slice, ...]
 
@@ -27,14 +29,22 @@ class Parts(Protocol):
         ...
 
 
+def _is_shared(value: Tensor) -> TypeGuard[DTensor]:
+    if type(value) in (Tensor, nn.Parameter):  # whose process may do without the import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def local(value: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if _is_shared(value) else value
 
 
 def owned(value: Tensor) -> Part:
     """Which part of the whole tensor `local` is."""
-    if not isinstance(value, DTensor):
+    if not _is_shared(value):
         return tuple(slice(0, size) for size in value.shape)
     if 0 in value.to_local().shape:
         return tuple(slice(0, size) for size in value.to_local().shape)
@@ -44,7 +54,7 @@ def owned(value: Tensor) -> Part:
 
 def whole(value: Tensor) -> Tensor:
     """All of a tensor, on every process; all of them call it together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _is_shared(value) else value
 
 
 @torch.no_grad()
