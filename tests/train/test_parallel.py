@@ -123,9 +123,24 @@ def test_dropout_and_recomputation_on_ranks_are_those_of_one_process(tmp_path, t
     assert_equal_runs(tmp_path / "2" / "run" / "out", tmp_path / "1" / "run" / "out")
 
 
-def test_bf16_products_keep_weights_in_fp32_and_the_loss_near(tmp_path, tokenizer_file, alone):
-    path = write(tmp_path, tokenizer_file, 2, parallel={"expert": 2}, compute={"precision": "bf16"})
-    on_ranks(2, train_run, path)
+def test_shards_may_be_of_unequal_size_and_embeddings_tied(tmp_path, tokenizer_file):
+    """16 and 320 rows on three ranks, and a stack of 4 experts."""
+    for ranks in (1, 3):
+        changes = SHORT | {"model": {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1}}
+        batch = {"sequences": ranks, "accumulation": 6 // ranks}
+        path = write_run(tmp_path / str(ranks) / "run", tokenizer_file, batch=batch, **changes)
+        on_ranks(ranks, train_run, path) if ranks > 1 else train_run(path)
+    assert_equal_runs(tmp_path / "3" / "run" / "out", tmp_path / "1" / "run" / "out")
+    saved = sorted((tmp_path / "3" / "run" / "out" / "checkpoints").iterdir())[-1]
+    model, best = checkpoint.load(saved), checkpoint.load(tmp_path / "3" / "run" / "out" / "best")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(a.shape == b.shape for a, b in zip(model.parameters(), best.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_products_keep_weights_in_fp32_and_the_loss_near(tmp_path, tokenizer_file, alone, ranks):
+    path = write(tmp_path, tokenizer_file, ranks, parallel={"expert": ranks}, compute={"precision": "bf16"})
+    on_ranks(ranks, train_run, path) if ranks > 1 else train_run(path)
     ours, theirs = (read_metrics(o) for o in (tmp_path / "run" / "out", alone))
     losses = [[r["cross_entropy"] for r in records if "cross_entropy" in r] for records in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)

@@ -200,6 +200,7 @@ def agree() -> dict:
             "error on first": error_of(ranks.on_first, lambda: 1 // 0 if ranks.rank else one_more()),
             "error on one": error_of(ranks.on_all, one_fails),
             "turn": ranks.first_in_turn(lambda: ranks.rank),
+            "error in turn": error_of(ranks.first_in_turn, one_more),
         }
 
 
@@ -216,6 +217,7 @@ def test_ranks_agree_and_one_mistake_is_told_by_one():
     assert [f["all"] for f in found] == [f["turn"] for f in found] == [0, 1]
     told = "the first is wrong"
     assert [f["error on first"] for f in found] == [("UserError", told), ("ToldByAnother", told)]
+    assert [f["error in turn"] for f in found] == [("UserError", told), ("ToldByAnother", told)]
     told = "rank 1 is wrong"
     assert [f["error on one"] for f in found] == [("ToldByAnother", told), ("ConfigError", told)]
 

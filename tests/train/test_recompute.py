@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmoe.model import CausalLM, causal_attend, initialize
 from olmoe.train import parallel
@@ -53,6 +54,45 @@ def kept_bytes(path: Path, **compute) -> int:
 def test_what_is_recomputed_is_not_kept(tmp_path):
     plain, full = (kept_bytes(tmp_path / mode, activation_checkpointing=mode) for mode in ("off", "full"))
     assert full < plain / 2
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations of a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += self.name in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def calls(folder: Path, mode: str, operation: str) -> int:
+    """How often an operation runs in a forward and a backward pass of two layers."""
+    config = load_config(write_run(folder, "tokenizer.json", compute={"activation_checkpointing": mode}))
+    model = CausalLM(config.model)
+    initialize(model, 1)
+    for layer in model.model.layers:
+        parallel.arrange(layer, config)
+    with Counting(operation) as counting:
+        objective(model, torch.arange(128).view(4, 32), LossConfig(), 128, 1).objective.backward()
+    return counting.count
+
+
+@pytest.mark.parametrize(
+    ("operation", "once"), [("flash_attention_for_cpu.default", 2), ("aten._grouped_mm.default", 4)]
+)
+def test_selective_recomputation_leaves_attention_and_products_alone(tmp_path, operation, once):
+    found = {mode: calls(tmp_path, mode, operation) for mode in ("off", "selective", "full")}
+    assert found["off"] >= once  # backward has products of its own
+    assert found["selective"] == found["off"]
+    assert found["full"] == found["off"] + once
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gates_are_recomputed_in_either_mode(tmp_path, mode):
+    assert calls(tmp_path, mode, "aten.silu.default") > calls(tmp_path, "off", "aten.silu.default")
 
 
 def test_evaluation_recomputes_nothing(tmp_path):

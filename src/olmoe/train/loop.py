@@ -306,9 +306,8 @@ def save(run: Run) -> Path:
 def report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on all of every held-out and measured file into `evaluation.json`; its folder."""
     best = run.output / "best"
-    if not run.ranks.on_first(
-        lambda: state.has_best(run.output)
-    ):  # removed in the meantime, or before a finished run was resumed
+    is_there = run.ranks.on_first(lambda: state.has_best(run.output))
+    if not is_there:  # removed in the meantime, or before a finished run was resumed
         log.warning("%s is missing; the last state takes its place", best)
         run.progress.best_step = run.progress.step
         _export(run)

@@ -7,10 +7,12 @@ knows models or data.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,8 +109,17 @@ class Ranks:
 
     def first_in_turn(self, work: Callable[[], T]) -> T:
         """`on_all`, where the first rank has finished before the others begin: they find the files that it made."""
+        if self.size == 1:
+            return work()
         done: list[T] = []
-        self.on_first(lambda: done.append(work()))
+        outcome, turn = _Outcome(None, None), f"olmoe/turn/{next(_turns)}"
+        if self.is_first:
+            outcome = _outcome(lambda: done.append(work()))
+            if self.store is not None:
+                self.store.set(turn, "over")
+        elif self.store is not None:  # texts may take hours to tokenize, which no collective waits for
+            self.store.wait([turn], timedelta(days=30))
+        self.on_first(lambda: _raise_error(outcome))
         return self.on_all(lambda: done[0] if done else work())
 
     def _raise(self, error: UserError | OSError, rank: int) -> None:
@@ -146,6 +157,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_turns = itertools.count()
 
 
 @contextlib.contextmanager
@@ -202,6 +214,11 @@ def _init(device: str, started: bool) -> Ranks:
 def _leave() -> None:
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def _raise_error(outcome: _Outcome) -> None:
+    if outcome.error is not None:
+        raise outcome.error
 
 
 def _outcome(work: Callable[[], Any]) -> _Outcome:

@@ -322,8 +322,10 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _comparable(name: str, section: Any) -> Any:
-    """A section without what may change: the paths of files, whose contents are compared as `texts`, and how the
-    sequences of a step are shared out in microbatches.
+    """A section without what may change between a run and its continuation.
+
+    Files may move, since what they hold is compared as `texts`, and the sequences of a step may be shared out in other
+    microbatches, for other numbers of ranks.
     """
     if not isinstance(section, dict):
         return section
