@@ -4,8 +4,9 @@
 
 The server runs with its messages going to a full disk. First its capacity is measured with clients that wait for their
 answers; then requests come at random times at 110 % of it: answers of different lengths, of which clients leave 20 %
-in the middle, 10 % want JSON of a schema, and 5 % are no valid requests. Beside that, clients in processes of their own
-are killed, and others stopped for 20 s and continued. Checked at the end:
+in the middle, 10 % want JSON of a schema, and 5 % are no valid requests. Their rate follows what the server got done in
+the last half minute, so that it stays at 110 % where other programs take their share of the machine. Beside that,
+clients in processes of their own are killed, and others stopped for 20 s and continued. Checked at the end:
 
     memory    resident anonymous memory stays within 2 % after the warm-up (10 minutes, or a sixth of the run)
     blocks    nothing runs or waits, and no block of the cache is in use
@@ -42,6 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "serve_soak.jsonl"
 CLIENT = Path(__file__).with_name("serve_load.py")
 CAPACITY_CLIENTS, SAMPLE_SECONDS, STOPPED_SECONDS = 24, 5.0, 20.0
 GROWTH, OVERTAKEN_SECONDS = 0.02, 1.0
+OFFERED, RATE_SECONDS, LEAST_RATE = 1.1, 30.0, 5.0
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -101,13 +103,36 @@ class Tally:
                 "most_s": round(max(gaps, default=0.0), 3)}  # fmt: skip
 
 
-async def offer(load: Load, ids: list[int], tally: Tally, seconds: float) -> None:
+class Rate:
+    """How many requests a second are sent: a little more than the server gets done.
+
+    Below its capacity all that is sent gets done, so that the rate grows until some is refused.
+    """
+
+    def __init__(self, tally: Tally, capacity: float) -> None:
+        self.now = OFFERED * capacity
+        self.all: list[float] = []  # of each half minute
+        self._tally, self._done, self._since = tally, 0, time.perf_counter()
+
+    def follow(self) -> None:
+        """Look at what has been done, if it is time to."""
+        if (took := time.perf_counter() - self._since) >= RATE_SECONDS:
+            done = sum(self._tally.ends.values()) - self._tally.ends["refused"]
+            self.all.append(self.now)
+            self.now = max(LEAST_RATE, OFFERED * (done - self._done) / took)
+            self._done, self._since = done, time.perf_counter()
+
+
+async def offer(load: Load, ids: list[int], tally: Tally, rate: Rate, seconds: float) -> None:
     """Requests at random times for so long, then the answers to those that are there."""
-    began, open_ = time.perf_counter(), set[asyncio.Task[None]]()
+    began, open_, chance = time.perf_counter(), set[asyncio.Task[None]](), random.Random(load.seed)
+    due = 0.0
     for call in calls(load, ids):
-        if call.due > seconds:
+        rate.follow()
+        due = max(due, time.perf_counter() - began - 1.0) + chance.expovariate(rate.now)
+        if due > seconds:
             break
-        await asyncio.sleep(max(0.0, call.due - (time.perf_counter() - began)))
+        await asyncio.sleep(max(0.0, due - (time.perf_counter() - began)))
 
         async def one(call: Call = call) -> None:
             await send(load, call, began)
@@ -178,12 +203,12 @@ async def soak(server: Server, tokenizer: Path, load: Load, seconds: float) -> d
     capacity = sum(call.ended > 0 for call in made) / took
     print(f"capacity: {capacity:.2f} requests a second, {CAPACITY_CLIENTS} clients at a time", flush=True)
     tally, samples, counts = Tally(), list[tuple[float, int]](), collections.Counter[str]()
-    rate = 1.1 * capacity
-    offered = replace(load, rate=rate, requests=round(2 * rate * seconds) + 10)
+    rate = Rate(tally, capacity)
+    offered = replace(load, requests=10**9)
     watcher = asyncio.create_task(watch(server, samples, tally))
     disturber = asyncio.create_task(disturb(load.url, tokenizer, load, counts))
     try:
-        await offer(offered, ids, tally, seconds)
+        await offer(offered, ids, tally, rate, seconds)
     finally:
         for task in (watcher, disturber):
             task.cancel()
@@ -201,7 +226,8 @@ async def soak(server: Server, tokenizer: Path, load: Load, seconds: float) -> d
     return {
         "seconds": round(seconds, 1),
         "capacity_requests_per_s": round(capacity, 2),
-        "offered_requests_per_s": round(rate, 2),
+        "offered_requests_per_s": {"least": round(min(rate.all), 2), "mean": round(statistics.fmean(rate.all), 2),
+                                   "most": round(max(rate.all), 2)},
         "sent": dict(tally.sent),
         "ends": dict(tally.ends),
         "faults": dict(tally.faults),

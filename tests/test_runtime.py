@@ -190,6 +190,17 @@ def test_the_probes_of_the_cpu_exist_in_this_torch():
 # ---- memory ----
 
 
+def test_a_group_has_no_more_memory_than_its_limit(monkeypatch):
+    """In a container the system's memory is not all one's own."""
+    system = {"MemAvailable": 1000, "MemTotal": 4000}
+    group = {"memory.max": 500, "memory.current": 300, "memory.stat": 100}
+    monkeypatch.setattr(runtime, "_memory_of_system", system.get)
+    monkeypatch.setattr(runtime, "_memory_of_group", lambda file, field="": group.get(file))
+    assert (runtime.available_memory_bytes(), runtime.total_memory_bytes()) == (300, 500)
+    group["memory.max"] = None
+    assert (runtime.available_memory_bytes(), runtime.total_memory_bytes()) == (1000, 4000)
+
+
 def test_peak_memory_sees_what_was_touched_and_does_not_fall():
     code = """
 from olmoe.runtime import peak_memory_bytes

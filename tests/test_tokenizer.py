@@ -104,6 +104,17 @@ def test_random_texts_round_trip_and_agree_with_the_library(released, raw):
         assert released.decode(ids) == raw.decode(ids) == unicodedata.normalize("NFC", text)
 
 
+def test_parts_of_a_text_have_its_ids(released):
+    rng = random.Random(5)
+    for _ in range(20):
+        text = " ".join(random_text(rng) for _ in range(rng.randrange(1, 6)))
+        for size in (1, 40, len(text)):
+            parts = list(released.encode_parts(text, size))
+            assert [i for part in parts for i in part] == released.encode(text)
+    assert len(list(released.encode_parts("Once upon a time", 1))) == 4
+    assert list(released.encode_parts("")) == [[]]
+
+
 def test_random_ids_decode_as_in_the_library_invalid_bytes_included(released, raw):
     rng = random.Random(2)
     for _ in range(1000):

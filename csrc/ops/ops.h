@@ -67,13 +67,16 @@ struct Policies {
   const float* bias = nullptr;     // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
   const int32_t* top_k = nullptr;  // (policies), experts that a token chooses
   const uint8_t* norm = nullptr;   // (policies), whether the chosen probabilities are divided by their sum
-  const int32_t* of_token = nullptr;  // (N), the policy of each token, or -1
-  int layers = 0, largest = 0;        // L, and the largest of `top_k` and the model's own
+  const int32_t* of_token = nullptr;   // (N), the policy of each token, or -1; null: the first is that of all tokens
+  const uint8_t* pinned = nullptr;     // (policies, L, E), experts that every token chooses; null: none
+  const float* temperature = nullptr;  // (policies, L), what logits are divided by for the weights; null: 1
+  int layers = 0, largest = 0;         // L, and the largest of `top_k` and the model's own
 };
 
 // Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort
 // has it). logits (N, E) -> weights (N, K), ids (N, K). With `policies`, of which those for `layer` count, K is the
-// largest of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them.
+// largest of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them. Pinned experts are among
+// the chosen, in their turn by probability. A temperature changes the weights and never the choice.
 void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids,
            const Policies* policies = nullptr, int layer = 0);
 

@@ -2,6 +2,7 @@
 // an operation runs; one operation at a time uses the thread pool.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -161,6 +162,15 @@ NB_MODULE(_kernels, m) {
                    at<float>(top_logprobs), most});
   });
 
+  // Changes of what routers choose. Addresses of biases, numbers of experts, whether to renormalise, each token's policy
+  // (0: the first is for all tokens), pinned experts (0: none) and temperatures (0: 1), for so many layers.
+  nb::class_<Policies>(m, "Policies")
+      .def("__init__", [](Policies* self, Address bias, Address top_k, Address norm, Address of_token, Address pinned,
+                          Address temperature, int layers, int largest) {
+        new (self) Policies{at<float>(bias),     at<int32_t>(top_k),     at<uint8_t>(norm), at<int32_t>(of_token),
+                            at<uint8_t>(pinned), at<float>(temperature), layers,            largest};
+      });
+
   nb::class_<LayerWeights>(m, "Layer")
       .def("__init__",
            [](LayerWeights* self, int hidden, int heads, int kv_heads, int head_dim, int top_k, float eps,
@@ -197,25 +207,28 @@ NB_MODULE(_kernels, m) {
            })
       .def("attention_output",
            [](const LayerWeights& self, Address x, Address attended, int tokens, Address y, Address logits,
-              Address weights, Address ids) {
+              Address weights, Address ids, const std::optional<Policies>& policies, int index) {
              Running running;
              attention_output(self, at<float>(x), at<float>(attended), tokens, at<float>(y),
-                              {at<float>(logits), at<float>(weights), at<int64_t>(ids)});
+                              {at<float>(logits), at<float>(weights), at<int64_t>(ids)},
+                              policies ? &*policies : nullptr, index);
            })
       // Layers one after the other, layer i over layer i of the cache; x is overwritten. Of what the routers decide,
       // each has its own part: logits (L, N, E), weights and ids (L, N, K).
       .def_static("forward_all", [](const std::vector<const LayerWeights*>& stack, Address x, Address cos, Address sin,
                                     const Counts& counts, const Counts& lengths, const Table& table,
-                                    const CacheView& cache, Address y, Address logits, Address weights, Address ids) {
+                                    const CacheView& cache, Address y, Address logits, Address weights, Address ids,
+                                    const std::optional<Policies>& policies) {
         Running running;
         const Sequences all = sequences(counts, lengths, table);
         const size_t tokens = all.tokens();
         float *from = at<float>(x), *to = at<float>(y);
         for (size_t i = 0; i < stack.size(); i++) {
           const LayerWeights& w = *stack[i];
-          const size_t k = i * tokens * w.top_k;
+          const size_t k = i * tokens * (policies ? policies->largest : w.top_k);
           layer(w, from, at<float>(cos), at<float>(sin), all, cache, int(i), to,
-                {at<float>(logits) + i * tokens * w.experts.count, at<float>(weights) + k, at<int64_t>(ids) + k});
+                {at<float>(logits) + i * tokens * w.experts.count, at<float>(weights) + k, at<int64_t>(ids) + k},
+                policies ? &*policies : nullptr);
           std::swap(from, to);
         }
         if (from != at<float>(y)) std::copy_n(from, tokens * stack.front()->hidden, at<float>(y));
@@ -228,20 +241,15 @@ NB_MODULE(_kernels, m) {
              new (self) DecoderWeights{{}, embedding, head, at<float>(norm), eps};
              for (const LayerWeights* layer : layers) self->layers.push_back(*layer);
            })
-      // `policies`: addresses of biases, numbers of experts, whether to renormalise, and each token's policy; and the
-      // largest number of experts; or None. `rows` and `traced` say which tokens' logits and routing are written.
+      // `rows` and `traced` say which tokens' logits and routing are written.
       .def("forward", [](const DecoderWeights& self, const Counts& ids, const Counts& angles, Address cos, Address sin,
                          const Counts& counts, const Counts& lengths, const Table& table, const CacheView& cache,
-                         const std::vector<Address>& policies, int largest, const Counts& rows, Address logits,
+                         const std::optional<Policies>& policies, const Counts& rows, Address logits,
                          const Counts& traced, Address trace_ids, Address trace_weights) {
         Running running;
-        Policies changed;
-        if (!policies.empty())
-          changed = {at<float>(policies.at(0)),   at<int32_t>(policies.at(1)), at<uint8_t>(policies.at(2)),
-                     at<int32_t>(policies.at(3)), int(self.layers.size()),     largest};
         const Wanted wanted{rows.data(),        int(rows.size()),       at<float>(logits),       traced.data(),
                             int(traced.size()), at<int16_t>(trace_ids), at<float>(trace_weights)};
         forward(self, {ids.data(), angles.data(), at<float>(cos), at<float>(sin)}, sequences(counts, lengths, table),
-                cache, policies.empty() ? nullptr : &changed, wanted);
+                cache, policies ? &*policies : nullptr, wanted);
       });
 }

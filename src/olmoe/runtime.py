@@ -11,6 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmoe.errors import UserError
@@ -163,10 +164,37 @@ def _c_library() -> Any:
 
 def available_memory_bytes() -> int | None:
     """Bytes that processes can still take without making others give theirs up; None where the system does not say."""
+    free, limit = _memory_of_system("MemAvailable"), _memory_of_group("memory.max")
+    if free is None or limit is None:
+        return free
+    # What files have in memory counts as the group's, but is given up for others.
+    used = (_memory_of_group("memory.current") or 0) - (_memory_of_group("memory.stat", "inactive_file ") or 0)
+    return max(min(free, limit - used), 0)
+
+
+def total_memory_bytes() -> int | None:
+    """Bytes that this process could have if it were alone; None where the system does not say."""
+    total, limit = _memory_of_system("MemTotal"), _memory_of_group("memory.max")
+    return total if total is None or limit is None else min(total, limit)
+
+
+def _memory_of_system(name: str) -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
     except (OSError, StopIteration):
+        return None
+
+
+def _memory_of_group(file: str, field: str = "") -> int | None:
+    """A number that Linux keeps for the group of processes that a container or a service is; None without a limit."""
+    try:
+        group = next(
+            line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
+        )
+        lines = Path(f"/sys/fs/cgroup{group}", file).read_text().splitlines()
+        return next(int(line.removeprefix(field)) for line in lines if line.startswith(field))
+    except (OSError, StopIteration, ValueError):  # an older system; the outermost group; "max"
         return None
 
 

@@ -10,7 +10,8 @@ import codecs
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 # Where a checkpoint keeps templates besides the default one, each in a file of its name.
 TEMPLATES_FOLDER = "additional_chat_templates"
+
+# One between words: whatever stands before and after it, tokens end there.
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 _log = logging.getLogger("olmoe")
 
@@ -103,6 +107,18 @@ class Tokenizer:
         """Ids of `text`, nothing added before or after it. Raises `TokenizerError` for lone surrogates."""
         _check_unicode(text)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_parts(self, text: str, characters: int = 1 << 20) -> Iterator[list[int]]:
+        """`encode` for a text of any length, a part of some `characters` at a time: together they are its ids.
+
+        A whole book at once takes a hundred times its size. Parts end before a space between words, where byte-level
+        tokenizers divide a text in any case.
+        """
+        start = 0
+        while (space := _SPACE.search(text, start + characters)) is not None:
+            yield self.encode(text[start : space.start()])
+            start = space.start()
+        yield self.encode(text[start:])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
@@ -195,6 +211,7 @@ class Tokenizer:
 
     def render_chat(
         self,
+        /,  # the variables of a template may have its name
         messages: Sequence[Any],
         *,
         add_generation_prompt: bool | None = None,
@@ -237,6 +254,10 @@ class Tokenizer:
         _check_unicode(text)
         # A batch, if only of one, lets other threads run meanwhile.
         return list(self._chat_backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def template(self, name: str | None = None) -> str:
+        """The chat template of that name, or the one that chats go through: OLMoE's, if the checkpoint has none."""
+        return self._template(name, False)
 
     def _template(self, wanted: str | None, tools: bool) -> str:
         """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from olmoe.analysis import metrics
 from olmoe.analysis.measurements import agreement, domains_of, measure
 from olmoe.analysis.trace import Trace, TraceWriter
 
@@ -27,6 +29,51 @@ def trace(tmp_path) -> Trace:
             ids = random.integers(0, 30, tokens)
             writer.append(chosen, weights, ids.tolist(), ids + 1)
     return Trace.open(tmp_path / "t")
+
+
+@pytest.fixture
+def long_trace(tmp_path) -> Trace:
+    """More than a part of the usual size, with tokens that chose fewer experts."""
+    random = np.random.default_rng(1)
+    tokens = metrics._PART * 2 + 100
+    domains = json.dumps([["a", 0, 5000], ["b", 5000, tokens]])
+    with TraceWriter(
+        tmp_path / "long", layers=L, experts=E, top_k=K, predictions=True, metadata={"domains": domains}
+    ) as writer:
+        chosen = np.argsort(random.random((tokens, L, E)), axis=2)[:, :, :K].astype(np.int16)
+        chosen[::50, :, 1:] = -1
+        weights = -np.sort(-random.dirichlet(np.ones(E), (tokens, L)), axis=2)[:, :, :K]
+        ids = random.zipf(1.3, tokens) % 500
+        for start in range(0, tokens, 777):
+            part = slice(start, start + 777)
+            writer.start()
+            writer.append(chosen[part], weights[part], ids[part], ids[part] * 7 % 500)
+    return Trace.open(tmp_path / "long")
+
+
+def test_numbers_do_not_depend_on_parts(long_trace, monkeypatch):
+    """All numbers are the same to 1e-12, whether a trace is read in parts or as a whole, from a file or from memory."""
+    whole = {
+        name: np.array(getattr(long_trace, name)) for name in ("expert_ids", "weights", "input_ids", "predicted_ids")
+    }
+    found = []
+    for trace in (long_trace, replace(long_trace, **whole)):
+        for part, vocabulary_parts in ((1 << 14, 16), (1 << 30, 1), (1000, 3)):
+            monkeypatch.setattr(metrics, "_PART", part)
+            monkeypatch.setattr(metrics, "_VOCABULARY_PARTS", vocabulary_parts)
+            found.append(list(numbers_of(measure(trace))))
+    for other in found[1:]:
+        assert [place for place, _ in other] == [place for place, _ in found[0]]
+        np.testing.assert_allclose([n for _, n in other], [n for _, n in found[0]], rtol=1e-12, atol=1e-15)
+
+
+def numbers_of(found, place=()):
+    """Every number of metrics.json, with its place."""
+    if isinstance(found, dict | list):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from numbers_of(value, (*place, key))
+    elif isinstance(found, int | float):
+        yield place, found
 
 
 def test_domains_and_their_experts(trace):

@@ -19,7 +19,10 @@ from olmoe.analysis.trace import Trace, TraceWriter
 L, K, E = 5, 3, 8
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)
-FIGURES = ["domains-top-k", "domains-top-1", "load", "coactivation", "vocabulary", "flow", "confidence", "neighbours"]
+FIGURES = [
+    "domains-top-k", "domains-top-1", "load", "coactivation", "vocabulary", "vocabulary-experts", "token-shares",
+    "flow", "confidence", "neighbours",
+]  # fmt: skip
 
 
 def made(path, layers=L, k=K) -> Trace:
@@ -48,6 +51,23 @@ def numbers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def trained(numbers):
+    """The same, with the other model's shares and three earlier checkpoints."""
+    other = {name: {layer: dict(each) for layer, each in d["layers"].items()} for name, d in numbers["domains"].items()}
+    other["$other$"]["2"]["top_k"] = [0.0, *other["$other$"]["2"]["top_k"][1:]]
+    layers = {
+        str(layer): {"saturation_k": 0.4 + 0.1 * layer, "saturation_1": 0.2, "max_over_mean": 2.0, "first": 0.1}
+        for layer in range(L)
+    }
+    nearer = {layer: each | {"saturation_k": 0.9, "saturation_1": 0.7} for layer, each in layers.items()}
+    listed = [("step5", 5, layers), ("step1000", 1000, layers), ("step9000", 9000, nearer)]
+    return numbers | {
+        "against": numbers["against"] | {"shares": other},
+        "revisions": [{"name": name, "step": step, "layers": each} for name, step, each in listed],
+    }
+
+
+@pytest.fixture(scope="module")
 def text(numbers):
     return page(numbers, draw(numbers))
 
@@ -57,9 +77,11 @@ def test_figures_of_all_that_there_is(numbers):
     assert list(drawn) == [*FIGURES, "agreement"]
     assert image_bytes(drawn["load"], "png").startswith(b"\x89PNG")
     assert b"<svg" in image_bytes(drawn["flow"], "svg")
-    bars = drawn["domains-top-1"].axes[0].patches
+    (bars,) = drawn["domains-top-1"].axes[0].patches
     wanted = numbers["domains"]["<b>one & all"]["layers"]["0"]["top_1"]
-    assert [bar.get_height() for bar in bars] == pytest.approx([100 * share for share in wanted])
+    assert bars.get_data().values.tolist() == pytest.approx([100 * share for share in wanted])
+    assert bars.get_data().edges.tolist() == [expert - 0.5 for expert in range(E + 1)]
+    assert bars.get_fill()
     uniform = drawn["domains-top-k"].axes[0].lines[0].get_ydata()
     assert list(uniform) == pytest.approx([100 * K / E] * 2)
     assert shown_layers(numbers) == [0, 2, 4]
@@ -84,6 +106,64 @@ def test_sentences_are_computed(numbers):
     assert f"{often} of 168 ordered pairs" in said["coactivation"]
     changed = numbers | {"layers": {k: v | {"dead": 2} for k, v in numbers["layers"].items()}}
     assert "10 experts of all layers took no token" in findings(changed)["load"]
+
+
+def test_two_models_side_by_side(trained):
+    drawn, said = draw(trained), findings(trained)
+    assert list(drawn) == list(said) == [*FIGURES, "agreement", "before-after", "revisions"]
+    axes = drawn["before-after"].axes[4]  # of the second domain, in layer 2
+    bars, outline = (patch.get_data().values for patch in axes.patches)
+    assert outline[0] == 0 < bars[0]
+    assert outline[1:] == pytest.approx(bars[1:])
+    before = trained["domains"]["$other$"]["layers"]["2"]["top_k"][0]
+    assert (
+        f"$other$ that chooses expert 0 of layer 2 differs most: {before:.1%}, and 0.0% in m4" in said["before-after"]
+    )
+
+
+def test_curves_over_training(trained):
+    drawn = draw(trained)["revisions"]
+    first, every, load, _ = drawn.axes
+    assert [line.get_ydata()[2] for line in every.lines[:L]] == pytest.approx([90] * L)
+    assert [line.get_ydata()[0] for line in every.lines[:L]] == pytest.approx([40, 50, 60, 70, 80])
+    assert list(first.lines[L].get_ydata()) == pytest.approx([100 / E] * 2)  # chance
+    assert [label.get_text() for label in every.get_xticklabels()] == ["5", "1,000", "9,000"]
+    assert [label.get_text() for label in load.get_xticklabels()] == ["5", "1,000", "9,000", "last"]
+    assert load.lines[1].get_ydata()[3] == trained["layers"]["1"]["max_over_mean"]
+    said = findings(trained)["revisions"]
+    assert "step5 chooses 60% of the final experts, and step9000 90% (70% of first choices), against 37.5%" in said
+    unnamed = [each | {"name": f"r{at}" * 9, "step": None} for at, each in enumerate(trained["revisions"] * 9)]
+    many = draw(trained | {"revisions": unnamed})["revisions"].axes[1]
+    assert len(many.get_xticks()) == 8
+    assert many.get_xticklabels()[0].get_text() == "r0r0r0r0r0r0r…"
+    assert "Over training" in page(trained, {"revisions": drawn})
+
+
+def test_an_expert_by_domain(numbers):
+    """Expert 5, which all tokens of one domain choose first, is shown; its ids there are its own altogether."""
+    figure = draw(numbers)["token-shares"]
+    shown = {axes.get_title(): axes for axes in figure.axes}
+    image = shown["expert 5"].images[0].get_array()
+    counts = numbers["token_shares"]["experts"]["5"]
+    assert image[0].tolist() == [0] * 9 + [100]
+    assert image[1].tolist() == [0] * 10  # in the other domain it takes no id often enough
+    own = sum(counts["<b>one & all"])
+    assert f"half of the occurrences of {own} ids in <b>one & all, and of 0 in $" in findings(numbers)["token-shares"]
+    mixed = {"5": {"<b>one & all": [0, 1, *[0] * 7, 2], "$other$": [3, *[0] * 8, 1]}}
+    changed = numbers | {"token_shares": numbers["token_shares"] | {"experts": mixed}}
+    image = draw(changed)["token-shares"].axes[0].images[0].get_array()
+    assert image[:, [0, 1, 9]].tolist() == [[0, pytest.approx(100 / 3), pytest.approx(200 / 3)], [75, 0, 25]]
+    assert "2 ids in <b>one & all, and of 1 in $other$" in findings(changed)["token-shares"]
+
+
+def test_each_expert_and_its_ids(numbers):
+    axes = draw(numbers)["vocabulary-experts"].axes
+    for ax, key in zip(axes, ("experts", "experts_predicted"), strict=True):
+        wanted = numbers["layers"]["2"]["vocabulary"][key]
+        heights = [bar.get_height() for bar in ax.patches]
+        assert heights == pytest.approx([np.nan if v is None else 100 * v for v in wanted], nan_ok=True)
+    values = [v for v in numbers["layers"]["2"]["vocabulary"]["experts"] if v is not None]
+    assert f"{max(values):.0%}" in findings(numbers)["vocabulary-experts"]
 
 
 @pytest.mark.parametrize(("layers", "k"), [(1, 1), (2, 1), (1, 3)])

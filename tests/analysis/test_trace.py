@@ -1,4 +1,4 @@
-"""Traces: recorded in any parts they are what the routers chose; files are read by mapping, and refused when broken."""
+"""Traces of texts: recorded in any parts they are what the routers chose."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def writer_of(runner, path, **options) -> TraceWriter:
     )
 
 
-def recorded(runner, path, **options) -> Trace:
+def recorded(runner, path, documents=DOCUMENTS, **options) -> Trace:
     with writer_of(runner, path, **options) as writer:
-        steps = list(record(runner, DOCUMENTS, writer))
+        steps = list(record(runner, documents, writer))
     assert sum(steps) == sum(map(len, DOCUMENTS))
     return Trace.open(path)
 
@@ -56,6 +56,13 @@ def test_a_trace_is_what_routers_choose(runner, tmp_path, monkeypatch):
         np.testing.assert_array_equal(whole.predicted_ids[start:end], output.logits.argmax(-1))
 
 
+def test_documents_may_be_arrays(runner, tmp_path):
+    arrays = [np.array(document, dtype=np.int32) for document in DOCUMENTS]
+    recorded(runner, tmp_path / "a", predictions=True)
+    recorded(runner, tmp_path / "b", arrays, predictions=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_files_are_safetensors(runner, tmp_path):
     trace = recorded(runner, tmp_path / "trace.safetensors", metadata={"model": "m"})
     plain = load_file(tmp_path / "trace.safetensors")
@@ -74,38 +81,6 @@ def test_nothing_is_left_of_a_recording_that_fails(runner, tmp_path):
     with pytest.raises(RuntimeError):
         broken()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_many_experts_need_two_bytes(tmp_path):
-    for experts, dtype in ((255, np.uint8), (256, np.uint16)):
-        with TraceWriter(tmp_path / "t", layers=1, experts=experts, top_k=2) as writer:
-            writer.append(np.array([[[experts - 1, -1]]], dtype=np.int16), np.array([[[0.5, 0.0]]]), [7])
-        trace = Trace.open(tmp_path / "t")
-        assert trace.expert_ids.dtype == dtype
-        assert trace.expert_ids[0, 0].tolist() == [experts - 1, np.iinfo(dtype).max]
-
-
-def test_an_empty_trace(tmp_path):
-    with TraceWriter(tmp_path / "t", layers=2, experts=4, top_k=2):
-        pass
-    assert len(Trace.open(tmp_path / "t")) == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "is not a trace"),
-        (b"\xff" * 100, "is not a trace"),
-        ((2).to_bytes(8, "little") + b"{}", "is not a trace of olmoe \\(its format is None"),
-        ((4).to_bytes(8, "little") + b"[[]]", "is not a trace"),
-    ],
-)
-def test_what_is_no_trace_is_named(tmp_path, content, sentence):
-    (tmp_path / "t").write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
-        Trace.open(tmp_path / "t")
-    with pytest.raises(UserError, match=r"cannot be read \(No such file"):
-        Trace.open(tmp_path / "none")
 
 
 def test_cut_files_are_refused(runner, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -60,6 +61,19 @@ def test_texts_may_be_named_one_by_one_and_nothing_is_said(capsys, model, texts,
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+def test_earlier_checkpoints(capsys, model, texts, tmp_path):
+    for name in ("step2", "step1"):
+        shutil.copytree(model, tmp_path / "run" / name)
+    code, out, err = run(
+        capsys, model, "--text", f"x={texts}/a.txt", "--revisions", tmp_path / "run" / "step2", "--revisions",
+        tmp_path / "run" / "step1", "--device", "cpu", "--output", tmp_path / "out", "--no-report",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "2 revisions: step1, step2\n" in out
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert {layer["saturation_k"] for each in found["revisions"] for layer in each["layers"].values()} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
@@ -70,6 +84,9 @@ def test_texts_may_be_named_one_by_one_and_nothing_is_said(capsys, model, texts,
         (["a={}/none.txt"], "does not exist"),
         (["a={}/a.txt", "--tokens", "0"], "tokens must be at least 1"),
         (["a={}/a.txt", "--against", "{}"], "config.json"),
+        (["a={}/a.txt", "--revisions", "step5000"], "has no revisions"),
+        (["a={}/a.txt", "--revisions", "{}"], "neither a config.json"),
+        (["a={}/a.txt", "--device", "gpu"], "Unknown device 'gpu'"),
     ],
 )
 def test_mistakes(capsys, model, texts, tmp_path, given, wanted):

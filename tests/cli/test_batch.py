@@ -162,3 +162,36 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tmp_path
 def test_no_number_below_one(capsys, tmp_path, option, value):
     code, out, err = batch(capsys, write(tmp_path / "in.jsonl", [line("a")]), "-", option, value)
     assert (code, out, err) == (2, "", f"olmoe: {option} must be a whole number, at least 1, not {value}.\n")
+
+
+def test_a_router_policy_for_requests_without_one(capsys, tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"ban": [{"layer": 0, "expert": 5}], "temperature": 3.0}', encoding="utf-8")
+    own = json.loads(policy.read_text(encoding="utf-8"))
+    lines = [line("none"), line("empty", router_policy={}), line("other", router_policy={"k": 3, "temperature": 2.0})]
+    for each in lines:
+        each["body"]["prompt"] = "Once upon a time"
+    answers = []
+    for requests, options in (
+        (lines, ["--router-policy", str(policy)]),
+        (
+            [
+                line("none", prompt="Once upon a time", router_policy=own),
+                line("empty", prompt="Once upon a time"),
+                lines[2],
+            ],
+            [],
+        ),
+    ):
+        target = tmp_path / f"out{len(options)}.jsonl"
+        assert batch(capsys, write(tmp_path / "in.jsonl", requests), str(target), "--quiet", *options)[0] == 0
+        found = {name: each["body"]["choices"][0]["text"] for name, each in read(target).items()}
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert len(set(answers[0].values())) == 3
+    policy.write_text('{"ban": [{"expert": 99}]}', encoding="utf-8")
+    code, _, err = batch(
+        capsys, str(tmp_path / "in.jsonl"), str(tmp_path / "new.jsonl"), "--router-policy", str(policy)
+    )
+    assert code == 2
+    assert "the expert 99, but the model's are 0 to 63" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -164,6 +165,22 @@ def test_a_wrong_file_is_named_before_the_model_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
     assert main(["chat", "--model", "no-such-model", "--load", "no-such-file.json"]) == 2
     assert capsys.readouterr().err == "olmoe: There is no file 'no-such-file.json'; check its name.\n"
+
+
+def test_a_device_is_not_read_to_its_end(capsys, monkeypatch):
+    if not os.path.exists("/dev/zero"):
+        pytest.skip("needs a device without end")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
+    assert main(["chat", "--model", "no-such-model", "--load", "/dev/zero"]) == 2
+    assert capsys.readouterr().err == "olmoe: /dev/zero is a device; give a file that /save wrote.\n"
+
+
+def test_what_is_no_unicode_is_saved_as_it_was_loaded(chat, tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text('[{"role": "user", "content": "a\\ud83d"}]', encoding="utf-8")
+    code, _, _ = chat(f"/load {old}\n/save {new}\n", "--quiet")
+    assert code == 0
+    assert json.loads(new.read_text(encoding="utf-8")) == json.loads(old.read_text(encoding="utf-8"))
 
 
 def test_stdin_that_is_not_utf_8_is_one_sentence(chat):

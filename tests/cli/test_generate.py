@@ -19,6 +19,7 @@ from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.io import hub
+from olmoe.runner import Trace
 from olmoe.weights import checkpoint, export
 
 PROMPT = "Once upon a time"
@@ -99,7 +100,7 @@ def test_every_option_reaches_the_sampler(capsys, folder, llm, arguments, change
 def test_the_defaults_are_those_of_sampling_params(capsys, monkeypatch, folder):
     seen = []
     stream = LLM.stream
-    monkeypatch.setattr(LLM, "stream", lambda self, prompt, params: seen.append(params) or stream(self, prompt, params))
+    monkeypatch.setattr(LLM, "stream", lambda self, p, params, **o: seen.append(params) or stream(self, p, params, **o))
     assert generate(capsys, PROMPT, "--model", str(folder))[0] == 0
     assert seen == [SamplingParams()]
     with pytest.raises(SystemExit):
@@ -414,10 +415,23 @@ def test_an_interrupt_leaves_no_file(capsys, monkeypatch, folder, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(llm_module.Stream, "__iter__", interrupted)
-    for more in ([], ["--json"]):
+    for more in ([], ["--json"], ["--trace", str(tmp_path / "trace")]):
         options = ["--model", str(folder), "--output", str(tmp_path / "out"), *more]
         assert generate(capsys, PROMPT, *options) == (130, "", "olmoe: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_has_what_every_token_chose(capsys, folder, llm, tmp_path):
+    options = [PROMPT, "--model", str(folder), "--max-new-tokens", "9", "--trace", str(tmp_path / "new" / "trace")]
+    code, out, _ = generate(capsys, *options)
+    (completion,) = llm.generate(PROMPT, SamplingParams(max_new_tokens=9))
+    assert (code, out) == (0, PROMPT + completion.text + "\n")
+    trace = Trace.open(tmp_path / "new" / "trace")
+    assert trace.input_ids.tolist() == llm.tokenizer.encode(PROMPT) + completion.token_ids[:-1]
+    assert "replace it with --overwrite." in generate(capsys, *options)[2]
+    assert generate(capsys, *options, "--overwrite")[0] == 0
+    message = generate(capsys, *options, "--overwrite", "--output", options[-1])[2]
+    assert "give each a file of its own" in message
 
 
 def test_a_router_policy_changes_the_text(capsys, tmp_path, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import platform
@@ -165,9 +166,12 @@ def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, nam
     monkeypatch.setattr(
         importlib.import_module(f"olmoe.cli.{name}"), "run", lambda a: seen.append(vars(a)[option]) or 0
     )
-    files = {"generate": 1, "train": 1, "batch": 2, "convert": 2, "quantize": 2}
+    files = {"generate": 1, "train": 1, "batch": 2, "convert": 2, "quantize": 2, "upcycle": 2}
     rest = {command: ["x", "y"][: files.get(command, 0)] for command in COMMANDS}
+    rest["edit"] = ["x", "y"]
     rest["analyze"] = ["x", "--text", "name=file", "--output", "y"]
+    rest["policy"] = ["x", "--domain", "name"]
+    rest["eval"] = ["x", "--tasks", "y"]
     flag = f"--{option}"
     for arguments in (
         [flag, name, *rest[name]],
@@ -204,6 +208,16 @@ def test_bugs_of_ours_keep_their_traceback(monkeypatch, error):
     fail_with(monkeypatch, error)
     with pytest.raises(type(error), match="ours"):
         main(["info"])
+
+
+def test_a_file_that_may_not_grow_is_one_sentence(monkeypatch, capsys):
+    fail_with(monkeypatch, OSError(errno.EFBIG, "File too large"))
+    monkeypatch.setattr("olmoe.cli.main._discard_stdout", lambda: None)
+    assert main(["info"]) == 2
+    sentence = (
+        "olmoe: There is no more room (File too large), so the output is incomplete; free some space and try again.\n"
+    )
+    assert capsys.readouterr() == ("", sentence)
 
 
 def test_a_full_disk_behind_stdout_is_one_sentence():

@@ -14,8 +14,12 @@ import threading
 import time
 
 import pytest
+import torch
 
+from olmoe import runtime
 from olmoe.cli import main as cli
+from olmoe.cli import serve
+from olmoe.errors import UserError
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -150,6 +154,10 @@ def test_without_the_extra_it_says_how_to_install_it(capsys, monkeypatch):
         (["--host", "nowhere.invalid"], "is unknown"),
         (["--cache-mib", "0"], "--cache-mib must be a whole number, at least 1, not 0"),
         (["--cache-mib", "100000000000", "--port", "0"], "There is no memory for a cache of 100000000000 MiB"),
+        (["--cache-mib", str(10**20), "--port", "0"], "There is no memory for a cache of 100000000000000000000 MiB"),
+        (["--served-model-name", ""], "--served-model-name must be a name of printable characters, not ''"),
+        (["--served-model-name", "a\x1b[31m"], "--served-model-name must be"),
+        (["--allowed-host", "https://a.org"], "--allowed-host must be a name such as"),
         (["--cors-origin", "app.example.org"], "--cors-origin must be * or an origin such as"),
         (["--cors-origin", "https://app.example.org/"], "not 'https://app.example.org/'"),
         (["--token-budget", "0"], "--token-budget must be"),
@@ -161,6 +169,34 @@ def test_without_the_extra_it_says_how_to_install_it(capsys, monkeypatch):
 )
 def test_mistakes_are_one_sentence(capsys, arguments, sentence):
     assert sentence in refused(capsys, *arguments)
+
+
+def test_a_cache_larger_than_what_is_free_is_warned_about(monkeypatch, caplog):
+    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 100 * 2**20)
+    monkeypatch.setattr(runtime, "total_memory_bytes", lambda: 300 * 2**20)
+    for mib, device, warned in ((100, "cpu", False), (101, "cpu", True), (101, "cuda", False)):
+        caplog.clear()
+        serve._check_memory(mib, torch.device(device))
+        assert ("only 100 MiB of memory are free" in caplog.text) == warned
+    with pytest.raises(UserError, match="There is no memory for a cache of 301 MiB"):
+        serve._check_memory(301, torch.device("cpu"))
+
+
+def test_names_that_are_not_its_own(start):
+    """A page elsewhere must not reach a server without keys by having its own name point to this machine."""
+    for options, foreign, own in (
+        ([], 403, 403),
+        (["--allowed-host", "own.example"], 403, 200),
+        (["--allowed-host", "*"], 200, 200),
+        (["--api-key", "k"], 200, 200),
+    ):
+        server = start(*options)
+        server.wait_for_url()
+        key = {"authorization": "Bearer k"}
+        assert server.call("/v1/models", headers={**key, "host": "evil.example:8000"})[0] == foreign
+        assert server.call("/v1/models", headers={**key, "host": "own.example:8000"})[0] == own
+        assert server.call("/v1/models", headers={**key, "host": f"localhost:{server.port}"})[0] == 200
+        assert server.end() == 0
 
 
 def test_keys_from_everywhere(start, tmp_path):
@@ -214,3 +250,21 @@ def test_a_broken_pipe_for_logs_does_not_end_it(start):
         assert server.call("/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
     server.process.stderr = None
     assert server.end() == 0
+
+
+def test_a_router_policy_for_requests_without_one(start, capsys, tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"pin": [{"layer": 1, "expert": 3}], "temperature": 3}', encoding="utf-8")
+    server = start("--router-policy", str(policy))
+    server.wait_for_url()
+    (card,) = server.call("/v1/models")[1]["data"]
+    assert card["olmoe"]["router_policy"] == {"pin": [{"layer": 1, "expert": 3}], "temperature": 3.0}
+    asked = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    first, own = (
+        server.call("/v1/completions", asked | more)[1]["choices"][0]["text"] for more in ({}, {"router_policy": {}})
+    )
+    assert first != own
+    assert server.end() == 0
+    for content, sentence in (('{"pins": []}', "it has the key 'pins'"), ('{"k": 65}', "top_k must be from 1 to 64")):
+        policy.write_text(content, encoding="utf-8")
+        assert sentence in refused(capsys, "--port", "0", "--router-policy", str(policy))

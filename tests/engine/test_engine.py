@@ -119,7 +119,14 @@ def test_several_samples_of_a_prompt_compute_it_once(runner, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "other", [{"cache_salt": "b"}, {"params": SamplingParams(router_policy=RouterPolicy(top_k=1))}]
+    "other",
+    [
+        {"cache_salt": "b"},
+        {"params": SamplingParams(router_policy=RouterPolicy(top_k=1))},
+        {"params": SamplingParams(router_policy={"pin": [{"expert": 0}]})},
+        {"params": SamplingParams(router_policy={"temperature": 0.5})},
+    ],
+    ids=["salt", "k", "pin", "temperature"],
 )
 def test_who_must_not_share_does_not(runner, tokenizer, other):
     engine, prompt = engine_of(runner, tokenizer), [7] * 200

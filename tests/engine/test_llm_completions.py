@@ -297,3 +297,29 @@ def test_keys_and_values_of_int8_take_less_memory_and_nearly_give_the_same(token
     assert sizes[1] < sizes[0] / 2
     with pytest.raises(UserError, match="The KV cache cannot be of int4; choose"):
         LLM.from_parts(model, tokenizer, backend=backend, cache_dtype="int4")
+
+
+# ---- one after another ----
+
+
+def test_completions_come_as_they_finish_with_their_numbers(llm):
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 1, 4, 2)]
+    found = list(llm.as_completed(PROMPTS, params))
+    assert [number for number, _ in found] == [1, 3, 2, 0]
+    expected = llm.generate(PROMPTS, params)
+    assert all(completion == expected[number] for number, completion in found)
+    assert list(llm.as_completed([])) == []
+    with pytest.raises(UserError, match="empty"):
+        llm.as_completed(["dog", ""])  # before anything is asked of it
+
+
+def test_few_at_once_and_left_early(llm, monkeypatch):
+    engines, make = [], LLM._engine
+    monkeypatch.setattr(LLM, "_engine", lambda *arguments: engines.append(make(*arguments)) or engines[-1])
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    iterator = llm.as_completed(PROMPTS, params, most_sequences=1)
+    first, _ = next(iterator)
+    assert first == 0
+    assert engines[0].statistics().running + engines[0].statistics().waiting == len(PROMPTS) - 1
+    iterator.close()
+    assert not engines[0].has_work

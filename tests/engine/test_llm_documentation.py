@@ -28,7 +28,7 @@ def test_examples_run_and_print_what_they_say(capsys):
             assert ("print" in code) == bool(outputs[-1].strip())
     finally:
         torch.set_num_threads(threads)
-    assert len(outputs) == 7
+    assert len(outputs) == 8
     assert "' time' -0." in outputs[2]
     assert re.search(r"^length 0\.\d+", outputs[2], flags=re.MULTILINE)
     assert re.search(r"\.\ncancelled \d+\n$", outputs[3])

@@ -110,6 +110,19 @@ def test_takes_the_memory_that_is_said():
     assert cache.keys[0].untyped_storage().nbytes() == 3 * 64 * position_bytes(2, KV_HEADS, 128, torch.int8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_a_block_is_copied_up_to_a_position(dtype):
+    cache = BlockCache.allocate(2, 4, KV_HEADS, 64, 24, dtype=dtype, device=torch.device("cpu"))
+    for t in (*cache.keys, *cache.values, *cache.key_scales, *cache.value_scales):
+        t.fill_(1)
+        t[3] = torch.arange(t[3].numel()).view(t[3].shape) % 100
+    cache.copy(3, 1, 37)
+    for t in (*cache.keys, *cache.values, *cache.key_scales, *cache.value_scales):
+        assert torch.equal(t[1, :, :37], t[3, :, :37])
+        assert (t[1, :, 37:] == 1).all()
+        assert (t[[0, 2]] == 1).all()
+
+
 def attended(kind, q, k, v, cache, order, counts, lengths):
     if kind == "torch":
         return BlockAttend(Batch([0] * len(q), counts, lengths), CacheView(cache, order))(q, k, v, 0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import threading
 
 import pytest
 
@@ -152,3 +154,25 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     assert "cannot be written (Is a directory)" in refused(lambda: BatchOutput(tmp_path, []))
     # What can be read without end is not searched for earlier answers.
     assert "/dev/full is not a regular file" in refused(lambda: BatchOutput("/dev/full", []))
+
+
+def test_requests_come_from_a_pipe(tmp_path):
+    """As a shell's <(command) gives them."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(json.dumps(line("a")) + "\n" + json.dumps(line("b"))))
+    writer.start()
+    batch = BatchInput(pipe)
+    writer.join()
+    assert [each.custom_id for each in batch] == [each.custom_id for each in batch] == ["a", "b"]
+    batch.close()
+
+
+def test_an_id_that_is_no_unicode_is_known_again(tmp_path):
+    name = "\ud83d"
+    with BatchOutput(tmp_path / "out", {name: 1}) as output:
+        output.write(result(name, 200, {}))
+    with BatchOutput(tmp_path / "out", {name: 1}) as output:
+        assert output.finished == {name: 200}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from olmoe import SamplingParams
+from olmoe.serve import tools
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
@@ -161,3 +164,33 @@ def test_fields_of_others_that_change_nothing_are_taken(server):
               "service_tier": "auto", "verbosity": "low", "logprobs": None, "stream": None, "parallel_tool_calls": True,
               "response_format": {"type": "text"}, "tool_choice": "none", "suffix": None}  # fmt: skip
     assert ask(server, **fields)["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("path", [PATH, "/tokenize"])
+def test_variables_of_a_template_may_have_any_name(server, path):
+    body = {"messages": [{"role": "user", "content": "a"}]} | ({"max_tokens": 1} if path == PATH else {})
+    assert server.call(path, {**body, "chat_template_kwargs": {"template": 1, "variables": 2, "loop": 3}})[0] == 200
+    status, answer, _ = server.call(path, {**body, "chat_template_kwargs": {"self": 1}})  # but Jinja's own
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_more_messages_than_tokens_are_refused_before_they_are_rendered(server, monkeypatch):
+    monkeypatch.setattr(type(server.state.tokenizer), "render_chat", None)
+    messages = [{"role": "user", "content": ""}] * (server.state.context_length + 1)
+    status, answer, _ = server.call(PATH, {"messages": messages})
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "has 513 messages" in answer["error"]["message"]
+
+
+def test_what_is_large_is_read_beside_the_loop(server, monkeypatch):
+    """Calls in the history are no tools of the request, and may be as many."""
+    threads = []
+    original = tools.plan
+    monkeypatch.setattr(
+        tools, "plan", lambda *given: threads.append(threading.current_thread().name) or original(*given)
+    )
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    assert server.call(PATH, {"messages": messages, "max_tokens": 1})[0] == 200
+    assert len(threads) == 1
+    assert threads[0].startswith("olmoe-serve")

@@ -86,6 +86,20 @@ def test_running_usage(server):
     assert counts[0] < 12
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_running_usage_counts_what_has_been_told(server, chat):
+    """Not what the engine has made meanwhile."""
+    path = "/v1/chat/completions" if chat else PATH
+    body = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    body |= {"max_tokens": 40, "n": 3, "ignore_eos": True, "return_token_ids": True}
+    events = server.events(path, {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}})
+    told = 0
+    for event in events[:-2]:
+        told += len(event["choices"][0].get("token_ids", ()))
+        assert event["usage"]["completion_tokens"] == told
+    assert told == events[-2]["usage"]["completion_tokens"] == 120
+
+
 def test_an_echo_scores_the_prompt(server, tiny_llm):
     (expected,) = tiny_llm.generate(PROMPT, SamplingParams(max_new_tokens=1, prompt_logprobs=3, logprobs=3))
     choice = ask(server, echo=True, max_tokens=1, logprobs=3)["choices"][0]
@@ -242,7 +256,11 @@ def test_choices_of_one_seed_differ_and_repeat(server):
         ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"best_of": 2}, "best_of"),
+        ({"allowed_token_ids": [5] * 70_000}, "allowed_token_ids"),
+        ({"stop_token_ids": [5] * 70_000}, "stop_token_ids"),
+        ({"router_policy": {"ban": [{"expert": 1}] * 20_000}}, "router_policy.ban"),
         ({"top_k": -2}, "top_k"),
         ({"n": 17}, "n"),
         ({"n": 0}, "n"),
@@ -294,3 +312,31 @@ def test_logprobs_are_raw_whatever_the_sampling(server):
     warm = ask(server, logprobs=1, max_tokens=1, temperature=5, top_k=1)["choices"][0]["logprobs"]["token_logprobs"][0]
     assert cold == warm
     assert -math.inf < cold < 0
+
+
+def test_top_p_0_takes_the_likeliest_token_and_best_of_n_is_n(server):
+    body = {"prompt": "Once upon a time", "max_tokens": 12}
+    greedy = server.call(PATH, {**body, "temperature": 0})[1]["choices"][0]["text"]
+    for seed in range(3):
+        answer = server.call(PATH, {**body, "top_p": 0, "seed": seed, "temperature": 1.5, "best_of": 1})
+        assert answer[1]["choices"][0]["text"] == greedy
+    status, answer, _ = server.call(PATH, {**body, "n": 2, "best_of": 2})
+    assert (status, len(answer["choices"])) == (200, 2)
+
+
+def test_many_texts_share_their_parameters(server):
+    """500 texts with 2,000 biases each were as many dictionaries, and seconds in which nobody else was answered."""
+    biases = {str(i): -1.5 for i in range(2000)}
+    body = {"prompt": [[5]] * 500, "max_tokens": 1, "seed": 1, "logit_bias": biases}
+    made = []
+    original = server.state.engine.request
+    server.state.engine.request = lambda ids, params, **rest: made.append(params) or original(ids, params, **rest)
+    try:
+        status, answer, _ = server.call(PATH, {**body, "n": 1})
+    finally:
+        del server.state.engine.request
+    assert (status, len(answer["choices"])) == (200, 500)
+    assert len({id(params.logit_bias) for params in made}) == 1
+    status, answer, _ = server.call(PATH, {**body, "logit_bias": {str(i): -1.5 for i in range(3000)}})
+    assert (status, answer["error"]["param"]) == (400, "logit_bias")
+    assert "a call for 500 texts may have 2097" in answer["error"]["message"]

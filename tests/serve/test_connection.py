@@ -115,3 +115,25 @@ def test_a_late_second_head_does_not_cut_the_first_answer(run_server):
             part = client.recv(65536)
             assert part, got[-200:]
             got += part
+
+
+def test_an_answer_to_http_1_0_has_no_chunks(server):
+    """Such clients, some proxies among them, would take the lengths of chunks for text."""
+    body = b'{"prompt":"Once upon a time","max_tokens":9,"temperature":0,"stream":true}'
+    head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nConnection: keep-alive\r\n"
+    with connect(server) as client:
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        got = b""
+        while part := client.recv(65536):  # the end of the connection is that of the answer
+            got += part
+    told, _, text = got.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in told.lower()
+    assert b"\r" not in text
+    assert text.startswith(b"data: {")
+    assert text.endswith(b"data: [DONE]\n\n")
+    with connect(server) as client:  # an answer of known length
+        client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        got = b""
+        while part := client.recv(65536):
+            got += part
+    assert got.endswith(b'\r\n\r\n{"status":"ok"}')

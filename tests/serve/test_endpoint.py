@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import gzip
 import json
 import random
 import socket
@@ -91,6 +94,35 @@ def test_a_body_that_does_not_come_is_not_waited_for(run_server):
         connection.sendall(request_bytes(LONG)[:-5])
         assert b" 408 " in read_until(connection, b"}}")
     assert running.idle()
+
+
+def test_the_end_of_the_server_does_not_wait_for_a_body(run_server):
+    """Neither for one that has stopped nor for one that comes drop by drop."""
+    for drip in (False, True):
+        running = run_server(ServeSettings(port=0))
+        with connect(running) as connection:
+            data = request_bytes(LONG)
+            connection.sendall(data[:-20])
+            assert until(lambda each=running: each.state.calls)
+            running.stop()
+            for byte in data[-20:-1] if drip else b"":
+                time.sleep(0.05)
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(bytes([byte]))
+            assert b" 503 " in read_until(connection, b"}}")
+        running.thread.join(5)
+        assert not running.thread.is_alive()
+
+
+def test_a_mark_before_the_body_and_one_that_is_compressed(server):
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    assert server.call(PATH, codecs.BOM_UTF8 + body)[0] == 200
+    assert server.call("/v1/responses", codecs.BOM_UTF8 + b'{"input": "a", "max_output_tokens": 1}')[0] == 200
+    status, answer, _ = server.call(PATH, gzip.compress(body), headers={"content-encoding": "gzip"})
+    assert (status, answer["error"]["message"]) == (
+        415,
+        "The body must not be compressed, not 'gzip'; send it as it is.",
+    )
 
 
 # ---- hang-ups ----

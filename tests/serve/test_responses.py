@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mangled_bodies import encoded, mangled
+from olmoe.runtime import peak_memory_bytes
 from olmoe.serve.responses_models import ResponsesRequest
 from olmoe.serve.state import ServeSettings
 
@@ -311,6 +312,16 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(server, client):
     chat = chat_of(server, [system, *said[first:]], max_tokens=24)
     assert answer.output_text == chat["choices"][0]["message"]["content"]
     assert asked(client, input=SAID, truncation="auto").usage.input_tokens == asked(client).usage.input_tokens
+
+
+def test_a_conversation_of_any_number_of_messages_is_shortened(server):
+    """All its shortened forms at once would be 200 million messages."""
+    said = [{"role": "user", "content": "a"}] * 20_000
+    before = peak_memory_bytes()
+    body = {"input": said, "truncation": "auto", "max_output_tokens": 4, "store": False}
+    status, answer, _ = server.call("/v1/responses", body)
+    assert (status, answer["usage"]["output_tokens"] <= 4) == (200, True)
+    assert peak_memory_bytes() - before < 2**28
 
 
 def test_input_tokens_are_counted(client):

@@ -6,7 +6,15 @@ import pytest
 
 from olmoe.serve.dialects import parse
 from olmoe.serve.errors import ApiError
-from olmoe.serve.responses_input import chat_body, chat_messages, input_items, refuse_what_we_lack, resolved, shortened
+from olmoe.serve.responses_input import (
+    chat_body,
+    chat_messages,
+    cuts,
+    input_items,
+    refuse_what_we_lack,
+    resolved,
+    shortened,
+)
 from olmoe.serve.responses_models import Message, ResponsesRequest
 
 
@@ -196,7 +204,17 @@ def test_a_conversation_is_shortened_from_its_beginning():
         },
     )
     messages = chat_messages(request.input)
-    roles = [[message["role"] for message in each] for each in shortened(messages)]
+    roles = [[message["role"] for message in shortened(messages, cut)] for cut in cuts(messages)]
     assert roles == [["system", "assistant", "tool", "user"], ["system", "user"]]
-    assert shortened(messages[-1:]) == []
-    assert shortened(messages[:2]) == []
+    assert cuts(messages[-1:]) == []
+    assert cuts(messages[:2]) == []
+    assert cuts([]) == []
+
+
+def test_an_item_is_referred_to_once():
+    """A request of a megabyte would stand for gigabytes otherwise."""
+    item = {"type": "item_reference", "id": "msg_2"}
+    request = parse(ResponsesRequest, {"input": [item, {"role": "user", "content": "a"}, item]})
+    with pytest.raises(ApiError, match="'msg_2' is referred to twice") as caught:
+        resolved(input_items(request), {"msg_2": Message(role="user", content="long")}.get)
+    assert caught.value.param == "input[2].id"

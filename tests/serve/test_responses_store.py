@@ -64,6 +64,15 @@ def test_the_bytes_are_bounded():
     assert store.get("", "r19") is not None
 
 
+def test_items_count_even_if_they_say_nothing():
+    store = ResponseStore(size=100_000)
+    empty = tuple(Message(role="user", content="") for _ in range(250))
+    store.add("", StoredResponse({"id": "a", "output": []}, (), empty))
+    assert store.get("", "a") is None
+    store.add("", StoredResponse({"id": "b", "output": []}, empty[:100], empty[:100]))
+    assert store.get("", "b") is not None
+
+
 def test_an_item_sent_again_stays_as_long_as_its_last_response():
     store = ResponseStore()
     store.add("", stored("a"))

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from olmoe.errors import UserError
-from olmoe.serve.server import bind, check_tls, is_loopback
+from olmoe.serve.server import allow_connections, bind, check_tls
 from olmoe.serve.state import ServeSettings
 from serve.conftest import until
 
@@ -41,11 +41,6 @@ def test_addresses_that_cannot_be_had(host, port, sentence):
         bind(host, port)
 
 
-def test_loopback():
-    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.1", "example.com")))
-
-
 def test_certificates_are_tried_first(tmp_path):
     path = tmp_path / "cert.pem"
     path.write_text("nothing")
@@ -53,6 +48,33 @@ def test_certificates_are_tried_first(tmp_path):
         check_tls(ServeSettings(ssl_certfile=path))
     with pytest.raises(UserError, match="--ssl-keyfile needs --ssl-certfile"):
         check_tls(ServeSettings(ssl_keyfile=path))
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(tmp_path):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-days", "2", "-subj", "/CN=a",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="is encrypted; decrypt it, with openssl pkey -in "):
+        check_tls(ServeSettings(ssl_certfile=certificate, ssl_keyfile=key))
+
+
+def test_a_process_may_have_as_many_connections_as_the_system_allows():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        allow_connections(most=300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (300 if hard == -1 else min(hard, 300))
+        allow_connections(most=280)  # never fewer
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 300 or hard < 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_draining_lets_requests_finish_and_refuses_new_ones(run_server):

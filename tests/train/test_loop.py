@@ -103,6 +103,7 @@ def test_a_run_leaves_metrics_checkpoints_the_best_and_its_evaluation(finished):
     assert [r["step"] for r in held_out] == [4, 8, 12]
     assert all(r["load_balancing"] > 0 and r["router_z"] > 0 and r["tokens_per_second"] > 0 for r in steps)
     assert all(1 <= r["max_load_over_mean"] <= 4 for r in steps)
+    assert {sum(layer) for r in steps for layer in r["expert_load"]} == {64 * 2}  # two experts a token
     name = f"{finished.parent.name}-valid"
     assert all(list(r["bits_per_byte"]) == list(r["held_out_loss"]) == [name] for r in held_out)
 

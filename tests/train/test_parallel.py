@@ -15,7 +15,7 @@ from olmoe.train.ranks import Ranks
 from olmoe.weights import checkpoint, export
 from rank_processes import on_ranks, train_run
 from sentences import refused
-from training_runs import read_metrics, write_run
+from training_runs import assert_close_records, read_metrics, write_run
 
 STEPS = 5
 WINDOWS = 8  # of a step; each rank and microbatch has one
@@ -49,12 +49,7 @@ def write(folder: Path, tokenizer: Path, ranks: int, **changes) -> Path:
 
 def assert_equal_runs(output: Path, reference: Path, tolerance: float = 2e-5) -> None:
     """Both ended alike but for rounding."""
-    ours, theirs = read_metrics(output), read_metrics(reference)
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_second"}:
-            assert a[key] == pytest.approx(b[key], rel=tolerance), (key, a["step"])
+    assert_close_records(read_metrics(output), read_metrics(reference), tolerance)
     ours, theirs = checkpoint.load(output / "best"), checkpoint.load(reference / "best")
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -109,7 +110,16 @@ def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixtur
     assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert set(report.values()) == {
         "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean",
+        "expert_load", "expert_entropy", "dead_experts",
     }  # fmt: skip
+
+
+def test_a_record_tells_the_load_of_every_expert():
+    report = StepReport(counts_LE=torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]))
+    values = json.loads(json.dumps(report.values()))
+    assert values["expert_load"] == [[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]
+    assert values["expert_entropy"] == [1, 0, 0.5]
+    assert values["dead_experts"] == [0, 3, 2]
 
 
 def test_a_norm_that_is_not_finite_changes_no_weight(model, mixture):

@@ -8,8 +8,9 @@ The folder that it writes:
     report.html           the figures, each with a sentence of what it says; one page that needs nothing else
     figure-*.png, .svg    the figures as files, where asked for
 
-Each domain is traced into a file of its own first, whose name is a digest of all that decides what is in it. A run
-that was interrupted finds the finished ones there, and goes on with the rest.
+Each domain is traced into a file of its own first, whose name is a digest of all that decides what is in it. Earlier
+checkpoints are loaded and traced one after the other, and of each the numbers alone are kept. A run that was
+interrupted finds the finished domains and checkpoints there, and goes on with the rest.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from olmoe.analysis import metrics
-from olmoe.analysis.measurements import agreement, measure
+from olmoe.analysis.measurements import agreement, measure, measure_revision, shares
+from olmoe.analysis.revisions import Revision, find, require_alike
 from olmoe.analysis.trace import SCHEMA, WINDOW, Trace, TraceWriter, record
 from olmoe.errors import UserError
 from olmoe.io import hub, targets
 from olmoe.io.atomic import atomic_file, write_text
 from olmoe.io.documents import Chat, read_documents
+from olmoe.io.mapped import forget
 from olmoe.ops.dispatch import AUTO
 from olmoe.runner import make_runner, require_backend
-from olmoe.runtime import resolve_dtype
+from olmoe.runtime import resolve_device, resolve_dtype
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
 
@@ -46,10 +50,12 @@ TRACE, AGAINST, METRICS, REPORT = "trace.safetensors", "against.safetensors", "m
 # Of the table of tokens (Table 8): so many an expert, and those that occur so often.
 _TOP_TOKENS, _OCCURRENCES = 15, 10
 _PART = ".part-"
+# Windows of a trace that are copied before what was read of it is forgotten.
+_TOGETHER = 64
 
 Progress = Callable[[int, int], None]
-# Token ids by document.
-Documents = list[list[int]]
+# Token ids by document; lists of them would take ten times the memory.
+Documents = list[npt.NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class _Settings:
     window: int
     backend: str
     dtype: str
+    device: str
 
 
 def analyze(
@@ -76,6 +83,7 @@ def analyze(
     output: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
+    revisions: Sequence[str | os.PathLike[str]] = (),
     tokens: int = TOKENS,
     window: int = WINDOW,
     overwrite: bool = False,
@@ -83,6 +91,7 @@ def analyze(
     figures: bool = False,
     backend: str = AUTO,
     dtype: str = "auto",
+    device: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
@@ -91,29 +100,42 @@ def analyze(
     """Trace a model on the text of each domain and write the folder `output`; returns what metrics.json holds.
 
     `texts` are files by the name of their domain, of each the first `tokens` tokens. `model` and `against` are
-    checkpoint folders or hub ids, packed ones too; None is the shipped model. `progress(done, total)` is called in
-    tokens. Raises `UserError` for what cannot be read or would be overwritten, before anything is traced.
+    checkpoint folders or hub ids, packed ones too; None is the shipped model. `revisions` are earlier checkpoints that
+    are compared with the model: branches, tags or commits of its repository, or folders, of checkpoints or of a run of
+    `olmoe train`; without a model they are compared with the last of them. `progress(done, total)` is called in tokens.
+    Raises `UserError` for what cannot be read or would be overwritten, before anything is traced.
     """
-    _check(texts, tokens, window, backend, dtype)
+    settings = _check(texts, tokens, window, backend, dtype, device)
     if report or figures:
         require_matplotlib()
     target = Path(os.path.expanduser(output))
     _check_target(target, overwrite)
     options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    earlier = find(None if model is None else os.fspath(model), revision, revisions)
+    if model is None and earlier:
+        model = earlier.pop().place
+    if revisions and not earlier:
+        raise UserError("There is no earlier checkpoint to compare with the last; give at least one more revision.")
     subjects = [_open(model, revision=revision, **options)]
+    require_alike(subjects[0].checkpoint.config, earlier, **options)
     ids = {name: _read(Path(os.path.expanduser(path)), name, subjects[0], tokens) for name, path in texts.items()}
     if against is not None:
         subjects.append(_open(against, **options))
         _check_alike(subjects, texts, ids, tokens)
-    settings = _Settings(window, backend, dtype)
+    count = _Count(progress, (len(subjects) + len(earlier)) * sum(map(_size, ids.values())))
+    sweep = _Sweep(subjects[0], texts, tokens, ids, settings, target, count, options)
+    for each in earlier:
+        if each.revision is None:  # others may have to be downloaded first
+            sweep.open(each)
     new = not target.exists()
     try:
         _make(target)
-        count = _Count(progress, len(subjects) * sum(map(_size, ids.values())))
         parts = [_trace(subject, ids, settings, target, count) for subject in subjects]
         for subject, files, name in zip(subjects, parts, (TRACE, AGAINST), strict=False):
             _join(files, list(ids), target / name, subject)
         found = _measure(target, subjects)
+        if earlier:
+            found["revisions"] = [sweep.numbers(each) for each in earlier]
         write_text(target / METRICS, json.dumps(found, allow_nan=False) + "\n")
         _write_pictures(found, target, report, figures)
         _clear(target, {TRACE, METRICS, *([AGAINST] if against is not None else [])}, report, figures)
@@ -137,7 +159,7 @@ def require_matplotlib() -> None:
 # ---- what was asked for ----
 
 
-def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dtype: str) -> None:
+def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dtype: str, device: str) -> _Settings:
     if not texts:
         raise UserError("There is no text to analyse; give at least one as NAME=FILE.")
     if not all(name.strip() for name in texts):
@@ -147,13 +169,14 @@ def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dty
             raise UserError(f"The number of {name} must be at least 1, not {value}.")
     require_backend(backend)
     resolve_dtype(dtype)
+    return _Settings(window, backend, dtype, str(resolve_device(device)))
 
 
 def _is_part(name: str) -> bool:
     """Whether a file is of an unfinished run, killed ones included, which leave what they were just writing."""
     if name.endswith(".partial"):
         return name.startswith(tuple(f".{each}" for each in (_PART, TRACE, AGAINST, METRICS, REPORT, "figure-")))
-    return name.startswith(_PART) and name.endswith(".safetensors")
+    return name.startswith(_PART) and name.endswith((".safetensors", ".json"))
 
 
 def _is_figure(name: str) -> bool:
@@ -192,15 +215,15 @@ def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
     documents: Documents = []
     left = most
     for document in read_documents(path, f"The text of {name},"):
-        ids = _encode(document, subject.tokenizer)[:left]
-        if ids:
+        ids = _encode(document, subject.tokenizer, left)
+        if len(ids):
             documents.append(ids)
             left -= len(ids)
         if left == 0:
             break
     if not documents:
         raise UserError(f"The text of {name}, {path}, is empty; give one with at least a few sentences.")
-    largest = max(map(max, documents))
+    largest = max(int(ids.max()) for ids in documents)
     if largest >= subject.checkpoint.config.vocab_size:
         raise UserError(
             f"The tokenizer of {subject.name} gives the id {largest}, but the model has only "
@@ -209,11 +232,17 @@ def _read(path: Path, name: str, subject: _Subject, most: int) -> Documents:
     return documents
 
 
-def _encode(document: str | Chat, tokenizer: Tokenizer) -> list[int]:
-    """Nothing is added before or after a document, as in the paper's analysis."""
-    if isinstance(document, str):
-        return tokenizer.encode(document)
-    return tokenizer.encode_chat(document, add_generation_prompt=False)
+def _encode(document: str | Chat, tokenizer: Tokenizer, most: int) -> npt.NDArray[np.int32]:
+    """Its first ids. Nothing is added before or after a document, as in the paper's analysis."""
+    if not isinstance(document, str):
+        return np.array(tokenizer.encode_chat(document, add_generation_prompt=False)[:most], dtype=np.int32)
+    parts, left = [], most
+    for ids in tokenizer.encode_parts(document):
+        parts.append(np.array(ids[:left], dtype=np.int32))
+        left -= len(parts[-1])
+        if left == 0:
+            break
+    return np.concatenate(parts)
 
 
 def _size(documents: Documents) -> int:
@@ -231,8 +260,11 @@ def _check_alike(
                 f"{subjects[1].name} has {name} {getattr(other, name)}, but {subjects[0].name} {getattr(one, name)}; "
                 "only models of the same shape can be compared."
             )
+    if subjects[1].tokenizer is subjects[0].tokenizer:
+        return
     for name, path in texts.items():
-        if _read(Path(os.path.expanduser(path)), name, subjects[1], tokens) != ids[name]:
+        read = _read(Path(os.path.expanduser(path)), name, subjects[1], tokens)
+        if len(read) != len(ids[name]) or not all(map(np.array_equal, read, ids[name])):
             raise UserError(
                 f"{subjects[1].name} and {subjects[0].name} read the text of {name} as different tokens, so they "
                 "cannot be compared token by token; choose a model with the same tokenizer."
@@ -267,7 +299,7 @@ def _trace(
             count.add(_size(ids[name]))
             continue
         if runner is None:
-            model = subject.checkpoint.load(dtype=resolve_dtype(settings.dtype))
+            model = subject.checkpoint.load(dtype=resolve_dtype(settings.dtype), device=settings.device)
             runner = make_runner(model, settings.backend)
         with TraceWriter(
             path,
@@ -291,7 +323,7 @@ def _identity(checkpoint: Checkpoint, settings: _Settings) -> str:
 def _digest(identity: str, documents: Documents) -> str:
     digest = hashlib.sha256(identity.encode())
     for document in documents:
-        digest.update(np.asarray([len(document), *document], dtype="<i4").tobytes())
+        digest.update(np.asarray([len(document)], dtype="<i4").tobytes() + document.astype("<i4").tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -311,14 +343,59 @@ def _join(parts: Sequence[Path], names: Sequence[str], path: Path, subject: _Sub
     ) as writer:
         for trace in traces:
             assert trace.predicted_ids is not None
-            for start, end in itertools.pairwise([*trace.starts.tolist(), len(trace)]):
+            chosen, weights, ids, predicted = trace.expert_ids, trace.weights, trace.input_ids, trace.predicted_ids
+            for number, window in enumerate(trace.windows()):
                 writer.start()
-                writer.append(
-                    trace.expert_ids[start:end],
-                    trace.weights[start:end],
-                    trace.input_ids[start:end].tolist(),
-                    trace.predicted_ids[start:end],
-                )
+                writer.append(chosen[window], weights[window], ids[window], predicted[window])
+                if number % _TOGETHER == 0:
+                    for column in (chosen, weights, ids, predicted):
+                        forget(column)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Earlier checkpoints of a model, one at a time: of each the trace is made, measured and removed."""
+
+    subject: _Subject
+    texts: Mapping[str, str | os.PathLike[str]]
+    tokens: int
+    ids: Mapping[str, Documents]
+    settings: _Settings
+    target: Path
+    count: _Count
+    options: Mapping[str, Any]
+
+    def numbers(self, each: Revision) -> dict[str, Any]:
+        """What metrics.json says of a checkpoint; from an interrupted run, if that has got so far."""
+        other = self.open(each)
+        path = self.target / f"{_PART}{self._digest(other)}.json"
+        if path.exists():
+            self.count.add(sum(map(_size, self.ids.values())))
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            parts = _trace(other, self.ids, self.settings, self.target, self.count)
+            whole = path.with_suffix(".safetensors")
+            _join(parts, list(self.ids), whole, other)
+            found = measure_revision(Trace.open(whole), Trace.open(self.target / TRACE))
+            write_text(path, json.dumps(found, allow_nan=False) + "\n")
+            for part in {*parts, whole}:
+                part.unlink()
+        return {"name": each.name, "step": each.step} | found
+
+    def open(self, each: Revision) -> _Subject:
+        """A checkpoint, which reads as the model does if it says nothing else; `UserError` if it reads otherwise."""
+        found = Checkpoint.open(each.place, revision=each.revision, **self.options)
+        ours, theirs = (folder / "tokenizer.json" for folder in (self.subject.checkpoint.folder, found.folder))
+        if not theirs.exists() or ours.read_bytes() == theirs.read_bytes():
+            other = _Subject(found, self.subject.tokenizer, each.name)
+        else:
+            other = replace(_open(each.place, revision=each.revision, **self.options), name=each.name)
+        _check_alike([self.subject, other], self.texts, self.ids, self.tokens)
+        return other
+
+    def _digest(self, other: _Subject) -> str:
+        identities = [_identity(subject.checkpoint, self.settings) for subject in (self.subject, other)]
+        return _digest(json.dumps([*identities, list(self.ids)]), [ids for each in self.ids.values() for ids in each])
 
 
 # ---- numbers and pages ----
@@ -329,9 +406,11 @@ def _measure(target: Path, subjects: Sequence[_Subject]) -> dict[str, Any]:
     found = measure(trace)
     found["top_tokens"] = top_tokens(trace, subjects[0].tokenizer)
     if len(subjects) > 1:
+        other = Trace.open(target / AGAINST)
         found["against"] = {
             "model": subjects[1].name,
-            "domains": agreement(trace, Trace.open(target / AGAINST)),
+            "domains": agreement(trace, other),
+            "shares": shares(other),
         }
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -41,6 +42,20 @@ def shown_layers(metrics: Metrics) -> list[int]:
     return sorted({0, last // 2, last})
 
 
+def middle_layer(metrics: Metrics) -> int:
+    """The one whose experts are shown one by one, as the paper shows those of layer 7 of 16."""
+    return (int(metrics["layers_count"]) - 1) // 2
+
+
+def apart_experts(metrics: Metrics) -> list[int]:
+    """The experts of the last layer whose use differs most between domains, strongest first: three for a figure."""
+    found = metrics.get("token_shares", {"experts": {}})
+    layer = str(metrics["layers_count"] - 1)
+    shares = np.asarray([numbers["layers"][layer]["top_k"] for numbers in metrics["domains"].values()])
+    order = np.argsort(-np.ptp(shares, axis=0), kind="stable").tolist()
+    return [expert for expert in order if str(expert) in found["experts"]][:3]
+
+
 def draw(metrics: Metrics) -> dict[str, Any]:
     """Every figure that the numbers allow, by name: matplotlib `Figure` objects."""
     import matplotlib
@@ -52,12 +67,18 @@ def draw(metrics: Metrics) -> dict[str, Any]:
             "load": _load(metrics),
             "coactivation": _coactivation(metrics),
             "vocabulary": _vocabulary(metrics),
+            "vocabulary-experts": _vocabulary_experts(metrics),
+            "token-shares": _token_shares(metrics),
             "flow": _flow(metrics),
             "confidence": _confidence(metrics),
             "neighbours": _neighbours(metrics),
         }
         if "against" in metrics:
             drawn["agreement"] = _agreement(metrics)
+        if "shares" in metrics.get("against", {}):
+            drawn["before-after"] = _domains(metrics, "top_k", metrics["against"]["shares"])
+        if metrics.get("revisions"):
+            drawn["revisions"] = _revisions(metrics)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -69,7 +90,26 @@ def image_bytes(figure: Any, kind: Literal["png", "svg"] | str) -> bytes:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    return buffer.getvalue()
+    if kind != "svg":
+        return buffer.getvalue()
+    text = re.sub(r'(?<= d=")[^"]+', lambda found: _shorter(found[0]), buffer.getvalue().decode())
+    return re.sub(r"\n\s+", "\n", text).encode()
+
+
+def _shorter(path: str) -> str:
+    """The same path of an SVG to a hundredth of a point, which takes half the room: a page holds thousands."""
+    parts, at = [], ["", ""]
+    for line in path.strip().split("\n"):
+        command, *numbers = line.split()
+        point = [re.sub(r"(\.\d\d)\d+", r"\1", number) for number in numbers]
+        if command == "L" and point[0] == at[0]:
+            parts.append(f"V{point[1]}")
+        elif command == "L" and point[1] == at[1]:
+            parts.append(f"H{point[0]}")
+        else:
+            parts.append(command + " ".join(point))
+        at = point[-2:] or ["", ""]
+    return "".join(parts)
 
 
 def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, npt.NDArray[Any]]:
@@ -79,8 +119,8 @@ def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, n
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _domains(metrics: Metrics, which: str) -> Any:
-    """Bars of each domain's shares by expert, with the uniform share (Fig. 22, 33, 34)."""
+def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = None) -> Any:
+    """Bars of each domain's shares by expert, with the uniform share (Fig. 22, 34); another model's as a line (33)."""
     names, layers = list(metrics["domains"]), shown_layers(metrics)
     uniform = metrics["top_k"] / metrics["experts"] if which == "top_k" else 1 / metrics["experts"]
     figure, axes = _new(len(names), len(layers), 0.7 + 1.05 * len(names), sharex=True, sharey="col")
@@ -88,14 +128,22 @@ def _domains(metrics: Metrics, which: str) -> Any:
         for column, layer in enumerate(layers):
             ax = axes[row, column]
             shares = np.asarray(metrics["domains"][name]["layers"][str(layer)][which])
-            ax.bar(range(len(shares)), 100 * shares, width=0.85, color=_COLOURS[row % len(_COLOURS)])
+            # One shape, not one for each expert: thousands of them would make the page several times as large.
+            edges = np.arange(len(shares) + 1) - 0.5
+            ax.stairs(100 * shares, edges, fill=True, color=_COLOURS[row % len(_COLOURS)])
             ax.axhline(100 * uniform, color=_GREY, linewidth=0.9, linestyle="--")
+            if other is not None:
+                outline = 100 * np.asarray(other[name][str(layer)][which])
+                ax.stairs(outline, edges, color="black", linewidth=0.7)
             if row == 0:
                 ax.set_title(f"layer {layer}")
             if row == len(names) - 1:
                 ax.set_xlabel("expert")
             if column == 0:
                 ax.set_ylabel(f"{_short(name)}\n% of tokens")
+    if other is not None:
+        names = [_short(metrics["model"], 40), _short(metrics["against"]["model"], 40)]
+        figure.legend(axes[0, 0].patches, names, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -150,6 +198,47 @@ def _vocabulary(metrics: Metrics) -> Any:
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("vocabulary specialisation, %")
     axes[0, 1].legend()
+    return figure
+
+
+def _vocabulary_experts(metrics: Metrics) -> Any | None:
+    """How exclusively each expert of a middle layer takes the ids whose favourite it is (Fig. 23)."""
+    vocabulary = metrics["layers"][str(middle_layer(metrics))]["vocabulary"]
+    keys = {"experts": ("input", "id that is read"), "experts_predicted": ("predicted", "id that is predicted")}
+    shown = {key: names for key, names in keys.items() if key in vocabulary}
+    if not shown:
+        return None
+    figure, axes = _new(len(shown), 1, 0.6 + 1.4 * len(shown), sharex=True)
+    for ax, (key, (name, label)) in zip(axes[:, 0], shown.items(), strict=True):
+        values = [math.nan if value is None else 100 * value for value in vocabulary[key]]
+        ax.bar(range(len(values)), values, width=0.85, color=_COLOURS[list(_SEEN).index(name)])
+        ax.axhline(100 * vocabulary[name]["top_1"], color=_GREY, linewidth=0.9, linestyle="--")
+        ax.set(title=label, ylabel="%", ylim=(0, 100))
+    axes[-1, 0].set_xlabel(f"expert of layer {middle_layer(metrics)}")
+    return figure
+
+
+def _token_shares(metrics: Metrics) -> Any | None:
+    """Of three experts, how much of its tokens' occurrences each takes in each domain (Fig. 32)."""
+    experts, names = apart_experts(metrics), list(metrics["domains"])
+    if not experts:
+        return None
+    found = metrics["token_shares"]
+    figure, axes = _new(1, len(experts), 1.1 + 0.24 * len(names), sharey=True)
+    image = None
+    for ax, expert in zip(axes[0], experts, strict=True):
+        bins = len(next(iter(found["experts"][str(expert)].values())))
+        counts = np.asarray([found["experts"][str(expert)].get(name, [0] * bins) for name in names], dtype=float)
+        total = counts.sum(axis=1, keepdims=True)
+        image = ax.imshow(
+            100 * counts / np.maximum(total, 1), aspect="auto", cmap=_MAP, vmin=0, vmax=100, interpolation="nearest",
+            extent=(0, 100, len(names) - 0.5, -0.5),
+        )  # fmt: skip
+        ax.set(title=f"expert {expert}", xlabel="% of occurrences")
+        for row, number in enumerate(total[:, 0]):
+            ax.text(102, row, f"{number:.0f}", fontsize=6.5, va="center", color=_GREY)
+    axes[0, 0].set_yticks(range(len(names)), [_short(name) for name in names])
+    figure.colorbar(image, ax=axes[0].tolist(), label="% of its ids", pad=0.03)
     return figure
 
 
@@ -301,7 +390,47 @@ def _agreement(metrics: Metrics) -> Any:
     return figure
 
 
-def _short(name: str) -> str:
+def _revisions(metrics: Metrics) -> Any:
+    """How much of the final routing is there over training, and how load and certainty change (Fig. 20)."""
+    import matplotlib
+
+    earlier, layers = metrics["revisions"], [str(layer) for layer in range(metrics["layers_count"])]
+    figure, axes = _new(2, 2, 4.8)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    panels = {
+        "saturation_1": ("top 1", "% of final experts", 100),
+        "saturation_k": (f"top {metrics['top_k']}", "% of final experts", 100),
+        "max_over_mean": ("busiest expert", "load / uniform load", 1),
+        "first": ("first expert", "mean probability", 1),
+    }
+    for ax, (name, (title, unit, scale)) in zip(axes.flat, panels.items(), strict=True):
+        for layer, colour in zip(layers, colours, strict=True):
+            values = [each["layers"][layer][name] for each in earlier]
+            if name in metrics["layers"][layer]:  # what the model itself has; its saturation is 100 % by definition
+                values.append(metrics["layers"][layer][name])
+            points = [scale * value for value in values]
+            ax.plot(range(len(points)), points, "-o", color=colour, markersize=3, label=layer)
+        if name in ("saturation_1", "saturation_k"):
+            chance = 100 * metrics["chance"][name]
+            ax.axhline(chance, color=_GREY, linewidth=0.9, linestyle="--")
+        ax.set(title=title, ylabel=unit, ylim=(0, 101 if scale == 100 else None))
+        _label_revisions(ax, metrics, len(points))
+    axes[0, 1].legend(title="layer", fontsize=6.5, ncols=math.ceil(len(layers) / 6), loc="lower right")
+    return figure
+
+
+def _label_revisions(ax: Any, metrics: Metrics, count: int) -> None:
+    """Name at most eight points of the axis, by their steps if all have one."""
+    earlier = metrics["revisions"]
+    by_step = all(each["step"] is not None for each in earlier)
+    names = [f"{each['step']:,}" if by_step else _short(each["name"]) for each in earlier] + ["last"]
+    places = sorted({round(at) for at in np.linspace(0, count - 1, min(count, 8))})
+    rotation = 0 if sum(len(names[at]) for at in places) < 30 else 30
+    ax.set_xticks(places, [names[at] for at in places], rotation=rotation)
+    ax.set_xlabel("training step" if by_step else "revision")
+
+
+def _short(name: str, most: int = 14) -> str:
     """A name as a label; matplotlib would read dollars as mathematics."""
     name = name.replace("$", r"\$")
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return name if len(name) <= most else f"{name[: most - 1]}…"

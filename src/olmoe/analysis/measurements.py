@@ -3,6 +3,7 @@
 The schema ("olmoe-metrics-1"; every list over experts has one number an expert, every key of layers is its number):
 
     model, layers_count, experts, top_k, tokens
+    accuracy                          share of next ids that were predicted; null without predictions
     domains.NAME.tokens
     domains.NAME.layers.L.top_k       share of tokens that choose each expert (Eq. 7); sums to top_k
     domains.NAME.layers.L.top_1       the same of first choices; sums to 1
@@ -10,18 +11,27 @@ The schema ("olmoe-metrics-1"; every list over experts has one number an expert,
     domains.NAME.layers.L.distance    how far the domain's first choices are from those of all (total variation)
     layers.L.top_k, top_1, entropy, max_over_mean, dead      of all domains together
     layers.L.{first, margin, mass}    mean probability of the first expert, its lead over the second, and of all chosen
+    layers.L.{ranks, histogram}       mean probability by rank; tokens by the first one's, in 20 equal steps from 0 to 1
     layers.L.neighbours               share of experts that the token before chose too
     layers.L.coactivation             experts chosen together most often: [i, j, share of i's tokens] (Eq. 6)
     layers.L.often_together           pairs i, j of which more than half of i's tokens choose j as well
     layers.L.together.{experts, shares}   those of the strongest pairs, and of each pair of them the same share
     layers.L.vocabulary.{input, predicted, next}.{top_k, top_1}    mean best share of an id (Eq. 8, Fig. 30)
     layers.L.vocabulary.experts       of each expert, on input ids by first choices (Fig. 23); null for none
+    layers.L.vocabulary.experts_predicted   the same on predicted ids
     flow.{"A-B"}                      tokens by first choices in layers A and B, the largest: [i, j, tokens] (Fig. 35)
     chance.{saturation_k, saturation_1, coactivation}        what routing at random would give
     against.model, against.domains.NAME.{top_k, top_1}   agreement with another model by layer (Eq. 5), where given
+    against.shares.NAME.L.{top_k, top_1}    the other model's shares of tokens, as in domains (Fig. 33)
     top_tokens                        what experts of a layer take most exclusively: {layer, least, experts.E: [[text,
                                       share of its occurrences, occurrences]]} (Table 8)
-    revisions                         saturation of earlier checkpoints by layer (Eq. 5), where any were given
+    token_shares.{layer, least, experts.E.NAME}   of the last layer, by domain: ids by the share of their occurrences
+                                      that choose the expert, in 10 steps; of ids that it took `least` times (Fig. 32)
+    revisions                         earlier checkpoints on the same tokens, where any were given: a list by training
+                                      step of {name, step (or null), accuracy, layers, domains}
+    revisions.I.layers.L.{saturation_k, saturation_1}    share of the model's experts that are chosen already (Eq. 5)
+    revisions.I.layers.L.{entropy, max_over_mean, dead, first, margin, mass, neighbours}    as in layers
+    revisions.I.domains.NAME.{top_k, top_1, distance}    of each layer: saturation within the domain, and as in domains
 
 Shapes legend: N tokens, L layers, K experts per token, E experts.
 """
@@ -45,6 +55,8 @@ SCHEMA = "olmoe-metrics-1"
 _LISTED = 32
 # Experts in the map of those that are chosen together, as the paper's script shows.
 _TOGETHER = 16
+# Ids that an expert took less often say little about it (as in the paper's script).
+_TAKEN = 8
 
 
 def domains_of(trace: Trace) -> dict[str, slice]:
@@ -57,7 +69,7 @@ def measure(trace: Trace) -> dict[str, Any]:
     """All numbers of one trace, by the schema above."""
     _, layers, k = trace.expert_ids.shape
     domains, experts = domains_of(trace), trace.experts
-    shares = {
+    loads = {
         name: (metrics.load(trace.expert_ids[part], experts), metrics.load(trace.expert_ids[part], experts, 1))
         for name, part in domains.items()
     }
@@ -69,15 +81,17 @@ def measure(trace: Trace) -> dict[str, Any]:
         "experts": experts,
         "top_k": k,
         "tokens": len(trace),
+        "accuracy": accuracy(trace),
         "domains": {
             name: {
                 "tokens": part.stop - part.start,
-                "layers": _loads(*shares[name], every[1]),
+                "layers": _loads(*loads[name], every[1]),
             }
             for name, part in domains.items()
         },
         "layers": _layers(trace, *every),
         "flow": _flows(trace),
+        "token_shares": _token_shares(trace, domains),
         "chance": {
             "saturation_k": k / experts,
             "saturation_1": 1 / experts,
@@ -99,10 +113,56 @@ def agreement(trace: Trace, other: Trace) -> dict[str, Any]:
     }
 
 
+def shares(trace: Trace) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """By domain and layer, the share of tokens that choose each expert (Eq. 7), and choose it first."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, part in domains_of(trace).items():
+        top_k, top_1 = (metrics.load(trace.expert_ids[part], trace.experts, top) for top in (None, 1))
+        found[name] = {
+            str(layer): {"top_k": top_k[layer].tolist(), "top_1": top_1[layer].tolist()} for layer in range(len(top_k))
+        }
+    return found
+
+
+def accuracy(trace: Trace) -> float | None:
+    """The share of next ids that the model predicted, within windows; None where predictions were not recorded."""
+    if trace.predicted_ids is None:
+        return None
+    following = metrics.next_ids(trace.input_ids, trace.starts)
+    known = following >= 0
+    return float((np.asarray(trace.predicted_ids)[known] == following[known]).mean()) if known.any() else None
+
+
+def measure_revision(trace: Trace, final: Trace) -> dict[str, Any]:
+    """How far an earlier checkpoint is on the tokens of `final`, by the schema's `revisions`."""
+    experts = trace.experts
+    balance = metrics.balance(metrics.load(trace.expert_ids, experts))
+    confidence = metrics.confidence(trace.weights)
+    by_layer: dict[str, npt.NDArray[Any]] = {
+        "saturation_k": metrics.saturation(trace.expert_ids, final.expert_ids),
+        "saturation_1": metrics.saturation(trace.expert_ids, final.expert_ids, 1),
+        **balance._asdict(),
+        **{name: getattr(confidence, name) for name in ("first", "margin", "mass")},
+        "neighbours": metrics.neighbour_overlap(trace.expert_ids, trace.starts),
+    }
+    first = metrics.load(trace.expert_ids, experts, 1)
+    domains = agreement(final, trace)
+    for name, part in domains_of(trace).items():
+        domains[name]["distance"] = metrics.distance(metrics.load(trace.expert_ids[part], experts, 1), first).tolist()
+    return {
+        "accuracy": accuracy(trace),
+        "layers": {
+            str(layer): {name: values[layer].item() for name, values in by_layer.items()} for layer in range(len(first))
+        },
+        "domains": domains,
+    }
+
+
 def _loads(
     top_k_LE: npt.NDArray[np.float64], top_1_LE: npt.NDArray[np.float64], every_LE: npt.NDArray[np.float64] | None
 ) -> dict[str, dict[str, Any]]:
     balance = metrics.balance(top_k_LE)
+    apart = None if every_LE is None else metrics.distance(top_1_LE, every_LE)
     found: dict[str, dict[str, Any]] = {}
     for layer in range(len(top_k_LE)):
         found[str(layer)] = {
@@ -112,8 +172,8 @@ def _loads(
             "max_over_mean": float(balance.max_over_mean[layer]),
             "dead": int(balance.dead[layer]),
         }
-        if every_LE is not None:
-            found[str(layer)]["distance"] = float(np.abs(top_1_LE[layer] - every_LE[layer]).sum() / 2)
+        if apart is not None:
+            found[str(layer)]["distance"] = float(apart[layer])
     return found
 
 
@@ -124,31 +184,47 @@ def _layers(
     confidence = metrics.confidence(trace.weights)
     neighbours = metrics.neighbour_overlap(trace.expert_ids, trace.starts)
     together = metrics.coactivation(trace.expert_ids, trace.experts)
-    tokens: Mapping[str, Any] = {
-        "input": trace.input_ids,
-        "predicted": trace.predicted_ids,
-        "next": metrics.next_ids(trace.input_ids, trace.starts),
+    tokens = {
+        "input": metrics.occurrences(trace.input_ids),
+        "next": metrics.occurrences(metrics.next_ids(trace.input_ids, trace.starts)),
     }
+    if trace.predicted_ids is not None:
+        tokens["predicted"] = metrics.occurrences(trace.predicted_ids)
     for layer in range(len(top_k_LE)):
         numbers = found[str(layer)]
         numbers["first"] = float(confidence.first[layer])
         numbers["margin"] = float(confidence.margin[layer])
         numbers["mass"] = float(confidence.mass[layer])
+        numbers["ranks"] = confidence.ranks[layer].tolist()
         numbers["histogram"] = confidence.histogram[layer].tolist()
         numbers["neighbours"] = float(neighbours[layer])
         numbers["coactivation"] = [[i, j, float(together[layer, i, j])] for i, j in _largest(together[layer])]
         numbers["often_together"] = int((together[layer] > 0.5).sum())
         numbers["together"] = _together(together[layer])
-        numbers["vocabulary"] = {}
-        for name, ids in tokens.items():
-            if ids is not None:
-                numbers["vocabulary"][name] = {
-                    which: metrics.vocabulary(trace.expert_ids, ids, layer, trace.experts, top).mean_of_best
-                    for which, top in (("top_k", None), ("top_1", 1))
-                }
-        first = metrics.vocabulary(trace.expert_ids, trace.input_ids, layer, trace.experts, 1)
-        numbers["vocabulary"]["experts"] = [None if math.isnan(x) else float(x) for x in first.of_experts()]
+        follows = metrics.vocabularies(trace.expert_ids, tokens, layer, trace.experts, (None, 1))
+        numbers["vocabulary"] = {
+            name: {"top_k": follows[name, None].mean_of_best, "top_1": follows[name, 1].mean_of_best}
+            for name in ("input", "predicted", "next")
+            if name in tokens
+        }
+        for key, name in (("experts", "input"), ("experts_predicted", "predicted")):
+            if name in tokens:
+                favourites = follows[name, 1].of_experts()
+                numbers["vocabulary"][key] = [None if math.isnan(x) else float(x) for x in favourites]
     return found
+
+
+def _token_shares(trace: Trace, domains: Mapping[str, slice]) -> dict[str, Any]:
+    """How exclusively experts of the last layer take their ids in each domain; those that take none are left out."""
+    layer = trace.expert_ids.shape[1] - 1
+    experts: dict[str, dict[str, list[int]]] = {}
+    for name, part in domains.items():
+        found = metrics.vocabulary(trace.expert_ids[part], trace.input_ids[part], layer, trace.experts)
+        for expert in range(trace.experts):
+            counts = found.histogram(expert, least=_TAKEN)
+            if counts.any():
+                experts.setdefault(str(expert), {})[name] = counts.tolist()
+    return {"layer": layer, "least": _TAKEN, "experts": dict(sorted(experts.items(), key=lambda item: int(item[0])))}
 
 
 def _flows(trace: Trace) -> dict[str, list[list[int]]]:

@@ -11,17 +11,20 @@ Shapes legend: N tokens, L layers, K experts per token, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from olmoe.io.mapped import forget
+
 Ids = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
 
-# Tokens that are looked at together: what is computed of them on the way stays small.
-_PART = 1 << 14
+# Tokens that are looked at together: what is computed of them on the way stays small, and so does what was read of a
+# mapped array. Where each part costs a pass over the vocabulary, they are more.
+_PART, _VOCABULARY_PARTS = 1 << 14, 16
 
 
 # ---- load and balance ----
@@ -69,6 +72,15 @@ def balance(load_LE: Floats) -> Balance:
     return Balance(entropy / limit, load_LE.max(axis=1) / mean_L, (load_LE == 0).sum(axis=1))
 
 
+def distance(load_LE: Floats, other_LE: Floats) -> Floats:
+    """How far two loads are from each other: (L, E) twice -> (L,), total variation, 0 for alike, 1 for nothing shared.
+
+    Of a domain's and that of all domains together it says how special the domain is (of shares as in Eq. 7).
+    """
+    one, other = (load / np.maximum(load.sum(axis=1, keepdims=True), 1e-300) for load in (load_LE, other_LE))
+    return np.abs(one - other).sum(axis=1) / 2
+
+
 # ---- two routings of the same tokens ----
 
 
@@ -91,16 +103,17 @@ def neighbour_overlap(expert_ids: Ids, starts: Ids | None = None, top: int | Non
 
     `starts` are the first tokens of documents, which have none before them.
     """
-    inside = np.ones(len(expert_ids), dtype=bool)
-    inside[:1] = False
-    if starts is not None:
-        inside[np.asarray(starts)] = False
-    places = np.flatnonzero(inside)
-    total = np.zeros(expert_ids.shape[1])
-    for start in range(0, len(places), _PART):
-        at = places[start : start + _PART]
-        total += _overlap(_top(expert_ids[at], top), _top(expert_ids[at - 1], top)).sum(axis=0)
-    return total / max(len(places), 1)
+    starts = np.unique([] if starts is None else np.asarray(starts))
+    total, pairs = np.zeros(expert_ids.shape[1]), 0
+    for first in range(1, len(expert_ids), _PART):
+        end = min(first + _PART, len(expert_ids))
+        ids = _top(expert_ids[first - 1 : end], top)
+        inside = np.ones(end - first, dtype=bool)
+        inside[starts[np.searchsorted(starts, first) : np.searchsorted(starts, end)].astype(np.int64) - first] = False
+        total += _overlap(ids[1:][inside], ids[:-1][inside]).sum(axis=0)
+        pairs += int(inside.sum())
+        forget(expert_ids)
+    return total / max(pairs, 1)
 
 
 def _overlap(one: Ids, other: Ids) -> Floats:
@@ -120,16 +133,28 @@ def coactivation(expert_ids: Ids, experts: int, mode: Literal["pairs", "adjacent
     """
     n_layers, k = expert_ids.shape[1:]
     together = np.zeros((n_layers, experts, experts), dtype=np.int64)
-    ranks = [(a, b) for a in range(k) for b in range(k) if a != b and (mode == "pairs" or abs(a - b) == 1)]
     for part in _parts(expert_ids, None):
         for layer in range(n_layers):
-            ids = part[:, layer].astype(np.int64)
-            for a, b in ranks:
-                both = (ids[:, a] >= 0) & (ids[:, b] >= 0)
-                flat = ids[both, a] * experts + ids[both, b]
-                together[layer] += np.bincount(flat, minlength=experts**2).reshape(experts, experts)
+            ids = part[:, layer]
+            if mode == "pairs":
+                together[layer] += _pairs(ids, experts)
+                continue
+            for one, other in [(ids[:, a], ids[:, a + 1]) for a in range(k - 1)]:
+                both = (one >= 0) & (other >= 0)
+                flat = one[both].astype(np.int64) * experts + other[both]
+                neighbours = np.bincount(flat, minlength=experts**2).reshape(experts, experts)
+                together[layer] += neighbours + neighbours.T
     alone = counts(expert_ids, experts)
     return together / np.maximum(alone, 1)[:, :, None]
+
+
+def _pairs(ids: Ids, experts: int) -> npt.NDArray[np.int64]:
+    """How many tokens choose each two experts: (n, K) -> (E, E), in fp32, which counts the tokens of a part exactly."""
+    chosen = np.zeros((len(ids), experts + 1), dtype=np.float32)
+    chosen[np.arange(len(ids))[:, None], ids] = 1  # -1, for none, is the column behind all experts
+    found = (chosen[:, :experts].T @ chosen[:, :experts]).astype(np.int64)
+    np.fill_diagonal(found, 0)
+    return found
 
 
 def flow(
@@ -176,28 +201,96 @@ class Vocabulary(NamedTuple):
         with np.errstate(invalid="ignore"):
             return np.where(number > 0, total / number, np.nan)
 
-    def top_ids(self, expert: int, count: int, least: int = 1) -> list[tuple[int, float]]:
-        """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8)."""
+    def top_ids(
+        self, expert: int, count: int, least: int = 1, mode: Literal["all", "favourite"] = "all"
+    ) -> list[tuple[int, float]]:
+        """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8).
+
+        "favourite", as the published script, lists an id for the expert alone that takes most of it.
+        """
         known = np.flatnonzero(self.total >= least)
+        if mode == "favourite":
+            known = known[self.share[known].argmax(axis=1) == expert]
         order = known[np.lexsort((self.ids[known], -self.total[known], -self.share[known, expert]))][:count]
         return [(int(self.ids[at]), float(self.share[at, expert])) for at in order if self.share[at, expert] > 0]
 
+    def histogram(self, expert: int, bins: int = 10, least: int = 8) -> npt.NDArray[np.int64]:
+        """How exclusively an expert takes its ids (Fig. 32): -> (bins,) ids by their share, in equal steps to 1.
 
-def vocabulary(expert_ids: Ids, token_ids: Ids, layer: int, experts: int, top: int | None = None) -> Vocabulary:
+        Of ids that the expert took `least` times at least. Of one domain's tokens against another's it shows whether
+        the expert takes the same part of an id wherever that occurs.
+        """
+        share = self.share[:, expert]
+        share = share[np.rint(share * self.total) >= least]
+        places = np.minimum((share * bins).astype(np.int64), bins - 1)
+        return np.bincount(places, minlength=bins)
+
+
+class Occurrences(NamedTuple):
+    """Which ids of a vocabulary a text has: `token_ids` (N,), below 0 for "none"; `ids` (X,) and `total` (X,).
+
+    `rows` (V,) are the places of ids among `ids`. Made once by `occurrences`, it serves for every layer.
+    """
+
+    token_ids: Ids
+    ids: npt.NDArray[np.int64]
+    total: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+def occurrences(token_ids: Ids) -> Occurrences:
+    """The ids that occur, and how often. token_ids (N,)."""
+    token_ids = np.asanyarray(token_ids)
+    number = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(token_ids), _PART * _VOCABULARY_PARTS):
+        part = token_ids[start : start + _PART * _VOCABULARY_PARTS]
+        more = np.bincount(part[part >= 0], minlength=len(number))
+        more[: len(number)] += number
+        number = more
+        forget(token_ids)
+    ids = np.flatnonzero(number)
+    rows = np.zeros(max(len(number), 1), dtype=np.int64)
+    rows[ids] = np.arange(len(ids))
+    return Occurrences(token_ids, ids, number[ids], rows)
+
+
+def vocabulary(
+    expert_ids: Ids, token_ids: Ids | Occurrences, layer: int, experts: int, top: int | None = None
+) -> Vocabulary:
     """Vocabulary specialisation of a layer (Eq. 8). expert_ids (N, L, K); token_ids (N,), below 0 for "none".
 
     `token_ids` are the input, the model's predictions, or the true next ids, as one asks what experts follow.
     """
-    token_ids = np.asarray(token_ids)
-    ids, total = np.unique(token_ids[token_ids >= 0], return_counts=True)
-    found = np.zeros(len(ids) * experts, dtype=np.int64)
-    for start in range(0, len(expert_ids), _PART):
-        tokens = token_ids[start : start + _PART]
-        chosen = _top(expert_ids[start : start + _PART], top)[:, layer].astype(np.int64)
-        counted = (tokens >= 0)[:, None] & (chosen >= 0)
-        rows = np.broadcast_to(np.searchsorted(ids, np.maximum(tokens, 0))[:, None], chosen.shape)
-        found += np.bincount(rows[counted] * experts + chosen[counted], minlength=len(found))
-    return Vocabulary(ids.astype(np.int64), total, found.reshape(len(ids), experts) / np.maximum(total, 1)[:, None])
+    known = token_ids if isinstance(token_ids, Occurrences) else occurrences(token_ids)
+    return vocabularies(expert_ids, {"": known}, layer, experts, (top,))["", top]
+
+
+def vocabularies(
+    expert_ids: Ids, tokens: Mapping[str, Occurrences], layer: int, experts: int, tops: Sequence[int | None]
+) -> dict[tuple[str, int | None], Vocabulary]:
+    """`vocabulary` of several kinds of ids, by name and by `top`, in one pass over expert_ids (N, L, K)."""
+    found = {(name, top): np.zeros(len(tokens[name].ids) * experts, dtype=np.int64) for name in tokens for top in tops}
+    size = _PART * _VOCABULARY_PARTS
+    for start in range(0, len(expert_ids), size):
+        ids = _top(expert_ids[start : start + size, layer : layer + 1], None)[:, 0]
+        for name, known in tokens.items():
+            part = np.asarray(known.token_ids[start : start + size])
+            rows = known.rows[np.maximum(part, 0)] * experts
+            for top in tops:
+                chosen = ids[:, : _checked(top, ids.shape[1])]
+                counted = (part >= 0)[:, None] & (chosen >= 0)
+                flat = (rows[:, None] + chosen)[counted]
+                found[name, top] += np.bincount(flat, minlength=len(found[name, top]))
+            forget(known.token_ids)
+        forget(expert_ids)
+    return {
+        (name, top): Vocabulary(
+            tokens[name].ids,
+            tokens[name].total,
+            number.reshape(-1, experts) / np.maximum(tokens[name].total, 1)[:, None],
+        )
+        for (name, top), number in found.items()
+    }
 
 
 def next_ids(token_ids: Ids, starts: Ids | None = None) -> npt.NDArray[np.int64]:
@@ -217,37 +310,42 @@ class Confidence(NamedTuple):
     """How sure routers are, of each layer: means (L,) and histograms over tokens.
 
     `first` is the probability of the likeliest expert, `margin` how far it is above the second, `mass` what all k have
-    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1.
+    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1; `ranks` (L, K) are means by rank.
     """
 
     first: Floats
     margin: Floats
     mass: Floats
     histogram: npt.NDArray[np.int64]
+    ranks: Floats
 
 
 def confidence(weights: npt.NDArray[np.floating], bins: int = 20) -> Confidence:
     """From the probabilities of chosen experts (N, L, K), by falling value, as OLMoE uses them: not renormalised."""
     n_layers, k = weights.shape[1:]
-    sums = np.zeros((3, n_layers))
+    margin, ranks = np.zeros(n_layers), np.zeros((n_layers, k))
     histogram = np.zeros((n_layers, bins), dtype=np.int64)
     for start in range(0, len(weights), _PART):
         part = np.asarray(weights[start : start + _PART], dtype=np.float64)
         first = part[:, :, 0]
-        sums[0] += first.sum(axis=0)
-        sums[1] += (first - (part[:, :, 1] if k > 1 else 0)).sum(axis=0)
-        sums[2] += part.sum(axis=(0, 2))
+        ranks += part.sum(axis=0)
+        margin += (first - (part[:, :, 1] if k > 1 else 0)).sum(axis=0)
         places = np.minimum((first * bins).astype(np.int64), bins - 1)
         for layer in range(n_layers):
             histogram[layer] += np.bincount(places[:, layer], minlength=bins)
-    first_L, margin_L, mass_L = sums / max(len(weights), 1)
-    return Confidence(first_L, margin_L, mass_L, histogram)
+        forget(weights)
+    margin, ranks = margin / max(len(weights), 1), ranks / max(len(weights), 1)
+    return Confidence(ranks[:, 0], margin, ranks.sum(axis=1), histogram, ranks)
+
+
+def _checked(top: int | None, k: int) -> int | None:
+    if top is not None and not 1 <= top <= k:
+        raise ValueError(f"top must be from 1 to {k}, the experts of a token, not {top}")
+    return top
 
 
 def _top(expert_ids: Ids, top: int | None) -> Ids:
-    if top is not None and not 1 <= top <= expert_ids.shape[2]:
-        raise ValueError(f"top must be from 1 to {expert_ids.shape[2]}, the experts of a token, not {top}")
-    expert_ids = np.asarray(expert_ids if top is None else expert_ids[:, :, :top])
+    expert_ids = np.asarray(expert_ids[:, :, : _checked(top, expert_ids.shape[2])])
     if expert_ids.dtype.kind == "u":  # as traces keep them: the largest value stands for none
         none = expert_ids == np.iinfo(expert_ids.dtype).max
         expert_ids = np.where(none, np.int32(-1), expert_ids.astype(np.int32))
@@ -257,3 +355,4 @@ def _top(expert_ids: Ids, top: int | None) -> Ids:
 def _parts(expert_ids: Ids, top: int | None) -> Iterator[Ids]:
     for start in range(0, len(expert_ids), _PART):
         yield _top(expert_ids[start : start + _PART], top)
+        forget(expert_ids)

@@ -29,6 +29,7 @@ from torch import Tensor
 from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.runner import Batch, CacheView, Runner, Want, make_runner, to_cache_dtype
+from olmoe.runner.policy import ResolvedPolicy
 from olmoe.runtime import available_memory_bytes, log
 from olmoe.weights import checkpoint, sample_text
 from olmoe.weights.checkpoint import open_source
@@ -174,21 +175,59 @@ def compare_caches(
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """As `compare`, one model with its keys and values in two dtypes; None is the runner's own."""
-    layers = runner.config.num_hidden_layers
-    tally = _Tally(len(token_ids) - 1, layers, progress)
-    caches = [runner.new_cache(1, min(length, len(token_ids) - 1), dtype) for dtype in (reference, candidate)]
-    views = [CacheView(blocks, np.arange(blocks.blocks, dtype=np.int32)[None]) for blocks in caches]
+    return compare_sides(Side(runner, reference), Side(runner, candidate), token_ids, length, progress=progress)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model as `compare_sides` runs it: None of a cache's dtype or a router policy is the model's own."""
+
+    runner: Runner
+    cache_dtype: torch.dtype | None = None
+    policy: ResolvedPolicy | None = None
+
+
+def by_layer(expected_NLK: Tensor, actual_NLK: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What two models chose, as pairs to compare: layer by layer, (N, K) of each."""
+    return list(zip(expected_NLK.unbind(1), actual_NLK.unbind(1), strict=True))
+
+
+@torch.inference_mode()
+def compare_sides(
+    reference: Side,
+    candidate: Side,
+    token_ids: list[int],
+    length: int,
+    *,
+    pairs: Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor]]] = by_layer,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """As `compare`, of models in runners.
+
+    `pairs` is given the expert ids (N, L, K) of tokens of both sides, and says which of them to compare for the routing
+    of each of the candidate's layers: of models whose layers or experts are not those of the reference.
+    """
+    tally = _Tally(len(token_ids) - 1, candidate.runner.config.num_hidden_layers, progress)
+    views = []
+    for side in (reference, candidate):
+        blocks = side.runner.new_cache(1, min(length, len(token_ids) - 1), side.cache_dtype)
+        views.append(CacheView(blocks, np.arange(blocks.blocks, dtype=np.int32)[None]))
     for first in range(0, len(token_ids) - 1, length):
         window = token_ids[first : first + length + 1]
         inputs, labels_N = window[:-1], torch.tensor(window[1:])
         for start in range(0, len(inputs), LOGIT_TOKENS):
             part = inputs[start : start + LOGIT_TOKENS]
-            batch, rows = Batch(part, [len(part)], [start], [len(inputs)]), range(len(part))
-            expected, actual = (runner.forward(batch, view, Want(rows, rows)) for view in views)
+            rows = range(len(part))
+            expected, actual = (
+                side.runner.forward(
+                    Batch(part, [len(part)], [start], [len(inputs)], [side.policy]), view, Want(rows, rows)
+                )
+                for side, view in zip((reference, candidate), views, strict=True)
+            )
             assert expected.trace is not None
             assert actual.trace is not None
-            for layer in range(layers):
-                tally.add_routing(layer, expected.trace.expert_ids[:, layer], actual.trace.expert_ids[:, layer])
+            for layer, chosen in enumerate(pairs(expected.trace.expert_ids, actual.trace.expert_ids)):
+                tally.add_routing(layer, *chosen)
             labels = labels_N[start : start + len(part)].to(expected.logits.device)
             tally.add_tokens(expected.logits, actual.logits, labels)
         tally.show()

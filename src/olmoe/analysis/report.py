@@ -11,7 +11,7 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from olmoe.analysis.figures import image_bytes, shown_layers
+from olmoe.analysis.figures import apart_experts, image_bytes, middle_layer, shown_layers
 
 Metrics = Mapping[str, Any]
 # Experts in the table of tokens.
@@ -23,10 +23,14 @@ _TITLES = {
     "load": "Load of experts",
     "coactivation": "Experts that are chosen together",
     "vocabulary": "Experts and the vocabulary",
+    "vocabulary-experts": "Experts of one layer and the vocabulary",
+    "token-shares": "Tokens of an expert by domain",
     "flow": "From layer to layer",
     "confidence": "How sure routers are",
     "neighbours": "Neighbouring tokens",
     "agreement": "Agreement with another model",
+    "before-after": "Domains in both models",
+    "revisions": "Over training",
 }
 _STYLE = """
 :root { color-scheme: light; }
@@ -68,12 +72,18 @@ def findings(metrics: Metrics) -> dict[str, str]:
         "load": _say_load,
         "coactivation": _say_coactivation,
         "vocabulary": _say_vocabulary,
+        "vocabulary-experts": _say_vocabulary_experts,
+        "token-shares": _say_token_shares,
         "flow": _say_flow,
         "confidence": _say_confidence,
         "neighbours": _say_neighbours,
     }
     if "against" in metrics:
         sentences["agreement"] = _say_agreement
+    if "shares" in metrics.get("against", {}):
+        sentences["before-after"] = _say_before_after
+    if metrics.get("revisions"):
+        sentences["revisions"] = _say_revisions
     return {name: sentence(metrics) for name, sentence in sentences.items()}
 
 
@@ -218,6 +228,37 @@ def _say_vocabulary(metrics: Metrics) -> str:
     return text + "."
 
 
+def _say_vocabulary_experts(metrics: Metrics) -> str:
+    layer = middle_layer(metrics)
+    vocabulary = metrics["layers"][str(layer)]["vocabulary"]
+    found = [(share, -expert) for expert, share in enumerate(vocabulary["experts"]) if share is not None]
+    if not found:
+        return f"No expert of layer {layer} is the favourite of any id."
+    most, least = max(found), min(found)
+    return (
+        f"In layer {layer}, expert {-most[1]} keeps most to its own ids, of which it takes {most[0]:.0%} of the "
+        f"occurrences on average, and expert {-least[1]} least ({least[0]:.0%}); the dashed line is the mean over ids, "
+        f"{vocabulary['input']['top_1']:.0%} of those that are read."
+    )
+
+
+def _say_token_shares(metrics: Metrics) -> str:
+    experts = apart_experts(metrics)
+    if not experts:
+        return "No expert of the last layer took any id often enough."
+    found = metrics["token_shares"]
+    counts = found["experts"][str(experts[0])]
+    own = dict.fromkeys(metrics["domains"], 0)
+    own |= {name: sum(numbers[len(numbers) // 2 :]) for name, numbers in counts.items()}
+    most, least = max(own, key=own.__getitem__), min(own, key=own.__getitem__)
+    return (
+        f"Expert {experts[0]} of layer {found['layer']} takes at least half of the occurrences of "
+        f"{_number(own[most], 'id')} in {most}, and of {own[least]:,} in {least}; a row shows how an expert's ids in a "
+        f"domain spread over the share of their occurrences that it takes there, and beside it how many there are, of "
+        f"those that it took {found['least']} times or more."
+    )
+
+
 def _say_flow(metrics: Metrics) -> str:
     found = [(tokens, i, j, *name.split("-")) for name, triples in metrics["flow"].items() for i, j, tokens in triples]
     if not found:
@@ -262,6 +303,42 @@ def _say_agreement(metrics: Metrics) -> str:
     return (
         f"Of the experts that tokens choose, {metrics['against']['model']} chooses {mean:.1%} as well on average, "
         f"least on {name} in layer {layer} ({least:.1%})."
+    )
+
+
+def _say_before_after(metrics: Metrics) -> str:
+    other = metrics["against"]
+    found = [
+        (abs(after - before), before, after, name, layer, expert)
+        for name, numbers in metrics["domains"].items()
+        for layer in shown_layers(metrics)
+        for expert, (before, after) in enumerate(
+            zip(numbers["layers"][str(layer)]["top_k"], other["shares"][name][str(layer)]["top_k"], strict=True)
+        )
+    ]
+    _, before, after, name, layer, expert = max(found)
+    mean = sum(item[0] for item in found) / len(found)
+    return (
+        f"Of all domains, layers shown and experts, the share of {name} that chooses expert {expert} of layer {layer} "
+        f"differs most: {before:.1%}, and {after:.1%} in {other['model']}; the mean difference is {mean:.2%} of a "
+        "domain's tokens."
+    )
+
+
+def _say_revisions(metrics: Metrics) -> str:
+    earlier = metrics["revisions"]
+
+    def mean(each: Mapping[str, Any], which: str) -> float:
+        return sum(float(numbers[which]) for numbers in each["layers"].values()) / len(each["layers"])
+
+    start, end = earlier[0], earlier[-1]
+    slowest = min(end["layers"], key=lambda layer: end["layers"][layer]["saturation_k"])
+    grown = "" if end is start else f", and {end['name']} {mean(end, 'saturation_k'):.0%}"
+    return (
+        f"On average over layers {start['name']} chooses {mean(start, 'saturation_k'):.0%} of the final experts"
+        f"{grown} ({mean(end, 'saturation_1'):.0%} of first choices), against "
+        f"{metrics['chance']['saturation_k']:.1%} by chance; layer {slowest} is furthest from its final choices there "
+        f"({end['layers'][slowest]['saturation_k']:.0%})."
     )
 
 

@@ -1,7 +1,7 @@
 """Trace which experts a model chooses on texts of several domains, and write the numbers and a page of figures.
 
 The folder DIR gets trace.safetensors (the experts of every token), metrics.json (the numbers) and report.html. A run
-that is interrupted keeps the domains that it has finished: the same command goes on from there.
+that is interrupted keeps the domains and revisions that it has finished: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a DIR that holds nothing but an analysis")
     parser.add_argument("--against", metavar="MODEL2", help="a model to compare the routing with, on the same tokens")
     parser.add_argument(
+        "--revisions",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="R",
+        help="earlier checkpoints, compared with MODEL one at a time: branches, tags or commits of its hub repository, "
+        "checkpoint folders, or the folder of a training run (without MODEL they are compared with the last of them)",
+    )
+    parser.add_argument(
         "--tokens", type=int, default=204_800, metavar="N", help="at most N tokens of each domain (%(default)s)"
     )
     parser.add_argument(
@@ -43,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--revision", help="branch, tag or commit of a hub model")
     model.add_argument("--offline", action="store_true", help="use only what is on this machine")
     model.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (%(default)s)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     model.add_argument("--backend", default="auto", help="auto, cpu, torch or reference (%(default)s)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
@@ -63,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             texts,
             arguments.output,
             against=arguments.against,
+            revisions=arguments.revisions,
             tokens=arguments.tokens,
             window=arguments.window,
             overwrite=arguments.overwrite,
@@ -70,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             figures=arguments.figures,
             backend=arguments.backend,
             dtype=arguments.dtype,
+            device=arguments.device,
             revision=arguments.revision,
             local_files_only=arguments.offline,
             progress=progress,
@@ -77,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         domains = ", ".join(f"{name} {numbers['tokens']:,}" for name, numbers in found["domains"].items())
         print(f"{found['tokens']:,} tokens of {found['model']} traced: {domains}")
+        if "revisions" in found:
+            print(f"{len(found['revisions'])} revisions: {', '.join(each['name'] for each in found['revisions'])}")
         print(Path(arguments.output).expanduser() / ("report.html" if arguments.report else "metrics.json"))
     return 0
 

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from olmoe.cli.generate import add_model_arguments
-from olmoe.cli.serve import add_engine_arguments, check_extra, check_numbers, load_state
+from olmoe.cli.serve import add_engine_arguments, check_extra, check_values, load_state
 
 if TYPE_CHECKING:
     from olmoe.serve.batch import BatchRun
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.serve.batch_file import BatchInput, BatchOutput
 
     check_extra("olmoe batch")
-    check_numbers(arguments, "in_flight")
+    check_values(arguments, "in_flight")
     if arguments.quiet and not arguments.verbose:
         logging.getLogger("olmoe").setLevel(logging.ERROR)
     in_flight = arguments.in_flight or 2 * arguments.max_rows

@@ -164,6 +164,8 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
     """The messages of a file that /save wrote, or of any in OpenAI's format."""
     from olmoe.io.text_file import read_text
 
+    if path.is_char_device():  # which may have no end
+        raise UserError(f"{path} is a device; give a file that /save wrote.")
     try:
         text = read_text(path)
     except FileNotFoundError:

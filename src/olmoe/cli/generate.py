@@ -50,7 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write what would go to stdout to a new file, once complete")
-    output.add_argument("--overwrite", action="store_true", help="replace the --output file if it exists")
+    output.add_argument("--trace", metavar="FILE", help="write which experts each token chose (see olmoe analyze)")
+    output.add_argument("--overwrite", action="store_true", help="replace the --output and --trace files if they exist")
     output.add_argument(
         "--json", action="store_true", help="one JSON object: text, ids, log-probabilities, finish reason, timings"
     )
@@ -97,18 +98,22 @@ def add_sampling_arguments(group: Any) -> None:
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument(
-        "--router-policy", metavar="FILE", help="JSON that bans or boosts experts, or changes how many a token has"
+        "--router-policy",
+        metavar="FILE",
+        help="JSON that bans, pins or boosts experts, or changes their number or weights",
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where a model comes from and what it runs on."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """Declare where a model comes from and what it runs on; `positional` names it without an option."""
+    what = "a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
+    if positional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", metavar="DIR|HUB_ID", help="a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
-    )
+    if not positional:
+        group.add_argument("--model", metavar="DIR|HUB_ID", help=what)
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (%(default)s)")
@@ -132,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.errors import UserError
 
     params = _params(arguments)
-    target = _target(arguments)
+    target, trace = _targets(arguments)
     prompt = _prompt(arguments)
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
@@ -145,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     imported = time.perf_counter()
     llm = load_model(arguments)
     seconds = {"import_seconds": imported - started, "load_seconds": time.perf_counter() - imported}
-    stream = llm.stream([{"role": "user", "content": prompt}] if arguments.chat else prompt, params)
+    stream = llm.stream([{"role": "user", "content": prompt}] if arguments.chat else prompt, params, trace=trace)
     completion = _generate(stream, "" if arguments.chat else prompt, show=target is None and not arguments.json)
     if arguments.json:
         import json
@@ -211,21 +216,32 @@ def router_policy(arguments: argparse.Namespace) -> NamedPolicy | None:
     return read_policy(arguments.router_policy)
 
 
-def _target(arguments: argparse.Namespace) -> Path | None:
-    """The file to write, refused before there is a text that could be lost."""
+def _targets(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The files to write, refused before there is a text that could be lost."""
+    from olmoe.errors import UserError
+
+    output = _target(arguments, "output") if arguments.output != "-" else None
+    trace = _target(arguments, "trace")
+    if arguments.overwrite and output is None and trace is None:
+        raise UserError("--overwrite is about the file of --output, which was not given; add it.")
+    if output is not None and output == trace:
+        raise UserError(f"--output and --trace are both {output}; give each a file of its own.")
+    return output, trace
+
+
+def _target(arguments: argparse.Namespace, option: str) -> Path | None:
     from pathlib import Path
 
     from olmoe.errors import UserError
     from olmoe.io import targets
 
-    if arguments.output in (None, "-"):
-        if arguments.overwrite:
-            raise UserError("--overwrite is about the file of --output, which was not given; add it.")
+    name = getattr(arguments, option)
+    if name is None:
         return None
-    if not arguments.output:
-        raise UserError("--output needs the name of a file, not an empty one.")
-    target = Path(os.path.expanduser(arguments.output))
-    targets.check_file(target, overwrite=arguments.overwrite, option="--output")
+    if not name:
+        raise UserError(f"--{option} needs the name of a file, not an empty one.")
+    target = Path(os.path.expanduser(name))
+    targets.check_file(target, overwrite=arguments.overwrite, option=f"--{option}")
     targets.check_place(target)
     return target
 

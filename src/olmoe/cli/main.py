@@ -22,16 +22,22 @@ COMMANDS = {
     "serve": "serve a model over HTTP, as OpenAI and Anthropic do; a chat page",
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
+    "upcycle": "make a mixture of experts of a dense model",
     "convert": "convert a checkpoint to GGUF or back",
     "average": "average checkpoints of one architecture into a new one",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
+    "policy": "make a router policy that favours the experts of a domain",
+    "edit": "prune, merge or reorder experts; measure what it costs",
+    "eval": "score a model on tasks of lm-evaluation-harness",
     "bench": "measure prompt processing and decoding on this CPU",
     "info": "show a model's architecture, parameters and bytes",
 }
 
 _VERBOSE = "log what was chosen automatically, to stderr"
 _QUIET = "no progress bar and no statistics on stderr"
+# A full disk, a user's share of it, and the largest file that is allowed.
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # What the file system answers where a file is there, but not for us.
 _DENIALS = (errno.EACCES, errno.EPERM, errno.EIO)
 EXIT_USER_ERROR = 2
@@ -60,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
             print(f"olmoe: {name} cannot be used ({error.strerror}); check its permissions.", file=sys.stderr)
             return EXIT_USER_ERROR
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _NO_ROOM:
             raise
         _discard_stdout()
-        print("olmoe: The disk is full, so the output is incomplete; free some space and try again.", file=sys.stderr)
+        cause = "The disk is full" if error.errno == errno.ENOSPC else f"There is no more room ({error.strerror})"
+        print(f"olmoe: {cause}, so the output is incomplete; free some space and try again.", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

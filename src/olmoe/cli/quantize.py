@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from olmoe.cli.progress import progress_bar
 from olmoe.weights.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -70,7 +68,7 @@ def _pack(arguments: argparse.Namespace) -> Packed:
     from olmoe.weights import sample_text
     from olmoe.weights.quantize import quantize
 
-    with _bar(arguments, Path(arguments.target).name, "weights") as progress:
+    with progress_bar(arguments, Path(arguments.target).name, "weights") as progress:
         return quantize(
             arguments.source,
             arguments.target,
@@ -87,7 +85,7 @@ def _report(arguments: argparse.Namespace) -> Report:
     from olmoe.analysis import quality
     from olmoe.weights import sample_text
 
-    with _bar(arguments, "measuring", "token") as progress:
+    with progress_bar(arguments, "measuring", "token") as progress:
         return quality.measure(
             arguments.source,
             arguments.target,
@@ -97,22 +95,3 @@ def _report(arguments: argparse.Namespace) -> Report:
             revision=arguments.revision,
             local_files_only=arguments.offline,
         )
-
-
-@contextmanager
-def _bar(arguments: argparse.Namespace, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as the function that moves it; there is none before its first call, so mistakes stand alone."""
-    from tqdm import tqdm
-
-    with ExitStack() as stack:
-
-        @functools.cache
-        def bar() -> Any:
-            disable = arguments.quiet or None
-            return stack.enter_context(tqdm(unit=unit, unit_scale=True, desc=title, disable=disable))
-
-        def progress(done: int, total: int) -> None:
-            bar().total = total
-            bar().update(done - bar().n)
-
-        yield progress

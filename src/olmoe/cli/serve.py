@@ -18,6 +18,8 @@ from olmoe.cli.generate import add_model_arguments, load_model
 if TYPE_CHECKING:
     import socket
 
+    import torch
+
     from olmoe.serve.state import ServerState, ServeSettings
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "llguidance")
@@ -33,6 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if the certificate file has none")
     network.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin call; * for all"
+    )
+    network.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests for this host name, and for no other; * for any (localhost, if that is all that reaches "
+        "the server and it has no keys)",
     )
     access = parser.add_argument_group("access")
     access.add_argument(
@@ -66,6 +76,11 @@ def add_engine_arguments(group: Any) -> None:
     )
     group.add_argument("--context-length", type=int, metavar="N", help="longest text, if shorter than the model's own")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument(
+        "--router-policy",
+        metavar="FILE",
+        help="JSON that changes the routers' choices for requests without one of theirs",
+    )
 
 
 def _add_limits(group: Any) -> None:
@@ -82,13 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Bind, load, serve until stopped."""
     check_extra("olmoe serve")
     from olmoe.serve import server
+    from olmoe.serve.hosts import is_loopback
 
     settings = _settings(arguments)
     server.check_tls(settings)
     listener = server.bind(settings.host, settings.port)
     with contextlib.closing(listener):
         _log_to_stderr()
-        if not server.is_loopback(settings.host) and not settings.api_keys:
+        server.allow_connections()
+        if not is_loopback(settings.host) and not settings.api_keys:
             logging.getLogger("olmoe").warning(
                 "everybody who reaches %s can use this server; set a key with --api-key", settings.host
             )
@@ -124,25 +141,31 @@ def check_extra(command: str) -> None:
         raise UserError(f'{command} needs {", ".join(missing)}; install {it} with: pip install "olmoe[serve]"')
 
 
-def check_numbers(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise `UserError` for a number below 1 among `options` and those of `add_engine_arguments`."""
+def check_values(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise `UserError` for a number below 1 among `options` and those of `add_engine_arguments`, and for odd names."""
     from olmoe.engine.sampling_params import whole_number
+    from olmoe.errors import UserError, shown
 
     for option in ("cache_mib", "max_rows", "token_budget", "context_length", *options):
         if getattr(arguments, option) is not None:
             whole_number("--" + option.replace("_", "-"), getattr(arguments, option), least=1)
+    for name in arguments.served_model_name:
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"--served-model-name must be a name of printable characters, not {shown(name)}.")
 
 
 def _settings(arguments: argparse.Namespace) -> ServeSettings:
     from olmoe.serve.auth import check_origins, read_keys
+    from olmoe.serve.hosts import names_to_check
     from olmoe.serve.state import ServeSettings
 
-    check_numbers(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
+    check_values(arguments, "max_queued_requests", "max_queued_tokens", "max_body_mib")
     check_origins(arguments.cors_origin)
+    keys = read_keys(arguments.api_key, arguments.api_key_file)
     return ServeSettings(
         host=arguments.host,
         port=arguments.port,
-        api_keys=read_keys(arguments.api_key, arguments.api_key_file),
+        api_keys=keys,
         cors_origins=tuple(arguments.cors_origin),
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
@@ -151,6 +174,7 @@ def _settings(arguments: argparse.Namespace) -> ServeSettings:
         max_body_bytes=arguments.max_body_mib * _MIB,
         share_prefixes=arguments.share_prefix_cache,
         access_log=arguments.access_log,
+        allowed_hosts=names_to_check(arguments.allowed_host, arguments.host, keys=bool(keys)),
     )
 
 
@@ -163,7 +187,8 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
     from olmoe.serve.state import make_state
 
     keep_freed_memory()
-    llm = load_model(arguments)
+    llm = load_model(arguments, router_policy=arguments.router_policy)
+    _check_memory(arguments.cache_mib, llm.device)
     context = min(llm.context_length, arguments.context_length or llm.context_length)
     engine = Engine(
         llm.runner,
@@ -175,6 +200,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         token_budget=arguments.token_budget,
         prefix_cache=not arguments.no_prefix_cache,
         backend=llm.backend,
+        router_policy=llm.router_policy,
     )
     names = arguments.served_model_name or [_name(str(arguments.model or hub.SHIPPED))]
     return make_state(
@@ -186,6 +212,31 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         context_length=context,
         settings=settings,
     )
+
+
+def _check_memory(cache_mib: int, device: torch.device) -> None:
+    """Say that the cache is larger than the memory: the system promises that too, and later ends who asks for it.
+
+    Raises `UserError` for one that would never fit.
+    """
+    from olmoe.errors import UserError
+    from olmoe.runtime import available_memory_bytes, total_memory_bytes
+
+    free, total = available_memory_bytes(), total_memory_bytes()
+    if device.type != "cpu" or free is None or total is None:
+        return
+    if cache_mib * _MIB > total:
+        raise UserError(
+            f"There is no memory for a cache of {cache_mib} MiB: all there is are {total // _MIB} MiB; give a smaller "
+            "--cache-mib."
+        )
+    if cache_mib * _MIB > free:
+        logging.getLogger("olmoe").warning(
+            "the cache may grow to %d MiB, but only %d MiB of memory are free: the system may end this process; "
+            "give a smaller --cache-mib",
+            cache_mib,
+            free // _MIB,
+        )
 
 
 def _name(model: str) -> str:
@@ -206,6 +257,8 @@ def _log_to_stderr() -> None:
     handler = _Stderr(sys.stderr)
     handler.setFormatter(logging.Formatter("olmoe: %(message)s"))
     logging.getLogger().handlers = [handler]
+    # A warning for what is sent behind a client that has just hung up, which happens all day.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def _announce(state: ServerState, listener: socket.socket) -> None:

@@ -187,7 +187,8 @@ def expert_use(routing: Sequence[Routing], num_experts: int) -> npt.NDArray[np.f
 
 def dump_messages(messages: Sequence[Mapping[str, Any]]) -> str:
     """Messages as a JSON list, which OpenAI's clients take as `messages`."""
-    return json.dumps(list(messages), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(list(messages), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates, as JSON escapes them
 
 
 def parse_messages(text: str, source: str) -> list[Message]:

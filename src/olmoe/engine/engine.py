@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,21 +28,24 @@ from olmoe.engine.scheduler import Chunk, Scheduler
 from olmoe.engine.scheduler import Sequence as Scheduled
 from olmoe.engine.text_stream import TextStream
 from olmoe.engine.token_mask import TokenMask
+from olmoe.engine.tracing import OnTrace, Traced
 from olmoe.errors import UserError
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Batch, CacheView, RouterTrace, Runner, Want, position_bytes
+from olmoe.runner.policy_file import Policy
 from olmoe.tokenizer import Tokenizer
 
 
 class _Text:
     """A request in progress, with all that the engine keeps for it."""
 
-    __slots__ = ("mask", "reported", "request", "scheduled", "stream")
+    __slots__ = ("mask", "reported", "request", "scheduled", "stream", "traced")
 
     def __init__(self, request: Request, scheduled: Scheduled, stream: TextStream, mask: TokenMask | None) -> None:
         self.request, self.scheduled, self.stream, self.mask = request, scheduled, stream, mask
         self.reported = 0  # tokens of the prompt whose log-probabilities and routing have been noted
+        self.traced = 0  # tokens that `on_trace` was told of, or that the prefix cache had
 
 
 class _Prompt(NamedTuple):
@@ -88,8 +91,9 @@ class Engine:
     All of it belongs to one thread, but for `request` and `statistics`. The cache has a fixed number of blocks of
     `block_size` positions, what `cache_bytes` have room for; `max_rows` is the most requests that run at once, and
     `token_budget` the most tokens of a step (None: what the runner is fastest with). `token_bytes` is what the keys and
-    values of a token take in it. `weights_id` keeps the prefix
-    caches of different weights apart, should they ever be shared.
+    values of a token take in it. `weights_id` keeps the prefix caches of different weights apart, should they ever be
+    shared. `router_policy` is for requests that have none. `on_trace` is called in every step with what the routers
+    chose for each token that was computed in it, each once; `RequestTraces` writes a file of that.
     """
 
     def __init__(
@@ -106,9 +110,13 @@ class Engine:
         prefix_cache: bool = True,
         backend: str = AUTO,
         weights_id: bytes = b"",
+        router_policy: Policy | None = None,
+        on_trace: OnTrace | None = None,
     ) -> None:
-        """Raises `UserError` if `cache_bytes` have no room for a single block."""
+        """Raises `UserError` if `cache_bytes` have no room for a single block, or a policy does not fit the model."""
         self.runner, self.tokenizer, self.context_length = runner, tokenizer, context_length
+        self.router_policy = router_policy
+        self._policy = None if router_policy is None else router_policy.resolve(runner.config)
         self.token_bytes = position_bytes(runner.config, cache_dtype or runner.cache_dtype)
         blocks = cache_bytes // (self.token_bytes * block_size)
         if blocks < 1:
@@ -132,6 +140,7 @@ class Engine:
         self._texts: dict[Request, _Text] = {}
         self._news: list[Delta] = []
         self._root = hashlib.sha256(weights_id).digest()
+        self._on_trace = on_trace
         self._steps = self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
         self._step_seconds = 0.0
 
@@ -153,6 +162,7 @@ class Engine:
             where=where,
             priority=priority,
             cache_salt=cache_salt,
+            router_policy=self._policy,
         )
         if request.most_tokens > self.pool_tokens:
             raise UserError(
@@ -235,9 +245,13 @@ class Engine:
             return self.unreported()
         texts = [self._texts[chunk.sequence.request] for chunk in chunks]
         rows = self._rows(chunks, texts)
+        if self._on_trace is not None:
+            rows = rows._replace(traced={row: row for row in range(sum(chunk.tokens for chunk in chunks))})
         view = CacheView(self._cache, self._table(chunks))
         output = self.runner.forward(self._batch(chunks), view, Want([*rows.ends, *rows.scored], list(rows.traced)))
         self._scheduler.advance(chunks)
+        if self._on_trace is not None and output.trace is not None:
+            self._on_trace(list(_traced(chunks, texts, output.trace)))
         self._note_prompts(rows, output.logits[len(rows.ends) :], output.trace)
         self._choose(rows, output.logits[: len(rows.ends)], output.trace)
         self._account(chunks, started)
@@ -397,7 +411,7 @@ class Engine:
         policy = request.policy
         parts = [self._root, request.cache_salt.encode("utf-8", "surrogatepass")]
         if policy is not None:
-            parts += [policy.bias.tobytes(), f"{policy.top_k} {policy.renormalize}".encode()]
+            parts += policy.identity()
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
     def _account(self, chunks: Iterable[Chunk], started: float) -> None:
@@ -420,6 +434,21 @@ class Engine:
 def _sentence(error: Exception, what: str) -> str:
     """Why a text ends with an error, for whoever asked for it."""
     return str(error) if isinstance(error, UserError) else f"The {what} cannot go on ({error})."
+
+
+def _traced(chunks: Sequence[Chunk], texts: Sequence[_Text], trace: RouterTrace) -> Iterator[Traced]:
+    """What a step computed of each text, but for tokens that it had before it was preempted. All rows are traced."""
+    end = 0
+    for (sequence, start, tokens), text in zip(chunks, texts, strict=True):
+        end += tokens
+        new = min(tokens, start + tokens - text.traced)
+        if new > 0:
+            text.traced = start + tokens
+            rows = slice(end - new, end)
+            ids = sequence.ids[text.traced - new : text.traced]
+            yield Traced(
+                text.request, text.traced - new, ids, trace.expert_ids[rows].numpy(), trace.weights[rows].numpy()
+            )
 
 
 def _routing(trace: RouterTrace, row: int) -> Routing:

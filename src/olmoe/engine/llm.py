@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ from olmoe.config import ModelConfig
 from olmoe.engine.engine import Engine
 from olmoe.engine.new_request import new_request
 from olmoe.engine.prompts import Prompt, Read, prompt_ids, read_chats, read_params, read_prompt, read_prompts
-from olmoe.engine.request import Completion, Request, Statistics, in_batch
+from olmoe.engine.request import Completion, Delta, Request, Statistics, in_batch
 from olmoe.engine.sampling_params import SamplingParams, whole_number
 from olmoe.engine.stream import Stream
+from olmoe.engine.tracing import OnTrace, RequestTraces, TraceTarget, writer_of
 from olmoe.errors import BackendUnavailableError, CheckpointError, UserError
 from olmoe.io import hub
 from olmoe.model import CausalLM
 from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
-from olmoe.runner import Runner, make_runner, position_bytes, require_backend, to_cache_dtype
+from olmoe.runner import Runner, TraceWriter, make_runner, position_bytes, require_backend, to_cache_dtype
+from olmoe.runner.policy_file import AnyPolicy, Policy
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
@@ -58,6 +62,7 @@ class LLM:
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
         cache_dtype: str | torch.dtype | None = None,
+        router_policy: AnyPolicy | None = None,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
@@ -67,6 +72,7 @@ class LLM:
         `cache_bytes` bounds the keys and values that are held at once. With `prefix_cache` they are kept between
         calls, and what a prompt has in common with earlier ones is not computed again: for conversations. `cache_dtype`
         is that of keys and values: "int8" takes half the memory of fp16, which packed models have by default.
+        `router_policy` changes what routers choose wherever `SamplingParams` do not say otherwise.
         """
         self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
@@ -79,6 +85,7 @@ class LLM:
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
         folder, config = found.folder, found.config
+        self.config, self.router_policy = config, router_policy
         tokenizer = Tokenizer.from_folder(folder, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
         _check_fit(tokenizer, config)
         model = found.load(dtype=memory_dtype, device=self.device, progress=progress)
@@ -95,11 +102,13 @@ class LLM:
         cache_bytes: int = CACHE_BYTES,
         prefix_cache: bool = False,
         cache_dtype: str | torch.dtype | None = None,
+        router_policy: AnyPolicy | None = None,
     ) -> LLM:
         """An `LLM` of a model and a tokenizer that are already in memory."""
         require_backend(backend)
         llm = cls.__new__(cls)
         llm._limit(threads, cache_bytes, prefix_cache, cache_dtype)
+        llm.config, llm.router_policy = model.config, router_policy
         llm.device = next(model.parameters()).device
         llm._assemble(model, tokenizer, backend)
         return llm
@@ -128,6 +137,22 @@ class LLM:
         """What was compiled from the model, for an `Engine` of one's own."""
         return self._runner
 
+    @property
+    def router_policy(self) -> Policy | None:
+        """What changes the routers' choices by default; see `SamplingParams.router_policy`. It can be set."""
+        return self._policy
+
+    @router_policy.setter
+    def router_policy(self, policy: AnyPolicy | None) -> None:
+        given: Any = SamplingParams(router_policy=policy).router_policy
+        self._resolved = None if given is None else given.resolve(self.config)
+        self._policy: Policy | None = given
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """That of keys and values, None for the runner's own."""
+        return self._cache_dtype
+
     def recompile(self) -> None:
         """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
 
@@ -144,6 +169,7 @@ class LLM:
         params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         show_progress: bool = True,
+        trace: TraceTarget = None,
     ) -> list[Completion]:
         """Complete one prompt or several, each into the text that it would get alone.
 
@@ -158,10 +184,14 @@ class LLM:
         thousands of prompts, and what prompts have in common is computed once. For more than 32 a bar is shown on
         stderr if that is a terminal, unless `show_progress` is False.
 
+        `trace` is a file for what the routers choose for every token, written as texts grow, with a window for each
+        prompt in their order: the prompt's tokens and the new ones, but for the last, which nothing is computed of.
+        `olmoe.runner.Trace.open` reads it. Or it is an open `TraceWriter`, which takes the texts of several calls.
+
         Raises `UserError` for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
         and whatever else is no prompt, before anything is generated; it names the prompt if there are several.
         """
-        return self._complete(read_prompts(prompts), params, show_progress=show_progress)
+        return self._complete(read_prompts(prompts), params, trace, show_progress=show_progress)
 
     def chat(
         self,
@@ -169,25 +199,59 @@ class LLM:
         params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         show_progress: bool = True,
+        trace: TraceTarget = None,
     ) -> list[Completion]:
         """The assistant's answer to one conversation or to several; otherwise as `generate`.
 
         A conversation is a list of messages such as `{"role": "user", "content": "Hello"}`. They go through the
         checkpoint's chat template, or OLMoE-Instruct's where it has none.
         """
-        return self._complete(list(read_chats(messages)), params, show_progress=show_progress)
+        return self._complete(list(read_chats(messages)), params, trace, show_progress=show_progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once."""
-        (request,) = self._requests([read_prompt(prompt)], params)
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, trace: TraceTarget = None) -> Stream:
+        """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once.
+
+        The file of `trace` is there when the text has ended, and not if it was left before.
+        """
+        requests = self._requests([read_prompt(prompt)], params)
         statistics = Statistics()
-        return Stream(request, self._run([request], statistics), statistics)
+        pieces = self._run(requests, statistics, writer_of(trace, requests, self.config))
+        return Stream(requests[0], pieces, statistics)
 
-    def _complete(self, prompts: list[Read], params: object, *, show_progress: bool) -> list[Completion]:
+    def as_completed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        most_sequences: int | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """What `generate` returns, each with the number of its prompt and as soon as it has finished.
+
+        At most `most_sequences` are in progress at once (None: 256). Errors of prompts and parameters are raised at
+        once. Whoever leaves the iterator gives up what has not finished.
+        """
+        requests = self._requests(read_prompts(prompts), params)
+        number_of = {request: number for number, request in enumerate(requests)}
+
+        def finished() -> Iterator[tuple[int, Completion]]:
+            if not requests:
+                return
+            engine = self._rested(requests) or self._engine(requests, most_sequences)
+            with contextlib.closing(self._deltas(engine, requests, Statistics())) as deltas:
+                for delta in deltas:
+                    if delta.finish_reason is not None:
+                        yield number_of[delta.request], delta.request.completion()
+
+        return finished()
+
+    def _complete(
+        self, prompts: list[Read], params: object, trace: TraceTarget, *, show_progress: bool
+    ) -> list[Completion]:
         requests = self._requests(prompts, params)
+        writer = writer_of(trace, requests, self.config)
         statistics, hidden = Statistics(), not show_progress or len(requests) <= _MANY or sys.stderr is None
         with tqdm(total=len(requests), desc="generate", unit="prompt", disable=hidden or None) as bar:
-            for _ in self._run(requests, statistics):
+            for _ in self._run(requests, statistics, writer):
                 bar.update(statistics.finished - bar.n)
             bar.update(statistics.finished - bar.n)
         return [request.completion() for request in requests]
@@ -201,7 +265,16 @@ class LLM:
             where = f"prompts[{place}]" if len(prompts) > 1 else ""
             try:
                 ids = prompt_ids(prompt, self.tokenizer)
-                requests.append(new_request(ids, each, self.config, self.tokenizer, self.context_length, where=where))
+                request = new_request(
+                    ids,
+                    each,
+                    self.config,
+                    self.tokenizer,
+                    self.context_length,
+                    where=where,
+                    router_policy=self._resolved,
+                )
+                requests.append(request)
             except UserError as error:
                 raise in_batch(error, where) from None
         cut = [request for request in requests if request.limit < request.params.max_new_tokens]
@@ -218,11 +291,31 @@ class LLM:
 
     # ---- the inner loop ----
 
-    def _run(self, requests: list[Request], statistics: Statistics) -> Generator[str, None, None]:
+    def _run(
+        self, requests: list[Request], statistics: Statistics, trace: AbstractContextManager[TraceWriter | None]
+    ) -> Generator[str, None, None]:
         """Generate until every request has finished, yielding the new texts of any of them."""
-        if not requests:
-            return
-        engine = self._rested(requests) or self._engine(requests)
+        with trace as writer:
+            if not requests:
+                return
+            traces = None
+            if writer is not None:
+                traces = RequestTraces(writer)
+                traces.expect(requests)
+            # One that is traced shares nothing with other texts or calls, for which nothing would be chosen here.
+            engine = (self._rested(requests) if traces is None else None) or self._engine(requests, on_trace=traces)
+            with contextlib.closing(self._deltas(engine, requests, statistics, keep=traces is None)) as deltas:
+                for delta in deltas:
+                    if delta.text:
+                        yield delta.text  # what the reader does with it is not our time
+
+    def _deltas(
+        self, engine: Engine, requests: list[Request], statistics: Statistics, *, keep: bool = True
+    ) -> Generator[Delta, None, None]:
+        """Generate until every request has finished, yielding what is new of any of them.
+
+        The engine is kept for later calls if prefixes are, and it may be.
+        """
         for request in requests:
             engine.add(request)
         finished = False
@@ -236,8 +329,7 @@ class LLM:
                 for delta in news:
                     if delta.error is not None:
                         raise in_batch(UserError(delta.error), delta.request.where)
-                    if delta.text:
-                        yield delta.text  # what the reader does with it is not our time
+                    yield delta
             finished = True
         except GeneratorExit:  # left between two steps: the engine is sound, and keeps its prefixes
             finished = True
@@ -247,7 +339,7 @@ class LLM:
                 engine.abort(request)
             engine.unreported()
             # Not one whose keys and values come from other weights. And only one, for `cache_bytes` hold for it.
-            if finished and self._prefix_cache and engine.runner is self._runner:
+            if keep and finished and self._prefix_cache and engine.runner is self._runner:
                 self._idle = [engine]
 
     def _rested(self, requests: list[Request]) -> Engine | None:
@@ -256,8 +348,10 @@ class LLM:
         most = max(request.most_tokens for request in requests)
         return next((engine for engine in idle if engine.pool_tokens >= most), None)
 
-    def _engine(self, requests: list[Request]) -> Engine:
-        """An engine for these requests, or if prefixes are kept, for any."""
+    def _engine(
+        self, requests: list[Request], most_sequences: int | None = None, on_trace: OnTrace | None = None
+    ) -> Engine:
+        """An engine for these requests, or if prefixes are kept, for any. One that is traced computes every token."""
         runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
         token_bytes = position_bytes(config, self._cache_dtype or runner.cache_dtype)
@@ -276,8 +370,10 @@ class LLM:
             cache_bytes=max(cache_bytes, least),
             cache_dtype=self._cache_dtype,
             block_size=block_size,
-            max_rows=MOST_SEQUENCES,
+            max_rows=most_sequences or MOST_SEQUENCES,
+            prefix_cache=on_trace is None,
             backend=self.backend,
+            on_trace=on_trace,
         )
 
 

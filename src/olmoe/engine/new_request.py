@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from olmoe.config import ModelConfig
 from olmoe.engine.request import Request
 from olmoe.engine.sampling_params import SamplingParams
 from olmoe.errors import UserError
 from olmoe.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from olmoe.runner.policy import ResolvedPolicy
 
 
 def new_request(
@@ -19,14 +24,21 @@ def new_request(
     where: str = "",
     priority: int = 0,
     cache_salt: str = "",
+    router_policy: ResolvedPolicy | None = None,
 ) -> Request:
     """A request that the model can run. Raises `UserError` for what it never can.
 
     Where the context has no room for all new tokens, the request's `limit` says how many there will be.
+    `router_policy` is for parameters without one.
     """
     known = tokenizer.vocab_size
     if not prompt_ids:
         raise UserError("The prompt is empty; give at least one character.")
+    room = context_length - len(prompt_ids)
+    if room < 1:  # before all its ids are looked at, which may be millions
+        raise UserError(
+            f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
+        )
     if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
         foreign = next(i for i in prompt_ids if not 0 <= i < config.vocab_size)
         raise UserError(f"The prompt holds the id {foreign}, outside the vocabulary of {config.vocab_size}.")
@@ -34,10 +46,10 @@ def new_request(
         unknown = [i for i in getattr(params, name) or () if i >= known]
         if unknown:
             raise UserError(f"{name} holds the id {unknown[0]}, but the tokenizer has {known} ids.")
-    room = context_length - len(prompt_ids)
-    if room < 1:
-        raise UserError(
-            f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
-        )
-    policy = None if params.router_policy is None else params.router_policy.resolve(config)
+    policy = router_policy
+    if params.router_policy is not None:
+        given: Any = params.router_policy  # a policy, whatever it was made from
+        policy = given.resolve(config)
+    if policy is not None and not policy.changes(config):
+        policy = None  # which costs nothing, and shares prefixes
     return Request(prompt_ids, params, min(params.max_new_tokens, room), where, priority, cache_salt, policy)

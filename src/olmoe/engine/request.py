@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from olmoe.runner.base import ResolvedPolicy
+    from olmoe.runner.policy import ResolvedPolicy
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 

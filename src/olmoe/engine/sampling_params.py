@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import sys
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from olmoe.runner import RouterPolicy
-    from olmoe.runner.policy_file import NamedPolicy
+    from olmoe.runner.policy_file import AnyPolicy, Policy
 
 
 class GrammarState(Protocol):
@@ -61,7 +61,9 @@ class SamplingParams:
     - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
       place; None reports none. `prompt_logprobs`: the same for the tokens of the prompt.
     - `allowed_token_ids`: only these can be chosen. `grammar`: the text belongs to it.
-    - `router_policy`: a `RouterPolicy` for this text, or one that `olmoe.runner.policy_file` has read.
+    - `router_policy`: changes what routers choose for this text: a `RouterPolicy`, the path of a JSON file, or a
+      mapping with the keys of one (see `olmoe.runner.policy_file`). Where `LLM` has another, `RouterPolicy()` is the
+      model's own.
     - `routing`: report which experts predicted each token, with their weights; `prompt_routing`: those of the prompt's
       tokens as well.
 
@@ -88,7 +90,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     allowed_token_ids: Sequence[int] | None = None
     grammar: Grammar | None = None
-    router_policy: RouterPolicy | NamedPolicy | None = None
+    router_policy: AnyPolicy | None = None
     routing: bool = False
     prompt_routing: bool = False
 
@@ -100,6 +102,12 @@ class SamplingParams:
             if value is not None:  # which is the default of some
                 value = _checked(each.name, value)
             object.__setattr__(self, each.name, value)
+
+    def with_seed(self, seed: int | None) -> SamplingParams:
+        """The same with another seed. All else is shared, however much it is, and not checked again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "seed", None if seed is None else _checked("seed", seed))
+        return other
 
 
 def _checked(name: str, value: object) -> Any:
@@ -169,6 +177,12 @@ def _having(method: str) -> Callable[[object], Any]:
     return read
 
 
+def _policy(value: object) -> Policy:
+    from olmoe.runner.policy_file import as_policy  # on demand: torch comes with its package
+
+    return as_policy(value)
+
+
 def _biases(value: object) -> dict[int, float]:
     """Ids, perhaps written as strings (JSON has no other keys), to numbers that may be added to a logit."""
     if not isinstance(value, Mapping):
@@ -207,7 +221,7 @@ _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str
     "prompt_logprobs": ("a whole number", _whole, lambda n: n >= 0, "at least 0 (0 for the prompt's tokens alone)"),
     "allowed_token_ids": ("token ids", _ids, lambda ids: ids and all(0 <= i < 2**63 for i in ids), "at least one id"),
     "grammar": ("a Grammar", _having("start"), lambda _: True, ""),
-    "router_policy": ("a RouterPolicy", _having("resolve"), lambda _: True, ""),
+    "router_policy": ("a RouterPolicy, a file or a mapping", _policy, lambda _: True, ""),
     "routing": ("True or False", _flag, lambda _: True, ""),
     "prompt_routing": ("True or False", _flag, lambda _: True, ""),
 }

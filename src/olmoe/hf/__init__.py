@@ -9,6 +9,7 @@ from olmoe.hf.classification import OlmoeForSequenceClassification
 from olmoe.hf.config import OlmoeConfig
 from olmoe.hf.model import OlmoeForCausalLM, OlmoeModel, OlmoePreTrainedModel
 from olmoe.hf.register import register, unregister
+from olmoe.hf.routing import record_routing
 
 __all__ = [
     "OlmoeConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "OlmoeForSequenceClassification",
     "OlmoeModel",
     "OlmoePreTrainedModel",
+    "record_routing",
     "register",
     "unregister",
 ]

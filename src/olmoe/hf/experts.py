@@ -14,6 +14,24 @@ from olmoe.hf.experts_interface import experts_forward
 from olmoe.hf.loading import accept_single_experts
 from olmoe.hf.switching import EXPERTS, is_ours
 from olmoe.model import Experts
+from olmoe.ops.cpu import extension
+
+
+def present(ids_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Ids and weights of experts that there are: one that is `experts` stands for none, and gets a weight of 0.
+
+    So it is with transformers' experts, and a hook on a router may return what it likes. Raises `IndexError` for other
+    ids, with which weights would be read from wrong places.
+    """
+    if ids_NK.numel() == 0 or extension.unsupported(ids_NK) is not None:  # where values cannot be looked at
+        return ids_NK, weights_NK
+    low, high = (int(limit) for limit in ids_NK.aminmax())
+    if low < 0 or high > experts:
+        raise IndexError(f"expert ids from {low} to {high} are not all below {experts}")
+    if high < experts:
+        return ids_NK, weights_NK
+    absent_NK = ids_NK == experts
+    return ids_NK.masked_fill(absent_NK, 0), weights_NK.masked_fill(absent_NK, 0)
 
 
 @use_experts_implementation(experts_interface=EXPERTS)
@@ -40,5 +58,6 @@ class OlmoeExperts(Experts):
         """hidden_states (N, D), expert ids and weights (N, K) -> (N, D)."""
         if self._is_expert_parallel:
             return experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        inputs = hidden_states, top_k_weights, top_k_index, self.gate_up_proj, self.down_proj
+        ids_NK, weights_NK = present(top_k_index, top_k_weights, self.gate_up_proj.shape[0])
+        inputs = hidden_states, weights_NK, ids_NK, self.gate_up_proj, self.down_proj
         return ops.moe(*inputs, self.activation, backend=self.fitting_backend())

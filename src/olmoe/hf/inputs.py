@@ -84,7 +84,7 @@ def texts_of(
     tracing = is_tracing(positions)
     if tracing and not (cache is None or made):
         return None  # whether positions start again cannot be asked
-    restarts_BT = _restarts(positions.expand(batch, -1), mask)
+    restarts_BT = restarts(positions.expand(batch, -1), mask)
     if tracing:
         return restarts_BT.cumsum(-1)
     if not bool(restarts_BT.any()):
@@ -107,7 +107,7 @@ def _numbered(options: Mapping[str, Any], batch: int, count: int, device: torch.
     return None
 
 
-def _restarts(positions_BT: Tensor, mask: Tensor | None) -> Tensor:
+def restarts(positions_BT: Tensor, mask: Tensor | None) -> Tensor:
     """Where a token's position is not beyond that of the token before it (B, T). Padding takes no part."""
     batch, count = positions_BT.shape
     index_T = torch.arange(count, device=positions_BT.device)

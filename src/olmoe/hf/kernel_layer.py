@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from olmoe.hf.router_policy import router_policy_of
 from olmoe.hf.snapshot import Snapshot
 from olmoe.model import Attend, DecoderLayer, RouterOutput
 from olmoe.ops.cpu import extension
@@ -91,7 +92,8 @@ class KernelDecoderLayer(DecoderLayer):
         if compiled is None:
             return None
         lead, d, head_dim = x.shape[:-1], x.shape[-1], compiled.head_dim
-        width, e, top_k = compiled.kv_heads * head_dim, compiled.experts, compiled.top_k
+        width, e, policy = compiled.kv_heads * head_dim, compiled.experts, router_policy_of(self)
+        top_k = compiled.top_k if policy is None else policy.kernel.largest
         rows_ND = extension.wide(x).view(-1, d)
         n = len(rows_ND)
         shape = (*lead, head_dim // 2)
@@ -110,7 +112,8 @@ class KernelDecoderLayer(DecoderLayer):
         if attended.requires_grad:  # through cached keys and values: prefixes that are trained
             return self.after_attention(x + self.self_attn.o_proj(attended.reshape(x.shape)))
         attended = extension.wide(attended)
-        compiled.kernel.attention_output(rows_ND.data_ptr(), attended.data_ptr(), n, *outputs)
+        changes = (None, 0) if policy is None else (policy.kernel.kernel, policy.layer)
+        compiled.kernel.attention_output(rows_ND.data_ptr(), attended.data_ptr(), n, *outputs, *changes)
         return y.to(x.dtype).view(x.shape), routed
 
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> CompiledLayer | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from olmoe.hf.kernel_layer import inputs_fit
+from olmoe.hf.router_policy import alike, router_policy_of
 from olmoe.model import RouterOutput
 from olmoe.ops.cache import BlockCache, one_block_each
 from olmoe.ops.cpu import extension
@@ -65,7 +66,11 @@ def all_layers(
         if compiled is None or (stack and compiled.signature() != stack[0].signature()):
             return None
         stack.append(compiled)
-    first, tokens = stack[0], reserve()
+    first, policies = stack[0], [router_policy_of(layer) for layer in layers]
+    policy = policies[0]
+    if not alike(policies):
+        return None
+    tokens = reserve()
     if tokens is None:
         return None
     rows_ND = extension.wide(x).view(-1, first.hidden)
@@ -81,7 +86,8 @@ def all_layers(
     # The kernels write over their input, which may be the caller's.
     rows_ND = rows_ND.clone() if rows_ND.data_ptr() == x.data_ptr() else rows_ND
     y, logits = torch.empty(n, first.hidden), torch.empty(count, n, first.experts)
-    weights, ids = torch.empty(count, n, first.top_k), torch.empty(count, n, first.top_k, dtype=torch.long)
+    top_k = first.top_k if policy is None else policy.kernel.largest
+    weights, ids = torch.empty(count, n, top_k), torch.empty(count, n, top_k, dtype=torch.long)
     extension.kernels().Layer.forward_all(
         [compiled.kernel for compiled in stack],
         rows_ND.data_ptr(),
@@ -95,6 +101,7 @@ def all_layers(
         logits.data_ptr(),
         weights.data_ptr(),
         ids.data_ptr(),
+        None if policy is None else policy.kernel.kernel,
     )
     return y.to(x.dtype).view(x.shape), StackedRouters(logits, weights, ids)
 

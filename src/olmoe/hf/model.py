@@ -37,11 +37,13 @@ from olmoe.hf.recording import (
     CheckpointsWithin,
     checkpointed,
     note,
+    note_routing,
     recording,
     wanted_states,
 )
+from olmoe.hf.router_policy import LayerPolicy, RouterPolicies, with_policy_of_now
 from olmoe.hf.switching import SwitchableExperts
-from olmoe.model import Linear, Router, RouterOutput, SparseMoeBlock
+from olmoe.model import Linear, Router, SparseMoeBlock
 from olmoe.runner.compile import CompiledLayer
 from olmoe.runtime import log
 
@@ -54,10 +56,17 @@ class OlmoeTopKRouter(Router):
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(OlmoeConfig.network(config))
         self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
+        self.policy: LayerPolicy | None = None
 
-    def forward(self, hidden_states: Tensor) -> RouterOutput:  # type: ignore[override]
-        """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K)."""
-        return super().forward(hidden_states.reshape(-1, self.hidden_dim))
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """hidden_states (..., D) -> logits (N, E), weights and expert ids (N, K).
+
+        A policy changes weights and ids; the logits are the router's own.
+        """
+        policy = None if self.policy is None else self.policy.on(hidden_states.device)
+        # A plain tuple: hooks rebuild one by its type, which a named one does not take.
+        logits_NE, weights_NK, expert_ids_NK = super().forward(hidden_states.reshape(-1, self.hidden_dim), policy)
+        return logits_NE, weights_NK, expert_ids_NK
 
 
 class OlmoeSparseMoeBlock(SparseMoeBlock):
@@ -73,8 +82,9 @@ class OlmoeSparseMoeBlock(SparseMoeBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_states (..., D) -> (..., D)."""
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_NE, weights_NK, expert_ids_NK = self.gate(x_ND)
-        note(ROUTERS, logits_NE)
+        routed = self.gate(x_ND)
+        note_routing([routed])
+        _, weights_NK, expert_ids_NK = routed
         return self.experts(x_ND, expert_ids_NK, weights_NK).view(hidden_states.shape)
 
 
@@ -109,7 +119,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
             options["use_cache"] = False  # the second pass would append to a cache again
             block = functools.partial(self._block, position_embeddings, attention_mask, None, options)
             checkpoint: Any = self._gradient_checkpointing_func
-            return checkpointed(checkpoint, block, hidden_states)
+            return checkpointed(checkpoint, with_policy_of_now(self, block), hidden_states)
         return self._block(position_embeddings, attention_mask, cache, options, hidden_states)
 
     def _block(self, position_embeddings: Any, mask: Any, cache: Any, options: dict[str, Any], x: Tensor) -> Tensor:
@@ -118,7 +128,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         if done is not None:
             note(ATTENTIONS, attend.weights)
             if done[1] is not None:
-                note(ROUTERS, done[1].logits)
+                note_routing([done[1]])
             return done[0]
         attended, weights = self.self_attn(
             hidden_states=self.input_layernorm(x),
@@ -144,7 +154,9 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         return super().current(x)
 
 
-class OlmoePreTrainedModel(Initialization, KernelBackend, SwitchableExperts, PackedLoading, PreTrainedModel):
+class OlmoePreTrainedModel(
+    Initialization, KernelBackend, RouterPolicies, SwitchableExperts, PackedLoading, PreTrainedModel
+):
     """What all OLMoE models share: configuration class, initialisation, and what transformers may do with them."""
 
     config: OlmoeConfig
@@ -248,7 +260,7 @@ class OlmoeModel(OlmoePreTrainedModel):
             done = None if wanted else step(layers, x, rope, mask, cache, kwargs, OlmoeDecoderLayer)
             if done is not None:
                 x, routers = done
-                notes[ROUTERS] = [routed.logits for routed in routers] if output_router_logits else []
+                note_routing(routers)
             else:
                 for layer in layers:
                     x = layer(

@@ -18,21 +18,28 @@ from transformers.utils.output_capturing import (
     selected_hidden_states,
 )
 
+from olmoe.model import RouterOutput
+
 ROUTERS: Final = "router_logits"
 ATTENTIONS: Final = "attentions"
 INPUTS: Final = "inputs"  # of each layer, as its forward pre-hooks leave them
+EXPERT_IDS: Final = "expert_ids"  # (N, K) of each layer, and their weights
+EXPERT_WEIGHTS: Final = "expert_weights"
 
 _notes: Any = CompileableContextVar("olmoe_notes")  # a list for each name that is asked for
 
 
 @contextmanager
 def recording(names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Collect what is noted under `names` inside, in the order of computation. With no names nothing happens."""
+    """Collect what is noted under `names` inside, in the order of computation. With no names nothing happens.
+
+    What is asked for outside is collected there, unless it has the same name.
+    """
     notes: dict[str, list[Any]] = {name: [] for name in names}
     if not notes:
         yield notes
         return
-    token = _notes.set(notes)
+    token = _notes.set((_asked() or {}) | notes)
     try:
         yield notes
     finally:
@@ -50,6 +57,15 @@ def note(name: str, value: Any) -> None:
     notes = _asked()
     if notes is not None and name in notes and value is not None:
         notes[name].append(value)
+
+
+def note_routing(routers: Iterable[RouterOutput]) -> None:
+    """Keep what was asked for of what the routers of some layers decided."""
+    if _asked():
+        for logits_NE, weights_NK, expert_ids_NK in routers:
+            note(ROUTERS, logits_NE)
+            note(EXPERT_IDS, expert_ids_NK)
+            note(EXPERT_WEIGHTS, weights_NK)
 
 
 def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

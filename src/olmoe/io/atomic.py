@@ -38,16 +38,16 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     target = _through_links(target)
     temporary = _beside(target)
-    with _clear_os_errors(target):
+    with clear_os_errors(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} is a file, but a folder is to be written there; choose another place.")
         target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _clear_os_errors(target):
+        with clear_os_errors(target):
             temporary.mkdir()
-        with _clear_os_errors(target, temporary):
+        with clear_os_errors(target, temporary):
             yield temporary
-        with _clear_os_errors(target):
+        with clear_os_errors(target):
             _replace_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -59,12 +59,12 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` that becomes `target` when the block ends; see `atomic_folder`."""
     target = _through_links(target)
     temporary = _beside(target)
-    with _clear_os_errors(target):
+    with clear_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _clear_os_errors(target, temporary):
+        with clear_os_errors(target, temporary):
             yield temporary
-        with _clear_os_errors(target):
+        with clear_os_errors(target):
             os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def write_text(target: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _clear_os_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
+def clear_os_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
     """Turn what the file system refuses to `target` into one sentence for the user.
 
     In the block that writes `temporary`, other files may be read or written as well. What is refused to them is not

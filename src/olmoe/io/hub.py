@@ -63,7 +63,9 @@ def resolve(
     return folder
 
 
-def resolve_config(model_id: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+def resolve_config(
+    model_id: str, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+) -> Path:
     """The folder of a model, or only its `config.json` where its weights would have to be downloaded.
 
     Errors are those of `resolve`.
@@ -79,7 +81,9 @@ def resolve_config(model_id: str, *, revision: str | None = None, local_files_on
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(name, revision):
-        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local_files_only))
+        return Path(
+            hf_hub_download(name, "config.json", revision=revision, token=token, local_files_only=local_files_only)
+        )
 
 
 def _local_folder(name: str, revision: str | None) -> Path | None:

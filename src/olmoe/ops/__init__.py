@@ -81,12 +81,37 @@ def route(
     """
     if policy is None:
         return call("route", backend, logits, k, norm_topk_prob)
-    weights_NK, expert_ids_NK = call("route", backend, logits.float() + policy.bias, policy.width, False)
     kept_NK = torch.arange(policy.width, device=logits.device) < policy.top_k.unsqueeze(1)
+    biased_NE = logits.float() + policy.bias
+    if policy.pinned is None and policy.temperature is None:
+        weights_NK, expert_ids_NK = call("route", backend, biased_NE, policy.width, False)
+    else:
+        weights_NK, expert_ids_NK = _pinned_and_tempered(biased_NE, policy, kept_NK, backend)
     weights_NK = weights_NK * kept_NK
-    renormalized_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+    total_N1 = weights_NK.sum(dim=-1, keepdim=True)
+    # A low temperature can leave nothing for pinned experts.
+    renormalized_NK = weights_NK / total_N1.masked_fill(total_N1 == 0, 1.0)
     weights_NK = torch.where(policy.renormalize.unsqueeze(1), renormalized_NK, weights_NK)
     return weights_NK, expert_ids_NK.masked_fill(~kept_NK, -1)
+
+
+def _pinned_and_tempered(
+    logits_NE: Tensor, policy: RoutePolicy, kept_NK: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Weights and expert ids (N, K) by falling probability, those that are not kept last. All experts are ranked."""
+    count = logits_NE.shape[-1]
+    weights_NE, ids_NE = call("route", backend, logits_NE, count, False)
+    ranks_NK = torch.arange(policy.width, device=ids_NE.device).expand(len(ids_NE), -1)
+    if policy.pinned is not None:
+        pinned_NE = policy.pinned.expand(ids_NE.shape).gather(1, ids_NE)
+        ranks_NK = torch.argsort(~pinned_NE, dim=-1, stable=True)[:, : policy.width]
+        ranks_NK = ranks_NK.masked_fill(~kept_NK, count - 1).sort(dim=-1).values
+    expert_ids_NK = ids_NE.gather(1, ranks_NK)
+    if policy.temperature is None:
+        return weights_NE.gather(1, ranks_NK), expert_ids_NK
+    tempered = call("route", backend, logits_NE / policy.temperature.unsqueeze(1), count, False)
+    weights_NE = torch.zeros_like(logits_NE).scatter(1, tempered[1], tempered[0])
+    return weights_NE.gather(1, expert_ids_NK), expert_ids_NK
 
 
 def sort_by_expert(expert_ids_NK: Tensor, num_experts: int, *, backend: str = AUTO) -> SortedRows:

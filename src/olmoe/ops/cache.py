@@ -182,6 +182,11 @@ class BlockCache:
                 cached[int(row[block]), :, at : at + n] = new[done : done + n].transpose(0, 1)
             done += n
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Give a block what another one holds in its first `positions`, in all layers."""
+        for cached in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
+            cached[target, :, :positions].copy_(cached[source, :, :positions])
+
     def read(self, layer: int, table: Table, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, length, Dh) of each row of the table; views where they lie together.
 

@@ -113,13 +113,17 @@ class Samples(NamedTuple):
 
 
 class RoutePolicy(NamedTuple):
-    """Changes of what one layer's router chooses for N tokens.
+    """Changes of what one layer's router chooses for N tokens; with one row instead of N, for all of them.
 
     `bias` (N, E) fp32 is added to the logits (minus infinity: not this expert), `top_k` (N) experts are chosen, `width`
-    being the largest of these, and where `renormalize` (N, bool) their weights are divided by their sum.
+    being the largest of these, and where `renormalize` (N, bool) their weights are divided by their sum. Experts that
+    are `pinned` (N, E, bool) are among the chosen. Weights are the probabilities of the logits divided by `temperature`
+    (N) fp32; the choice is that without it.
     """
 
     bias: Tensor
     top_k: Tensor
     renormalize: Tensor
     width: int
+    pinned: Tensor | None = None
+    temperature: Tensor | None = None

@@ -1,6 +1,7 @@
 """Inference on a compiled network: a runner is made once from a model, and one call of it takes any mixture of tokens.
 
-`base` says what goes in and comes out; `cpu_runner` is the C++ kernels, `torch_runner` the plain network on any device.
+`base` says what goes in and comes out, `policy` what may change routers; `cpu_runner` is the C++ kernels, and
+`torch_runner` the plain network on any device; `trace_file` keeps what routers chose.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from olmoe.runner.base import (
     Batch,
     CacheView,
-    RouterPolicy,
     RouterTrace,
     Runner,
     StepOutput,
@@ -19,7 +19,9 @@ from olmoe.runner.base import (
 )
 from olmoe.runner.choose import BACKENDS, make_runner, require_backend
 from olmoe.runner.cpu_runner import CpuRunner
+from olmoe.runner.policy import RouterPolicy
 from olmoe.runner.torch_runner import TorchRunner
+from olmoe.runner.trace_file import Trace, TraceWriter
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +33,8 @@ __all__ = [
     "Runner",
     "StepOutput",
     "TorchRunner",
+    "Trace",
+    "TraceWriter",
     "Unfit",
     "Want",
     "make_runner",

@@ -3,7 +3,7 @@
 A runner is compiled once from the weights of a model, and immutable from then on. It knows neither requests nor text.
 
 Shapes legend: B sequences of a call, N new tokens of all of them end to end, R rows whose logits are wanted, L layers,
-E experts, K experts per token, V vocabulary.
+K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from olmoe.model import CausalLM
 from olmoe.ops import cache
 from olmoe.ops.cache import BlockCache, Table
 from olmoe.quant import PackedModule
+from olmoe.runner.policy import ResolvedPolicy
 
 
 class Unfit(Exception):
@@ -34,55 +33,6 @@ class CacheView(NamedTuple):
 
     blocks: BlockCache
     table: Table
-
-
-@dataclass(frozen=True, eq=False)
-class RouterPolicy:
-    """Changes of what routers choose, for all layers; what is None stays the model's own.
-
-    - `bias` (L, E): added to the router logits before the softmax. Minus infinity keeps an expert from being chosen.
-    - `banned` (L, E): experts that are not chosen, True for those.
-    - `top_k`: experts that a token chooses in each layer.
-    - `renormalize`: whether the chosen probabilities are divided by their sum.
-    """
-
-    bias: npt.ArrayLike | None = None
-    banned: npt.ArrayLike | None = None
-    top_k: int | None = None
-    renormalize: bool | None = None
-
-    def resolve(self, config: ModelConfig) -> ResolvedPolicy:
-        """All values, for a model. Raises `UserError` for shapes and numbers that do not fit it."""
-        shape = (config.num_hidden_layers, config.num_experts)
-        bias = np.zeros(shape, dtype=np.float32)
-        if self.bias is not None:
-            given = np.asarray(self.bias, dtype=np.float32)
-            if given.shape != shape:
-                raise UserError(f"A router bias must have the shape {shape} (layers, experts), not {given.shape}.")
-            if np.isnan(given).any() or np.isposinf(given).any():
-                raise UserError("A router bias must be made of numbers, or minus infinity for experts to leave out.")
-            bias = given.copy()
-        if self.banned is not None:
-            banned = np.asarray(self.banned, dtype=bool)
-            if banned.shape != shape:
-                raise UserError(f"A mask of banned experts must have the shape {shape}, not {banned.shape}.")
-            bias[banned] = -np.inf
-        top_k = config.num_experts_per_tok if self.top_k is None else self.top_k
-        if not 1 <= top_k <= config.num_experts:
-            raise UserError(f"A router policy's top_k must be from 1 to {config.num_experts}, not {top_k}.")
-        left = int(np.isfinite(bias).sum(axis=1).min())
-        if left < top_k:
-            raise UserError(f"A router policy leaves {left} experts in a layer, but each token chooses {top_k}.")
-        norm = config.norm_topk_prob if self.renormalize is None else self.renormalize
-        return ResolvedPolicy(bias, top_k, norm)
-
-
-class ResolvedPolicy(NamedTuple):
-    """A `RouterPolicy` with the values of a model: bias (L, E) fp32, experts a token, whether to renormalise."""
-
-    bias: npt.NDArray[np.float32]
-    top_k: int
-    renormalize: bool
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 Hidden states are fp32 throughout. A row's logits have the same bits whatever else is in the batch, however its prompt
 was split, and for any number of threads.
 
-Shapes legend: N new tokens, R wanted rows, L layers, E experts, K experts per token, V vocabulary.
+Shapes legend: N new tokens, R wanted rows, L layers, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import itertools
+
 import torch
 
 from olmoe.model import CausalLM
@@ -25,6 +26,7 @@ from olmoe.runner.base import (
     position_bytes,
 )
 from olmoe.runner.compile import CompiledDecoder
+from olmoe.runner.kernel_policies import KernelPolicies
 from olmoe.runner.rope_table import RopeTable
 
 
@@ -80,12 +82,12 @@ class CpuRunner:
         assert (blocks.kv_heads, blocks.head_dim) == (first.kv_heads, first.head_dim)
         assert blocks.device.type == "cpu"
         blocks.check(table, batch.counts, batch.lengths)
-        angles, top_k = self._rope.angles(batch), first.top_k
-        policies, kept = [], []
+        angles, top_k, policies = self._rope.angles(batch), first.top_k, None
         if batch.policies is not None and any(p is not None for p in batch.policies):
-            kept = _policy_arrays(batch, len(compiled.layers), first.experts)
-            policies = [array.ctypes.data for array in kept]
-            top_k = max(top_k, int(kept[1].max()))
+            assert len(batch.policies) == len(batch.counts)
+            policies = KernelPolicies([p for p in batch.policies if p is not None], top_k, _policy_of_token(batch))
+            assert policies.shape == (len(compiled.layers), first.experts)
+            top_k = policies.largest
         logits = torch.empty(len(want.logits), compiled.vocab_size)
         traced = (len(want.traced), len(compiled.layers), top_k)
         ids, weights = torch.empty(traced, dtype=torch.int16), torch.empty(traced)
@@ -99,8 +101,7 @@ class CpuRunner:
             batch.lengths,
             table,
             blocks.kernel,
-            policies,
-            top_k,
+            None if policies is None else policies.kernel,
             want.logits,
             logits.data_ptr(),
             want.traced,
@@ -110,17 +111,8 @@ class CpuRunner:
         return StepOutput(logits, RouterTrace(ids, weights) if want.traced else None)
 
 
-def _policy_arrays(batch: Batch, layers: int, experts: int) -> list[np.ndarray]:
-    """What the kernels read of a batch's policies: biases, experts a token, renormalise, and each token's policy."""
-    assert batch.policies is not None
-    assert len(batch.policies) == len(batch.counts)
-    found = [policy for policy in batch.policies if policy is not None]
-    numbers = iter(range(len(found)))
-    of_sequence = [-1 if policy is None else next(numbers) for policy in batch.policies]
-    assert all(policy.bias.shape == (layers, experts) for policy in found)
-    return [
-        np.stack([policy.bias for policy in found]),
-        np.array([policy.top_k for policy in found], dtype=np.int32),
-        np.array([policy.renormalize for policy in found], dtype=np.uint8),
-        np.array([of_sequence[b] for b in batch.sequence_of_token()], dtype=np.int32),
-    ]
+def _policy_of_token(batch: Batch) -> list[int]:
+    """For each token the number of its policy among those that there are, or -1."""
+    numbers = itertools.count()
+    of_sequence = [-1 if policy is None else next(numbers) for policy in batch.policies or ()]
+    return [of_sequence[b] for b in batch.sequence_of_token()]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from olmoe import ops
 from olmoe.model import CausalLM, set_backend
 from olmoe.ops.cache import BlockCache
 from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Want, default_cache_dtype, position_bytes
+from olmoe.runner.policy import ResolvedPolicy, own_policy, stack_policies
 
 
 class TorchRunner:
@@ -86,18 +87,33 @@ class TorchRunner:
     def _policies(self, batch: Batch, of_token: list[int]) -> list[ops.RoutePolicy]:
         """One policy a layer, for all tokens of the batch."""
         assert batch.policies is not None
-        config = self.config
-        shape = (config.num_hidden_layers, config.num_experts)
-        chosen = [
-            (np.zeros(shape, dtype=np.float32), config.num_experts_per_tok, config.norm_topk_prob) if p is None else p
-            for p in batch.policies
-        ]
-        tokens = torch.tensor(of_token)
-        bias_LNE = torch.from_numpy(np.stack([bias for bias, _, _ in chosen], axis=1))[:, tokens].to(self._device)
-        top_k_N = torch.tensor([k for _, k, _ in chosen])[tokens].to(self._device)
-        renormalize_N = torch.tensor([norm for _, _, norm in chosen])[tokens].to(self._device)
-        width = int(top_k_N.max())
-        return [ops.RoutePolicy(bias_NE, top_k_N, renormalize_N, width) for bias_NE in bias_LNE]
+        own = own_policy(self.config)
+        return route_policies([own if policy is None else policy for policy in batch.policies], self._device, of_token)
+
+
+def route_policies(
+    policies: Sequence[ResolvedPolicy], device: torch.device, of_token: Sequence[int] | None = None
+) -> list[ops.RoutePolicy]:
+    """For each layer what `ops.route` takes: a row for each number in `of_token`, or else for each of `policies`."""
+    stacked = stack_policies(policies)
+    rows = list(range(len(policies))) if of_token is None else list(of_token)
+    tensors = [None if array is None else torch.from_numpy(array)[rows].to(device) for array in stacked]
+    bias_NLE, top_k_N, renormalize_N, pinned_NLE, temperature_NL = tensors
+    assert bias_NLE is not None
+    assert top_k_N is not None
+    assert renormalize_N is not None
+    width = max(policies[number].top_k for number in rows)
+    return [
+        ops.RoutePolicy(
+            bias_NLE[:, layer],
+            top_k_N,
+            renormalize_N,
+            width,
+            None if pinned_NLE is None else pinned_NLE[:, layer],
+            None if temperature_NL is None else temperature_NL[:, layer],
+        )
+        for layer in range(bias_NLE.shape[1])
+    ]
 
 
 class BlockAttend:

@@ -19,9 +19,11 @@ from olmoe.serve import chat, completions, messages, responses, tokenization
 from olmoe.serve.auth import Auth
 from olmoe.serve.endpoint import Endpoint, Receive
 from olmoe.serve.errors import ApiError
+from olmoe.serve.hosts import Hosts
 from olmoe.serve.metrics import CONTENT_TYPE
 from olmoe.serve.openapi import describe
 from olmoe.serve.protocol import ChatRequest, CompletionRequest
+from olmoe.serve.router_policy import described
 from olmoe.serve.sse import Send
 from olmoe.serve.state import ServerState
 from olmoe.serve.static_page import page_routes
@@ -64,6 +66,8 @@ def make_app(state: ServerState) -> Starlette:
             allow_headers=["*"],
         )
         middleware.insert(0, cors)  # outermost: what a browser asks beforehand carries no key
+    if settings.allowed_hosts:
+        middleware.insert(0, Middleware(Hosts, names=settings.allowed_hosts))
     handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _failure}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
@@ -109,12 +113,14 @@ def _models(state: ServerState, request: Request) -> Response:
 
 def _model(state: ServerState, request: Request) -> Response:
     name = request.path_params["name"]
+    if not name:
+        return _models(state, request)
     state.check_model(name)
     return JSONResponse(_card(state, name))
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
-    config = state.config
+    config, policy = state.config, state.engine.router_policy
     return {
         "id": name,
         "object": "model",
@@ -127,6 +133,7 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
             "layers": config.num_hidden_layers,
             "experts": config.num_experts,
             "experts_per_token": config.num_experts_per_tok,
+            **({} if policy is None else {"router_policy": described(policy, config)}),
         },
     }
 

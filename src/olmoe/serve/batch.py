@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any
 
-from olmoe.errors import UserError
+from olmoe.errors import UserError, shown
 from olmoe.serve.batch_file import BatchLine, result
 from olmoe.serve.endpoint import Endpoint
 from olmoe.serve.errors import ApiError, from_user_error, invalid
@@ -106,4 +106,5 @@ class BatchRun:
             return
         if len(self._other_models) < 10:
             self._other_models.add(name)
-            _log.warning("requests name the model %s; %s answers them", name[:100], state.model_name)
+            written = name[:100] if name[:100].isprintable() else shown(name)  # a terminal must not obey it
+            _log.warning("requests name the model %s; %s answers them", written, state.model_name)

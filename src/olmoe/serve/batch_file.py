@@ -119,7 +119,8 @@ def _first_upper(text: str) -> str:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        file = path.open("rb")
+        return file if file.seekable() else _spooled(file)  # a pipe, as a shell's <(command) is
     except FileNotFoundError:
         raise UserError(f"There is no batch file {shown(str(path))}; check its name.") from None
     except (OSError, ValueError) as error:
@@ -131,8 +132,12 @@ def _spooled_stdin() -> BinaryIO:
     """All of stdin, where it can be read twice."""
     if sys.stdin is None:
         raise UserError("The requests were to come from stdin, which is closed; pipe a file into it.")
+    return _spooled(sys.stdin.buffer)
+
+
+def _spooled(source: BinaryIO) -> BinaryIO:
     file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the input)
-    shutil.copyfileobj(sys.stdin.buffer, file)
+    shutil.copyfileobj(source, file)
     return file
 
 
@@ -179,7 +184,8 @@ class BatchOutput:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append an answer."""
-        self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n")
+        text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")  # lone surrogates, as JSON escapes them
         self._file.flush()
         self._unsynced += 1
         if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:

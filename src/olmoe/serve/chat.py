@@ -135,26 +135,32 @@ async def _whole(state: ServerState, prepared: Prepared) -> dict[str, Any]:
 async def _stream(state: ServerState, prepared: Prepared) -> AsyncGenerator[dict[str, Any], None]:
     chat = prepared.chat
     head = _head(state, chat, "chat.completion.chunk")
-    tail: dict[str, Any] = {"usage": None} if chat.wants_usage else {}
-    running, silent = chat.wants_running_usage, not (chat.logprobs or chat.return_token_ids or chat.routing)
+    silent = not (chat.logprobs or chat.return_token_ids or chat.routing)
     begun = [False] * len(prepared.requests)
-    told = False
+    tokens = 0  # told so far: the engine may be ahead
+
+    def so_far() -> dict[str, Any]:
+        if not chat.wants_usage:
+            return {}
+        now = usage(prepared.requests, generated=tokens) if chat.wants_running_usage else None
+        return {"usage": now and wire.usage_dict(now)}
+
     async with aclosing(chat_events(state, prepared)) as events:
         async for event in events:
             if isinstance(event, Usage):
                 if chat.wants_usage:
                     yield {**head, "choices": [], "usage": wire.usage_dict(event)}
                 continue
-            if running:
-                tail = {"usage": wire.usage_dict(usage(prepared.requests))}
             if not begun[event.index]:
+                of_prompt = {} if any(begun) else _of_prompt(state, prepared)
                 begun[event.index] = True
                 first = {"index": event.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                yield {**head, "choices": [first], **({} if told else _of_prompt(state, prepared)), **tail}
-                told = True
-            if isinstance(event, TextDelta) and silent and not event.text:
-                continue  # bytes of an unfinished character
-            yield {**head, "choices": [_chunk(state, chat, event)], **tail}
+                yield {**head, "choices": [first], **of_prompt, **so_far()}
+            if isinstance(event, TextDelta):
+                tokens += len(event.token_ids)
+                if silent and not event.text:
+                    continue  # bytes of an unfinished character
+            yield {**head, "choices": [_chunk(state, chat, event)], **so_far()}
 
 
 def _chunk(state: ServerState, chat: ChatRequest, event: TextDelta | ToolCallDelta | Finished) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 
 from olmoe.chat_template import OLMOE_CHAT_TEMPLATE
 from olmoe.engine.request import Request, Routing, TokenLogprob
-from olmoe.serve.errors import ApiError, invalid
-from olmoe.serve.protocol import ChatRequest, check_fields, limited, salt_of, sampling_params
+from olmoe.errors import UserError
+from olmoe.serve.errors import ApiError, from_user_error, invalid
+from olmoe.serve.protocol import ChatRequest, check_fields, limited, of_choice, salt_of, sampling_params
 from olmoe.serve.state import CallContext, ServerState
 
 Reason = Literal["stop", "length", "tool_calls", "error", "cancelled"]
@@ -129,17 +130,18 @@ async def prepare_chat(state: ServerState, chat: ChatRequest, context: CallConte
     grammar = await state.grammar(chat, None if plan is None else plan.constraint)
     room = max(min(state.context_length, state.engine.pool_tokens) - len(ids), 1)
     config, salt = state.config, salt_of(context.salt, chat)
+    params = sampling_params(
+        chat,
+        room=room,
+        texts=chat.choices,
+        grammar=grammar,
+        layers=config.num_hidden_layers,
+        experts=config.num_experts,
+    )
     requests = []
     for choice in range(chat.choices):
-        params = sampling_params(
-            chat,
-            room=room,
-            choice=choice,
-            grammar=grammar,
-            layers=config.num_hidden_layers,
-            experts=config.num_experts,
-        )
-        request = state.request(list(ids), params, param="messages", priority=chat.priority or 0, salt=salt)
+        own = of_choice(params, choice)
+        request = state.request(list(ids), own, param="messages", priority=chat.priority or 0, salt=salt)
         requests.append(limited(request, chat))
     state.admit(requests)
     state.metrics.asked(chat.choices, chat.limit)
@@ -148,15 +150,14 @@ async def prepare_chat(state: ServerState, chat: ChatRequest, context: CallConte
 
 async def chat_prompt(state: ServerState, chat: ChatRequest) -> tuple[list[int], ToolPlan | None]:
     """The ids of a chat, and what to do about its tools. Raises `ApiError` (400) for what the template refuses."""
-    # Schemas can be as large as a body: those of tools are read, and written into the prompt, in a thread.
-    plan = await state.off_loop(_tool_plan, state, chat) if chat.tools else _tool_plan(state, chat)
-    own = state.tokenizer.chat_template not in (None, OLMOE_CHAT_TEMPLATE)
-    messages = template_messages(chat if plan is None else plan.messages, own)
-    try:
-        return await state.off_loop(_prompt_ids, state, chat, messages, plan), plan
-    except ApiError as error:
-        error.param = error.param or "messages"
-        raise
+    most = state.context_length  # of messages too, for each has a token at least
+    if len(chat.messages) > most and chat.truncate_prompt_tokens is None:
+        raise invalid(
+            f"The prompt has {len(chat.messages)} messages, but the model's context ends at {most} tokens; shorten it.",
+            "messages",
+        )
+    # In a thread: schemas, calls and texts can be as large as a body.
+    return await state.off_loop(_planned, state, chat)
 
 
 async def chat_events(state: ServerState, prepared: Prepared) -> AsyncGenerator[ChatEvent, None]:
@@ -183,13 +184,16 @@ async def chat_events(state: ServerState, prepared: Prepared) -> AsyncGenerator[
     yield usage(requests)
 
 
-def usage(requests: Sequence[Request], prompts: int = 1) -> Usage:
-    """The tokens of requests, of which each `len(requests) / prompts` have one prompt."""
+def usage(requests: Sequence[Request], prompts: int = 1, generated: int | None = None) -> Usage:
+    """The tokens of requests, of which each `len(requests) / prompts` have one prompt.
+
+    `generated` is how many they have generated as far as the client knows, instead of what the engine has.
+    """
     each = len(requests) // prompts
     firsts = requests[::each]
     return Usage(
         sum(len(request.prompt_ids) for request in firsts),
-        sum(len(request.token_ids) for request in requests),
+        sum(len(request.token_ids) for request in requests) if generated is None else generated,
         sum(request.cached_tokens for request in firsts),
     )
 
@@ -241,9 +245,21 @@ def _text_content(content: Any, param: str) -> str | None:
     return "\n".join(texts)
 
 
-def _prompt_ids(
-    state: ServerState, chat: ChatRequest, messages: list[dict[str, Any]], plan: ToolPlan | None
-) -> list[int]:
+def _planned(state: ServerState, chat: ChatRequest) -> tuple[list[int], ToolPlan | None]:
+    plan = _tool_plan(state, chat)
+    try:
+        return _prompt_ids(state, chat, plan), plan
+    except UserError as error:
+        found = from_user_error(error)
+    except ApiError as error:
+        found = error
+    found.param = found.param or "messages"
+    raise found
+
+
+def _prompt_ids(state: ServerState, chat: ChatRequest, plan: ToolPlan | None) -> list[int]:
+    own_template = state.tokenizer.chat_template not in (None, OLMOE_CHAT_TEMPLATE)
+    messages = template_messages(chat if plan is None else plan.messages, own_template)
     continued = bool(chat.continue_final_message)
     variables = dict(chat.chat_template_kwargs or {})
     for name in ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"):

@@ -13,7 +13,7 @@ from olmoe.engine.request import Delta, FinishReason, Request, Routing
 from olmoe.serve import wire
 from olmoe.serve.chat_run import usage
 from olmoe.serve.errors import invalid
-from olmoe.serve.protocol import CompletionRequest, check_fields, limited, salt_of, sampling_params
+from olmoe.serve.protocol import CompletionRequest, check_fields, limited, of_choice, salt_of, sampling_params
 from olmoe.serve.state import CallContext, ServerState
 
 _REASONS: dict[FinishReason, str] = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -67,6 +67,14 @@ async def _prepare(state: ServerState, body: CompletionRequest, context: CallCon
     encoded = iter(await state.off_loop(_encode, state, given, body.truncate_prompt_tokens is None))
     grammar = await state.grammar(body)
     salt, config = salt_of(context.salt, body), state.config
+    params = sampling_params(
+        body,
+        room=state.context_length,
+        texts=len(given) * body.choices,
+        grammar=grammar,
+        layers=config.num_hidden_layers,
+        experts=config.num_experts,
+    )
     choices: list[_Choice] = []
     for number, prompt in enumerate(given):
         ids = state.cut(body, next(encoded) if isinstance(prompt, str) else prompt)
@@ -76,15 +84,8 @@ async def _prepare(state: ServerState, body: CompletionRequest, context: CallCon
             kept = isinstance(prompt, str) and body.truncate_prompt_tokens is None
             echoed = prompt if kept else state.tokenizer.decode(ids, skip_special_tokens=False)
         for choice in range(body.choices):
-            params = sampling_params(
-                body,
-                room=state.context_length,
-                choice=choice,
-                grammar=grammar,
-                layers=config.num_hidden_layers,
-                experts=config.num_experts,
-            )
-            request = state.request(ids, params, param=where, priority=body.priority or 0, salt=salt)
+            own = of_choice(params, choice)
+            request = state.request(ids, own, param=where, priority=body.priority or 0, salt=salt)
             legacy = None if body.logprobs is None else wire.LegacyLogprobs(state.tokenizer, body.logprobs)
             choices.append(_Choice(len(choices), limited(request, body), echoed, legacy))
     state.admit([choice.request for choice in choices])
@@ -187,10 +188,12 @@ async def _stream(call: _Call) -> AsyncGenerator[dict[str, Any], None]:
     requests = [choice.request for choice in call.choices]
     running, silent = body.wants_running_usage, not (body.return_token_ids or body.routing)
     tail: dict[str, Any] = {"usage": None} if body.wants_usage else {}
+    told = 0  # tokens, which the engine may be ahead of
     async with aclosing(state.generate(requests)) as deltas:
         async for index, delta in deltas:
             choice = call.choices[index]
             first = not choice.begun
+            told += len(delta.token_ids)
             text, scored = _news(call, choice, delta)
             reason = _reason(state, delta)
             if silent and not (text or scored or reason or first):
@@ -205,7 +208,7 @@ async def _stream(call: _Call) -> AsyncGenerator[dict[str, Any], None]:
             if first:
                 answer |= _of_prompt(call, choice.request)
             if running:
-                tail = {"usage": wire.usage_dict(usage(requests, call.prompts))}
+                tail = {"usage": wire.usage_dict(usage(requests, call.prompts, told))}
             yield {**head, "choices": [answer], **tail}
     if body.wants_usage:
         yield {**head, "choices": [], "usage": wire.usage_dict(usage(requests, call.prompts))}

@@ -1,4 +1,7 @@
-"""A connection, as uvicorn and httptools read it: with bounds for the head of a request, and deaf to upgrades."""
+"""A connection, as uvicorn and httptools read it: with bounds for the head of a request, and deaf to upgrades.
+
+Clients of HTTP/1.0, some proxies among them, get answers that they can read.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # The request line and the headers. Larger ones are none that a client of ours would send.
 MOST_HEAD_BYTES = 2**16
@@ -83,6 +87,9 @@ class Connection(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        super()._start_asgi_task(cycle, _unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -114,6 +121,29 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _unframed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """The application for a client of HTTP/1.0, which knows no chunks: where no length is said, the answer's end is the
+    connection's.
+    """
+
+    async def run(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        measured = True
+
+        async def plain(message: ASGISendEvent) -> None:
+            nonlocal measured
+            if message["type"] == "http.response.start":
+                measured = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                if not measured:
+                    cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body" and not measured:
+                cycle.expected_content_length = len(message.get("body", b""))  # of which none can be wrong
+            await send(message)
+
+        await app(scope, receive, plain)
+
+    return run
 
 
 def connections(head_timeout: float) -> type[Connection]:

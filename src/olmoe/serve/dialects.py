@@ -19,7 +19,8 @@ from pydantic_core import from_json
 from olmoe.errors import shown
 from olmoe.serve.endpoint import Endpoint
 from olmoe.serve.errors import ApiError, invalid
-from olmoe.serve.protocol import ChatRequest, RouterPolicyModel
+from olmoe.serve.protocol import ChatRequest, Ids
+from olmoe.serve.router_policy import RouterPolicyModel
 
 # Tags of our unions begin so, to be told from fields in the path of an error.
 TAG = "as "
@@ -38,7 +39,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Ids | None = None
     bad_words: list[str] | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -55,7 +56,7 @@ class Body(BaseModel):
     routing: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     structured_outputs: dict[str, Any] | None = None
     top_k: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from olmoe.errors import UserError, shown
-from olmoe.serve.errors import ApiError, from_user_error, invalid
+from olmoe.serve.errors import ApiError, from_user_error, invalid, overloaded
 from olmoe.serve.sse import OPENAI, Dialect, Send, send_stream, to_json
 from olmoe.serve.state import CallContext, ServerState
 
@@ -23,6 +24,8 @@ Create = Callable[[ServerState, Any, CallContext], Awaitable[Answer]]
 _log = logging.getLogger("olmoe")
 # Larger bodies are parsed in a thread.
 _LARGE = 2**16
+# So often, in seconds, a request that does not come looks whether the server ends meanwhile.
+_LOOK_UP = 0.5
 # Parts of a pydantic location that name a type, not a field.
 _TYPES = frozenset("str int float bool dict list none StreamOptions".split())
 
@@ -110,11 +113,13 @@ class Endpoint:
         try:
             return self.model.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
+            # What stands there can be as large as the body, and takes as long to copy.
+            small = len(content) <= _LARGE
+            first = error.errors(include_url=False, include_context=False, include_input=small)[0]
             if first["type"] == "json_invalid":
                 raise invalid(f"The body is not valid JSON ({first['msg']}).") from None
             param = _location(first["loc"])
-            value = "" if first["type"] == "missing" else f", not {shown(first['input'])}"
+            value = "" if first["type"] == "missing" or not small else f", not {shown(first['input'])}"
             message = first["msg"].removeprefix("Value error, ")
             raise invalid(f"{param}: {message}{value}." if param else f"{message}{value}.", param or None) from None
 
@@ -137,17 +142,18 @@ async def _read_body(scope: MutableMapping[str, Any], receive: Receive, state: S
     # A page of another origin can send a form or plain text without asking, but not JSON.
     if not (kind == b"application/json" or kind.endswith(b"+json") or (not kind and b"origin" not in headers)):
         raise ApiError(415, f"The content type must be application/json, not {shown(kind.decode('latin-1'))}.")
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding not in (b"", b"identity"):
+        raise ApiError(
+            415, f"The body must not be compressed, not {shown(coding.decode('latin-1'))}; send it as it is."
+        )
     too_large = ApiError(413, f"The body is larger than the {settings.max_body_bytes} bytes that are allowed.")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > settings.max_body_bytes:
         raise too_large
     parts, size = [], 0
     while True:
-        try:
-            async with asyncio.timeout(settings.body_timeout):
-                message = await receive()
-        except TimeoutError:
-            raise ApiError(408, f"The body did not come within {settings.body_timeout:.0f} s.") from None
+        message = await _part(receive, state)
         if message["type"] == "http.disconnect":
             raise Gone
         part = message.get("body", b"")
@@ -156,7 +162,25 @@ async def _read_body(scope: MutableMapping[str, Any], receive: Receive, state: S
             raise too_large
         parts.append(part)
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return b"".join(parts).removeprefix(codecs.BOM_UTF8)
+
+
+async def _part(receive: Receive, state: ServerState) -> MutableMapping[str, Any]:
+    """What comes next of a body. Raises `ApiError` if that takes too long: the server's end waits for nobody's body."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + state.settings.body_timeout
+    while True:
+        message = None
+        try:
+            async with asyncio.timeout(min(until - clock(), _LOOK_UP)):
+                message = await receive()
+        except TimeoutError:
+            if clock() >= until:
+                raise ApiError(408, f"The body did not come within {state.settings.body_timeout:.0f} s.") from None
+        if state.draining and (message is None or message.get("more_body", False)):
+            raise overloaded("The server is shutting down; send the request to another.", 5)
+        if message is not None:
+            return message
 
 
 async def _until_gone(work: Any, receive: Receive) -> None:

@@ -16,6 +16,7 @@ from olmoe.engine.request import Request
 from olmoe.engine.sampling_params import Grammar, SamplingParams
 from olmoe.errors import UserError, shown
 from olmoe.serve.errors import ApiError, from_user_error, invalid, unsupported
+from olmoe.serve.router_policy import RouterPolicyModel, router_policy
 
 _log = logging.getLogger("olmoe")
 
@@ -23,9 +24,13 @@ MOST_CHOICES = 16
 MOST_LOGPROBS = 20
 # Each token that becomes text is compared with all of them.
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 2**14
-_MOST_BIASES = 2**16
+# Of ids and biases that a body lists: for one of its texts, and for all of them together, since each text has its own.
+_MOST_IDS, _MOST_IDS_IN_ALL = 2**16, 2**20
 _MOST_NAMES_LOGGED = 100
 _logged: set[str] = set()
+
+# The smallest share that keeps one token: OpenAI's interface takes 0 for it.
+_LEAST_TOP_P = 1e-9
 
 # Known fields that are not supported, and the values at which they change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -81,35 +86,14 @@ Prompt = Annotated[
 ]
 
 
+Ids = Annotated[list[int], Field(max_length=_MOST_IDS)]
+
+
 class StreamOptions(BaseModel):
     """What a stream tells besides the text: a last chunk with the usage, or the usage so far in every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class ExpertBias(BaseModel):
-    """A number for the router logit of one expert; in every layer if none is named."""
-
-    layer: int | None = None
-    expert: int
-    bias: float
-
-
-class ExpertBan(BaseModel):
-    """An expert that is not to be chosen; in no layer if none is named."""
-
-    layer: int | None = None
-    expert: int
-
-
-class RouterPolicyModel(BaseModel):
-    """Changes of what the routers choose: biases, bans, experts a token, and whether their weights sum to one."""
-
-    boost: list[ExpertBias] | None = None
-    ban: list[ExpertBan] | None = None
-    k: int | None = None
-    renormalize: bool | None = None
 
 
 class _Body(BaseModel):
@@ -135,12 +119,12 @@ class _Body(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Ids | None = None
     bad_words: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=256)] | None = None
     add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -226,7 +210,7 @@ def check_fields(body: BaseModel) -> None:
     """
     for name, neutral in _UNSUPPORTED.items():
         value = getattr(body, name, None)
-        if value not in neutral:
+        if value not in neutral and not (name == "best_of" and value == getattr(body, "choices", None)):
             raise unsupported(name)
     for name in (body.model_extra or {}).keys() - _UNSUPPORTED.keys():
         if name not in _logged and len(_logged) < _MOST_NAMES_LOGGED:
@@ -235,30 +219,28 @@ def check_fields(body: BaseModel) -> None:
 
 
 def sampling_params(
-    body: Body, *, room: int, choice: int = 0, grammar: Grammar | None = None, layers: int = 0, experts: int = 0
+    body: Body, *, room: int, texts: int = 1, grammar: Grammar | None = None, layers: int = 0, experts: int = 0
 ) -> SamplingParams:
-    """What a body asks of the engine for one of its choices. Raises `ApiError` (400) with the field's name.
+    """What a body asks of the engine for its `texts`; see `of_choice`. Raises `ApiError` (400) with the field's name.
 
-    `room` is the limit where the body has none. Temperature is 1 unless given, as in OpenAI's interface. Of several
-    choices the i-th has the seed + i. `layers` and `experts` are the model's, for router policies.
+    `room` is the limit where the body has none. Temperature is 1 unless given, as in OpenAI's interface. `layers` and
+    `experts` are the model's, for router policies.
     """
     limit = room if body.limit is None else body.limit
     _check_stops(body.stop)
-    if body.logit_bias is not None and len(body.logit_bias) > _MOST_BIASES:
-        raise invalid(f"logit_bias has {len(body.logit_bias)} entries, more than {_MOST_BIASES}.", "logit_bias")
-    seed = body.seed if body.seed is None else (body.seed + choice) % 2**63
+    _check_ids(body, texts)
     try:
         return SamplingParams(
             max_new_tokens=max(limit, 1),
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=0 if body.top_k in (None, -1) else body.top_k,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            top_p=1.0 if body.top_p is None else body.top_p or _LEAST_TOP_P,
             min_p=body.min_p or 0.0,
             repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias={_token_id(i): x for i, x in body.logit_bias.items()} if body.logit_bias else None,
-            seed=seed,
+            seed=None if body.seed is None else body.seed % 2**63,
             stop=body.stop or (),
             ignore_eos=bool(body.ignore_eos),
             logprobs=body.top,
@@ -276,40 +258,16 @@ def sampling_params(
         raise from_user_error(error) from None
 
 
+def of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """The parameters of one of several texts for a prompt: the i-th has the seed + i."""
+    return params if params.seed is None or not choice else params.with_seed((params.seed + choice) % 2**63)
+
+
 def limited(request: Request, body: Body) -> Request:
     """The request, made to generate nothing if the body says so: its prompt is scored."""
     if body.limit == 0:
         request.limit = 0
     return request
-
-
-def router_policy(given: RouterPolicyModel | None, layers: int, experts: int) -> Any:
-    """The engine's `RouterPolicy` of a request. Raises `ApiError` (400) for layers and experts that do not exist."""
-    if given is None or given == RouterPolicyModel():
-        return None
-    import numpy as np
-
-    from olmoe.runner import RouterPolicy
-
-    bias = np.zeros((layers, experts), dtype=np.float32)
-    banned = np.zeros((layers, experts), dtype=bool)
-
-    def place(kind: str, index: int, entry: ExpertBias | ExpertBan) -> tuple[Any, int]:
-        param = f"router_policy.{kind}[{index}]"
-        if not 0 <= entry.expert < experts:
-            raise invalid(f"{param}.expert is {entry.expert}, but experts are 0 to {experts - 1}.", f"{param}.expert")
-        if entry.layer is not None and not 0 <= entry.layer < layers:
-            raise invalid(f"{param}.layer is {entry.layer}, but layers are 0 to {layers - 1}.", f"{param}.layer")
-        return (slice(None) if entry.layer is None else entry.layer), entry.expert
-
-    for index, boost in enumerate(given.boost or ()):
-        if not abs(boost.bias) <= 1e4:
-            name = f"router_policy.boost[{index}].bias"
-            raise invalid(f"{name} must be between -10000 and 10000, not {boost.bias}.", name)
-        bias[place("boost", index, boost)] += boost.bias
-    for index, ban in enumerate(given.ban or ()):
-        banned[place("ban", index, ban)] = True
-    return RouterPolicy(bias, banned, given.k, given.renormalize)
 
 
 def _token_id(text: str) -> int:
@@ -330,6 +288,15 @@ def _check_stops(stop: str | list[str] | None) -> None:
             f"{_MOST_STOP_CHARACTERS} are allowed.",
             "stop",
         )
+
+
+def _check_ids(body: Body, texts: int) -> None:
+    lists = {name: len(getattr(body, name) or ()) for name in ("logit_bias", "allowed_token_ids", "stop_token_ids")}
+    longest = max(lists, key=lambda name: lists[name])
+    most = min(_MOST_IDS, _MOST_IDS_IN_ALL // texts)
+    if lists[longest] > most:
+        many = f", and a call for {texts} texts may have {most}" if most < _MOST_IDS else f", more than {most}"
+        raise invalid(f"{longest} has {lists[longest]} entries{many}.", longest)
 
 
 def _prompt_logprobs(body: Body) -> int | None:
@@ -353,5 +320,6 @@ __all__ = [
     "StreamOptions",
     "check_fields",
     "limited",
+    "of_choice",
     "sampling_params",
 ]

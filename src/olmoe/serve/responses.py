@@ -17,6 +17,7 @@ from olmoe.serve.protocol import ChatRequest, check_fields
 from olmoe.serve.responses_input import (
     CHAT_NAMES,
     chat_body,
+    cuts,
     input_items,
     refuse_what_we_lack,
     resolved,
@@ -114,21 +115,27 @@ async def _chat(state: ServerState, body: CountInputRequest, talk: _Conversation
     most = state.context_length - min(answer or state.context_length // 4, state.context_length // 2)
 
     async def fits(candidate: ChatRequest) -> bool:
+        if len(candidate.messages) > most:
+            return False
         with renaming(CHAT_NAMES):
             ids, _ = await chat_prompt(state, candidate)
         return len(ids) <= most
 
     if await fits(chat):
         return chat
-    choices = [chat.model_copy(update={"messages": messages}) for messages in shortened(chat.messages)]
+
+    def without(cut: int) -> ChatRequest:
+        return chat.model_copy(update={"messages": shortened(chat.messages, cut)})
+
+    choices = cuts(chat.messages)
     low, high = 0, len(choices) - 1  # the fewest left out that fit are between them, or it is the last
     while low < high:
         middle = (low + high) // 2
-        if await fits(choices[middle]):
+        if await fits(without(choices[middle])):
             high = middle
         else:
             low = middle + 1
-    return choices[low] if choices else chat
+    return without(choices[low]) if choices else chat
 
 
 async def _events(

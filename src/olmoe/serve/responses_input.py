@@ -102,8 +102,12 @@ def input_items(request: CountInputRequest) -> list[Item]:
 def resolved(items: Iterable[Item], find: Callable[[str], Item | None]) -> list[Item]:
     """The items, those that are referred to in place of the references. Raises `ApiError` for one that `find` lacks."""
     found: list[Item] = []
+    seen = set[str]()
     for i, item in enumerate(items):
         if isinstance(item, ItemReference):
+            if item.id in seen:  # a short request must not stand for any number of long texts
+                raise invalid(f"The item {shown(item.id)} is referred to twice; once is enough.", f"input[{i}].id")
+            seen.add(item.id)
             target = find(item.id)
             if target is None:
                 raise invalid(f"No stored item has the id {shown(item.id)}; send the item itself.", f"input[{i}].id")
@@ -198,11 +202,16 @@ def _texts(content: Content) -> list[str]:
     return [part.text if isinstance(part, TextPart) else part.refusal for part in content] or [""]
 
 
-def shortened(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The conversation without its oldest messages, more and more of them: what `truncation: "auto"` may try.
+def cuts(messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Where a conversation may begin without its oldest messages, for `shortened`: what `truncation: "auto"` may try.
 
-    What the system says stays, as does the last message; an output goes with the call that it answers.
+    The last message stays; an output goes with the call that it answers.
     """
     starts = [i for i, each in enumerate(messages[1:], start=1) if each["role"] not in ("system", "tool")]
-    kept = [[each for each in messages[:i] if each["role"] == "system"] + list(messages[i:]) for i in starts]
-    return [each for i, each in enumerate(kept) if len(each) < len(kept[i - 1] if i else messages)]
+    nothing = bool(starts) and all(each["role"] == "system" for each in messages[: starts[0]])
+    return starts[nothing:]
+
+
+def shortened(messages: Sequence[dict[str, Any]], cut: int) -> list[dict[str, Any]]:
+    """The conversation from the message `cut` on, and what the system said before."""
+    return [each for each in messages[:cut] if each["role"] == "system"] + list(messages[cut:])

@@ -41,10 +41,15 @@ class StoredResponse:
         return (*self.history, *self.own_items)
 
 
-class ResponseStore:
-    """At most `count` responses of `size` bytes of JSON in all. Each belongs to an owner and is hidden from others.
+# What an item of the input takes in memory besides its text, which may be shorter than that.
+_ITEM_BYTES = 512
 
-    The size of a response counts the whole conversation before it: what one shares with the next is not told apart.
+
+class ResponseStore:
+    """At most `count` responses of `size` bytes in all: JSON, and something for each item.
+
+    Each belongs to an owner and is hidden from others. The size of a response counts the whole conversation before it:
+    what one shares with the next is not told apart.
     """
 
     def __init__(self, *, count: int = 1000, size: int = 64 * 2**20) -> None:
@@ -96,7 +101,8 @@ class ResponseStore:
 
 
 def _size(stored: StoredResponse) -> int:
-    return len(json.dumps(stored.response)) + sum(_item_size(item) for item in (*stored.history, *stored.input))
+    texts = len(json.dumps(stored.response)) + sum(_item_size(item) for item in (*stored.history, *stored.input))
+    return texts + _ITEM_BYTES * len(stored.input)  # those of the history are shared
 
 
 def _item_size(item: Item) -> int:

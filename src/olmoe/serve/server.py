@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -60,14 +60,6 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def url_of(listener: socket.socket, settings: ServeSettings) -> str:
     """Where a browser finds the page."""
     host, port = listener.getsockname()[:2]
@@ -83,9 +75,22 @@ def check_tls(settings: ServeSettings) -> None:
         raise UserError("--ssl-keyfile needs --ssl-certfile, the certificate that it belongs to; add it.")
     if settings.ssl_certfile is None:
         return
+    encrypted = False
+
+    def password() -> str:  # otherwise OpenSSL asks the terminal for it, and waits
+        nonlocal encrypted
+        encrypted = True
+        return ""
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password)
     except (OSError, ssl.SSLError) as error:
+        if encrypted:
+            key = settings.ssl_keyfile or settings.ssl_certfile
+            raise UserError(
+                f"The key in {key} is encrypted; decrypt it, with openssl pkey -in {key} -out FILE."
+            ) from None
         raise UserError(
             f"The certificate {settings.ssl_certfile} and its key cannot be used ({error}); give PEM files that belong "
             "together, with --ssl-certfile and --ssl-keyfile."
@@ -143,7 +148,7 @@ class Server:
 
     async def _serve(self, signals: bool, begun: Callable[[], None]) -> None:
         loop = self.loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_quietly)
+        loop.set_exception_handler(_Quietly())
         if signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(NotImplementedError):  # Windows
@@ -175,7 +180,30 @@ class Server:
         self._uvicorn.should_exit = self._uvicorn.force_exit = True
 
 
-def _quietly(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    """Connections that break are not worth a traceback; anything else is."""
-    if not isinstance(context.get("exception"), ConnectionError):
-        loop.default_exception_handler(context)
+class _Quietly:
+    """Connections that break are not worth a traceback, and one that there is no room for is a sentence a minute."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if loop.time() - self._said > 60:
+                self._said = loop.time()
+                _log.warning("no file is left for another connection: they wait; raise the limit with ulimit -n")
+        elif not isinstance(error, ConnectionError):
+            loop.default_exception_handler(context)
+
+
+def allow_connections(most: int = 2**16) -> None:
+    """Let this process have as many connections as the system allows it, not the 1024 of old programs' sake."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

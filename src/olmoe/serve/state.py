@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Threads for tokenizing, chat templates and grammars: few, for they compete with the engine for cores.
+# Threads for tokenizing and chat templates: few, for they compete with the engine for cores.
 _WORKERS = 2
 
 
@@ -44,6 +44,8 @@ class ServeSettings:
       reading its stream before it counts as gone.
     - `share_prefixes`: one prefix cache for all keys. Otherwise each key has its own, since the time to the first token
       tells whether somebody sent the same prompt before.
+    - `allowed_hosts`: names that requests may be for, besides localhost and addresses (`olmoe.serve.hosts`); none for
+      any.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +62,7 @@ class ServeSettings:
     stall_timeout: float = 120.0
     share_prefixes: bool = False
     access_log: bool = False
+    allowed_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ServerState:
     mailbox: Hub
     metrics: Metrics
     executor: ThreadPoolExecutor
+    compiler: ThreadPoolExecutor  # of grammars, which may take a second: nobody's tokens wait for them
     config: ModelConfig
     context_length: int
     created: int = field(default_factory=lambda: int(time.time()))
@@ -97,10 +101,11 @@ class ServerState:
 
     async def off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run something that takes long in a thread. A `UserError` becomes an `ApiError`."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
-        except UserError as error:
-            raise from_user_error(error) from None
+        return await _in_thread(self.executor, function, *arguments)
+
+    async def compiled(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The same for what compiles a grammar."""
+        return await _in_thread(self.compiler, function, *arguments)
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts. `encode_batch` lets go of the interpreter, so that others run meanwhile."""
@@ -126,7 +131,7 @@ class ServerState:
         compiled = await structured.grammar(self, body, constraint)
         if not body.bad_words:
             return compiled
-        without: BadWords = await self.off_loop(BadWords.of_words, body.bad_words, self.tokenizer, compiled)
+        without: BadWords = await self.compiled(BadWords.of_words, body.bad_words, self.tokenizer, compiled)
         return without
 
     # ---- generating ----
@@ -222,6 +227,14 @@ class ServerState:
         self.thread.close()
         with contextlib.suppress(RuntimeError):
             self.executor.shutdown(wait=False, cancel_futures=True)
+            self.compiler.shutdown(wait=False, cancel_futures=True)
+
+
+async def _in_thread(executor: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
+    except UserError as error:
+        raise from_user_error(error) from None
 
 
 def make_state(
@@ -241,7 +254,6 @@ def make_state(
     hub = Hub(metrics.observe)
     thread = EngineThread(engine, hub.deliver)
     thread.start()
-    executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="olmoe-serve")
     return ServerState(
         engine,
         thread,
@@ -250,7 +262,8 @@ def make_state(
         settings or ServeSettings(),
         hub,
         metrics,
-        executor,
+        ThreadPoolExecutor(_WORKERS, thread_name_prefix="olmoe-serve"),
+        ThreadPoolExecutor(1, thread_name_prefix="olmoe-grammars"),
         config,
         context_length,
         aliases=tuple(aliases),

@@ -93,10 +93,10 @@ async def grammar(state: ServerState, body: Body, calls: Calls | None = None) ->
     """
     asked = wanted(body)
     if calls is not None:
-        return await state.off_loop(_with_calls, asked, calls, state.tokenizer)
+        return await state.compiled(_with_calls, asked, calls, state.tokenizer)
     if asked is None:
         return None
-    return await state.off_loop(_told(asked.compile, asked.param), state.tokenizer)
+    return await state.compiled(_told(asked.compile, asked.param), state.tokenizer)
 
 
 def _with_calls(asked: Wanted | None, calls: Calls, tokenizer: Tokenizer) -> Grammar:

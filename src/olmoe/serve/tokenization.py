@@ -56,12 +56,15 @@ async def tokenize(state: ServerState, body: TokenizeRequest, context: CallConte
 async def detokenize(state: ServerState, body: DetokenizeRequest, context: CallContext) -> dict[str, Any]:
     """The text of ids, special tokens included."""
     state.check_model(body.model)
-    size = state.tokenizer.vocab_size
-    wrong = next((i for i in body.tokens if not 0 <= i < size), None)
-    if wrong is not None:
-        raise invalid(f"tokens holds the id {wrong}, but the tokenizer has {size}.", "tokens")
-    text = await state.off_loop(lambda: state.tokenizer.decode(body.tokens, skip_special_tokens=False))
-    return {"prompt": text}
+
+    def text() -> str:
+        size = state.tokenizer.vocab_size
+        wrong = next((i for i in body.tokens if not 0 <= i < size), None)
+        if wrong is not None:
+            raise invalid(f"tokens holds the id {wrong}, but the tokenizer has {size}.", "tokens")
+        return state.tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+    return {"prompt": await state.off_loop(text)}  # there may be millions
 
 
 def tokenizer_info(state: ServerState) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def open_run(
     return run
 
 
-def advance(run: Run) -> dict[str, float]:
+def advance(run: Run) -> dict[str, Any]:
     """Train by one step; what it measured, by name."""
     started, config, progress, ranks = time.perf_counter(), run.config, run.progress, run.ranks
     report = train_step(

@@ -8,9 +8,10 @@ Shapes legend: B windows of a microbatch, T positions, L layers, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,10 +64,23 @@ class StepReport:
         assert self.counts_LE is not None
         return float((self.counts_LE.amax(dim=1) / self.counts_LE.float().mean(dim=1)).mean())
 
-    def values(self) -> dict[str, float]:
-        """The numbers of a metrics record, by name."""
+    def values(self) -> dict[str, Any]:
+        """What a metrics record says of the step, by name; of routing also by layer, and tokens by layer and expert."""
         names = ("cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean")
-        return {name: getattr(self, name) for name in names} | ({"skipped": True} if self.skipped else {})
+        skipped = {"skipped": True} if self.skipped else {}
+        return {name: getattr(self, name) for name in names} | self._routing() | skipped
+
+    def _routing(self) -> dict[str, Any]:
+        """How evenly a layer uses its experts (entropy; 1 is evenly), how many none chose, and the tokens of each."""
+        assert self.counts_LE is not None
+        counts_LE = self.counts_LE.cpu()
+        shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
+        entropy_L = torch.special.entr(shares_LE).sum(dim=1) / math.log(max(counts_LE.shape[1], 2))
+        return {
+            "expert_entropy": [round(entropy, 4) for entropy in entropy_L.tolist()],
+            "dead_experts": (counts_LE == 0).sum(dim=1).tolist(),
+            "expert_load": counts_LE.tolist(),
+        }
 
 
 def microbatches(

@@ -51,7 +51,7 @@ def calibrate(source: WeightSource, ids_BT: Tensor) -> Iterator[Calibrated]:
 
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}."
-        layer = _layer_without_experts(source, i, prefix)
+        layer = layer_without_experts(source, i, prefix)
         normed_BTD = layer.input_layernorm(x_BTD)
         x_BTD = x_BTD + layer.self_attn(normed_BTD, rope, attend)
         into, out_of = _inputs(normed_BTD.flatten(0, 1)), _inputs(attended.pop().flatten(-2).flatten(0, 1))
@@ -69,7 +69,7 @@ def calibrate(source: WeightSource, ids_BT: Tensor) -> Iterator[Calibrated]:
         yield Calibrated(HEAD, None, read_finite(source, HEAD), _inputs(norm(x_BTD).flatten(0, 1)))
 
 
-def _layer_without_experts(source: WeightSource, i: int, prefix: str) -> DecoderLayer:
+def layer_without_experts(source: WeightSource, i: int, prefix: str) -> DecoderLayer:
     """A block with its weights in fp32, but for the experts, which stay on the meta device."""
     with torch.device("meta"):
         layer = DecoderLayer(source.config, i)

@@ -1,4 +1,4 @@
-"""What a packed file holds: formats, weights and bytes by kind of tensor."""
+"""What the files of a checkpoint hold: bytes by parameter; of a packed one formats and weights by kind of tensor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from olmoe.io.tensor_file import DTYPES
 from olmoe.weights.checkpoint import Checkpoint
+from olmoe.weights.hf_folder import FLOAT_DTYPES, HFFolder
+from olmoe.weights.names import EMBEDDING, EXPERTS
 from olmoe.weights.packed_file import PackedFile, Tensors
 from olmoe.weights.table import TensorTable
 
@@ -61,6 +63,35 @@ def contents_of(checkpoint: Checkpoint) -> Packed:
     assert isinstance(source, PackedFile), f"{checkpoint.folder} is not packed"
     tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in source.tensors.entries.items()}
     return describe(source.table, tensors, source.num_bytes)
+
+
+def parameter_bytes(source: HFFolder | PackedFile) -> dict[str, int]:
+    """How many bytes each parameter of a checkpoint takes on disk, from nothing but headers."""
+    found: dict[str, int] = {}
+    if isinstance(source, PackedFile):
+        for name, (row, _, _) in source.table.parts().items():
+            entry = source.tensors.entries[name]
+            found[row.name] = found.get(row.name, 0) + entry.end - entry.start
+        return found
+    for name, part in source.parts.items():
+        size = math.prod(part.shape) * FLOAT_DTYPES[source.stored[name].dtype].itemsize
+        found[part.parameter] = found.get(part.parameter, 0) + size
+    return found
+
+
+def bytes_a_token(source: HFFolder | PackedFile, top_k: int | None = None) -> int:
+    """The bytes of weights that one token reads: all but the embeddings, of which it needs a row, and `top_k` experts.
+
+    By default those that the model chooses.
+    """
+    config, total = source.config, 0
+    top_k = config.num_experts_per_tok if top_k is None else top_k
+    for name, size in parameter_bytes(source).items():
+        if f".{EXPERTS}." in name:
+            total += size * top_k // config.num_experts
+        elif name != EMBEDDING or config.tie_word_embeddings:
+            total += size
+    return total
 
 
 def _kind(name: str) -> str:

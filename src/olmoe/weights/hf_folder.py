@@ -154,6 +154,15 @@ class HFFolder:
         parts = [self._counted(self._handle(self.stored[name].file).get_tensor(name)) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @functools.cached_property
+    def parameter_dtypes(self) -> dict[str, torch.dtype]:
+        """In which each parameter is stored; where its tensors differ, one that holds the values of all."""
+        found: dict[str, torch.dtype] = {}
+        for name, part in self.parts.items():
+            dtype = FLOAT_DTYPES[self.stored[name].dtype]
+            found[part.parameter] = torch.promote_types(found.get(part.parameter, dtype), dtype)
+        return found
+
     def files(self) -> dict[str, str]:
         """See `WeightSource.files`."""
         return source.texts_of(self._folder)

@@ -76,9 +76,15 @@ def expert_part(name: str, config: ModelConfig) -> Part | None:
     return Part(name, (f, d), f"{match['stacks']}.{GATE_UP}", e, 0 if match["part"] == "gate" else f)
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor of this name belongs to; None outside of layers."""
+    match = _LAYER_NAME.match(name)
+    return None if match is None else int(match[1])
+
+
 def count_layers(names: Iterable[str]) -> int:
     """How many layers tensors of these names belong to."""
-    return len({match[1] for name in names if (match := _LAYER_NAME.match(name))})
+    return len({layer_of(name) for name in names} - {None})
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -144,7 +144,7 @@ class PackedFile:
         """See `WeightSource.files`."""
         return texts_of(self._folder)
 
-    def stored_as(self, parameter: str) -> tuple[str, ...]:
+    def stored_as(self, parameter: str, expert: int | None = None) -> tuple[str, ...]:
         """The name of the type in which a parameter is stored: Q8_0, Q5_0, Q4_0, or a floating one."""
         format = self.table[parameter].format
         return (format.name.upper() if isinstance(format, BlockFormat) else self.tensors.entries[parameter].dtype,)

@@ -201,6 +201,6 @@ def _stored_parts(source: WeightSource, row: Row, expert: int | None) -> dict[st
     """The parts of a matrix that its source stores in its format already; None where it does not."""
     if not isinstance(source, BlockSource) or not isinstance(row.format, BlockFormat):
         return None
-    if set(source.stored_as(row.name)) != {row.format.name.upper()}:
+    if set(source.stored_as(row.name, expert)) != {row.format.name.upper()}:
         return None
     return {CODES: row.format.from_gguf(torch.from_numpy(np.array(source.blocks(row.name, expert))))}

@@ -20,7 +20,7 @@ from olmoe.errors import CheckpointError, TokenizerError
 from olmoe.io.text_file import read_text
 from olmoe.model import CausalLM, allocate, without_values
 from olmoe.tokenizer import TEMPLATES_FOLDER, Tokenizer
-from olmoe.weights import generation
+from olmoe.weights import blueprint, generation
 
 # Bytes read before mapped files are closed, so that their pages no longer count as this process's memory.
 RELEASE_BYTES = 256 * 2**20
@@ -60,8 +60,11 @@ class WeightSource(Protocol):
 class BlockSource(WeightSource, Protocol):
     """A source whose matrices may already be stored in GGUF's blocks, which then travel without rounding again."""
 
-    def stored_as(self, parameter: str) -> tuple[str, ...]:
-        """GGUF's names of the types of a parameter's tensors: ("Q4_0",), or two for a fused matrix."""
+    def stored_as(self, parameter: str, expert: int | None = None) -> tuple[str, ...]:
+        """GGUF's names of the types of a parameter's tensors: ("Q4_0",), or two for a fused matrix.
+
+        Experts of one stack are stored alike, but for a source that computes some of them.
+        """
         ...
 
     def blocks(self, parameter: str, expert: int | None = None) -> Any:
@@ -79,7 +82,7 @@ def read_finite(source: WeightSource, parameter: str, expert: int | None = None)
 
 def texts_of(folder: Path) -> dict[str, str]:
     """`WeightSource.files` of a checkpoint folder."""
-    found = {name: folder / name for name in TRAVELLING}
+    found = {name: folder / name for name in (*TRAVELLING, blueprint.FILE_NAME)}
     for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja")):
         found[f"{TEMPLATES_FOLDER}/{path.name}"] = path
     return {name: read_text(path) for name, path in found.items() if path.is_file()}

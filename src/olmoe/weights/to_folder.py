@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def to_folder(
     source: WeightSource,
     folder: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.bfloat16,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
@@ -44,13 +44,13 @@ def to_folder(
 ) -> None:
     """Write `config.json`, safetensors of at most `max_shard_bytes` and the tokenizer's files, atomically.
 
-    Quantized weights are decoded and rounded once to `dtype`. Tied embeddings are written twice, since vLLM wants an
-    `lm_head.weight`. `progress(done, total)` counts bytes. At most one tensor is in memory. Raises `CheckpointError`
-    for values that `dtype` cannot hold, `TokenizerError` if a GGUF file's tokenizer is broken, `UserError` if the disk
-    is full, or if `folder` holds anything; with `overwrite`, anything but the files of a checkpoint that was written
-    like this.
+    Quantized weights are decoded and rounded once to `dtype`, one for all or by parameter. Tied embeddings are written
+    twice, since vLLM wants an `lm_head.weight`. `progress(done, total)` counts bytes. At most one tensor is in memory.
+    Raises `CheckpointError` for values that `dtype` cannot hold, `TokenizerError` if a GGUF file's tokenizer is broken,
+    `UserError` if the disk is full, or if `folder` holds anything; with `overwrite`, anything but the files of a
+    checkpoint that was written like this.
     """
-    files = _files(source)
+    files = written_files(source)
     names = {*files, "config.json", SINGLE_NAME}
     targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
     with atomic_folder(folder) as temporary:
@@ -67,7 +67,7 @@ def to_folder(
 def write_weights(
     source: WeightSource,
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -76,21 +76,23 @@ def write_weights(
     Parameters are read in the order of `parameter_shapes`, each once, or expert by expert.
     """
     parts = _parts(source.config)
-    sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
+    dtypes = {n: dtype if isinstance(dtype, torch.dtype) else dtype[part.parameter] for n, part in parts.items()}
+    sizes = {name: math.prod(part.shape) * dtypes[name].itemsize for name, part in parts.items()}
     shards, total, done = cut(sizes, max_shard_bytes), sum(sizes.values()), 0
     for file, names in shards.items():
-        declared = {name: (parts[name].shape, dtype) for name in names}
+        declared = {name: (parts[name].shape, dtypes[name]) for name in names}
         with TensorWriter(folder / file, declared, {"format": "pt"}) as out:
             read: tuple[str, int | None] | None = None
             for part in map(parts.__getitem__, names):
                 if read != (part.parameter, part.expert):  # an expert's gate and up are read together
                     value, read = source.read(part.parameter, part.expert), (part.parameter, part.expert)
-                out.write(part.name, _converted(part, value, dtype))
+                out.write(part.name, _converted(part, value, dtypes[part.name]))
                 done += sizes[part.name]
                 if progress is not None:
                     progress(done, total)
     write_index(folder, shards, total)
-    config = source.config.to_json(str(dtype).removeprefix("torch."))
+    most = max(sizes, key=sizes.__getitem__)  # config.json has one dtype: the largest tensor's
+    config = source.config.to_json(str(dtypes[most]).removeprefix("torch."))
     (folder / "config.json").write_text(config, encoding="utf-8")
 
 
@@ -118,7 +120,7 @@ def _parts(config: ModelConfig) -> dict[str, Part]:
     return parts
 
 
-def _files(source: WeightSource) -> dict[str, str]:
+def written_files(source: WeightSource) -> dict[str, str]:
     """The text files of the source, and what other software needs besides and can be derived."""
     files = {generation.FILE_NAME: generation.generation_text(source.config)} | source.files()
     if "tokenizer.json" in files and "tokenizer_config.json" not in files:

@@ -96,7 +96,7 @@ class GGUFSource:
             self._read_bytes = 0
         return value
 
-    def stored_as(self, parameter: str) -> tuple[str, ...]:
+    def stored_as(self, parameter: str, expert: int | None = None) -> tuple[str, ...]:
         """ggml's names of the block types that hold a parameter, one for each of its tensors."""
         return tuple(self.file.tensors[name].kind.name for name in self._tensors[parameter])
 
