@@ -47,6 +47,26 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         return [future.result(_TIMEOUT) for future in futures]
 
 
+def ends_on_ranks(folder: Path, ranks: int, work: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The type of what ends each rank's process, which is gone for the others when it ends."""
+    context, port = _server(), free_port()
+    processes = [
+        context.Process(target=_end, args=(folder / f"end-{r}", rank_environment(r, ranks, port), work, *arguments))
+        for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_TIMEOUT)
+        process.kill()
+    return [(folder / f"end-{r}").read_text() for r in range(ranks)]
+
+
+def _end(file: Path, environment: dict[str, str], work: Callable[..., Any], *arguments: Any) -> None:
+    found = _on_rank(environment, error_of, work, *arguments)
+    file.write_text(str(found and found[0]))
+
+
 @functools.cache
 def _server():
     """The context whose server of forks has imported this module, as it finds only by PYTHONPATH."""

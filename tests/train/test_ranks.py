@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from olmoe.errors import ConfigError, UserError
+from olmoe.train import loop
 from olmoe.train.config import load_config
 from olmoe.train.ranks import ALONE, join_ranks
-from rank_processes import error_of, free_port, on_ranks, rank_environment, train_run
+from rank_processes import ends_on_ranks, error_of, free_port, on_ranks, rank_environment, train_run
 from sentences import refused
 from training_runs import fixed, read_metrics, write_run
 
@@ -250,3 +252,23 @@ def test_a_split_for_more_processes_says_how_to_start_them(tmp_path, tokenizer_f
     message = refused(lambda: train_run(path), ConfigError)
     assert "torchrun --nproc-per-node 2 -m olmoe train" in message
     assert load_config(path).parallel.data == 2
+
+
+def fail_in_the_middle(path: Path, error: str) -> None:
+    """Train until something happens to rank 1 alone."""
+    original = loop.train_step
+
+    def train_step(*arguments, **options):
+        if os.environ["RANK"] == "1" and arguments[5] > 0:
+            raise {"disk": OSError(errno.ENOSPC, "No space left on device"), "mistake": UserError("it is wrong")}[error]
+        return original(*arguments, **options)
+
+    loop.train_step = train_step
+    train_run(path)
+
+
+@pytest.mark.parametrize("error", ["disk", "mistake"])
+def test_what_ends_one_rank_is_told_by_it_alone(tmp_path, tokenizer_file, error):
+    path = write(tmp_path, tokenizer_file, 6)
+    kind = {"disk": "OSError", "mistake": "UserError"}[error]
+    assert ends_on_ranks(tmp_path, 2, fail_in_the_middle, path, error) == ["_LossToldByAnother", kind]

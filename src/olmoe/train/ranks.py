@@ -131,23 +131,27 @@ class Ranks:
 
         `way_on` says how the run goes on after that.
         """
+        if self.size == 1:
+            yield
+            return
         try:
             yield
         except ToldByAnother:
             raise
-        except UserError as error:
-            if self.size > 1 and not self._is_first_to_tell(str(error)):
+        except BaseException as error:
+            lost = isinstance(error, RuntimeError) and _is_lost_connection(error)
+            # Whatever ends this rank is told here, so that others need not tell that it has ended.
+            is_first_to_end = self._is_first_to_tell(_ENDED)
+            if lost:
+                reason = str(error).strip().split("\n")[0].rstrip(". ")[-200:]
+                if not is_first_to_end:
+                    raise _LossToldByAnother(reason) from None
+                raise RankLostError(
+                    f"Another of the {self.size} processes has ended ({reason}), so the run stops here; {way_on()}."
+                ) from None
+            if isinstance(error, UserError) and not self._is_first_to_tell(str(error)):
                 raise ToldByAnother(str(error)) from None
             raise
-        except RuntimeError as error:
-            if self.size == 1 or not _is_lost_connection(error):
-                raise
-            reason = str(error).strip().split("\n")[0].rstrip(". ")[-200:]
-            if not self._is_first_to_tell("another has ended"):
-                raise _LossToldByAnother(reason) from None
-            raise RankLostError(
-                f"Another of the {self.size} processes has ended ({reason}), so the run stops here; {way_on()}."
-            ) from None
 
     def _is_first_to_tell(self, message: str) -> bool:
         try:
@@ -157,6 +161,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_ENDED = "a process has ended"
 _turns = itertools.count()
 
 
