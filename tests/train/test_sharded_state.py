@@ -81,7 +81,7 @@ def test_a_run_goes_on_by_two_ranks_then_one_then_four_then_other_splits(tmp_pat
     assert on_ranks(2, train_until, path, 7, 0, signal.SIGTERM, True) == ["step-0000007"] * 2
     path = write(tmp_path, tokenizer_file, data=2, expert=2)
     on_ranks(4, train_run, path, True)
-    assert_equal(path.parent / "out", alone, 2e-5)
+    assert_equal(path.parent / "out", alone, 3e-6)
     assert sorted(p.name for p in (path.parent / "out").rglob(".*") if p.name != ".metadata") == []
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_one_process_is_continued_by_ranks(tmp_path, tokenizer_f
     assert (path.parent / "out" / "checkpoints" / "step-0000005" / state.STATE_NAME).is_file()
     path = write(tmp_path, tokenizer_file, expert=2)
     on_ranks(2, train_run, path, True)
-    assert_equal(path.parent / "out", alone, 2e-5)
+    assert_equal(path.parent / "out", alone, 3e-6)
 
 
 def test_one_process_still_resumes_bit_for_bit(tmp_path, tokenizer_file, alone):

@@ -113,7 +113,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the processes that torchrun starts share a run: `data` x `expert` of them (see `parallel`).
+    """How the processes that torchrun starts share a run: `data` x `expert` of them (see `sharding`).
 
     Dense parameters are sharded over all; experts are shared by `expert` ranks. `data` None takes all that there are.
     `replicate` keeps that many copies of everything, each sharded over data / replicate x expert ranks. The load that

@@ -19,7 +19,7 @@ def is_skipped(config: SkipConfig, losses: Sequence[float], norms: Sequence[floa
 
     Beyond `sigmas` standard deviations above the mean of either, once half a window of steps is known.
     """
-    if config.sigmas == 0 or len(losses) < config.window // 2:
+    if config.sigmas == 0 or len(losses) < max(2, config.window // 2):
         return False
     return _is_beyond(config.sigmas, losses, loss) or _is_beyond(config.sigmas, norms, norm)
 
