@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from olmoe.model import causal_attend
 from olmoe.train import sharded_state, state
 from olmoe.train.config import load_config
 from olmoe.train.loop import train
+from olmoe.train.ranks import join_ranks
 from olmoe.weights import checkpoint
 from olmoe.weights.sharded_folder import ShardFiles
 from rank_processes import error_of, on_ranks, train_run, train_until
@@ -128,6 +130,32 @@ def test_one_process_still_resumes_bit_for_bit(tmp_path, tokenizer_file, alone):
         for folder in sorted((output / "checkpoints").iterdir())[:-1]:
             shutil.rmtree(folder)
     assert_same_run(path.parent / "out", reference)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+    begun, released = threading.Event(), threading.Event()
+    original = sharded_state._Writer.write_data
+
+    def write_data(self, plan, planner):
+        begun.set()
+        assert released.wait(60)
+        return original(self, plan, planner)
+
+    monkeypatch.setattr(sharded_state._Writer, "write_data", write_data)
+    values, done = {"model/x": torch.arange(6.0).view(2, 3)}, []
+    with join_ranks("cpu", group_of_one=True) as ranks:
+        saver = sharded_state.ShardSaver(ranks)
+        saver.start(tmp_path / "step-1", values, {"note.txt": "é"}, then=lambda: done.append(True))
+        assert begun.wait(60)
+        values["model/x"].zero_()  # the next step
+        assert not (tmp_path / "step-1").exists()
+        assert not saver.has_failed
+        released.set()
+        saver.finish()
+        saver.close()
+    assert done == [True]
+    assert torch.equal(files_of(tmp_path / "step-1")["model/x"], torch.arange(6.0).view(2, 3))
+    assert (tmp_path / "step-1" / "note.txt").read_text(encoding="utf-8") == "é"
 
 
 # ---- what others read ----

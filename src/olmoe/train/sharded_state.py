@@ -184,11 +184,8 @@ def restore_shards(
     """`state.restore` of such a checkpoint, into a model that is sharded in any way or not at all."""
     try:
         state = json.loads((path / SHARDED_STATE_NAME).read_text(encoding="utf-8"))
-        progress, was, step = (
-            Progress.from_saved(state["progress"]),
-            state["fingerprint"],
-            float(state["optimizer_step"]),
-        )
+        progress, was = Progress.from_saved(state["progress"]), state["fingerprint"]
+        step = float(state["optimizer_step"])
     except Exception as error:  # whatever is wrong with it
         raise unreadable(path / SHARDED_STATE_NAME, error) from None
     check_continues(path, was, fingerprint)

@@ -130,6 +130,8 @@ class ShardFiles:
 
     def read(self, name: str, part: Sequence[slice] | None = None) -> Tensor:
         """A part of a tensor (by default all of it): of each dimension, the range of a slice."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.folder} does not hold {shown(name)}.")
         shape = self.shapes[name]
         wanted = [range(*s.indices(n)) for s, n in zip(part or [slice(None)] * len(shape), shape, strict=True)]
         out = torch.empty([len(r) for r in wanted], dtype=self.dtypes[name])
