@@ -102,10 +102,56 @@ class RegularizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Sequences a step: `sequences` at a time, `accumulation` times."""
+    """Sequences a step: `sequences` at a time, `accumulation` times; `sequences` of all ranks together.
+
+    So n ranks compute what one process does with `sequences` / n and `accumulation` x n.
+    """
 
     sequences: int
     accumulation: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share a run: `data` x `expert` of them (see `sharding`).
+
+    Dense parameters are sharded over all; experts are shared by `expert` ranks. `data` None takes all that there are.
+    `replicate` keeps that many copies of everything, each sharded over data / replicate x expert ranks. The load that
+    load balancing looks at is that of a `rank` (as in OLMoE's training) or that of `all`.
+    """
+
+    data: int | None = None
+    expert: int = 1
+    replicate: int = 1
+    balance: str = "rank"
+
+    def ranks(self, started: int) -> int:
+        """The processes that this is for, of which `started` are there."""
+        return (self.data or max(1, started // self.expert)) * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is computed: the dtype of products and activations, what backward recomputes, and compilation.
+
+    With `bf16`, weights, gradients' sums and the optimizer stay in fp32.
+    """
+
+    precision: str = "fp32"
+    activation_checkpointing: str = "off"
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipConfig:
+    """Steps to leave out (see `skipping`): beyond `sigmas` standard deviations of the last `window` steps (0: none).
+
+    After more than `limit` of them in a row the run ends.
+    """
+
+    sigmas: float = 6.0
+    window: int = 128
+    limit: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +202,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    skip: SkipConfig = field(default_factory=SkipConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
@@ -182,7 +231,8 @@ class TrainConfig:
         for source in [s for group in ("train", "valid", "measure") for s in plain["data"][group]]:
             if source["dtype"] is None:  # unknown to older versions, whose runs must go on
                 del source["dtype"]
-        return plain | {"seed": self.run.seed}
+        how = {"precision": self.compute.precision, "balance": self.parallel.balance}
+        return plain | how | {"seed": self.run.seed}
 
 
 def resolve_path(path: str, base: Path) -> Path:
@@ -229,13 +279,31 @@ def _check(config: TrainConfig) -> None:
     _check_ranges(config)
     _check_paths(config)
     _check_model(config)
+    _check_choices(config)
     schedule = config.schedule
-    if schedule.kind not in ("cosine", "linear"):
-        raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")
     if schedule.warmup_tokens >= schedule.total_tokens:
         raise ConfigError(
             f"schedule.warmup_tokens {schedule.warmup_tokens} must be below schedule.total_tokens "
             f"{schedule.total_tokens}."
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    """Each key that is one of several words."""
+    compute = config.compute
+    choices = {
+        "schedule.kind": (config.schedule.kind, ("cosine", "linear")),
+        "parallel.balance": (config.parallel.balance, ("rank", "all")),
+        "compute.precision": (compute.precision, ("fp32", "bf16")),
+        "compute.activation_checkpointing": (compute.activation_checkpointing, ("off", "selective", "full")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise ConfigError(f"{key} must be {', '.join(known[:-1])} or {known[-1]}, not {shown(value)}.")
+    if compute.compile and config.regularization.residual_dropout:
+        raise ConfigError(
+            "compute.compile and regularization.residual_dropout exclude each other, because dropout hooks into "
+            "what is compiled; leave out one."
         )
 
 
@@ -253,6 +321,11 @@ def _check_ranges(config: TrainConfig) -> None:
         "evaluation.every_steps": config.evaluation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "skip.window": config.skip.window,
+        "skip.limit": config.skip.limit,
+        "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
+        "parallel.expert": config.parallel.expert,
+        "parallel.replicate": config.parallel.replicate,
     } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
@@ -262,6 +335,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
         "evaluation.windows": config.evaluation.windows,
+        "skip.sigmas": config.skip.sigmas,
     }
     for key, value in positive.items():
         if not 0 < value < _LIMIT:  # false for nan and inf as well

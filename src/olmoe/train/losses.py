@@ -7,6 +7,7 @@ Shapes legend: B windows, T positions, D hidden, E experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,13 +32,19 @@ class Losses(NamedTuple):
 
 
 def objective(
-    model: CausalLM, windows: Tensor, config: LossConfig, positions_in_step: int, microbatches: int
+    model: CausalLM,
+    windows: Tensor,
+    config: LossConfig,
+    positions_in_step: int,
+    microbatches: int,
+    count: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
     """The share of one microbatch in a step's loss. windows (B, T) of ids; each predicts its own next ids.
 
     The cross-entropy is summed and divided by all positions of the step, the last of each window included,
     although it predicts nothing (the training code's denominator); the auxiliary losses are means over
-    microbatches.
+    microbatches. `count` may turn the tokens that each expert received here, by layer, into those that load balancing
+    looks at, such as all ranks' together.
     """
     b, t = windows.shape
     positions = torch.arange(t, device=windows.device).expand(b, t)
@@ -46,7 +53,8 @@ def objective(
     labels[:, :-1] = windows[:, 1:]
     summed = ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE)
     cross_entropy = summed / positions_in_step
-    balance, z = load_balancing(output.routers), router_z(output.routers)
-    total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
     counts_LE = torch.stack([tokens_per_expert(router) for router in output.routers])
+    balance = load_balancing(output.routers, counts_LE=counts_LE if count is None else count(counts_LE))
+    z = router_z(output.routers)
+    total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
     return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), counts_LE)
