@@ -87,6 +87,7 @@ def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
     for name in ("cross_entropy", "load_balancing", "router_z"):
         assert sum(getattr(share, name) for share in shares) == pytest.approx(getattr(whole, name), rel=1e-6)
     assert torch.equal(shares[0].counts_LE + shares[1].counts_LE, whole.counts_LE)
+    torch.testing.assert_close(shares[0].margins_L2 + shares[1].margins_L2, whole.margins_L2)
     assert int(whole.counts_LE.sum()) == 2 * 2 * 8 * 12  # layers, experts of a token, windows, tokens
 
 
@@ -110,16 +111,19 @@ def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixtur
     assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert set(report.values()) == {
         "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean",
-        "expert_load", "expert_entropy", "dead_experts",
+        "expert_load", "expert_entropy", "dead_experts", "router_margin", "router_cutoff_margin",
     }  # fmt: skip
 
 
 def test_a_record_tells_the_load_of_every_expert():
-    report = StepReport(counts_LE=torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]))
+    counts_LE = torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]])
+    report = StepReport(counts_LE=counts_LE, margins_L2=torch.tensor([[0.5, 0.25], [0.1, math.nan], [0, 0]]))
     values = json.loads(json.dumps(report.values()))
     assert values["expert_load"] == [[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]
     assert values["expert_entropy"] == [1, 0, 0.5]
     assert values["dead_experts"] == [0, 3, 2]
+    assert values["router_margin"] == [0.5, 0.1, 0]
+    assert values["router_cutoff_margin"] == [0.25, None, 0]
 
 
 def test_a_norm_that_is_not_finite_changes_no_weight(model, mixture):

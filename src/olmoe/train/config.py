@@ -125,12 +125,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Programs that show the metrics besides `metrics.jsonl`: TensorBoard, and a project of Weights & Biases."""
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where the run writes, its seed, and the CPU threads it uses.
 
     `initialize_from` is a checkpoint (a folder or a hub id) whose weights the run starts from, in place of random
     ones; the optimizer and the schedule start anew. It brings its architecture and its tokenizer, so that `[model]`
-    and `[tokenizer]` need only say what is to be otherwise.
+    and `[tokenizer]` need only say what is to be otherwise. `peak_flops` is what one device can do in a second, for
+    MFU (see `throughput`); it is measured where it is not given.
     """
 
     output: str
@@ -138,6 +147,7 @@ class RunConfig:
     seed: int = 6198
     threads: int | None = None
     device: str = "auto"
+    peak_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +168,7 @@ class TrainConfig:
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
     eos_is_written: bool = field(default=True, metadata={"in_file": False})
 
@@ -253,6 +264,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "evaluation.every_steps": config.evaluation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "run.peak_flops": 1.0 if config.run.peak_flops is None else config.run.peak_flops,
     } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,

@@ -11,7 +11,8 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +32,8 @@ from olmoe.train.optim import build_optimizer, clip_gradients
 from olmoe.train.run_data import RunData, open_data
 from olmoe.train.run_folder import run_lock
 from olmoe.train.step import Scales, check_finite, microbatches, train_step
+from olmoe.train.throughput import Throughput
+from olmoe.train.trackers import Tracker, check_installed, open_trackers, scalars
 from olmoe.weights import checkpoint, export
 from olmoe.weights.checkpoint import Checkpoint
 
@@ -67,6 +70,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
 def _train(config: TrainConfig, output: Path, newest: Path | None, overwrite: bool, show_progress: bool) -> Path:
     set_threads(config.run.threads)
     keep_freed_memory()
+    check_installed(config.log)
     run = open_run(config, output, newest, overwrite)
     bar = tqdm(
         total=run.config.total_steps * run.config.tokens_per_step,
@@ -75,7 +79,12 @@ def _train(config: TrainConfig, output: Path, newest: Path | None, overwrite: bo
         unit_scale=True,
         disable=not show_progress,
     )
-    with _catch_interrupts() as interrupted, bar, run.metrics_path.open("a", encoding="utf-8") as metrics:
+    with (
+        _catch_interrupts() as interrupted,
+        run.tracking(),
+        bar,
+        run.metrics_path.open("a", encoding="utf-8") as metrics,
+    ):
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
@@ -105,6 +114,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     progress: state.Progress
     fingerprint: dict[str, Any]
+    trackers: list[Tracker] = field(default_factory=list, init=False)
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """What the configuration asks for shows the records that are made in the block."""
+        settings = self.config.fingerprint()
+        with open_trackers(self.config.log, self.output, self.progress.step, settings) as self.trackers:
+            yield
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        """What the speed of a step is held against."""
+        return Throughput.of(self.config.model, self.device, self.config.run.peak_flops)
 
     @property
     def length(self) -> int:
@@ -125,6 +147,8 @@ class Run:
         counters = {"step": self.progress.step, "tokens": self.progress.tokens}
         metrics.write(json.dumps(counters | dict(values)) + "\n")
         metrics.flush()
+        for tracker in self.trackers:
+            tracker.write(self.progress.step, scalars(values))
 
 
 def open_run(config: TrainConfig, output: Path, newest: Path | None, overwrite: bool = False) -> Run:
@@ -164,7 +188,7 @@ def advance(run: Run) -> dict[str, Any]:
     progress.step += 1
     progress.tokens += config.tokens_per_step
     seconds = time.perf_counter() - started
-    return report.values() | {"tokens_per_second": config.tokens_per_step / seconds}
+    return report.values() | run.throughput.values(config.tokens_per_step, seconds)
 
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, Evaluation], float]:

@@ -16,6 +16,7 @@ from olmoe import ops
 from olmoe.model import CausalLM, causal_attend
 from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.train.config import LossConfig
+from olmoe.train.router_margins import router_margins
 
 IGNORE = -100
 
@@ -28,6 +29,7 @@ class Losses(NamedTuple):
     load_balancing: Tensor
     router_z: Tensor
     counts_LE: Tensor  # tokens each expert received, by layer
+    margins_L2: Tensor  # `router_margins` of each layer
 
 
 def objective(
@@ -49,4 +51,5 @@ def objective(
     balance, z = load_balancing(output.routers), router_z(output.routers)
     total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
     counts_LE = torch.stack([tokens_per_expert(router) for router in output.routers])
-    return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), counts_LE)
+    margins_L2 = torch.stack([router_margins(router) for router in output.routers])
+    return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), counts_LE, margins_L2)

@@ -56,6 +56,7 @@ class StepReport:
     learning_rate: float = 0.0
     grad_norm: float = 0.0
     counts_LE: Tensor | None = None
+    margins_L2: Tensor | None = None  # see `router_margins`
 
     @property
     def max_load_over_mean(self) -> float:
@@ -78,7 +79,15 @@ class StepReport:
             "expert_entropy": [round(entropy, 4) for entropy in entropy_L.tolist()],
             "dead_experts": (counts_LE == 0).sum(dim=1).tolist(),
             "expert_load": counts_LE.tolist(),
-        }
+        } | self._margins()
+
+    def _margins(self) -> dict[str, list[float | None]]:
+        """By layer, how far the first expert is above the second, and the last one chosen above those left out."""
+        if self.margins_L2 is None:
+            return {}
+        names = ("router_margin", "router_cutoff_margin")
+        rounded = [[round(m, 5) if math.isfinite(m) else None for m in values] for values in self.margins_L2.T.tolist()]
+        return dict(zip(names, rounded, strict=True))
 
 
 def microbatches(mixture: Mixture, config: TrainConfig, step: int, device: torch.device) -> Iterator[Microbatch]:
@@ -108,6 +117,8 @@ def accumulate(
         report.load_balancing += float(losses.load_balancing) / scales.microbatches
         report.router_z += float(losses.router_z) / scales.microbatches
         report.counts_LE = losses.counts_LE if report.counts_LE is None else report.counts_LE + losses.counts_LE
+        margins_L2 = losses.margins_L2 / scales.microbatches
+        report.margins_L2 = margins_L2 if report.margins_L2 is None else report.margins_L2 + margins_L2
 
 
 def train_step(
