@@ -25,14 +25,12 @@ from olmoe.train.evaluation import evaluate
 from olmoe.train.loop import Interrupted, train
 from olmoe.train.losses import objective
 from olmoe.train.optim import learning_rate
-from olmoe.train.throughput import flops_per_token
 from olmoe.weights import checkpoint
 from packed_folders import packed_folder
 from sentences import refused
 from training_runs import assert_same_run, fixed, read_metrics, text, write_run
 
 STEPS = 12
-MARGINS = ("router_margin", "router_cutoff_margin")
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +104,6 @@ def test_a_run_leaves_metrics_checkpoints_the_best_and_its_evaluation(finished):
     assert all(r["load_balancing"] > 0 and r["router_z"] > 0 and r["tokens_per_second"] > 0 for r in steps)
     assert all(1 <= r["max_load_over_mean"] <= 4 for r in steps)
     assert {sum(layer) for r in steps for layer in r["expert_load"]} == {64 * 2}  # two experts a token
-    assert all(0 < margin < 1 for r in steps for name in MARGINS for margin in r[name])
-    assert {len(r[name]) for r in steps for name in MARGINS} == {2}  # layers
-    rates = [r["mfu"] * r["peak_flops"] / r["tokens_per_second"] for r in steps]
-    assert rates == pytest.approx([flops_per_token(load_config(finished.parent / "run.toml").model)] * STEPS)
-    assert all(r["peak_memory_bytes"] > 2**26 for r in steps)
     name = f"{finished.parent.name}-valid"
     assert all(list(r["bits_per_byte"]) == list(r["held_out_loss"]) == [name] for r in held_out)
 
