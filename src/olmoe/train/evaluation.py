@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from olmoe import ops
-from olmoe.model import CausalLM, causal_attend
+from olmoe.model import CausalLM
 from olmoe.train.data import TokenFile, Tokens
+from olmoe.train.document_mask import positions_and_attention
 
 BATCH_TOKENS = 4096
 
@@ -31,12 +32,21 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, windows: int = 0) -> Evaluation:
+def evaluate(
+    model: CausalLM,
+    file: TokenFile,
+    tokens: Tokens,
+    length: int,
+    windows: int = 0,
+    *,
+    eos_id: int | None = None,
+) -> Evaluation:
     """Predict a token file in consecutive windows of `length` inputs, or in `windows` of them (0: all).
 
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
     last window is included when all windows are asked for. Fewer are taken at even distances over the whole
-    file: its beginning can be much easier than the rest.
+    file: its beginning can be much easier than the rest. With `eos_id` each is predicted from its own document alone,
+    and a document's first from the end of the one before, as training does.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
@@ -47,8 +57,8 @@ def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, wind
         rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
-        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-        output = model(inputs, positions, causal_attend)
+        positions, attend = positions_and_attention(inputs, eos_id)
+        output = model(inputs, positions, attend)
         nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
         for layer, router in enumerate(output.routers):
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
@@ -58,10 +68,15 @@ def evaluate(model: CausalLM, file: TokenFile, tokens: Tokens, length: int, wind
 
 
 def evaluate_all(
-    model: CausalLM, held_out: list[tuple[TokenFile, Tokens]], length: int, windows: int
+    model: CausalLM,
+    held_out: list[tuple[TokenFile, Tokens]],
+    length: int,
+    windows: int,
+    *,
+    eos_id: int | None = None,
 ) -> dict[str, Evaluation]:
     """`evaluate` each held-out file; results by the file's name."""
-    return {file.name: evaluate(model, file, tokens, length, windows) for file, tokens in held_out}
+    return {file.name: evaluate(model, file, tokens, length, windows, eos_id=eos_id) for file, tokens in held_out}
 
 
 def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float | None]]:

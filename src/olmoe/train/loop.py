@@ -193,7 +193,9 @@ def advance(run: Run) -> dict[str, Any]:
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, Evaluation], float]:
     """Measure the model on the held-out files; also the score that decides which checkpoint is best (low is good)."""
-    results = evaluate_all(run.model, run.data.held_out, run.length, run.config.evaluation.windows)
+    results = evaluate_all(
+        run.model, run.data.held_out, run.length, run.config.evaluation.windows, eos_id=run.config.mask_eos_id
+    )
     score = _score(results)
     if results:
         check_finite("held-out loss", score, run.progress.step, run.config)
@@ -224,7 +226,7 @@ def report_best(run: Run) -> Path:
         run.progress.best_step = run.progress.step
         export.save(run.model, best, extra_files=run.data.tokenizer_files)
     model = checkpoint.load(best, device=run.device)
-    final = evaluate_all(model, run.data.held_out + run.data.measured, run.length, 0)
+    final = evaluate_all(model, run.data.held_out + run.data.measured, run.length, 0, eos_id=run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     write_text(run.output / "evaluation.json", json.dumps(report) + "\n")

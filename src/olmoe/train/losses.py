@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from olmoe import ops
-from olmoe.model import CausalLM, causal_attend
+from olmoe.model import CausalLM
 from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.train.config import LossConfig
+from olmoe.train.document_mask import positions_and_attention
 from olmoe.train.router_margins import router_margins
 
 IGNORE = -100
@@ -33,19 +34,28 @@ class Losses(NamedTuple):
 
 
 def objective(
-    model: CausalLM, windows: Tensor, config: LossConfig, positions_in_step: int, microbatches: int
+    model: CausalLM,
+    windows: Tensor,
+    config: LossConfig,
+    positions_in_step: int,
+    microbatches: int,
+    *,
+    eos_id: int | None = None,
+    trained_B: Tensor | None = None,
 ) -> Losses:
     """The share of one microbatch in a step's loss. windows (B, T) of ids; each predicts its own next ids.
 
     The cross-entropy is summed and divided by all positions of the step, the last of each window included,
     although it predicts nothing (the training code's denominator); the auxiliary losses are means over
-    microbatches.
+    microbatches. With `eos_id`, documents that it ends are isolated from each other (what it predicts is still how the
+    next one begins). The predictions of windows for which `trained_B` is false are not trained.
     """
-    b, t = windows.shape
-    positions = torch.arange(t, device=windows.device).expand(b, t)
-    output = model(windows, positions, causal_attend)
+    positions, attend = positions_and_attention(windows, eos_id)
+    output = model(windows, positions, attend)
     labels = torch.full_like(windows, IGNORE)
     labels[:, :-1] = windows[:, 1:]
+    if trained_B is not None:
+        labels[~trained_B] = IGNORE
     summed = ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE)
     cross_entropy = summed / positions_in_step
     balance, z = load_balancing(output.routers), router_z(output.routers)

@@ -24,13 +24,18 @@ from olmoe.train.data import Mixture
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.losses import objective
 from olmoe.train.optim import clip_gradients, learning_rate
+from olmoe.train.repetitions import has_repetition
 
 
 class Microbatch(NamedTuple):
-    """Windows of ids (B, T), and the number of the first among all of the run, which seeds what is random in them."""
+    """Windows of ids (B, T), and the number of the first among all of the run, which seeds what is random in them.
+
+    `trained` (B,) is false for windows whose predictions are not trained; None if all are.
+    """
 
     first: int
     windows: Tensor
+    trained: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ def microbatches(mixture: Mixture, config: TrainConfig, step: int, device: torch
     for number in range(step * accumulation, (step + 1) * accumulation):
         first = number * sequences
         windows = np.stack([mixture.window(i) for i in range(first, first + sequences)])
-        yield Microbatch(first, torch.from_numpy(windows).to(device))
+        trained = None
+        if times := config.data.mask_repetitions:
+            trained = torch.tensor([not has_repetition(ids, times) for ids in windows], device=device)
+        yield Microbatch(first, torch.from_numpy(windows).to(device), trained)
 
 
 def accumulate(
@@ -111,6 +119,8 @@ def accumulate(
                 config.loss,
                 positions_in_step=scales.positions,
                 microbatches=scales.microbatches,
+                eos_id=config.mask_eos_id,
+                trained_B=batch.trained,
             )
         losses.objective.backward()
         report.cross_entropy += float(losses.cross_entropy)
