@@ -192,3 +192,31 @@ def test_a_run_is_deleted_on_request_alone(tmp_path, tokenizer_file, capsys):
     config = write_run(tmp_path, tokenizer_file, run={"initialize_from": "out/best"})
     assert main(["train", str(config), "--quiet", "--overwrite"]) == 2
     assert (tmp_path / "out" / "best").is_dir()
+
+
+def test_a_queue_starts_a_run_and_its_continuation_alike(tmp_path, tokenizer_file, capsys, monkeypatch):
+    path = write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 128})
+    command = ["train", str(path), "--resume-or-start", "--quiet"]
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "out" / "best")
+    assert main(command) == 0  # there was nothing left to do but that
+    assert (tmp_path / "out" / "best" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 2
+    assert "--resume-or-start decides by itself" in sentence(capsys)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    assert main(command) == 2  # what somebody kept of a run is not deleted
+    assert "best" in sentence(capsys)
+    # But a job that torchrun starts again after a failure may begin anew, whatever it had left by then.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", str(path), "--quiet"]) == 0
+    assert (tmp_path / "out" / "checkpoints" / "step-0000002").is_dir()
+
+
+def test_the_mistakes_of_a_file_are_told_once_a_machine(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", str(tmp_path / "none.toml")]) == 2
+    sentence(capsys)

@@ -153,6 +153,7 @@ def test_olmoe_tiny_has_olmoes_structure():
         ({"data": {"train": [{"path": "a.txt", "weight": 0.5}, {"path": "b.txt"}]}}, "'b.txt' has none"),
         ({"data": {"valid": [{"path": "b.txt", "weight": 0.5}]}}, "'b.txt' is not trained on"),
         ({"data": {"mask_repetitions": -1}}, "mask_repetitions"),
+        ({"data": {"document_mask": True}, "compute": {"compile": True}}, "data.document_mask exclude each other"),
         ({"data": {"mask_repetitions": 1}}, "everything occurs once"),
         ({"data": {"train": [{"path": "a.txt", "repeat": float("inf")}]}}, "a.txt"),
         ({"data": {"valid": [{"path": "b.txt", "repeat": -1}]}}, "b.txt"),

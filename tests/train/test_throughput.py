@@ -11,6 +11,7 @@ from configurations import small_config
 from olmoe.config import ModelConfig
 from olmoe.runtime import peak_memory_bytes
 from olmoe.train import throughput
+from olmoe.train.ranks import Ranks
 from olmoe.train.throughput import Throughput, flops_per_token, product_rate
 
 CPU = torch.device("cpu")
@@ -30,11 +31,23 @@ def test_flops_are_those_of_what_multiplies():
 
 
 def test_mfu_is_a_part_of_what_all_devices_can_do():
-    found = Throughput.of(TINY, CPU, peak_flops=1e9, ranks=2).values(tokens=1000, seconds=4.0)
+    class Two(Ranks):
+        """Of two ranks the second, whose other one is the same but for twice the memory."""
+
+        def sum(self, values):
+            if values.ndim == 0:
+                return values * 2
+            assert values[0].tolist() == [0]
+            return values + torch.tensor([[2], [0]]) * values[1]
+
+    found = Throughput.of(TINY, CPU, 1e9, Two(rank=1, size=2)).values(tokens=1000, seconds=4.0)
     assert found["tokens_per_second"] == 250
     assert found["peak_flops"] == 2e9
     assert found["mfu"] == pytest.approx(250 * flops_per_token(TINY) / 2e9)
-    assert 2**26 < found["peak_memory_bytes"] <= peak_memory_bytes()
+    assert 2**27 < found["peak_memory_bytes"] <= 2 * peak_memory_bytes()
+    alone = Throughput.of(TINY, CPU, 1e9).values(tokens=1000, seconds=4.0)
+    assert alone["mfu"] == pytest.approx(2 * found["mfu"])
+    assert 2**26 < alone["peak_memory_bytes"] <= peak_memory_bytes()
 
 
 def test_the_rate_is_measured_where_it_is_not_stated(monkeypatch):

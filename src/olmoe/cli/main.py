@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "draw a training run as an HTML page, also while it goes on",
     "upcycle": "make a mixture of experts of a dense model",
     "convert": "convert a checkpoint to GGUF or back",
+    "average": "average checkpoints of one architecture into a new one",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
     "policy": "make a router policy that favours the experts of a domain",

@@ -1,8 +1,12 @@
-"""Train a model from a TOML configuration, or continue an interrupted run with --resume."""
+"""Train a model from a TOML configuration, or continue an interrupted run with --resume.
+
+Several processes share a run that torchrun starts: torchrun --nproc-per-node 8 -m olmoe train CONFIG.toml
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -11,6 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="see configs/ for examples")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.output from its last checkpoint")
     parser.add_argument(
+        "--resume-or-start", action="store_true", help="continue it if it has a checkpoint, else begin; for job queues"
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="begin anew where run.output holds a run, whose files are deleted"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -18,19 +25,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; Ctrl-C finishes the step, saves, and says how to go on."""
+    from olmoe.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
+    from olmoe.errors import UserError
     from olmoe.train.config import load_config
+    from olmoe.train.run_folder import latest
 
-    config = load_config(arguments.config, resume=arguments.resume)  # before torch is imported: mistakes answer at once
-    from olmoe.cli.main import EXIT_INTERRUPTED
-    from olmoe.train.loop import Interrupted, train
-
+    if arguments.resume_or_start and (arguments.resume or arguments.overwrite):
+        raise UserError("--resume-or-start decides by itself; leave out --resume and --overwrite.")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
     try:
-        best = train(config, resume=arguments.resume, overwrite=arguments.overwrite, show_progress=not arguments.quiet)
+        # Before torch is imported: mistakes answer at once.
+        config = load_config(arguments.config, resume=arguments.resume or arguments.resume_or_start or restarted)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of each machine tells it
+            return EXIT_USER_ERROR
+        raise
+    resume, overwrite = arguments.resume, arguments.overwrite
+    if arguments.resume_or_start or restarted:
+        resume = latest(config.resolve(config.run.output)) is not None
+        overwrite = restarted and not resume
+    from olmoe.train.loop import Interrupted, train
+    from olmoe.train.ranks import ToldByAnother
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        best = train(config, resume=resume, overwrite=overwrite, show_progress=not arguments.quiet)
+    except ToldByAnother:
+        return EXIT_USER_ERROR
     except Interrupted as interrupt:
-        print(
-            f"olmoe: interrupted; saved {interrupt.path}. Continue with: olmoe train {arguments.config} --resume",
-            file=sys.stderr,
-        )
+        command = f"{'torchrun ... -m ' if 'RANK' in os.environ else ''}olmoe train {arguments.config} --resume"
+        if is_first:
+            print(f"olmoe: interrupted; saved {interrupt.path}. Continue with: {command}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(best)
+    if is_first:
+        print(best)
     return 0

@@ -5,6 +5,7 @@ Making a network without values takes tricks, so that loading imports neither to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,17 +17,21 @@ from olmoe.model.network import CausalLM, Linear, RMSNorm
 from olmoe.runtime import advise_large_pages
 
 
-def initialize(model: CausalLM, seed: int) -> None:
+def initialize(model: CausalLM, seed: int, assign: Callable[[nn.Parameter, Tensor], None] | None = None) -> None:
     """Fill the weights as OLMoE's training did: every matrix truncated normal (3 sigma), norms 1, biases 0.
 
     Standard deviation `config.initializer_range`; no depth or embedding scaling (facts of the training
-    code's `init_fn: normal, init_std: 0.02, init_cutoff_factor: 3`).
+    code's `init_fn: normal, init_std: 0.02, init_cutoff_factor: 3`). `assign` takes each whole matrix to where its
+    parameter is, if that is not here, or only in part.
     """
     std = model.config.initializer_range
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
+            values = parameter if assign is None else torch.empty(parameter.shape)
+            nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
+            if assign is not None:
+                assign(parameter, values)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)

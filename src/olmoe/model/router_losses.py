@@ -22,17 +22,21 @@ from torch import Tensor
 from olmoe.model import RouterOutput
 
 
-def load_balancing(routers: Sequence[RouterOutput], mask_N: Tensor | None = None) -> Tensor:
+def load_balancing(
+    routers: Sequence[RouterOutput], mask_N: Tensor | None = None, counts_LE: Tensor | None = None
+) -> Tensor:
     """LB above: 1 when every layer's load is uniform. The counts carry no gradient.
 
-    `mask_N` is true for the tokens that count; the others (padding) are left out of both means.
+    `mask_N` is true for the tokens that count; the others (padding) are left out of both means. Without a mask,
+    `counts_LE` may give the load: that of these tokens, if it is known already, or of more than these.
     """
     total = routers[0].logits.new_zeros(())
-    for router in routers:
+    for layer, router in enumerate(routers):
         p_NE = _wide(router.logits).softmax(dim=-1)
         experts, k = p_NE.shape[1], router.expert_ids.shape[1]
         if mask_N is None:
-            share_E = tokens_per_expert(router) / router.expert_ids.numel()
+            counts_E = tokens_per_expert(router) if counts_LE is None else counts_LE[layer]
+            share_E = counts_E / counts_E.sum()
             mean_E = p_NE.mean(dim=0)
         else:
             count = mask_N.sum()

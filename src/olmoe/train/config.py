@@ -108,10 +108,56 @@ class RegularizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Sequences a step: `sequences` at a time, `accumulation` times."""
+    """Sequences a step: `sequences` at a time, `accumulation` times; `sequences` of all ranks together.
+
+    So n ranks compute what one process does with `sequences` / n and `accumulation` x n.
+    """
 
     sequences: int
     accumulation: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share a run: `data` x `expert` of them (see `sharding`).
+
+    Dense parameters are sharded over all; experts are shared by `expert` ranks. `data` None takes all that there are.
+    `replicate` keeps that many copies of everything, each sharded over data / replicate x expert ranks. The load that
+    load balancing looks at is that of a `rank` (as in OLMoE's training) or that of `all`.
+    """
+
+    data: int | None = None
+    expert: int = 1
+    replicate: int = 1
+    balance: str = "rank"
+
+    def ranks(self, started: int) -> int:
+        """The processes that this is for, of which `started` are there."""
+        return (self.data or max(1, started // self.expert)) * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is computed: the dtype of products and activations, what backward recomputes, and compilation.
+
+    With `bf16`, weights, gradients' sums and the optimizer stay in fp32.
+    """
+
+    precision: str = "fp32"
+    activation_checkpointing: str = "off"
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipConfig:
+    """Steps to leave out (see `skipping`): beyond `sigmas` standard deviations of the last `window` steps (0: none).
+
+    After more than `limit` of them in a row the run ends.
+    """
+
+    sigmas: float = 6.0
+    window: int = 128
+    limit: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +218,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    skip: SkipConfig = field(default_factory=SkipConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -208,7 +257,8 @@ class TrainConfig:
         for key in ("document_mask", "mask_repetitions"):
             if not plain["data"][key]:  # likewise
                 del plain["data"][key]
-        return plain | {"seed": self.run.seed}
+        how = {"precision": self.compute.precision, "balance": self.parallel.balance}
+        return plain | how | {"seed": self.run.seed}
 
 
 def resolve_path(path: str, base: Path) -> Path:
@@ -256,13 +306,36 @@ def _check(config: TrainConfig) -> None:
     _check_paths(config)
     _check_model(config)
     _check_data(config.data)
+    _check_choices(config)
     schedule = config.schedule
-    if schedule.kind not in ("cosine", "linear"):
-        raise ConfigError(f"schedule.kind must be cosine or linear, not {shown(schedule.kind)}.")
     if schedule.warmup_tokens >= schedule.total_tokens:
         raise ConfigError(
             f"schedule.warmup_tokens {schedule.warmup_tokens} must be below schedule.total_tokens "
             f"{schedule.total_tokens}."
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    """Each key that is one of several words."""
+    compute = config.compute
+    choices = {
+        "schedule.kind": (config.schedule.kind, ("cosine", "linear")),
+        "parallel.balance": (config.parallel.balance, ("rank", "all")),
+        "compute.precision": (compute.precision, ("fp32", "bf16")),
+        "compute.activation_checkpointing": (compute.activation_checkpointing, ("off", "selective", "full")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise ConfigError(f"{key} must be {', '.join(known[:-1])} or {known[-1]}, not {shown(value)}.")
+    if compute.compile and config.regularization.residual_dropout:
+        raise ConfigError(
+            "compute.compile and regularization.residual_dropout exclude each other, because dropout hooks into "
+            "what is compiled; leave out one."
+        )
+    if compute.compile and config.data.document_mask:
+        raise ConfigError(
+            "compute.compile and data.document_mask exclude each other, because every window has documents of other "
+            "lengths, for which layers would be compiled anew; leave out one."
         )
 
 
@@ -281,6 +354,11 @@ def _check_ranges(config: TrainConfig) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "run.peak_flops": 1.0 if config.run.peak_flops is None else config.run.peak_flops,
+        "skip.window": config.skip.window,
+        "skip.limit": config.skip.limit,
+        "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
+        "parallel.expert": config.parallel.expert,
+        "parallel.replicate": config.parallel.replicate,
     } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
     positive |= {f"weight of {source.path!r}": source.weight for source in data.sources if source.weight is not None}
     not_negative: dict[str, float] = {
@@ -292,6 +370,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "loss.router_z": config.loss.router_z,
         "evaluation.windows": config.evaluation.windows,
         "data.mask_repetitions": data.mask_repetitions,
+        "skip.sigmas": config.skip.sigmas,
     }
     for key, value in positive.items():
         if not 0 < value < _LIMIT:  # false for nan and inf as well

@@ -22,7 +22,8 @@ def residual_dropout(model: CausalLM, probability: float, seed: int) -> Iterator
     """Zero values of the embeddings and of each block's outputs with `probability`, and scale the others up.
 
     Masks depend on `seed`, the shapes and the device's kind, so a run that is continued draws those that an
-    uninterrupted one draws. With probability 0 nothing is hooked, and nothing drawn. 0 <= probability < 1.
+    uninterrupted one draws. A branch that backward computes a second time draws its mask again. With probability
+    0 nothing is hooked, and nothing drawn. 0 <= probability < 1.
     """
     if probability == 0:
         yield
@@ -30,11 +31,17 @@ def residual_dropout(model: CausalLM, probability: float, seed: int) -> Iterator
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
 
+    states: dict[nn.Module, Tensor] = {}
+
     def drop(x: Tensor) -> Tensor:
         kept = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
         return x * kept.div_(1 - probability)
 
     def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
+        if module in states:
+            generator.set_state(states[module])
+        else:
+            states[module] = generator.get_state()
         return (drop(output[0]), *output[1:]) if isinstance(output, tuple) else drop(output)
 
     layers: list[Any] = list(model.model.layers)

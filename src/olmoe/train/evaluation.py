@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from olmoe import ops
 from olmoe.model import CausalLM
 from olmoe.train.data import TokenFile, Tokens
 from olmoe.train.document_mask import positions_and_attention
+from olmoe.train.ranks import ALONE, Ranks
 
 BATCH_TOKENS = 4096
 
@@ -31,14 +33,14 @@ class Evaluation:
     counts_LE: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: sharded parameters that were gathered in it could not be trained
 def evaluate(
     model: CausalLM,
     file: TokenFile,
     tokens: Tokens,
     length: int,
     windows: int = 0,
-    *,
+    ranks: Ranks = ALONE,
     eos_id: int | None = None,
 ) -> Evaluation:
     """Predict a token file in consecutive windows of `length` inputs, or in `windows` of them (0: all).
@@ -46,22 +48,27 @@ def evaluate(
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
     last window is included when all windows are asked for. Fewer are taken at even distances over the whole
     file: its beginning can be much easier than the rest. With `eos_id` each is predicted from its own document alone,
-    and a document's first from the end of the one before, as training does.
+    and a document's first from the end of the one before, as training does. `ranks` share the windows; each has the
+    whole result.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
     chosen = _windows(total, length, windows)
     predicted = sum(min(start + length, total) - start for start in chosen)
     nats, counts_LE = 0.0, torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.long, device=device)
-    for starts in _batches(chosen, total, length):
+    for starts, counts in _share(_batches(chosen, total, length), ranks):
         rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
         positions, attend = positions_and_attention(inputs, eos_id)
         output = model(inputs, positions, attend)
+        if not counts:
+            continue
         nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
         for layer, router in enumerate(output.routers):
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
+    (nats,) = ranks.sum(torch.tensor([nats], dtype=torch.float64)).tolist()
+    counts_LE = ranks.sum(counts_LE)
     # A share of the file is charged with the same share of its bytes.
     text_bytes = math.nan if file.text_bytes is None else file.text_bytes * predicted / total
     return Evaluation(nats / predicted, nats / math.log(2) / text_bytes, predicted, counts_LE.cpu())
@@ -72,11 +79,11 @@ def evaluate_all(
     held_out: list[tuple[TokenFile, Tokens]],
     length: int,
     windows: int,
-    *,
+    ranks: Ranks = ALONE,
     eos_id: int | None = None,
 ) -> dict[str, Evaluation]:
     """`evaluate` each held-out file; results by the file's name."""
-    return {file.name: evaluate(model, file, tokens, length, windows, eos_id=eos_id) for file, tokens in held_out}
+    return {file.name: evaluate(model, file, tokens, length, windows, ranks, eos_id) for file, tokens in held_out}
 
 
 def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float | None]]:
@@ -102,3 +109,10 @@ def _batches(starts: list[int], total: int, length: int) -> list[list[int]]:
     size = max(1, BATCH_TOKENS // length)
     batches = [full[i : i + size] for i in range(0, len(full), size)]
     return batches if len(full) == len(starts) else [*batches, starts[-1:]]
+
+
+def _share(batches: list[list[int]], ranks: Ranks) -> Iterator[tuple[list[int], bool]]:
+    """This rank's batches, and whether each counts: all ranks compute equally many, because they compute together."""
+    for first in range(0, len(batches), ranks.size):
+        own = first + ranks.rank
+        yield (batches[own], True) if own < len(batches) else (batches[first], False)

@@ -7,6 +7,7 @@ Shapes legend: B windows, T positions, D hidden, E experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def objective(
     config: LossConfig,
     positions_in_step: int,
     microbatches: int,
-    *,
+    count: Callable[[Tensor], Tensor] | None = None,
     eos_id: int | None = None,
     trained_B: Tensor | None = None,
 ) -> Losses:
@@ -47,8 +48,10 @@ def objective(
 
     The cross-entropy is summed and divided by all positions of the step, the last of each window included,
     although it predicts nothing (the training code's denominator); the auxiliary losses are means over
-    microbatches. With `eos_id`, documents that it ends are isolated from each other (what it predicts is still how the
-    next one begins). The predictions of windows for which `trained_B` is false are not trained.
+    microbatches. `count` may turn the tokens that each expert received here, by layer, into those that load balancing
+    looks at, such as all ranks' together. With `eos_id`, documents that it ends are isolated from each other (what it
+    predicts is still how the next one begins). The predictions of windows for which `trained_B` is false are not
+    trained.
     """
     positions, attend = positions_and_attention(windows, eos_id)
     output = model(windows, positions, attend)
@@ -58,8 +61,9 @@ def objective(
         labels[~trained_B] = IGNORE
     summed = ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE)
     cross_entropy = summed / positions_in_step
-    balance, z = load_balancing(output.routers), router_z(output.routers)
-    total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
     counts_LE = torch.stack([tokens_per_expert(router) for router in output.routers])
+    balance = load_balancing(output.routers, counts_LE=counts_LE if count is None else count(counts_LE))
+    z = router_z(output.routers)
+    total = cross_entropy + (config.load_balancing * balance + config.router_z * z) / microbatches
     margins_L2 = torch.stack([router_margins(router) for router in output.routers])
     return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), counts_LE, margins_L2)

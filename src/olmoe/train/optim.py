@@ -12,9 +12,15 @@ from olmoe.train.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters in one group: norms, embeddings and routers decay too, as in OLMoE."""
+    """AdamW over all parameters alike: norms, embeddings and routers decay too, as in OLMoE.
+
+    Parameters of one mesh form a group, because fused updates take no others together; plain ones have none.
+    """
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return torch.optim.AdamW(
-        model.parameters(),
+        [{"params": parameters} for parameters in groups.values()],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -42,8 +48,13 @@ def learning_rate(config: ScheduleConfig, peak: float, tokens: int) -> float:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) and return their norm (OLMo's rule)."""
+    """Scale all gradients down to the norm `max_norm` if theirs is larger; return the one they had."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    scale_down(gradients, norm, max_norm)
     return norm
+
+
+def scale_down(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of that norm in place by min(1, max_norm / (norm + 1e-6)), OLMo's rule."""
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

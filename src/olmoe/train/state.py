@@ -6,9 +6,12 @@ with the optimizer and the counters. Folders appear whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,14 @@ from olmoe.io.atomic import atomic_folder, write_text
 from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
 from olmoe.train.run_folder import checkpoints, latest, tracked
-from olmoe.weights import checkpoint, export
+from olmoe.train.shards import load_weights, set_moments
+from olmoe.weights import export
+from olmoe.weights.checkpoint import Checkpoint
+from olmoe.weights.sharded_folder import METADATA_NAME
 
 STATE_NAME = "training_state.pt"
+SHARDED_STATE_NAME = "training_state.json"  # of a run of several processes; see `sharded_state`
+_SHARD = re.compile(r"__\d+_\d+\.distcp")
 
 
 @dataclass
@@ -33,6 +41,13 @@ class Progress:
     tokens: int = 0
     best: float = float("inf")
     best_step: int = 0
+    recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps: `skipping`
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> Progress:
+        """The counters of a checkpoint. Those of another version are ignored or begin anew."""
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved or f.name != "recent"}
+        return cls(**known)
 
 
 def begin(folder: Path, resume: bool, overwrite: bool = False) -> Path | None:
@@ -101,13 +116,24 @@ def discard(folder: Path) -> None:
 def _written(folder: Path) -> list[Path]:
     """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its way."""
     texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
+    names = {
+        SINGLE_NAME,
+        "config.json",
+        "generation_config.json",
+        STATE_NAME,
+        SHARDED_STATE_NAME,
+        METADATA_NAME,
+    } | texts
     folders = [path for path in (*checkpoints(folder), folder / "best") if path.exists()]
+
+    def is_own(name: str) -> bool:
+        return _SHARD.fullmatch(name) is not None
+
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
     foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
     for path in folders:
-        inside = targets.foreign_entries(path, names, shards=True) if path.is_dir() else [""]
+        inside = targets.foreign_entries(path, names, shards=True, also=is_own) if path.is_dir() else [""]
         foreign += [path / name for name in inside]
     if foreign:
         raise ConfigError(
@@ -115,6 +141,11 @@ def _written(folder: Path) -> list[Path]:
             "run.output."
         )
     return [*folders, *(path for path in (metrics, evaluation, *tracked(folder)) if path.exists())]
+
+
+def checkpoint_path(folder: Path, progress: Progress) -> Path:
+    """Where the checkpoint of that progress belongs."""
+    return folder / "checkpoints" / f"step-{progress.step:07d}"
 
 
 def save_state(
@@ -126,7 +157,7 @@ def save_state(
     extra_files: dict[str, str],
 ) -> Path:
     """Write `checkpoints/step-N` under `folder` and return its path."""
-    target = folder / "checkpoints" / f"step-{progress.step:07d}"
+    target = checkpoint_path(folder, progress)
     with atomic_folder(target) as temporary:
         export.write_model(model, temporary)
         for name, text in extra_files.items():
@@ -173,9 +204,12 @@ def recorded_names(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        # Mapped, because the optimizer's state beside them can be large.
-        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
-        recorded = json.loads(state["fingerprint"])
+        if (path / SHARDED_STATE_NAME).is_file():
+            recorded = json.loads((path / SHARDED_STATE_NAME).read_text(encoding="utf-8"))["fingerprint"]
+        else:
+            # Mapped, because the optimizer's state beside them can be large.
+            state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
+            recorded = json.loads(state["fingerprint"])
         return list(dict.fromkeys([*recorded["texts"], *recorded.get("measured", [])]))
     except Exception:  # a damaged file is reported by `restore`
         return []
@@ -189,25 +223,49 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     """
     try:
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
-        was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
+        progress = Progress.from_saved(state["progress"])
+        was = json.loads(state["fingerprint"])
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{path / STATE_NAME} cannot be read ({reason}); {_way_on(path)}.") from None
-    difference = _difference(was, now)
+        raise unreadable(path / STATE_NAME, error) from None
+    check_continues(path, was, fingerprint)
+    with one_sentence(path):
+        load_weights(model, Checkpoint.open(path).source())
+    moments = state["optimizer"]["state"]
+    for (name, parameter), index in zip(model.named_parameters(), range(len(moments)), strict=False):
+        assert moments[index]["exp_avg"].shape == parameter.shape, name
+        set_moments(optimizer, parameter, float(moments[index]["step"]), moments[index])
+    return progress
+
+
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """What to raise for a file of a checkpoint that is damaged or foreign."""
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return CheckpointError(f"{file} cannot be read ({reason}); {_way_on(file.parent)}.")
+
+
+def check_continues(path: Path, was: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Raise `ConfigError` if a checkpoint of the fingerprint `was` would not be continued by this configuration."""
+    difference = _difference(was, json.loads(json.dumps(fingerprint)))
     if difference is not None:
         raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path) -> Iterator[None]:
+    """Say of what cannot be read in a checkpoint how the run goes on."""
     try:
-        loaded = checkpoint.load(path, dtype=torch.float32)
+        yield
     except UserError as error:
         reason = str(error).rstrip(".")
         raise CheckpointError(f"The checkpoint {path} cannot be read ({reason}); {_way_on(path)}.") from None
-    with torch.no_grad():
-        for (name, parameter), (_, value) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
-            assert parameter.shape == value.shape, name
-            parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return progress
+
+
+def way_on(run: Path) -> str:
+    """How a run goes on that ended in an error which is none of its own."""
+    newest = latest(run)
+    if newest is None:
+        return "it had no checkpoint yet, so start it anew"
+    return f"continue it from {newest.name} with --resume"
 
 
 def _way_on(path: Path) -> str:
@@ -253,7 +311,7 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
             if (difference := _other_texts(was[section], now[section])) is not None:
                 return difference
             continue
-        old, new = _without_places(was[section]), _without_places(now[section])
+        old, new = (_comparable(section, values[section]) for values in (was, now))
         if old == new:
             continue
         if not isinstance(old, dict) or not isinstance(new, dict):
@@ -263,10 +321,16 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _without_places(section: Any) -> Any:
-    """A section without the paths of files: they may move, and what they hold is compared as `texts`."""
+def _comparable(name: str, section: Any) -> Any:
+    """A section without what may change between a run and its continuation.
+
+    Files may move, since what they hold is compared as `texts`, and the sequences of a step may be shared out in other
+    microbatches, for other numbers of ranks.
+    """
     if not isinstance(section, dict):
         return section
+    if name == "batch" and {"sequences", "accumulation"} <= set(section):
+        return {"sequences x accumulation": section["sequences"] * section["accumulation"]}
     plain = {key: value for key, value in section.items() if key != "tokens_folder"}
     for group in ("train", "valid", "measure"):
         if isinstance(plain.get(group), list):

@@ -46,9 +46,9 @@ class Scales:
     microbatches: int
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Scales:
-        """Those of a step of this configuration."""
-        return cls(config.tokens_per_step, config.batch.accumulation)
+    def of(cls, config: TrainConfig, ranks: int = 1) -> Scales:
+        """Those of a step of this configuration, of which each of `ranks` processes computes its share."""
+        return cls(config.tokens_per_step, config.batch.accumulation * ranks)
 
 
 @dataclass
@@ -62,6 +62,7 @@ class StepReport:
     grad_norm: float = 0.0
     counts_LE: Tensor | None = None
     margins_L2: Tensor | None = None  # see `router_margins`
+    skipped: bool = False
 
     @property
     def max_load_over_mean(self) -> float:
@@ -72,7 +73,8 @@ class StepReport:
     def values(self) -> dict[str, Any]:
         """What a metrics record says of the step, by name; of routing also by layer, and tokens by layer and expert."""
         names = ("cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean")
-        return {name: getattr(self, name) for name in names} | self._routing()
+        skipped = {"skipped": True} if self.skipped else {}
+        return {name: getattr(self, name) for name in names} | self._routing() | skipped
 
     def _routing(self) -> dict[str, Any]:
         """How evenly a layer uses its experts (entropy; 1 is evenly), how many none chose, and the tokens of each."""
@@ -95,11 +97,13 @@ class StepReport:
         return dict(zip(names, rounded, strict=True))
 
 
-def microbatches(mixture: Mixture, config: TrainConfig, step: int, device: torch.device) -> Iterator[Microbatch]:
-    """All microbatches of a step (counted from 0), which follow from its number."""
-    sequences, accumulation = config.batch.sequences, config.batch.accumulation
+def microbatches(
+    mixture: Mixture, config: TrainConfig, step: int, device: torch.device, rank: int = 0, ranks: int = 1
+) -> Iterator[Microbatch]:
+    """The microbatches of a step (counted from 0), which follow from its number; of each, one of `ranks`' share."""
+    sequences, accumulation = config.batch.sequences // ranks, config.batch.accumulation
     for number in range(step * accumulation, (step + 1) * accumulation):
-        first = number * sequences
+        first = (number * ranks + rank) * sequences
         windows = np.stack([mixture.window(i) for i in range(first, first + sequences)])
         trained = None
         if times := config.data.mask_repetitions:
@@ -108,9 +112,17 @@ def microbatches(mixture: Mixture, config: TrainConfig, step: int, device: torch
 
 
 def accumulate(
-    model: CausalLM, batches: Iterable[Microbatch], scales: Scales, config: TrainConfig, report: StepReport
+    model: CausalLM,
+    batches: Iterable[Microbatch],
+    scales: Scales,
+    config: TrainConfig,
+    report: StepReport,
+    count: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Add the gradients of these microbatches to the model's, and what they measure to the report."""
+    """Add the gradients of these microbatches to the model's, and what they measure to the report.
+
+    `count` is `objective`'s.
+    """
     for batch in batches:
         with residual_dropout(model, config.regularization.residual_dropout, config.run.seed + batch.first):
             losses = objective(
@@ -119,10 +131,11 @@ def accumulate(
                 config.loss,
                 positions_in_step=scales.positions,
                 microbatches=scales.microbatches,
+                count=count,
                 eos_id=config.mask_eos_id,
                 trained_B=batch.trained,
             )
-        losses.objective.backward()
+            losses.objective.backward()  # here, because what is recomputed drops the same values again
         report.cross_entropy += float(losses.cross_entropy)
         report.load_balancing += float(losses.load_balancing) / scales.microbatches
         report.router_z += float(losses.router_z) / scales.microbatches
@@ -139,19 +152,28 @@ def train_step(
     config: TrainConfig,
     tokens: int,
     clip: Callable[[Iterable[Tensor], float], Tensor] = clip_gradients,
+    combine: Callable[[StepReport], None] = lambda report: None,
+    admits: Callable[[float, float, int], bool] = lambda loss, norm, step: True,
+    count: Callable[[Tensor], Tensor] | None = None,
 ) -> StepReport:
     """Train `model` by one step after `tokens` tokens of training.
 
     `clip` scales the gradients down to a norm and returns the one they had; where parameters are sharded, that is a
-    norm over all processes. Raises `ConfigError` if it is not finite, before any weight changes.
+    norm over all processes. `combine` adds to a report what the other processes measured, and `admits` says of the
+    loss, the norm and the step's number whether the weights may change. Raises `ConfigError` if they would by a norm
+    that is not finite.
     """
     report = StepReport(learning_rate=learning_rate(config.schedule, config.optimizer.learning_rate, tokens))
     for group in optimizer.param_groups:
         group["lr"] = report.learning_rate
-    accumulate(model, batches, scales, config, report)
+    accumulate(model, batches, scales, config, report, count)
+    combine(report)
     report.grad_norm = float(clip(model.parameters(), config.optimizer.max_grad_norm))
-    check_finite("gradient norm", report.grad_norm, tokens // config.tokens_per_step + 1, config)
-    optimizer.step()
+    step = tokens // config.tokens_per_step + 1
+    report.skipped = not admits(report.cross_entropy, report.grad_norm, step)
+    if not report.skipped:
+        check_finite("gradient norm", report.grad_norm, step, config)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return report
 

@@ -15,6 +15,7 @@ import torch
 
 from olmoe.config import ModelConfig
 from olmoe.runtime import log, peak_memory_bytes
+from olmoe.train.ranks import ALONE, Ranks
 
 # A product that takes less time says more of its start than of the device.
 _LEAST_SECONDS = 0.01
@@ -24,32 +25,44 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a step's time is held against: the FLOPs of a token, and those a second of all `ranks` devices."""
+    """What a step's time is held against: the FLOPs of a token, and those a second of all ranks' devices."""
 
     flops_per_token: int
     peak_flops: float
     device: torch.device
+    ranks: Ranks
 
     @classmethod
-    def of(cls, model: ModelConfig, device: torch.device, peak_flops: float | None, ranks: int = 1) -> Throughput:
-        """For a run of this model. What one device can do is measured where it is not stated."""
+    def of(cls, model: ModelConfig, device: torch.device, peak_flops: float | None, ranks: Ranks = ALONE) -> Throughput:
+        """For a run of this model by these ranks. What one device can do is measured where it is not stated."""
         if peak_flops is None:
             peak_flops = product_rate(device)
             log.info("the product rate of %s is %.1f GFLOP/s, which MFU is a part of", device, peak_flops / 1e9)
-        return cls(flops_per_token(model), peak_flops * ranks, device)
+        return cls(
+            flops_per_token(model), float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))), device, ranks
+        )
 
     def values(self, tokens: int, seconds: float) -> dict[str, float]:
-        """What a metrics record says of a step of so many tokens that took so long."""
+        """What a metrics record says of a step of so many tokens that took so long. All ranks call it together."""
         rate = tokens / seconds
-        found = {
+        speed = {
             "tokens_per_second": rate,
             "mfu": self.flops_per_token * rate / self.peak_flops,
             "peak_flops": self.peak_flops,
-            "peak_memory_bytes": peak_memory_bytes(),
         }
+        memory = {"peak_memory_bytes": peak_memory_bytes()}
         if self.device.type == "cuda":
-            found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return found
+            memory["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return speed | dict(zip(memory, self._greatest(*memory.values()), strict=True))
+
+    def _greatest(self, *own: int) -> list[int]:
+        """Each number as it is on the rank where it is greatest."""
+        if self.ranks.size == 1:
+            return list(own)
+        by_rank = torch.zeros(self.ranks.size, len(own), dtype=torch.int64)
+        by_rank[self.ranks.rank] = torch.tensor(own)
+        greatest: list[int] = self.ranks.sum(by_rank).amax(dim=0).tolist()
+        return greatest
 
 
 def flops_per_token(model: ModelConfig) -> int:

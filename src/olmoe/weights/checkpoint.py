@@ -1,7 +1,8 @@
 """`Checkpoint`: a model on disk in any format that is supported; and `load`, the shortcut to the model itself.
 
-A folder whose `config.json` has a `quantization_config` is a packed one (`olmoe.weights.packed_file`), others are
-Hugging Face's (`olmoe.weights.hf_folder`). Callers need not know which.
+A folder whose `config.json` has a `quantization_config` is a packed one (`olmoe.weights.packed_file`), one with
+`.metadata` was written by several processes (`olmoe.weights.sharded_folder`), others are Hugging Face's
+(`olmoe.weights.hf_folder`). Callers need not know which.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from olmoe.model import CausalLM
 from olmoe.quant import Layout
 from olmoe.weights.hf_folder import HFFolder
 from olmoe.weights.packed_file import PackedFile, is_packed
+from olmoe.weights.sharded_folder import ShardedFolder, is_sharded
 from olmoe.weights.source import WeightSource
 
 
@@ -28,7 +30,11 @@ class Checkpoint:
         """Read the headers in `folder`. Raises `CheckpointError` or `ConfigError` for what is wrong with them."""
         raw = read_object(folder / "config.json")
         self.folder = folder
-        self._weights = PackedFile(folder, raw) if is_packed(raw) else HFFolder(folder, raw)
+        self._weights: PackedFile | HFFolder | ShardedFolder
+        if is_packed(raw):
+            self._weights = PackedFile(folder, raw)
+        else:
+            self._weights = ShardedFolder(folder, raw) if is_sharded(folder) else HFFolder(folder, raw)
 
     @classmethod
     def open(

@@ -47,13 +47,20 @@ def save(
     writer is replaced too, and what does not belong to a checkpoint stays beside the new one. All else is refused with
     `CheckpointError`, because replacing it would delete it.
     """
-    folder = Path(os.path.expanduser(folder))
-    foreign = _check_target(folder, extra_files or {}, overwrite)
-    with targets.folder_that_keeps(folder, foreign) as temporary:
+    with replaced_folder(folder, extra_files or {}, overwrite) as temporary:
         unusual = sorted(set(extra_files or ()) - set(TRAVELLING))
         note = {_EXTRA_FILES: json.dumps(unusual)} if unusual else {}
         write_model(model, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=note)
-        for name, text in (extra_files or {}).items():
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: str | Path, extra_files: dict[str, str], overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block, which writes the weights, ends; see `save`."""
+    folder = Path(os.path.expanduser(folder))
+    foreign = _check_target(folder, extra_files, overwrite)
+    with targets.folder_that_keeps(folder, foreign) as temporary:
+        yield temporary
+        for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ Shapes legend: D hidden, F expert width.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,15 +103,23 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
         return Tokenizer.from_folder(folder, eos_ids=source.config.eos_token_ids, pad_id=source.config.pad_token_id)
 
 
-def load_model(source: WeightSource, dtype: torch.dtype) -> CausalLM:
-    """All weights of a source in an ordinary model, in evaluation mode without gradients."""
+def load_model(
+    source: WeightSource, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
+) -> CausalLM:
+    """All weights of a source in an ordinary model, in evaluation mode without gradients.
+
+    `progress(done, total)` is called after each parameter.
+    """
     model = allocate(without_values(source.config).to(dtype), "cpu").eval().requires_grad_(False)
     if source.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for done, (name, parameter) in enumerate(parameters.items(), start=1):
         if ".mlp.experts." in name:
             for e in range(source.config.num_experts):
                 parameter.data[e] = source.read(name, e)
         else:
             parameter.data.copy_(source.read(name))
+        if progress is not None:
+            progress(done, len(parameters))
     return model

@@ -53,32 +53,47 @@ def to_folder(
     files = written_files(source)
     names = {*files, "config.json", SINGLE_NAME}
     targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
-    parts = _parts(source.config)
-    dtypes = {n: dtype if isinstance(dtype, torch.dtype) else dtype[part.parameter] for n, part in parts.items()}
-    sizes = {name: math.prod(part.shape) * dtypes[name].itemsize for name, part in parts.items()}
-    shards, total, done = cut(sizes, max_shard_bytes), sum(sizes.values()), 0
     with atomic_folder(folder) as temporary:
-        for file, names_in_it in shards.items():
-            declared = {name: (parts[name].shape, dtypes[name]) for name in names_in_it}
-            with TensorWriter(temporary / file, declared, {"format": "pt"}) as out:
-                read: tuple[str, int | None] | None = None
-                for part in map(parts.__getitem__, names_in_it):
-                    if read != (part.parameter, part.expert):  # an expert's gate and up are read together
-                        value, read = source.read(part.parameter, part.expert), (part.parameter, part.expert)
-                    out.write(part.name, _converted(part, value, dtypes[part.name]))
-                    done += sizes[part.name]
-                    if progress is not None:
-                        progress(done, total)
-        write_index(temporary, shards, total)
-        most = max(sizes, key=sizes.__getitem__)  # config.json has one dtype: the largest tensor's
-        config = source.config.to_json(str(dtypes[most]).removeprefix("torch."))
-        for name, text in (files | {"config.json": config}).items():
+        write_weights(source, temporary, dtype, progress, max_shard_bytes)
+        for name, text in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         # Again, because something may have appeared there.
         targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
     if ignored := ignored_by_vllm(source.config):
         log.warning("vLLM computes OLMoE without %s, so its texts would differ from ours", ", ".join(ignored))
+
+
+def write_weights(
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write safetensors and `config.json` into a folder that the caller makes atomic.
+
+    Parameters are read in the order of `parameter_shapes`, each once, or expert by expert.
+    """
+    parts = _parts(source.config)
+    dtypes = {n: dtype if isinstance(dtype, torch.dtype) else dtype[part.parameter] for n, part in parts.items()}
+    sizes = {name: math.prod(part.shape) * dtypes[name].itemsize for name, part in parts.items()}
+    shards, total, done = cut(sizes, max_shard_bytes), sum(sizes.values()), 0
+    for file, names in shards.items():
+        declared = {name: (parts[name].shape, dtypes[name]) for name in names}
+        with TensorWriter(folder / file, declared, {"format": "pt"}) as out:
+            read: tuple[str, int | None] | None = None
+            for part in map(parts.__getitem__, names):
+                if read != (part.parameter, part.expert):  # an expert's gate and up are read together
+                    value, read = source.read(part.parameter, part.expert), (part.parameter, part.expert)
+                out.write(part.name, _converted(part, value, dtypes[part.name]))
+                done += sizes[part.name]
+                if progress is not None:
+                    progress(done, total)
+    write_index(folder, shards, total)
+    most = max(sizes, key=sizes.__getitem__)  # config.json has one dtype: the largest tensor's
+    config = source.config.to_json(str(dtypes[most]).removeprefix("torch."))
+    (folder / "config.json").write_text(config, encoding="utf-8")
 
 
 def ignored_by_vllm(config: ModelConfig) -> list[str]:

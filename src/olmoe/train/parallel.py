@@ -1,0 +1,106 @@
+"""How ranks share a run, apart from the shards themselves: what may be shared, and what is summed over ranks.
+
+Nothing here is torch's machinery of sharding, whose import a process alone does not wait for; `sharding` has that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmoe.errors import ConfigError
+from olmoe.model import Experts
+from olmoe.train import recompute
+from olmoe.train.config import TrainConfig
+from olmoe.train.optim import scale_down
+from olmoe.train.ranks import Ranks
+from olmoe.train.shards import local
+from olmoe.train.step import StepReport
+
+
+def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether a run trains a sharded model; one process in fp32 trains a plain one."""
+    return ranks.size > 1 or config.compute.precision != "fp32"
+
+
+def check(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise `ConfigError` if the configuration cannot be shared by these ranks."""
+    parallel, sequences = config.parallel, config.batch.sequences
+    wanted = parallel.ranks(ranks.size)
+    if wanted != ranks.size:
+        asked = " x ".join(
+            f"{name} = {value}" for name, value in (("data", parallel.data), ("expert", parallel.expert)) if value
+        )
+        raise ConfigError(
+            f"[parallel] {asked} is for {wanted} processes, but there are {ranks.size}; start it with torchrun "
+            f"--nproc-per-node {wanted} -m olmoe train CONFIG.toml, or change [parallel]."
+        )
+    data = ranks.size // parallel.expert
+    if data % parallel.replicate:
+        raise ConfigError(f"parallel.replicate {parallel.replicate} must divide the {data} ranks of parallel.data.")
+    if sequences % ranks.size:
+        raise ConfigError(
+            f"batch.sequences {sequences} is the microbatch of all {ranks.size} ranks together, so it must be a "
+            f"multiple of {ranks.size}."
+        )
+    experts = config.model.num_experts
+    if experts % parallel.expert:
+        raise ConfigError(f"parallel.expert {parallel.expert} must divide the {experts} experts of the model.")
+    if parallel.expert > 1:
+        placement(config, data // parallel.replicate)
+
+
+def placement(config: TrainConfig, shards: int) -> int:
+    """The dimension along which the experts of one rank are sharded: experts if they suffice, else their rows.
+
+    Raises `ConfigError` if neither can be cut evenly.
+    """
+    model = config.model
+    if model.num_experts // config.parallel.expert % shards == 0:
+        return 0
+    if model.hidden_size % shards or 2 * model.intermediate_size % shards:
+        raise ConfigError(
+            f"The {model.num_experts} experts cannot be cut evenly over parallel.expert {config.parallel.expert} and "
+            f"{shards} shards; choose numbers that divide them, or their hidden_size and intermediate_size."
+        )
+    return 1
+
+
+def arrange(layer: Any, config: TrainConfig) -> None:
+    """How one layer computes, on one rank or many: what backward recomputes, and compilation."""
+    recompute.wrap(layer, config.compute.activation_checkpointing)
+    if config.compute.compile:
+        # Experts across ranks are sharded by themselves, so that a graph ends where they begin.
+        layer.forward = torch.compile(layer.forward, fullgraph=type(layer.mlp.experts) is Experts)
+
+
+def combine(report: StepReport, ranks: Ranks) -> None:
+    """Add to a report what the other ranks measured."""
+    own = [report.cross_entropy, report.load_balancing, report.router_z]
+    summed = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    report.cross_entropy, report.load_balancing, report.router_z = summed
+    if report.counts_LE is not None:
+        report.counts_LE = ranks.sum(report.counts_LE)
+    if report.margins_L2 is not None:
+        report.margins_L2 = ranks.sum(report.margins_L2)
+
+
+def clip_across(ranks: Ranks, replicate: int) -> Callable[[Iterable[Tensor], float], Tensor]:
+    """`clip_gradients` where each of `replicate` groups of ranks holds every gradient once, in shards.
+
+    A parameter's mesh does not matter: the square of a norm is the sum over shards, wherever they are.
+    """
+
+    @torch.no_grad()
+    def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+        squares = ranks.sum(torch.stack(norms).square().sum())
+        norm = (squares / replicate).sqrt().float()
+        scale_down(gradients, norm, max_norm)
+        return norm
+
+    return clip

@@ -1,0 +1,239 @@
+"""The processes that train one model together: who they are, what they agree on, and how the mistake of one ends all.
+
+A process alone is one rank without a group; then everything here does what it would without this module. Nothing
+knows models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
+
+from olmoe.errors import ConfigError, UserError
+from olmoe.runtime import log
+
+T = TypeVar("T")
+
+
+class ToldByAnother(UserError):
+    """This rank ends because of something that another rank tells the user, in one sentence for all."""
+
+
+class RankLostError(UserError):
+    """Another rank has ended without a word, so that nothing more can be computed together."""
+
+
+class _LossToldByAnother(ToldByAnother, RankLostError):
+    """Another rank has ended, and a third one tells the user."""
+
+
+class _Outcome(NamedTuple):
+    """What some work returned, or the user's mistake that it met."""
+
+    value: Any
+    error: UserError | OSError | None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. `local_rank` counts the ones of this machine.
+
+    They talk over torch's default group, or over `group`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    store: Any = None  # torch's, over which processes find each other
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what one process writes: folders, metrics, words to the user."""
+        return self.rank == 0
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """This rank's own device of the kind that was chosen: of several GPUs, one a rank."""
+        if chosen == torch.device("cuda") and self.size > 1:
+            chosen = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(chosen)
+        return chosen
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, in place; the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, raised where it is raised on some rank."""
+        return [value > 0 for value in self.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, on all. A mistake that it meets there ends all."""
+        if self.size == 1:
+            return work()
+        outcomes = [_outcome(work) if self.is_first else None]
+        dist.broadcast_object_list(outcomes, src=0, group=self.group)
+        (outcome,) = outcomes
+        assert outcome is not None
+        if outcome.error is not None:
+            self._raise(outcome.error, 0)
+        value: T = outcome.value
+        return value
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """What `work`, which may not talk to other ranks, returns on this rank. A mistake that any meets ends all."""
+        if self.size == 1:
+            return work()
+        outcome = _outcome(work)
+        errors: list[Any] = [None] * self.size
+        dist.all_gather_object(errors, outcome.error, group=self.group)
+        for rank, error in enumerate(errors):
+            if error is not None:
+                self._raise(error, rank)
+        value: T = outcome.value
+        return value
+
+    def first_in_turn(self, work: Callable[[], T]) -> T:
+        """`on_all`, where the first rank has finished before the others begin: they find the files that it made."""
+        if self.size == 1:
+            return work()
+        done: list[T] = []
+        outcome, turn = _Outcome(None, None), f"olmoe/turn/{next(_turns)}"
+        if self.is_first:
+            outcome = _outcome(lambda: done.append(work()))
+            if self.store is not None:
+                self.store.set(turn, "over")
+        elif self.store is not None:  # texts may take hours to tokenize, which no collective waits for
+            self.store.wait([turn], timedelta(days=30))
+        self.on_first(lambda: _raise_error(outcome))
+        return self.on_all(lambda: done[0] if done else work())
+
+    def _raise(self, error: UserError | OSError, rank: int) -> None:
+        raise error if rank == self.rank else ToldByAnother(str(error))
+
+    @contextlib.contextmanager
+    def guarded(self, way_on: Callable[[], str]) -> Iterator[None]:
+        """Let one rank tell the user what ends all: a mistake that all find, or the lost connection to another.
+
+        `way_on` says how the run goes on after that.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except ToldByAnother:
+            raise
+        except BaseException as error:
+            lost = isinstance(error, RuntimeError) and _is_lost_connection(error)
+            # Whatever ends this rank is told here, so that others need not tell that it has ended.
+            is_first_to_end = self._is_first_to_tell(_ENDED)
+            if lost:
+                reason = str(error).strip().split("\n")[0].rstrip(". ")[-200:]
+                if not is_first_to_end:
+                    raise _LossToldByAnother(reason) from None
+                raise RankLostError(
+                    f"Another of the {self.size} processes has ended ({reason}), so the run stops here; {way_on()}."
+                ) from None
+            if isinstance(error, UserError) and not self._is_first_to_tell(str(error)):
+                raise ToldByAnother(str(error)) from None
+            raise
+
+    def _is_first_to_tell(self, message: str) -> bool:
+        try:
+            return self.store is None or self.store.add(f"olmoe/told/{message}", 1) == 1
+        except RuntimeError:  # the store is gone as well
+            return True
+
+
+ALONE = Ranks()
+_ENDED = "a process has ended"
+_turns = itertools.count()
+
+
+@contextlib.contextmanager
+def join_ranks(device: str, *, group_of_one: bool = False) -> Iterator[Ranks]:
+    """The ranks that torchrun started together with this process, or that the caller has already joined in torch.
+
+    A process that was started by itself is `ALONE`; with `group_of_one`, it has a group for what needs one. Only the
+    first rank logs what is not an error.
+    """
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not started and not group_of_one:
+        yield ALONE
+        return
+    ranks = _init(device, started)
+    level = log.level
+    if not ranks.is_first:
+        log.setLevel(logging.ERROR)
+    try:
+        yield ranks
+    except RankLostError:
+        raise  # who waits for the others to leave waits for ever
+    except BaseException:
+        _leave()
+        raise
+    else:
+        _leave()
+    finally:
+        log.setLevel(level)
+
+
+def _init(device: str, started: bool) -> Ranks:
+    """Join the group. Raises `ConfigError` if the environment does not describe one that can be joined."""
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    backend = "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
+    if not started:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return Ranks()
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"The other processes could not be joined ({reason}); start all of them with torchrun, which sets RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+        ) from None
+    return Ranks(rank, size, local_rank, store)
+
+
+def _leave() -> None:
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _raise_error(outcome: _Outcome) -> None:
+    if outcome.error is not None:
+        raise outcome.error
+
+
+def _outcome(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work(), None)
+    except (UserError, OSError) as error:
+        return _Outcome(None, error)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether torch says so: gloo by words of its own, NCCL and the store by their types."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "connection" in text

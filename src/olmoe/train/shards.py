@@ -1,0 +1,97 @@
+"""What one process holds of tensors that several share, and how whole values get in and out.
+
+Everything here takes plain tensors too, of which a process holds all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from olmoe.model import CausalLM
+from olmoe.weights.names import EMBEDDING, EXPERTS, HEAD
+from olmoe.weights.source import WeightSource
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Part = tuple[slice, ...]
+
+
+class Parts(Protocol):
+    """A tensor, or what reads parts of one from files."""
+
+    def __getitem__(self, part: Part, /) -> Tensor:
+        """A part, with all dimensions of the whole."""
+        ...
+
+
+def _is_shared(value: Tensor) -> TypeGuard[DTensor]:
+    if type(value) in (Tensor, nn.Parameter):  # whose process may do without the import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def local(value: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return value.to_local() if _is_shared(value) else value
+
+
+def owned(value: Tensor) -> Part:
+    """Which part of the whole tensor `local` is."""
+    if not _is_shared(value):
+        return tuple(slice(0, size) for size in value.shape)
+    if 0 in value.to_local().shape:
+        return tuple(slice(0, size) for size in value.to_local().shape)
+    (chunk,) = value.__create_chunk_list__()
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor, on every process; all of them call it together."""
+    return value.full_tensor() if _is_shared(value) else value
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Copy to a parameter what this process holds of whole values."""
+    assert parameter.shape == values.shape
+    local(parameter).copy_(values[owned(parameter)])
+
+
+@torch.no_grad()
+def load_weights(model: CausalLM, source: WeightSource) -> None:
+    """Fill a model from a source, reading of stacked experts only those that this process holds."""
+    tied = source.config.tie_word_embeddings
+    for name, parameter in model.named_parameters():
+        if EXPERTS not in name:
+            assign(parameter, source.read(EMBEDDING if name == HEAD and tied else name))
+            continue
+        experts, *rest = owned(parameter)
+        for place, expert in enumerate(range(experts.start, experts.stop)):
+            local(parameter)[place] = source.read(name, expert)[tuple(rest)]
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """What AdamW remembers of a parameter; zeros before its first step."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state
+
+
+@torch.no_grad()
+def set_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, saved: Mapping[str, Parts]
+) -> None:
+    """Give AdamW what it remembered of a parameter after `step` steps: of either moment by name, its parts."""
+    state = moments(optimizer, parameter)
+    state["step"].fill_(step)
+    for name in ("exp_avg", "exp_avg_sq"):
+        local(state[name]).copy_(saved[name][owned(parameter)])
