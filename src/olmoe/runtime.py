@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("olmoe")
 
 MAX_THREADS = 1024
+_OTHER_FILES = 512  # open files besides those that a caller counts
 
 
 @functools.cache
@@ -196,6 +197,22 @@ def _memory_of_group(file: str, field: str = "") -> int | None:
         return next(int(line.removeprefix(field)) for line in lines if line.startswith(field))
     except (OSError, StopIteration, ValueError):  # an older system; the outermost group; "max"
         return None
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have `count` more files open than it may need besides, as far as the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit for mapped files
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def peak_memory_bytes() -> int:

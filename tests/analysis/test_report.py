@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the extra `analysis` is not installed")
 
-from olmoe.analysis.figures import draw, image_bytes, shown_layers
+from olmoe.analysis.drawing import image_bytes
+from olmoe.analysis.figures import draw, shown_layers
 from olmoe.analysis.measurements import measure
 from olmoe.analysis.report import findings, page
 from olmoe.analysis.trace import Trace, TraceWriter

@@ -14,6 +14,7 @@ import pytest
 from configurations import VOCAB_SIZE
 from olmoe.errors import ConfigError, UserError
 from olmoe.tokenizer import Tokenizer
+from olmoe.train import data
 from olmoe.train.config import Source
 from olmoe.train.data import Mixture, name_files, open_tokens, prepare, read_documents
 from olmoe.train.sources import SourceFiles, open_sources
@@ -108,6 +109,21 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_file):
     file = prepare(tmp_path / "x.npy", tokenizer_file, tmp_path, EOS)
     assert "320" in refused(lambda: open_tokens(file, 320), ConfigError)
     assert open_tokens(file, 321)[1] == 320
+
+
+def test_ids_of_a_large_file_are_looked_at_when_their_turn_comes(tmp_path, monkeypatch):
+    """Reading terabytes before training would take hours."""
+    monkeypatch.setattr(data, "_PART", 10)
+    monkeypatch.setattr(data, "_LOOKED_AT", 100)
+    file, ids = data.TokenFile("x", str(tmp_path / "x.npy"), 1000), np.zeros(1000, dtype="<u2")
+    ids[5] = 99  # among those that are looked at
+    ids.tofile(file.path)
+    assert "the id 99" in refused(lambda: open_tokens(file, 99), ConfigError)
+    ids[5], ids[505] = 0, 99
+    ids.tofile(file.path)
+    mixture = Mixture([(open_tokens(file, 99), 1.0)], 10, 1, vocab_size=99)
+    message = refused(lambda: [mixture.window(i) for i in range(mixture.windows_per_epoch)], ConfigError)
+    assert message == f"{file.path} holds the id 99, beyond the model's vocabulary of 99."
 
 
 def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, tokenizer_file, monkeypatch):

@@ -100,6 +100,15 @@ def test_every_token_may_choose_the_experts_of_one_rank(tmp_path, tokenizer_file
     assert_equal_runs(outputs[1], outputs[0])
 
 
+def test_ranks_share_windows_of_isolated_documents(tmp_path, tokenizer_file, alone):
+    data = {"document_mask": True, "mask_repetitions": 2, "train": [{"path": "train.txt", "weight": 1.0}]}
+    for ranks, split in ((1, {}), (2, {"expert": 2})):
+        path = write(tmp_path / str(ranks), tokenizer_file, ranks, parallel=split, data=data)
+        on_ranks(ranks, train_run, path) if ranks > 1 else train_run(path)
+    assert_equal_runs(tmp_path / "2" / "run" / "out", tmp_path / "1" / "run" / "out")
+    assert read_metrics(tmp_path / "1" / "run" / "out")[0] != read_metrics(alone)[0]
+
+
 def test_balance_over_all_ranks_is_that_of_one_process_with_the_same_microbatches(tmp_path, tokenizer_file):
     for ranks in (1, 2):
         folder = tmp_path / str(ranks) / "run"

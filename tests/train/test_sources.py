@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from configurations import VOCAB_SIZE
 from olmoe.errors import ConfigError, UserError
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import load_config
-from olmoe.train.data import open_tokens, prepare
+from olmoe.train.data import Mixture, open_tokens, prepare
 from olmoe.train.loop import train
 from olmoe.train.sources import find_files, names_of, open_sources
 from sentences import refused
@@ -94,6 +97,47 @@ def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
     assert "65 tokens" in message
     assert "at least 66" in message
     assert "at most 32." in message
+
+
+def test_weights_are_shares_of_windows_whatever_the_sizes(tmp_path, tokenizer_file):
+    """Three shards in a folder against one larger file, 3 to 1; every window is one that its files hold."""
+    generator = np.random.default_rng(1)
+    (tmp_path / "web").mkdir()
+    for number, length in enumerate((900, 1500, 600)):
+        generator.integers(0, 100, length).astype("<u2").tofile(tmp_path / "web" / f"part-{number}.npy")
+    generator.integers(100, 200, 9000).astype("<u2").tofile(tmp_path / "code.npy")
+    weighted = [{"path": "web/*.npy", "weight": 0.75}, {"path": "code.npy", "weight": 0.25}]
+    config = load_config(write_run(tmp_path, tokenizer_file, data={"train": weighted}))
+    files = find_files(config)["train"]
+    tokens = [[prepare(p, tokenizer_file, tmp_path, EOS) for p in each.paths] for each in files]
+    streams = open_sources(files, tokens, VOCAB_SIZE, 10)
+    assert sum(len(stream) for stream, _ in streams) == 12000
+    mixture = Mixture(streams, 10, seed=1)
+    assert mixture.windows_per_epoch == pytest.approx(1200, rel=0.01)
+    for epoch in range(2):
+        start = epoch * mixture.windows_per_epoch
+        drawn = [mixture.window(start + i) for i in range(mixture.windows_per_epoch)]
+        assert np.mean([window.max() < 100 for window in drawn]) == pytest.approx(0.75, abs=0.005)
+    passes = {repeat for _, repeat in streams[:3]}
+    assert passes == {0.75 * 12000 / 3000}  # of all shards of a source
+
+
+def test_more_shards_than_a_process_may_have_open(tmp_path):
+    """The limit is raised as far as the system allows; beyond, it is one sentence."""
+    for number in range(300):
+        np.arange(20, dtype="<u2").tofile(tmp_path / f"{number:03}.npy")
+    program = (
+        "import resource, sys; from pathlib import Path; from olmoe import runtime\n"
+        "from olmoe.errors import ConfigError; from olmoe.train.data import TokenFile, open_tokens\n"
+        "runtime._OTHER_FILES = 100; resource.setrlimit(resource.RLIMIT_NOFILE, (200, int(sys.argv[2])))\n"
+        "paths = sorted(Path(sys.argv[1]).glob('*.npy')); runtime.allow_open_files(len(paths))\n"
+        "try: opened = [open_tokens(TokenFile(p.stem, str(p), 20), 64) for p in paths]; print(len(opened))\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    for limit, answer in ((1000, r"300\n"), (250, r"The token file .* no more open files; raise that limit .*\n")):
+        command = [sys.executable, "-c", program, str(tmp_path), str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert re.fullmatch(answer, done.stdout), done.stdout
 
 
 def test_a_run_on_a_folder_is_the_run_on_one_file_of_its_documents(tmp_path, tokenizer_file):

@@ -12,7 +12,8 @@ import torch
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
-from olmoe.model import CausalLM, initialize
+from olmoe.model import CausalLM, causal_attend, initialize
+from olmoe.model.router_losses import load_balancing, router_z
 from olmoe.train.config import (
     BatchConfig,
     DataConfig,
@@ -72,6 +73,58 @@ def test_a_step_number_names_its_microbatches(mixture):
         ]
 
 
+def test_windows_that_repeat_themselves_train_no_prediction(model):
+    """They keep their place in what losses are divided by, and train the routers' losses."""
+    tokens = np.random.default_rng(1).integers(0, 61, 1000).astype("<u2")
+    tokens[100:500] = 7
+    filtered = replace(CONFIG, data=replace(CONFIG.data, mask_repetitions=8), regularization=RegularizationConfig())
+    batches = list(microbatches(Mixture([(tokens, 1.0)], 12, 1), filtered, 0, CPU))
+    trained = [bool(flag) for batch in batches for flag in batch.trained]
+    assert trained == [not (window == 7).sum() >= 8 for batch in batches for window in batch.windows]
+    assert len(set(trained)) == 2
+    found = StepReport()
+    accumulate(model, batches, Scales.of(filtered), filtered, found)
+    kept = gradients(model)
+    model.zero_grad()
+    loss, auxiliary = 0.0, 0.0
+    for batch in batches:
+        output = model(batch.windows, torch.arange(12).expand(2, 12), causal_attend)
+        logits = model.logits(output.hidden[:, :-1])
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.windows[:, 1:], reduction="none")
+        loss = loss + each[batch.trained].sum() / filtered.tokens_per_step
+        weights = filtered.loss.load_balancing, filtered.loss.router_z
+        auxiliary = (
+            auxiliary + weights[0] * load_balancing(output.routers) / 4 + weights[1] * router_z(output.routers) / 4
+        )
+    (loss + auxiliary).backward()
+    assert found.cross_entropy == pytest.approx(float(loss.detach()), rel=1e-5)
+    for ours, theirs in zip(kept, gradients(model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_a_step_reads_depends_on_seed_and_number_alone(seed):
+    """Whatever was read before, by whatever object: nothing of a loader is kept in a checkpoint."""
+    random = np.random.default_rng(1)
+    tokens = [random.integers(0, 5, length).astype("<u2") for length in (1000, 300)]
+    config = replace(CONFIG, data=replace(CONFIG.data, document_mask=True, mask_repetitions=4))
+
+    def opened():
+        return Mixture([(tokens[0], 0.7), (tokens[1], 2.5)], 12, seed, vocab_size=5)
+
+    def read(mixture, step):
+        return [(b.first, b.windows.tolist(), b.trained.tolist()) for b in microbatches(mixture, config, step, CPU)]
+
+    one = opened()
+    in_order = [read(one, step) for step in range(40)]  # several epochs
+    for step in (39, 0, 17, 16, 5):
+        assert read(opened(), step) == in_order[step]
+        assert read(one, step) == in_order[step]
+    assert len({flag for step in in_order for _, _, flags in step for flag in flags}) == 2
+    other = Mixture([(tokens[0], 0.7), (tokens[1], 2.5)], 12, seed + 1)
+    assert read(other, 0) != in_order[0]
+
+
 def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
     batches, scales = list(microbatches(mixture, CONFIG, 0, CPU)), Scales.of(CONFIG)
     whole, shares = StepReport(), [StepReport(), StepReport()]
@@ -87,6 +140,7 @@ def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
     for name in ("cross_entropy", "load_balancing", "router_z"):
         assert sum(getattr(share, name) for share in shares) == pytest.approx(getattr(whole, name), rel=1e-6)
     assert torch.equal(shares[0].counts_LE + shares[1].counts_LE, whole.counts_LE)
+    torch.testing.assert_close(shares[0].margins_L2 + shares[1].margins_L2, whole.margins_L2)
     assert int(whole.counts_LE.sum()) == 2 * 2 * 8 * 12  # layers, experts of a token, windows, tokens
 
 
@@ -110,16 +164,19 @@ def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixtur
     assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert set(report.values()) == {
         "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "max_load_over_mean",
-        "expert_load", "expert_entropy", "dead_experts",
+        "expert_load", "expert_entropy", "dead_experts", "router_margin", "router_cutoff_margin",
     }  # fmt: skip
 
 
 def test_a_record_tells_the_load_of_every_expert():
-    report = StepReport(counts_LE=torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]))
+    counts_LE = torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]])
+    report = StepReport(counts_LE=counts_LE, margins_L2=torch.tensor([[0.5, 0.25], [0.1, math.nan], [0, 0]]))
     values = json.loads(json.dumps(report.values()))
     assert values["expert_load"] == [[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]
     assert values["expert_entropy"] == [1, 0, 0.5]
     assert values["dead_experts"] == [0, 3, 2]
+    assert values["router_margin"] == [0.5, 0.1, 0]
+    assert values["router_cutoff_margin"] == [0.25, None, 0]
 
 
 def test_a_norm_that_is_not_finite_changes_no_weight(model, mixture):

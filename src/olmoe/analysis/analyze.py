@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from olmoe.analysis import metrics
+from olmoe.analysis.drawing import require_matplotlib
 from olmoe.analysis.measurements import agreement, measure, measure_revision, shares
 from olmoe.analysis.revisions import Revision, find, require_alike
 from olmoe.analysis.trace import SCHEMA, WINDOW, Trace, TraceWriter, record
@@ -107,7 +107,7 @@ def analyze(
     """
     settings = _check(texts, tokens, window, backend, dtype, device)
     if report or figures:
-        require_matplotlib()
+        require_matplotlib(", or do without them with --no-report (in Python, report=False)")
     target = Path(os.path.expanduser(output))
     _check_target(target, overwrite)
     options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
@@ -146,15 +146,6 @@ def analyze(
                 target.rmdir()
         raise
     return found
-
-
-def require_matplotlib() -> None:
-    """Raise `UserError` where figures cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "The figures of a report need matplotlib, which is not installed; install olmoe[analysis], or do without "
-            "them with --no-report (in Python, report=False)."
-        )
 
 
 # ---- what was asked for ----
@@ -440,7 +431,8 @@ def top_tokens(trace: Trace, tokenizer: Tokenizer, layer: int | None = None) -> 
 def _write_pictures(found: dict[str, Any], target: Path, report: bool, figures: bool) -> None:
     if not report and not figures:
         return
-    from olmoe.analysis.figures import draw, image_bytes
+    from olmoe.analysis.drawing import image_bytes
+    from olmoe.analysis.figures import draw
     from olmoe.analysis.report import page
 
     drawn = draw(found)

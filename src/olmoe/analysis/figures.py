@@ -1,39 +1,19 @@
 """The figures of an analysis, drawn from what metrics.json holds: the paper's (section 5), for any OLMoE model.
 
-matplotlib is imported when one is drawn, and draws without its global state, so that a program's own figures are left
-alone. Colours can be told apart by those who do not see all of them, and in grey on paper.
-
 Shapes legend: L layers, E experts.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from olmoe.analysis.drawing import COLOUR_MAP, COLOURS, GREY, STYLE, new_figure, short
 
 Metrics = Mapping[str, Any]
-
-# Of domains: Okabe and Ito's colours, in an order whose greys differ.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a5195", "#8c8c00", "#444444")
-_GREY = "#555555"
-_MAP = "cividis"
-_WIDTH = 7.2  # inches: a page's
-_STYLE: Any = {  # Any: its type in matplotlib names every setting, of its newest version
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "olmoe",  # the same numbers give the same file
-    "svg.fonttype": "path",
-    "figure.facecolor": "white",
-}
 
 
 def shown_layers(metrics: Metrics) -> list[int]:
@@ -60,7 +40,7 @@ def draw(metrics: Metrics) -> dict[str, Any]:
     """Every figure that the numbers allow, by name: matplotlib `Figure` objects."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = {
             "domains-top-k": _domains(metrics, "top_k"),
             "domains-top-1": _domains(metrics, "top_1"),
@@ -82,56 +62,19 @@ def draw(metrics: Metrics) -> dict[str, Any]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def image_bytes(figure: Any, kind: Literal["png", "svg"] | str) -> bytes:
-    """A figure as a file."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    if kind != "svg":
-        return buffer.getvalue()
-    text = re.sub(r'(?<= d=")[^"]+', lambda found: _shorter(found[0]), buffer.getvalue().decode())
-    return re.sub(r"\n\s+", "\n", text).encode()
-
-
-def _shorter(path: str) -> str:
-    """The same path of an SVG to a hundredth of a point, which takes half the room: a page holds thousands."""
-    parts, at = [], ["", ""]
-    for line in path.strip().split("\n"):
-        command, *numbers = line.split()
-        point = [re.sub(r"(\.\d\d)\d+", r"\1", number) for number in numbers]
-        if command == "L" and point[0] == at[0]:
-            parts.append(f"V{point[1]}")
-        elif command == "L" and point[1] == at[1]:
-            parts.append(f"H{point[0]}")
-        else:
-            parts.append(command + " ".join(point))
-        at = point[-2:] or ["", ""]
-    return "".join(parts)
-
-
-def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, npt.NDArray[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
 def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = None) -> Any:
     """Bars of each domain's shares by expert, with the uniform share (Fig. 22, 34); another model's as a line (33)."""
     names, layers = list(metrics["domains"]), shown_layers(metrics)
     uniform = metrics["top_k"] / metrics["experts"] if which == "top_k" else 1 / metrics["experts"]
-    figure, axes = _new(len(names), len(layers), 0.7 + 1.05 * len(names), sharex=True, sharey="col")
+    figure, axes = new_figure(len(names), len(layers), 0.7 + 1.05 * len(names), sharex=True, sharey="col")
     for row, name in enumerate(names):
         for column, layer in enumerate(layers):
             ax = axes[row, column]
             shares = np.asarray(metrics["domains"][name]["layers"][str(layer)][which])
             # One shape, not one for each expert: thousands of them would make the page several times as large.
             edges = np.arange(len(shares) + 1) - 0.5
-            ax.stairs(100 * shares, edges, fill=True, color=_COLOURS[row % len(_COLOURS)])
-            ax.axhline(100 * uniform, color=_GREY, linewidth=0.9, linestyle="--")
+            ax.stairs(100 * shares, edges, fill=True, color=COLOURS[row % len(COLOURS)])
+            ax.axhline(100 * uniform, color=GREY, linewidth=0.9, linestyle="--")
             if other is not None:
                 outline = 100 * np.asarray(other[name][str(layer)][which])
                 ax.stairs(outline, edges, color="black", linewidth=0.7)
@@ -141,9 +84,9 @@ def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = Non
                 ax.set_xlabel("expert")
                 ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             if column == 0:
-                ax.set_ylabel(f"{_short(name)}\n% of tokens")
+                ax.set_ylabel(f"{short(name)}\n% of tokens")
     if other is not None:
-        names = [_short(metrics["model"], 40), _short(metrics["against"]["model"], 40)]
+        names = [short(metrics["model"], 40), short(metrics["against"]["model"], 40)]
         figure.legend(axes[0, 0].patches, names, loc="outside upper center", ncols=2)
     return figure
 
@@ -152,9 +95,9 @@ def _load(metrics: Metrics) -> Any:
     """How often each expert of each layer is chosen, by the uniform share."""
     loads = np.asarray([metrics["layers"][str(layer)]["top_k"] for layer in range(metrics["layers_count"])])
     relative = loads * metrics["experts"] / metrics["top_k"]
-    figure, axes = _new(1, 1, 1.2 + 0.16 * len(loads))
+    figure, axes = new_figure(1, 1, 1.2 + 0.16 * len(loads))
     ax = axes[0, 0]
-    image = ax.imshow(relative, aspect="auto", cmap=_MAP, vmin=0, interpolation="nearest")
+    image = ax.imshow(relative, aspect="auto", cmap=COLOUR_MAP, vmin=0, interpolation="nearest")
     ax.set(xlabel="expert", ylabel="layer")
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -165,7 +108,7 @@ def _load(metrics: Metrics) -> Any:
 def _coactivation(metrics: Metrics) -> Any:
     """Of the experts that are chosen together most often: the share of i's tokens that choose j (Fig. 21)."""
     layers = shown_layers(metrics)
-    figure, axes = _new(1, len(layers), 2.9)
+    figure, axes = new_figure(1, len(layers), 2.9)
     image = None
     for ax, layer in zip(axes[0], layers, strict=True):
         together = metrics["layers"][str(layer)]["together"]
@@ -174,7 +117,7 @@ def _coactivation(metrics: Metrics) -> Any:
         if not experts:
             ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
             continue
-        image = ax.imshow(matrix, cmap=_MAP, vmin=0, vmax=100, interpolation="nearest")
+        image = ax.imshow(matrix, cmap=COLOUR_MAP, vmin=0, vmax=100, interpolation="nearest")
         ax.set_xticks(range(len(experts)), experts, rotation=90, fontsize=6.5)
         ax.set_yticks(range(len(experts)), experts, fontsize=6.5)
         ax.set_xlabel("expert j")
@@ -186,7 +129,7 @@ def _coactivation(metrics: Metrics) -> Any:
 
 def _vocabulary(metrics: Metrics) -> Any:
     """How far ids decide experts, over depth (Fig. 30)."""
-    figure, axes = _new(1, 2, 2.6)
+    figure, axes = new_figure(1, 2, 2.6)
     depth = range(metrics["layers_count"])
     for ax, which, title in ((axes[0, 0], "top_k", f"top {metrics['top_k']}"), (axes[0, 1], "top_1", "top 1")):
         for (name, label), style in zip(_SEEN.items(), ("-o", "--s", ":^"), strict=True):
@@ -194,7 +137,7 @@ def _vocabulary(metrics: Metrics) -> Any:
             if all(value is not None for value in values):
                 ax.plot(
                     depth, [100 * value[which] for value in values], style, label=label, markersize=3.5,
-                    color=_COLOURS[list(_SEEN).index(name)],
+                    color=COLOURS[list(_SEEN).index(name)],
                 )  # fmt: skip
         ax.set(title=title, xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -210,11 +153,11 @@ def _vocabulary_experts(metrics: Metrics) -> Any | None:
     shown = {key: names for key, names in keys.items() if key in vocabulary}
     if not shown:
         return None
-    figure, axes = _new(len(shown), 1, 0.6 + 1.4 * len(shown), sharex=True)
+    figure, axes = new_figure(len(shown), 1, 0.6 + 1.4 * len(shown), sharex=True)
     for ax, (key, (name, label)) in zip(axes[:, 0], shown.items(), strict=True):
         values = [math.nan if value is None else 100 * value for value in vocabulary[key]]
-        ax.bar(range(len(values)), values, width=0.85, color=_COLOURS[list(_SEEN).index(name)])
-        ax.axhline(100 * vocabulary[name]["top_1"], color=_GREY, linewidth=0.9, linestyle="--")
+        ax.bar(range(len(values)), values, width=0.85, color=COLOURS[list(_SEEN).index(name)])
+        ax.axhline(100 * vocabulary[name]["top_1"], color=GREY, linewidth=0.9, linestyle="--")
         ax.set(title=label, ylabel="%", ylim=(0, 100))
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[-1, 0].set_xlabel(f"expert of layer {middle_layer(metrics)}")
@@ -227,20 +170,20 @@ def _token_shares(metrics: Metrics) -> Any | None:
     if not experts:
         return None
     found = metrics["token_shares"]
-    figure, axes = _new(1, len(experts), 1.1 + 0.24 * len(names), sharey=True)
+    figure, axes = new_figure(1, len(experts), 1.1 + 0.24 * len(names), sharey=True)
     image = None
     for ax, expert in zip(axes[0], experts, strict=True):
         bins = len(next(iter(found["experts"][str(expert)].values())))
         counts = np.asarray([found["experts"][str(expert)].get(name, [0] * bins) for name in names], dtype=float)
         total = counts.sum(axis=1, keepdims=True)
         image = ax.imshow(
-            100 * counts / np.maximum(total, 1), aspect="auto", cmap=_MAP, vmin=0, vmax=100, interpolation="nearest",
-            extent=(0, 100, len(names) - 0.5, -0.5),
+            100 * counts / np.maximum(total, 1), aspect="auto", cmap=COLOUR_MAP, vmin=0, vmax=100,
+            interpolation="nearest", extent=(0, 100, len(names) - 0.5, -0.5),
         )  # fmt: skip
         ax.set(title=f"expert {expert}", xlabel="% of occurrences")
         for row, number in enumerate(total[:, 0]):
-            ax.text(102, row, f"{number:.0f}", fontsize=6.5, va="center", color=_GREY)
-    axes[0, 0].set_yticks(range(len(names)), [_short(name) for name in names])
+            ax.text(102, row, f"{number:.0f}", fontsize=6.5, va="center", color=GREY)
+    axes[0, 0].set_yticks(range(len(names)), [short(name) for name in names])
     figure.colorbar(image, ax=axes[0].tolist(), label="% of its ids", pad=0.03)
     return figure
 
@@ -263,7 +206,7 @@ def _flow(metrics: Metrics) -> Any | None:
                 through = sum(t[2] for t in triples if t[at] == expert)
                 sizes[layer][expert] = max(sizes[layer][expert], through)
     layers = sorted(sizes)
-    figure, axes = _new(1, 1, 4.4)
+    figure, axes = new_figure(1, 1, 4.4)
     ax = axes[0, 0]
     heights = {layer: _stack(sizes[layer]) for layer in layers}
     places = {layer: x for x, layer in enumerate(layers)}
@@ -315,7 +258,7 @@ def _bands(
         width = other[j][1] * tokens / coming[j]
         top_other[j] -= width
         bottom, before = starts[i, j]
-        colour = _COLOURS[rank % len(_COLOURS)]
+        colour = COLOURS[rank % len(COLOURS)]
         ax.add_patch(_band(left + 0.02, right - 0.02, (bottom, before), (top_other[j], width), colour))
 
 
@@ -341,16 +284,16 @@ def _band(x0: float, x1: float, one: tuple[float, float], other: tuple[float, fl
 
 def _confidence(metrics: Metrics) -> Any:
     """How sure routers are, over depth: probabilities of what they choose."""
-    figure, axes = _new(1, 2, 2.6)
+    figure, axes = new_figure(1, 2, 2.6)
     depth = range(metrics["layers_count"])
     names = {"mass": "all chosen", "first": "first expert", "margin": "its lead over the second"}
-    for (name, label), style, colour in zip(names.items(), ("-o", "--s", ":^"), _COLOURS, strict=False):
+    for (name, label), style, colour in zip(names.items(), ("-o", "--s", ":^"), COLOURS, strict=False):
         values = [metrics["layers"][str(layer)][name] for layer in depth]
         axes[0, 0].plot(depth, values, style, label=label, markersize=3.5, color=colour)
     axes[0, 0].set(xlabel="layer", ylabel="mean probability", ylim=(0, 1))
     axes[0, 0].legend(loc="best")
     axes[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    for layer, style, colour in zip(shown_layers(metrics), ("-", "--", ":"), _COLOURS, strict=False):
+    for layer, style, colour in zip(shown_layers(metrics), ("-", "--", ":"), COLOURS, strict=False):
         counts = np.asarray(metrics["layers"][str(layer)]["histogram"], dtype=float)
         edges = np.linspace(0, 1, len(counts) + 1)
         shares = 100 * counts / max(counts.sum(), 1)
@@ -362,12 +305,12 @@ def _confidence(metrics: Metrics) -> Any:
 
 def _neighbours(metrics: Metrics) -> Any:
     """How many experts a token has in common with the one before it, over depth."""
-    figure, axes = _new(1, 1, 2.4)
+    figure, axes = new_figure(1, 1, 2.4)
     ax, depth = axes[0, 0], range(metrics["layers_count"])
-    ax.plot(depth, [100 * metrics["layers"][str(layer)]["neighbours"] for layer in depth], "-o", color=_COLOURS[0])
+    ax.plot(depth, [100 * metrics["layers"][str(layer)]["neighbours"] for layer in depth], "-o", color=COLOURS[0])
     chance = 100 * metrics["chance"]["saturation_k"]
-    ax.axhline(chance, color=_GREY, linewidth=0.9, linestyle="--")
-    ax.annotate("chance", (0, chance), xytext=(0, 3), textcoords="offset points", color=_GREY)
+    ax.axhline(chance, color=GREY, linewidth=0.9, linestyle="--")
+    ax.annotate("chance", (0, chance), xytext=(0, 3), textcoords="offset points", color=GREY)
     ax.set(xlabel="layer", ylabel="% of experts in common", ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
@@ -375,7 +318,7 @@ def _neighbours(metrics: Metrics) -> Any:
 
 def _agreement(metrics: Metrics) -> Any:
     """How many experts two models have in common, by domain, over depth."""
-    figure, axes = _new(1, 2, 2.8, sharey=True)
+    figure, axes = new_figure(1, 2, 2.8, sharey=True)
     depth = range(metrics["layers_count"])
     domains = metrics["against"]["domains"].values()
     lowest = 100 * min(share for numbers in domains for which in ("top_k", "top_1") for share in numbers[which])
@@ -384,8 +327,8 @@ def _agreement(metrics: Metrics) -> Any:
         for at, (name, numbers) in enumerate(metrics["against"]["domains"].items()):
             style = ("-", "--", ":", "-.")[at % 4]
             values = [100 * value for value in numbers[which]]
-            colour = _COLOURS[at % len(_COLOURS)]
-            ax.plot(depth, values, style, marker="o", markersize=3, label=_short(name), color=colour)
+            colour = COLOURS[at % len(COLOURS)]
+            ax.plot(depth, values, style, marker="o", markersize=3, label=short(name), color=colour)
         ax.set(title=title, xlabel="layer", ylim=(bottom, 101))
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0, 0].set_ylabel("% of experts in common")
@@ -398,7 +341,7 @@ def _revisions(metrics: Metrics) -> Any:
     import matplotlib
 
     earlier, layers = metrics["revisions"], [str(layer) for layer in range(metrics["layers_count"])]
-    figure, axes = _new(2, 2, 4.8)
+    figure, axes = new_figure(2, 2, 4.8)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     panels = {
         "saturation_1": ("top 1", "% of final experts", 100),
@@ -415,7 +358,7 @@ def _revisions(metrics: Metrics) -> Any:
             ax.plot(range(len(points)), points, "-o", color=colour, markersize=3, label=layer)
         if name in ("saturation_1", "saturation_k"):
             chance = 100 * metrics["chance"][name]
-            ax.axhline(chance, color=_GREY, linewidth=0.9, linestyle="--")
+            ax.axhline(chance, color=GREY, linewidth=0.9, linestyle="--")
         ax.set(title=title, ylabel=unit, ylim=(0, 101 if scale == 100 else None))
         _label_revisions(ax, metrics, len(points))
     axes[0, 1].legend(title="layer", fontsize=6.5, ncols=math.ceil(len(layers) / 6), loc="lower right")
@@ -426,14 +369,8 @@ def _label_revisions(ax: Any, metrics: Metrics, count: int) -> None:
     """Name at most eight points of the axis, by their steps if all have one."""
     earlier = metrics["revisions"]
     by_step = all(each["step"] is not None for each in earlier)
-    names = [f"{each['step']:,}" if by_step else _short(each["name"]) for each in earlier] + ["last"]
+    names = [f"{each['step']:,}" if by_step else short(each["name"]) for each in earlier] + ["last"]
     places = sorted({round(at) for at in np.linspace(0, count - 1, min(count, 8))})
     rotation = 0 if sum(len(names[at]) for at in places) < 30 else 30
     ax.set_xticks(places, [names[at] for at in places], rotation=rotation)
     ax.set_xlabel("training step" if by_step else "revision")
-
-
-def _short(name: str, most: int = 14) -> str:
-    """A name as a label; matplotlib would read dollars as mathematics."""
-    name = name.replace("$", r"\$")
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -1,17 +1,16 @@
 """The page of an analysis: each figure with one sentence of what it says, computed from the numbers.
 
-One HTML file that asks for nothing else: figures are images in it, there are no scripts, and its style reads on a
-phone and on paper.
+See `html_page` for what the file is.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from olmoe.analysis.figures import apart_experts, image_bytes, middle_layer, shown_layers
+from olmoe.analysis.figures import apart_experts, middle_layer, shown_layers
+from olmoe.analysis.html_page import document, section
 
 Metrics = Mapping[str, Any]
 # Experts in the table of tokens.
@@ -32,35 +31,18 @@ _TITLES = {
     "before-after": "Domains in both models",
     "revisions": "Over training",
 }
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 52rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
-figure { margin: 0; } img { width: 100%; height: auto; display: block; }
-.table { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #ccc; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-code { background: #f0f0f0; border-radius: 3px; padding: 0 .2rem; white-space: pre-wrap; }
-small { color: #555; }
-@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } section, tr { break-inside: avoid; } }
-"""
 
 
 def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
     """The page, of numbers as in metrics.json and of figures by name (`olmoe.analysis.figures.draw`)."""
     title = f"Routing of {metrics['model']}"
     sentences = findings(metrics)
-    sections = "".join(_section(name, figure, sentences[name]) for name, figure in figures.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(_summary(metrics))}</p>\n{_domain_table(metrics)}"
-        f"{sections}{_token_table(metrics)}"
+    sections = "".join(section(name, _TITLES[name], figure, sentences[name]) for name, figure in figures.items())
+    return document(
+        title,
+        f"<p>{html.escape(_summary(metrics))}</p>\n{_domain_table(metrics)}{sections}{_token_table(metrics)}"
         "<p><small>Definitions: OLMoE: Open Mixture-of-Experts Language Models (Muennighoff et al. 2024), section 5. "
-        "Dashed lines are what uniform routing would give. All numbers are in metrics.json.</small></p>\n"
-        "</main>\n</body>\n</html>\n"
+        "Dashed lines are what uniform routing would give. All numbers are in metrics.json.</small></p>\n",
     )
 
 
@@ -88,15 +70,6 @@ def findings(metrics: Metrics) -> dict[str, str]:
 
 
 # ---- the parts of the page ----
-
-
-def _section(name: str, figure: Any, sentence: str) -> str:
-    image = base64.b64encode(image_bytes(figure, "svg")).decode()
-    return (
-        f'<section id="{name}">\n<h2>{_TITLES[name]}</h2>\n<figure>\n'
-        f'<img src="data:image/svg+xml;base64,{image}" alt="{html.escape(_TITLES[name])}">\n'
-        f"<figcaption>{html.escape(sentence)}</figcaption>\n</figure>\n</section>\n"
-    )
 
 
 def _summary(metrics: Metrics) -> str:

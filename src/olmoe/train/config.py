@@ -28,11 +28,13 @@ class Source:
     """Text (documents separated by lines of `<|endoftext|>`), JSONL (`text` or `messages`), or token ids (`.npy`).
 
     `repeat` is how often an epoch passes over it; a fraction takes that share of its windows, drawn anew
-    each epoch. `dtype` says what the ids of a token file without a header are, where they are not uint16.
+    each epoch. `weight` says instead which share of the windows comes from it, relative to the weights of the others.
+    `dtype` says what the ids of a token file without a header are, where they are not uint16.
     """
 
     path: str
     repeat: float = 1.0
+    weight: float | None = None
     dtype: str | None = None
 
 
@@ -41,13 +43,17 @@ class DataConfig:
     """What is read. Paths are relative to the configuration file.
 
     `valid` is held out, evaluated during training, and decides which checkpoint is best; `measure` is only
-    measured at the end.
+    measured at the end. With `document_mask` each document of a window is by itself (see `document_mask`), also where
+    loss is measured; without, attention crosses documents, as in OLMoE's training. With `mask_repetitions` a window
+    in which an n-gram occurs so many times in a row trains no prediction (see `repetitions`; OLMoE: 32).
     """
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...] = ()
     measure: tuple[Source, ...] = ()
     sequence_length: int = 4096
+    document_mask: bool = False
+    mask_repetitions: int = 0
     tokens_folder: str = "data"  # where token files and their descriptions are kept
 
     @property
@@ -171,12 +177,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Programs that show the metrics besides `metrics.jsonl`: TensorBoard, and a project of Weights & Biases."""
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where the run writes, its seed, and the CPU threads it uses.
 
     `initialize_from` is a checkpoint (a folder or a hub id) whose weights the run starts from, in place of random
     ones; the optimizer and the schedule start anew. It brings its architecture and its tokenizer, so that `[model]`
-    and `[tokenizer]` need only say what is to be otherwise.
+    and `[tokenizer]` need only say what is to be otherwise. `peak_flops` is what one device can do in a second, for
+    MFU (see `throughput`); it is measured where it is not given.
     """
 
     output: str
@@ -184,6 +199,7 @@ class RunConfig:
     seed: int = 6198
     threads: int | None = None
     device: str = "auto"
+    peak_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +223,7 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
     eos_is_written: bool = field(default=True, metadata={"in_file": False})
 
@@ -220,6 +237,11 @@ class TrainConfig:
         """Steps until `schedule.total_tokens` are seen."""
         return -(-self.schedule.total_tokens // self.tokens_per_step)
 
+    @property
+    def mask_eos_id(self) -> int | None:
+        """The id that ends documents, if attention is to stay within them."""
+        return self.model.eos_token_ids[0] if self.data.document_mask else None
+
     def resolve(self, path: str) -> Path:
         """A path of the configuration as seen from the current folder; see `resolve_path`."""
         return resolve_path(path, self.base)
@@ -229,8 +251,12 @@ class TrainConfig:
         sections = ("model", "data", "batch", "optimizer", "schedule", "loss", "regularization")
         plain = {name: dataclasses.asdict(getattr(self, name)) for name in sections}
         for source in [s for group in ("train", "valid", "measure") for s in plain["data"][group]]:
-            if source["dtype"] is None:  # unknown to older versions, whose runs must go on
-                del source["dtype"]
+            for key in ("dtype", "weight"):
+                if source[key] is None:  # unknown to older versions, whose runs must go on
+                    del source[key]
+        for key in ("document_mask", "mask_repetitions"):
+            if not plain["data"][key]:  # likewise
+                del plain["data"][key]
         how = {"precision": self.compute.precision, "balance": self.parallel.balance}
         return plain | how | {"seed": self.run.seed}
 
@@ -279,6 +305,7 @@ def _check(config: TrainConfig) -> None:
     _check_ranges(config)
     _check_paths(config)
     _check_model(config)
+    _check_data(config.data)
     _check_choices(config)
     schedule = config.schedule
     if schedule.warmup_tokens >= schedule.total_tokens:
@@ -305,6 +332,11 @@ def _check_choices(config: TrainConfig) -> None:
             "compute.compile and regularization.residual_dropout exclude each other, because dropout hooks into "
             "what is compiled; leave out one."
         )
+    if compute.compile and config.data.document_mask:
+        raise ConfigError(
+            "compute.compile and data.document_mask exclude each other, because every window has documents of other "
+            "lengths, for which layers would be compiled anew; leave out one."
+        )
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -321,12 +353,14 @@ def _check_ranges(config: TrainConfig) -> None:
         "evaluation.every_steps": config.evaluation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "run.peak_flops": 1.0 if config.run.peak_flops is None else config.run.peak_flops,
         "skip.window": config.skip.window,
         "skip.limit": config.skip.limit,
         "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "parallel.replicate": config.parallel.replicate,
     } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
+    positive |= {f"weight of {source.path!r}": source.weight for source in data.sources if source.weight is not None}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
         "schedule.warmup_tokens": schedule.warmup_tokens,
@@ -335,6 +369,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
         "evaluation.windows": config.evaluation.windows,
+        "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }
     for key, value in positive.items():
@@ -361,6 +396,22 @@ def _check_paths(config: TrainConfig) -> None:
         raise ConfigError("data.train is empty; name at least one file to train on.")
     for path in (config.run.output, config.tokenizer.path, data.tokens_folder, *(s.path for s in data.sources)):
         config.resolve(path)
+
+
+def _check_data(data: DataConfig) -> None:
+    """Whether what is said of the sources fits together."""
+    weighted = [source for source in data.train if source.weight is not None]
+    for source in (*data.valid, *data.measure):
+        if source.weight is not None:
+            raise ConfigError(f"{source.path!r} is not trained on, so its weight means nothing; remove it.")
+    for source in weighted:
+        if source.repeat != 1:
+            raise ConfigError(f"{source.path!r} has both repeat and weight, which say the same; remove one of them.")
+    if weighted and len(weighted) < len(data.train):
+        other = next(source.path for source in data.train if source.weight is None)
+        raise ConfigError(f"{weighted[0].path!r} has a weight and {other!r} has none; give all of data.train one.")
+    if data.mask_repetitions == 1:
+        raise ConfigError("data.mask_repetitions must be 0 or at least 2, not 1: everything occurs once.")
 
 
 def _check_model(config: TrainConfig) -> None:

@@ -31,6 +31,8 @@ from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
 SEPARATOR = documents.SEPARATOR
 READER = 2  # 1 took byte order marks for text, blanks after separators for words, and JSONL for text
 Tokens = npt.NDArray[Any]
+_PART = 2**24  # ids that are looked at together
+_LOOKED_AT = 2**28  # ids of a file that are looked at before training
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,27 @@ def is_description(path: Path) -> bool:
 
 
 def open_tokens(file: TokenFile, vocab_size: int) -> Tokens:
-    """Map a token file into memory, read-only. Raises `ConfigError` for ids beyond the model's vocabulary."""
+    """Map a token file into memory, read-only. Raises `ConfigError` for ids beyond the model's vocabulary.
+
+    Of large files only some ids are looked at here, because reading terabytes takes hours; a `Mixture` looks at the
+    others when their turn comes.
+    """
     layout = Layout(file.dtype, file.offset, file.tokens)
     tokens: Tokens = map_ids(file.path, layout)
-    parts = [tokens[i : i + 2**24] for i in range(0, len(tokens), 2**24)]
-    largest, smallest = max(int(part.max()) for part in parts), min(int(part.min()) for part in parts)
+    starts = range(0, len(tokens), _PART)
+    if len(tokens) > _LOOKED_AT:
+        starts = starts[:: len(starts) // (_LOOKED_AT // _PART) + 1]
+    hint = "" if file.source_sha256 else f"; if its ids are not {np.dtype(file.dtype)}, set dtype beside its path"
+    for start in starts:
+        _refuse_beyond(tokens[start : start + _PART], vocab_size, file.path, hint)
+    return tokens
+
+
+def _refuse_beyond(ids: Tokens, vocab_size: int, path: str, hint: str = "") -> None:
+    largest, smallest = int(ids.max()), int(ids.min())
     if largest >= vocab_size or smallest < 0:
         wrong = largest if largest >= vocab_size else smallest
-        hint = "" if file.source_sha256 else f"; if its ids are not {np.dtype(file.dtype)}, set dtype beside its path"
-        raise ConfigError(f"{file.path} holds the id {wrong}, beyond the model's vocabulary of {vocab_size}{hint}.")
-    return tokens
+        raise ConfigError(f"{path} holds the id {wrong}, beyond the model's vocabulary of {vocab_size}{hint}.")
 
 
 class Mixture:
@@ -195,10 +208,14 @@ class Mixture:
     An epoch visits each source `repeat` times, cut into windows of `length` ids from a start drawn anew
     for each pass, all shuffled together. Window `i` depends on nothing but the seed and `i`, so that a resumed run
     continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
+
+    With `vocab_size`, a window with an id beyond it raises `ConfigError`.
     """
 
-    def __init__(self, sources: list[tuple[Tokens, float]], length: int, seed: int) -> None:
-        self._sources, self._length, self._seed = sources, length, seed
+    def __init__(
+        self, sources: list[tuple[Tokens, float]], length: int, seed: int, vocab_size: int | None = None
+    ) -> None:
+        self._sources, self._length, self._seed, self._vocab_size = sources, length, seed, vocab_size
         # The largest start leaves every pass the same number of windows, so that epochs are equally long.
         self._windows = [(len(tokens) - length) // length for tokens, _ in sources]
         self._parts = [
@@ -223,7 +240,11 @@ class Mixture:
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
         source, start = self._order[position]
-        return self._sources[source][0][start : start + self._length].astype(np.int64)
+        tokens = self._sources[source][0]
+        ids: npt.NDArray[np.int64] = tokens[start : start + self._length].astype(np.int64)
+        if self._vocab_size is not None:
+            _refuse_beyond(ids, self._vocab_size, origin(tokens))
+        return ids
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
         """(source, start) of every window of an epoch, in training order."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from olmoe import ops
-from olmoe.model import CausalLM, causal_attend
+from olmoe.model import CausalLM
 from olmoe.train.data import TokenFile, Tokens
+from olmoe.train.document_mask import positions_and_attention
 from olmoe.train.ranks import ALONE, Ranks
 
 BATCH_TOKENS = 4096
@@ -34,13 +35,21 @@ class Evaluation:
 
 @torch.no_grad()  # not inference mode: sharded parameters that were gathered in it could not be trained
 def evaluate(
-    model: CausalLM, file: TokenFile, tokens: Tokens, length: int, windows: int = 0, ranks: Ranks = ALONE
+    model: CausalLM,
+    file: TokenFile,
+    tokens: Tokens,
+    length: int,
+    windows: int = 0,
+    ranks: Ranks = ALONE,
+    eos_id: int | None = None,
 ) -> Evaluation:
     """Predict a token file in consecutive windows of `length` inputs, or in `windows` of them (0: all).
 
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
     last window is included when all windows are asked for. Fewer are taken at even distances over the whole
-    file: its beginning can be much easier than the rest. `ranks` share the windows; each has the whole result.
+    file: its beginning can be much easier than the rest. With `eos_id` each is predicted from its own document alone,
+    and a document's first from the end of the one before, as training does. `ranks` share the windows; each has the
+    whole result.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
@@ -51,8 +60,8 @@ def evaluate(
         rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
-        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-        output = model(inputs, positions, causal_attend)
+        positions, attend = positions_and_attention(inputs, eos_id)
+        output = model(inputs, positions, attend)
         if not counts:
             continue
         nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
@@ -66,10 +75,15 @@ def evaluate(
 
 
 def evaluate_all(
-    model: CausalLM, held_out: list[tuple[TokenFile, Tokens]], length: int, windows: int, ranks: Ranks = ALONE
+    model: CausalLM,
+    held_out: list[tuple[TokenFile, Tokens]],
+    length: int,
+    windows: int,
+    ranks: Ranks = ALONE,
+    eos_id: int | None = None,
 ) -> dict[str, Evaluation]:
     """`evaluate` each held-out file; results by the file's name."""
-    return {file.name: evaluate(model, file, tokens, length, windows, ranks) for file, tokens in held_out}
+    return {file.name: evaluate(model, file, tokens, length, windows, ranks, eos_id) for file, tokens in held_out}
 
 
 def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, float | None]]:

@@ -6,6 +6,7 @@ vocabulary; `numpy.save` writes a header that says it all.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,16 @@ def read_layout(path: Path, dtype: str | None = None) -> Layout:
 
 
 def map_ids(path: str | Path, layout: Layout) -> npt.NDArray[Any]:
-    """The ids of a file, mapped into memory, read-only."""
-    return np.memmap(path, dtype=layout.dtype, mode="r", offset=layout.offset, shape=(layout.count,))
+    """The ids of a file, mapped into memory, read-only. Each stays an open file, of which a system allows so many."""
+    try:
+        return np.memmap(path, dtype=layout.dtype, mode="r", offset=layout.offset, shape=(layout.count,))
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise ConfigError(
+            f"The token file {path} cannot be opened besides the others, because the system allows no more open files; "
+            "raise that limit (ulimit -n), or join files."
+        ) from None
 
 
 def _named(dtype: str, path: Path) -> np.dtype[Any]:

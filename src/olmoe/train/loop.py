@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,7 +26,7 @@ from olmoe.io.atomic import write_text
 from olmoe.model import CausalLM, initialize
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
 from olmoe.train import parallel, state
-from olmoe.train.config import TrainConfig
+from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import start_folder
 from olmoe.train.optim import build_optimizer, clip_gradients
@@ -36,6 +37,8 @@ from olmoe.train.sharded_export import export_sharded
 from olmoe.train.shards import assign, load_weights
 from olmoe.train.skipping import StepFilter
 from olmoe.train.step import Scales, check_finite, microbatches, train_step
+from olmoe.train.throughput import Throughput
+from olmoe.train.trackers import Tracker, check_installed, open_trackers, scalars
 from olmoe.weights import checkpoint, export
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.names import EMBEDDING, HEAD, parameter_shapes
@@ -90,6 +93,7 @@ def _train(
 ) -> Path:
     set_threads(config.run.threads)
     keep_freed_memory()
+    ranks.on_all(lambda: check_installed(config.log))
     run = open_run(config, output, newest, overwrite, ranks)
     bar = tqdm(
         total=run.config.total_steps * run.config.tokens_per_step,
@@ -98,7 +102,7 @@ def _train(
         unit_scale=True,
         disable=not show_progress,
     )
-    with _catch_interrupts() as interrupted, run.saving(), bar, run.open_metrics() as metrics:
+    with _catch_interrupts() as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
@@ -135,12 +139,27 @@ class Run:
     ranks: Ranks = ALONE
     saver: ShardSaver | None = field(default=None, init=False)
     filter: StepFilter = field(init=False)
+    trackers: list[Tracker] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.is_sharded:
             from olmoe.train.sharded_state import ShardSaver
 
             self.saver = ShardSaver(self.ranks)
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """What the configuration asks for shows the records that are made in the block; the first rank's."""
+        log_to = self.config.log if self.ranks.is_first else LogConfig()
+        opening = open_trackers(log_to, self.output, self.progress.step, self.config.fingerprint())
+        with ExitStack() as stack:
+            self.trackers = self.ranks.on_all(lambda: stack.enter_context(opening))
+            yield
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        """What the speed of a step is held against."""
+        return Throughput.of(self.config.model, self.device, self.config.run.peak_flops, self.ranks)
 
     @property
     def is_sharded(self) -> bool:
@@ -200,6 +219,8 @@ class Run:
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
         metrics.write(json.dumps(counters | finite) + "\n")
         metrics.flush()
+        for tracker in self.trackers:
+            tracker.write(self.progress.step, scalars(values))
 
 
 def open_run(
@@ -253,12 +274,14 @@ def advance(run: Run) -> dict[str, Any]:
     progress.step += 1
     progress.tokens += config.tokens_per_step
     seconds = time.perf_counter() - started
-    return report.values() | {"tokens_per_second": config.tokens_per_step / seconds}
+    return report.values() | run.throughput.values(config.tokens_per_step, seconds)
 
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, Evaluation], float]:
     """Measure the model on the held-out files; also the score that decides which checkpoint is best (low is good)."""
-    results = evaluate_all(run.model, run.data.held_out, run.length, run.config.evaluation.windows, run.ranks)
+    results = evaluate_all(
+        run.model, run.data.held_out, run.length, run.config.evaluation.windows, run.ranks, run.config.mask_eos_id
+    )
     score = _score(results)
     if results:
         check_finite("held-out loss", score, run.progress.step, run.config)
@@ -317,7 +340,8 @@ def report_best(run: Run) -> Path:
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
     else:
         model = checkpoint.load(best, device=run.device)
-    final = evaluate_all(model, run.data.held_out + run.data.measured, run.length, 0, run.ranks)
+    files = run.data.held_out + run.data.measured
+    final = evaluate_all(model, files, run.length, 0, run.ranks, run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", json.dumps(report) + "\n"))

@@ -84,6 +84,8 @@ def combine(report: StepReport, ranks: Ranks) -> None:
     report.cross_entropy, report.load_balancing, report.router_z = summed
     if report.counts_LE is not None:
         report.counts_LE = ranks.sum(report.counts_LE)
+    if report.margins_L2 is not None:
+        report.margins_L2 = ranks.sum(report.margins_L2)
 
 
 def clip_across(ranks: Ranks, replicate: int) -> Callable[[Iterable[Tensor], float], Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from olmoe.errors import ConfigError
 from olmoe.io.text_file import read_text
-from olmoe.runtime import log
+from olmoe.runtime import allow_open_files, log
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import TrainConfig
 from olmoe.train.data import (
@@ -69,10 +69,11 @@ def open_data(config: TrainConfig, recorded: list[str]) -> tuple[TrainConfig, Ru
         group: prepare_files(files, tokenizer_path, tokens_folder, eos_id, names) for group, files in groups.items()
     }
     train_files, valid_files, measured_files = (list(chain.from_iterable(prepared[group])) for group in groups)
+    allow_open_files(len(train_files) + len(valid_files) + len(measured_files))
     length = config.data.sequence_length
     streams = open_sources(groups["train"], prepared["train"], vocab_size, length)
     return config, RunData(
-        mixture=Mixture(streams, length, config.run.seed),
+        mixture=Mixture(streams, length, config.run.seed, vocab_size),
         train_files=train_files,
         held_out=[(file, open_tokens(file, vocab_size)) for file in valid_files],
         measured=[(file, open_tokens(file, vocab_size)) for file in measured_files],

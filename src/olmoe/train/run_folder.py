@@ -18,6 +18,9 @@ from olmoe.errors import ConfigError
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 LOCK_NAME = "lock"
+# What programs write that show the metrics; see `trackers`.
+TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-id"
 _log = logging.getLogger("olmoe")
 
 
@@ -25,6 +28,11 @@ def checkpoints(folder: Path) -> list[Path]:
     """The resumable checkpoints of a run by their steps. What is unfinished has another name."""
     found = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def tracked(folder: Path) -> list[Path]:
+    """The files of a run that `trackers` wrote."""
+    return [*sorted((folder / TENSORBOARD).glob("events.out.tfevents.*")), folder / WANDB_ID]
 
 
 def latest(folder: Path) -> Path | None:

@@ -99,11 +99,21 @@ def open_sources(
     files: list[SourceFiles], tokens: list[list[TokenFile]], vocab_size: int, length: int
 ) -> list[tuple[Tokens, float]]:
     """Token streams of sources with their repeat factors. Files too short for two windows are joined with others."""
-    streams = []
-    for found, group in zip(files, tokens, strict=True):
-        opened = [open_tokens(file, vocab_size) for file in group]
-        streams += [(stream, found.source.repeat) for stream in _joined(opened, length)]
-    return streams
+    streams = [_joined([open_tokens(file, vocab_size) for file in group], length) for group in tokens]
+    repeats = _repeats([found.source for found in files], [sum(map(len, group)) for group in streams])
+    return [(stream, repeat) for group, repeat in zip(streams, repeats, strict=True) for stream in group]
+
+
+def _repeats(sources: list[Source], sizes: list[int]) -> list[float]:
+    """How often an epoch passes over each source of so many tokens.
+
+    With weights an epoch has about as many tokens as there are, shared out by them.
+    """
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return [source.repeat for source in sources]
+    tokens = sum(sizes) / sum(weights)  # of an epoch for a weight of 1
+    return [weight * tokens / size for weight, size in zip(weights, sizes, strict=True)]
 
 
 def _joined(opened: list[Tokens], length: int) -> list[Tokens]:

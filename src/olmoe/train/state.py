@@ -22,7 +22,7 @@ from olmoe.io import targets
 from olmoe.io.atomic import atomic_folder, write_text
 from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
-from olmoe.train.run_folder import checkpoints, latest
+from olmoe.train.run_folder import checkpoints, latest, tracked
 from olmoe.train.shards import load_weights, set_moments
 from olmoe.weights import export
 from olmoe.weights.checkpoint import Checkpoint
@@ -140,7 +140,7 @@ def _written(folder: Path) -> list[Path]:
             f"{foreign[0]} was not written by a run, so --overwrite does not delete it; move it, or choose another "
             "run.output."
         )
-    return [*folders, *(path for path in (metrics, evaluation) if path.exists())]
+    return [*folders, *(path for path in (metrics, evaluation, *tracked(folder)) if path.exists())]
 
 
 def checkpoint_path(folder: Path, progress: Progress) -> Path:

@@ -24,13 +24,18 @@ from olmoe.train.data import Mixture
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.losses import objective
 from olmoe.train.optim import clip_gradients, learning_rate
+from olmoe.train.repetitions import has_repetition
 
 
 class Microbatch(NamedTuple):
-    """Windows of ids (B, T), and the number of the first among all of the run, which seeds what is random in them."""
+    """Windows of ids (B, T), and the number of the first among all of the run, which seeds what is random in them.
+
+    `trained` (B,) is false for windows whose predictions are not trained; None if all are.
+    """
 
     first: int
     windows: Tensor
+    trained: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class StepReport:
     learning_rate: float = 0.0
     grad_norm: float = 0.0
     counts_LE: Tensor | None = None
+    margins_L2: Tensor | None = None  # see `router_margins`
     skipped: bool = False
 
     @property
@@ -80,7 +86,15 @@ class StepReport:
             "expert_entropy": [round(entropy, 4) for entropy in entropy_L.tolist()],
             "dead_experts": (counts_LE == 0).sum(dim=1).tolist(),
             "expert_load": counts_LE.tolist(),
-        }
+        } | self._margins()
+
+    def _margins(self) -> dict[str, list[float | None]]:
+        """By layer, how far the first expert is above the second, and the last one chosen above those left out."""
+        if self.margins_L2 is None:
+            return {}
+        names = ("router_margin", "router_cutoff_margin")
+        rounded = [[round(m, 5) if math.isfinite(m) else None for m in values] for values in self.margins_L2.T.tolist()]
+        return dict(zip(names, rounded, strict=True))
 
 
 def microbatches(
@@ -91,7 +105,10 @@ def microbatches(
     for number in range(step * accumulation, (step + 1) * accumulation):
         first = (number * ranks + rank) * sequences
         windows = np.stack([mixture.window(i) for i in range(first, first + sequences)])
-        yield Microbatch(first, torch.from_numpy(windows).to(device))
+        trained = None
+        if times := config.data.mask_repetitions:
+            trained = torch.tensor([not has_repetition(ids, times) for ids in windows], device=device)
+        yield Microbatch(first, torch.from_numpy(windows).to(device), trained)
 
 
 def accumulate(
@@ -115,12 +132,16 @@ def accumulate(
                 positions_in_step=scales.positions,
                 microbatches=scales.microbatches,
                 count=count,
+                eos_id=config.mask_eos_id,
+                trained_B=batch.trained,
             )
             losses.objective.backward()  # here, because what is recomputed drops the same values again
         report.cross_entropy += float(losses.cross_entropy)
         report.load_balancing += float(losses.load_balancing) / scales.microbatches
         report.router_z += float(losses.router_z) / scales.microbatches
         report.counts_LE = losses.counts_LE if report.counts_LE is None else report.counts_LE + losses.counts_LE
+        margins_L2 = losses.margins_L2 / scales.microbatches
+        report.margins_L2 = margins_L2 if report.margins_L2 is None else report.margins_L2 + margins_L2
 
 
 def train_step(

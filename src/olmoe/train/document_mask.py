@@ -1,0 +1,60 @@
+"""Documents that lie end to end in a window, each by itself: positions restart, and nobody attends to a neighbour.
+
+OLMoE was trained without this: its attention crosses documents (`causal_attend`). With it, a window computes what its
+documents would compute one by one, and attention takes less time the shorter they are.
+
+Shapes legend: B windows, T positions, N tokens of all documents, H heads, G KV heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from olmoe.model import Attend, causal_attend
+
+
+def positions_and_attention(ids_BT: Tensor, eos_id: int | None) -> tuple[Tensor, Attend]:
+    """The positions (B, T) and the attention of windows of ids, of whose documents each ends with `eos_id`.
+
+    With None, windows are not divided: positions run on, and attention crosses documents.
+    """
+    if eos_id is None:
+        return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT), causal_attend
+    lengths = document_lengths(ids_BT, eos_id)
+    counts = torch.tensor(lengths)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    positions = (torch.arange(ids_BT.numel()) - starts).view(ids_BT.shape)
+    return positions.to(ids_BT.device), isolated_attend(lengths)
+
+
+def document_lengths(ids_BT: Tensor, eos_id: int) -> list[int]:
+    """Lengths of the documents in windows of ids, in order. One ends with `eos_id`, or where its window does."""
+    ends_BT = ids_BT == eos_id
+    ends_BT[:, -1] = True
+    places = ends_BT.flatten().nonzero().flatten().cpu()
+    return torch.diff(places, prepend=torch.tensor([-1])).tolist()
+
+
+def isolated_attend(lengths: Sequence[int]) -> Attend:
+    """Causal attention within each of several texts that lie end to end, of these `lengths`.
+
+    Leading dimensions of what it is called with may be any that hold these tokens in order.
+    """
+    # Neighbours of one length are computed together, as are whole windows.
+    runs = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (..., H, Dh), k and v (..., G, Dh) -> (..., H, Dh)."""
+        parts = zip(*(t.reshape(-1, *t.shape[-2:]).split(sizes) for t in (q, k, v)), strict=True)
+        outputs = []
+        for part, (length, count) in zip(parts, runs, strict=True):
+            one_q, one_k, one_v = (t.unflatten(0, (count, length)) for t in part)
+            outputs.append(causal_attend(one_q, one_k, one_v, layer).flatten(0, 1))
+        return torch.cat(outputs).view(q.shape)
+
+    return attend

@@ -1,0 +1,63 @@
+"""The page of a training run: complete in itself, true to its numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the extra `analysis` is not installed")
+
+from olmoe.analysis.training import read_curves
+from olmoe.analysis.training_page import training_findings, training_page
+from run_records import write_records
+
+
+def test_the_page_is_complete_in_itself(tmp_path):
+    text = training_page("<small> & run", read_curves(write_records(tmp_path, steps=30)))
+    assert "<title>Training of &lt;small&gt; &amp; run</title>" in text
+    assert re.findall(r'<section id="(\w+)"', text) == [
+        "loss", "bits", "schedule", "load", "balance", "margins", "speed",
+    ]  # fmt: skip
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "<script" not in text
+    assert "http-equiv" not in text
+    assert "30 steps, 1,920 tokens so far." in text
+    assert re.search(r"<td>books</td>.*2\.000.*1\.333.*1,920.*1\.333.*0\.667", text)
+
+
+def test_a_page_that_is_followed_is_read_again(tmp_path):
+    text = training_page("run", read_curves(write_records(tmp_path, steps=30), most=10), reload=20)
+    assert '<meta http-equiv="refresh" content="20">' in text
+    assert "A point is the mean of 4 steps, a band their range." in text
+
+
+def test_sentences_are_computed(tmp_path):
+    said = training_findings(read_curves(write_records(tmp_path, steps=30)))
+    assert all(re.fullmatch(r"[A-Z][^\n]*[^.]\.", sentence) for sentence in said.values())
+    assert "from 2.970 to 2.100 nats a token; the held-out file books has 1.333." in said["loss"]
+    assert "was lowest with 0.6667 at 1,920 tokens and is 0.6667 now" in said["bits"]
+    assert (
+        "3.00e-02 after a peak of 3.00e-02; the largest gradient norm before clipping was 10 (step 1)"
+        in (said["schedule"])
+    )
+    assert (
+        "expert 0 of layer 0 took most with 2.00 times the uniform load, and expert 3 of layer 0 least with 0.00"
+        in (said["load"])
+    )
+    assert (
+        "1.97 times the uniform load, the entropy of a layer's load is 0.700 of the greatest, 1.0 experts"
+        in (said["balance"])
+    )
+    assert "probability is 0.150 above the second's (at first 0.150)" in said["margins"]
+    assert "is 0.1600 above the next, least in layer 0 (0.0200)" in said["margins"]
+    assert "1,000 tokens a second in the median, which is 25.0% of what the devices can do" in said["speed"]
+    assert "took 1.00 GB at most" in said["speed"]
+
+
+def test_sentences_of_a_run_that_recorded_less(tmp_path):
+    record = {"step": 1, "tokens": 4, "learning_rate": 1e-3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    said = training_findings(read_curves(tmp_path))
+    assert all(re.fullmatch(r"[A-Z][^\n]*[^.]\.", sentence) for sentence in said.values())

@@ -1,0 +1,40 @@
+"""What a run records of its speed and of its routers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from olmoe.train.config import load_config
+from olmoe.train.loop import train
+from olmoe.train.throughput import flops_per_token
+from sentences import refused
+from training_runs import read_metrics, write_run
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):
+    path = write_run(tmp_path / "run", tokenizer_file, run={"peak_flops": 2e10})
+    train(load_config(path), show_progress=False)
+    steps = [record for record in read_metrics(path.parent / "out") if "cross_entropy" in record]
+    assert len(steps) == 12
+    per_token = flops_per_token(load_config(path).model)
+    for record in steps:
+        assert record["peak_flops"] == 2e10
+        assert record["mfu"] == pytest.approx(per_token * record["tokens_per_second"] / 2e10)
+        assert record["peak_memory_bytes"] > 2**26
+        for name in ("router_margin", "router_cutoff_margin"):
+            assert len(record[name]) == 2  # layers
+            assert all(0 <= margin < 1 for margin in record[name])
+    assert steps[0]["router_margin"] != steps[-1]["router_margin"]
+
+
+def test_a_peak_must_be_a_rate(tmp_path, tokenizer_file):
+    path = write_run(tmp_path / "run", tokenizer_file, run={"peak_flops": 0})
+    assert refused(lambda: load_config(path)) == "run.peak_flops must be above 0 and below 2^63, not 0.0."
