@@ -55,7 +55,9 @@ def test_a_report_of_what_is_finished(tmp_path, tokenizer_file, capsys):
     assert "Only 2 of 4 runs are finished." in capsys.readouterr().out
     assert not (tmp_path / "out" / "loss.png").exists()
     assert main([*command, "--scale", "0.5"]) == 2
-    assert "schedule.total_tokens = 768, and not 384" in sentence(capsys)
+    assert "evaluation.every_steps = 4, and not 2 as the experiment says now; give the --scale of then" in sentence(
+        capsys
+    )
 
 
 @pytest.mark.parametrize(
