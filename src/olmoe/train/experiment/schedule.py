@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ def train_all(runs: Sequence[Run], jobs: int = 1, progress: Progress | None = No
         write_configuration(run)
     for run in {run.arm.name: run for run in runs if not run.is_finished}.values():
         open_data(run.config, [])
-    with ExitStack() as stack:
-        working = stack.enter_context(_Working(jobs))
+    with _Working(jobs) as working:
         while not all(run.is_finished for run in runs):
             working.collect()
             for run in runs:
