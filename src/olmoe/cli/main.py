@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
     "plot": "draw a training run as an HTML page, also while it goes on",
+    "experiment": "train and compare the arms of an experiment, with several seeds",
     "upcycle": "make a mixture of experts of a dense model",
     "convert": "convert a checkpoint to GGUF or back",
     "average": "average checkpoints of one architecture into a new one",

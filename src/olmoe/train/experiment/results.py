@@ -1,0 +1,122 @@
+"""What came out of an experiment, as results.json holds it: every finished run, every arm, every pair of arms.
+
+The loss is nats a token on held-out text, the mean over its files. What an arm reached is measured by its best
+checkpoint on all of that text; the curve on the windows that the trainer evaluates as it goes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from olmoe.errors import UserError
+from olmoe.train.experiment.definition import Experiment
+from olmoe.train.experiment.runs import Run, check_settings
+from olmoe.train.experiment.schedule import START_RECORD
+from olmoe.train.experiment.statistics import Estimate, estimate, holm, paired
+
+_LAST = 0.1  # of a run: over which the measurements of its steps are averaged
+_MEASURED = ("cross_entropy", "load_balancing", "router_z", "max_load_over_mean")
+
+
+def collect(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
+    """The results of the runs that are finished. Raises `UserError` if none is, or one had other settings."""
+    finished = [run for run in runs if run.is_finished]
+    for run in finished:
+        check_settings(run)
+    if not finished:
+        raise UserError("No run of this experiment is finished yet; train some first.")
+    arms: dict[str, Any] = {}
+    for arm in experiment.arms.values():
+        of_arm = [run for run in finished if run.arm.name == arm.name]
+        if of_arm:
+            arms[arm.name] = _arm(of_arm)
+    compared = [name for name in arms if experiment.arms[name].compared]
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "question": experiment.question,
+        "seeds": sorted({run.seed for run in finished}),
+        "runs_planned": len(runs),
+        "runs_finished": len(finished),
+        "tokens_per_step": finished[0].config.tokens_per_step,
+        "arms": arms,
+        "comparisons": _comparisons({name: arms[name] for name in compared}),
+    }
+
+
+def _arm(runs: Sequence[Run]) -> dict[str, Any]:
+    arm, first = runs[0].arm, runs[0]
+    measured = {str(run.seed): _run(run) for run in runs}
+    return {
+        "label": arm.label,
+        "compared": arm.compared,
+        "parameters": first.config.model.num_parameters,
+        "active_parameters": first.config.model.num_active_parameters,
+        "tokens": first.tokens,
+        "tokens_before": first.tokens_before,
+        "loss": _plain(estimate([run["loss"] for run in measured.values()])),
+        "runs": measured,
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    evaluation = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    held_out = [evaluation["held_out_loss"][name] for name in _held_out_names(run)]
+    records = list(run.records())
+    steps = [record for record in records if "cross_entropy" in record]
+    last = steps[-max(1, round(len(steps) * _LAST)) :]
+    curve = [
+        [run.tokens_before + record["tokens"], _mean(record["held_out_loss"].values())]
+        for record in records
+        if record.get("held_out_loss")
+    ]
+    start = run.folder / START_RECORD
+    if start.is_file():
+        losses = json.loads(start.read_text(encoding="utf-8"))["held_out_loss"]
+        curve.insert(0, [run.tokens_before, _mean(losses.values())])
+    return {
+        "loss": _mean(held_out),
+        "by_file": dict(zip(_held_out_names(run), held_out, strict=True)),
+        "step": evaluation["step"],
+        "steps": run.config.total_steps,
+        "curve": curve,
+    } | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
+
+
+def _held_out_names(run: Run) -> list[str]:
+    """The files that decide, without those that are only measured: those that the trainer evaluates as it goes."""
+    for record in run.records():
+        if record.get("held_out_loss"):
+            return list(record["held_out_loss"])
+    raise UserError(f"{run.name} measured no held-out loss; give data.valid in the shared configuration.")
+
+
+def _comparisons(arms: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every pair of arms, the earlier one subtracted, over the seeds that both have."""
+    found: list[dict[str, Any]] = []
+    for a, b in itertools.combinations(arms, 2):
+        seeds = [seed for seed in arms[a]["runs"] if seed in arms[b]["runs"]]
+        if not seeds:
+            continue
+        ours, theirs = ([arms[name]["runs"][seed]["loss"] for seed in seeds] for name in (a, b))
+        differences = {seed: round(y - x, 5) for seed, x, y in zip(seeds, ours, theirs, strict=True)}
+        found.append({"from": a, "to": b, "differences": differences, **_plain(paired(ours, theirs))})
+    tested = [row for row in found if row["p"] is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"] = p
+    return found
+
+
+def _plain(found: Estimate) -> dict[str, Any]:
+    """An estimate for JSON, which has no nan and no infinity."""
+    return {key: value if math.isfinite(value) else None for key, value in asdict(found).items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return round(statistics.fmean(values), 5)
