@@ -258,6 +258,11 @@ class Tokenizer:
         encoding = self._whole_backend.encode(text, add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
 
+    @property
+    def default_template(self) -> str:
+        """The chat template of chats without tools: the checkpoint's, or else OLMoE's."""
+        return self._template(None, False)
+
     def _template(self, wanted: str | None, tools: bool) -> str:
         """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""
         if wanted is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +24,21 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.train.config import load_config
 
     config = load_config(arguments.config, resume=arguments.resume)  # before torch is imported: mistakes answer at once
+    from olmoe.train.loop import train
+
+    return follow(arguments, functools.partial(train, config))
+
+
+def follow(arguments: argparse.Namespace, train: Callable[..., Path]) -> int:
+    """Train by the options of the command line, and print where the result is, or how an interrupted run goes on."""
     from olmoe.cli.main import EXIT_INTERRUPTED
-    from olmoe.train.loop import Interrupted, train
+    from olmoe.train.loop import Interrupted
 
     try:
-        best = train(config, resume=arguments.resume, overwrite=arguments.overwrite, show_progress=not arguments.quiet)
+        best = train(resume=arguments.resume, overwrite=arguments.overwrite, show_progress=not arguments.quiet)
     except Interrupted as interrupt:
-        print(
-            f"olmoe: interrupted; saved {interrupt.path}. Continue with: olmoe train {arguments.config} --resume",
-            file=sys.stderr,
-        )
+        again = f"olmoe {arguments.command} {arguments.config} --resume"
+        print(f"olmoe: interrupted; saved {interrupt.path}. Continue with: {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(best)
     return 0

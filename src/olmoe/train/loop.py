@@ -26,7 +26,7 @@ from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
 from olmoe.train import state
 from olmoe.train.config import TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
-from olmoe.train.inheritance import start_folder
+from olmoe.train.inheritance import check_start_stays, start_folder
 from olmoe.train.optim import build_optimizer, clip_gradients
 from olmoe.train.run_data import RunData, open_data
 from olmoe.train.run_folder import run_lock
@@ -54,10 +54,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
-    if overwrite and start and output.resolve() in start_folder(start, config.resolve(start)).resolve().parents:
-        raise ConfigError(
-            f"run.initialize_from {start!r} lies in run.output, which --overwrite would empty; choose another output."
-        )
+    if overwrite and start:
+        check_start_stays(start, config.resolve(start), output)
     if not output.is_dir():
         state.begin(output, resume, overwrite)  # makes it, or refuses
     with run_lock(output):
@@ -75,7 +73,7 @@ def _train(config: TrainConfig, output: Path, newest: Path | None, overwrite: bo
         unit_scale=True,
         disable=not show_progress,
     )
-    with _catch_interrupts() as interrupted, bar, run.metrics_path.open("a", encoding="utf-8") as metrics:
+    with catch_interrupts() as interrupted, bar, run.metrics_path.open("a", encoding="utf-8") as metrics:
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
@@ -243,7 +241,7 @@ def _score(results: dict[str, Evaluation]) -> float:
 
 
 @contextmanager
-def _catch_interrupts() -> Iterator[list[int]]:
+def catch_interrupts() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM for the loop to act on between steps; a second one acts at once."""
     received: list[int] = []
     previous: dict[int, Any] = {}

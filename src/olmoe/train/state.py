@@ -6,8 +6,10 @@ with the optimizer and the counters. Folders appear whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,8 @@ def discard(folder: Path) -> None:
 
 def _written(folder: Path) -> list[Path]:
     """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its way."""
-    texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}
+    texts |= {"adapter_config.json", "adapter_model.safetensors"}  # of fine-tuning
     names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
     folders = [path for path in (*checkpoints(folder), folder / "best") if path.exists()]
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
@@ -124,11 +127,12 @@ def save_state(
     progress: Progress,
     fingerprint: dict[str, Any],
     extra_files: dict[str, str],
+    write_model: Callable[[CausalLM, Path], None] = export.write_model,
 ) -> Path:
     """Write `checkpoints/step-N` under `folder` and return its path."""
     target = folder / "checkpoints" / f"step-{progress.step:07d}"
     with atomic_folder(target) as temporary:
-        export.write_model(model, temporary)
+        write_model(model, temporary)
         for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         # The fingerprint travels as JSON text, which compares equal after a round trip.
@@ -137,7 +141,7 @@ def save_state(
             "progress": vars(progress),
             "fingerprint": json.dumps(fingerprint),
         }
-        _write_state(state, temporary / STATE_NAME)
+        write_state(state, temporary / STATE_NAME)
     return target
 
 
@@ -158,7 +162,8 @@ def prune(folder: Path, keep: int) -> None:
 def has_best(folder: Path) -> bool:
     """Whether the best checkpoint of a run is there."""
     best = folder / "best"
-    return (best / "config.json").is_file() and any(best.glob("*.safetensors"))
+    described = any((best / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return described and any(best.glob("*.safetensors"))
 
 
 def _recover_best(folder: Path) -> None:
@@ -187,27 +192,51 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     Raises `ConfigError` if the configuration changed in a way that would not continue the same run, and
     `CheckpointError` if the state is unreadable.
     """
-    try:
-        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
-        was, now = json.loads(state["fingerprint"]), json.loads(json.dumps(fingerprint))
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{path / STATE_NAME} cannot be read ({reason}); {_way_on(path)}.") from None
-    difference = _difference(was, now)
-    if difference is not None:
-        raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
-    try:
+    progress, moments = read_state(path, fingerprint)
+    with one_sentence(path):
         loaded = checkpoint.load(path, dtype=torch.float32)
-    except UserError as error:
-        reason = str(error).rstrip(".")
-        raise CheckpointError(f"The checkpoint {path} cannot be read ({reason}); {_way_on(path)}.") from None
     with torch.no_grad():
         for (name, parameter), (_, value) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
             assert parameter.shape == value.shape, name
             parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(moments)
     return progress
+
+
+def read_state(path: Path, fingerprint: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+    """Counters and optimizer state of a checkpoint, but for its weights; errors are those of `restore`."""
+    try:
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
+        was = json.loads(state["fingerprint"])
+        moments: dict[str, Any] = state["optimizer"]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise unreadable(path / STATE_NAME, error) from None
+    check_continues(path, was, fingerprint)
+    return progress, moments
+
+
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """What to raise for a file of a checkpoint that is damaged or foreign."""
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return CheckpointError(f"{file} cannot be read ({reason}); {_way_on(file.parent)}.")
+
+
+def check_continues(path: Path, was: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Raise `ConfigError` if a checkpoint of the fingerprint `was` would not be continued by this configuration."""
+    difference = _difference(was, json.loads(json.dumps(fingerprint)))
+    if difference is not None:
+        raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path) -> Iterator[None]:
+    """Say of what cannot be read in a checkpoint how the run goes on."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"The checkpoint {path} cannot be read ({reason}); {_way_on(path)}.") from None
 
 
 def _way_on(path: Path) -> str:
@@ -233,7 +262,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _write_state(state: dict[str, Any], path: Path) -> None:
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Save what is no weight. Raises `OSError` where the file system refuses it."""
     try:
         with path.open("wb") as handle:
             torch.save(state, handle)
