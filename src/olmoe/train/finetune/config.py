@@ -103,12 +103,14 @@ class FinetuneLoss(LossConfig):
 class AdapterConfig:
     """Low-rank adapters (LoRA) in place of training all weights: W + (alpha / rank) B A.
 
-    `targets` are "attention", "experts", and "router", which is left alone unless it is named.
+    `targets` are "attention", "experts", and "router", which is left alone unless it is named. `pack` packs the frozen
+    weights in memory ("nf4", "int8", "q4_0" ...), for a checkpoint that is not packed itself (QLoRA).
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "experts")
+    pack: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from olmoe import adapters
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.io.targets import folder_that_keeps
-from olmoe.model import CausalLM
+from olmoe.model import CausalLM, set_backend
+from olmoe.quant.formats import make_format
 from olmoe.tokenizer import Tokenizer
-from olmoe.train.finetune.config import FinetuneConfig, check_model
+from olmoe.train.finetune.config import AdapterConfig, FinetuneConfig, check_model
 from olmoe.train.inheritance import start_folder
 from olmoe.weights import checkpoint, export
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
+from olmoe.weights.packing import load_packed
 from olmoe.weights.source import texts_of
 
 
@@ -60,6 +63,10 @@ def open_start(config: FinetuneConfig) -> Start:
             f"run.initialize_from {str(folder)!r} is a packed checkpoint, whose weights cannot be trained; add an "
             "[adapter] to train beside them, or give the checkpoint that it was packed from."
         )
+    if found.layout is not None and config.adapter is not None and config.adapter.pack is not None:
+        raise ConfigError(f"adapter.pack packs weights, but those of {folder} are packed already; leave it out.")
+    if config.adapter is not None and config.adapter.pack is not None:
+        make_format(config.adapter.pack)  # or it is refused, before anything is read
     eos_ids = end_ids(folder, found.config)
     if not eos_ids:
         raise ConfigError(f"{folder} names no id that ends a text; set eos_token_id in its config.json.")
@@ -74,14 +81,18 @@ def open_start(config: FinetuneConfig) -> Start:
 
 def load_model(start: Start, config: FinetuneConfig, device: torch.device) -> tuple[CausalLM, Trained]:
     """The model with the checkpoint's weights, ready to be trained."""
-    loaded = start.found.load(dtype=torch.float32, device=device)
-    model, trained = _whole(loaded)
+    settings = config.adapter
+    if settings is not None and settings.pack is not None:
+        model = load_packed(start.found.source(), settings.pack, device)
+    else:
+        model = start.found.load(dtype=torch.float32, device=device)
+    trained = _whole(model) if settings is None else _adapted(model, start, config, settings)
     if config.recompute:
         recompute_layers(model)
     return model.train(), trained
 
 
-def _whole(model: CausalLM) -> tuple[CausalLM, Trained]:
+def _whole(model: CausalLM) -> Trained:
     """All weights are trained."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -92,7 +103,33 @@ def _whole(model: CausalLM) -> tuple[CausalLM, Trained]:
             for parameter, value in zip(model.parameters(), found.parameters(), strict=True):
                 parameter.copy_(value)
 
-    return model, Trained(nn.ParameterList(model.parameters()), export.write_model, read)
+    return Trained(nn.ParameterList(model.parameters()), export.write_model, read)
+
+
+def _adapted(model: CausalLM, start: Start, config: FinetuneConfig, settings: AdapterConfig) -> Trained:
+    """Adapters are trained, and the weights beside them stay."""
+    rank, alpha = settings.rank, settings.alpha
+    adapter = adapters.new_adapter(start.model_config, rank, alpha, settings.targets, config.run.seed)
+    device = model.model.norm.weight.device
+    adapter.factors = {n: adapters.Factors(a.to(device), b.to(device)) for n, (a, b) in adapter.factors.items()}
+    adapters.adapt(model, adapter)
+    # The kernels round activations where nothing needs a gradient, that is, in evaluation and in the first layer.
+    set_backend(model, "torch")
+    resolved = config.resolve(config.start)
+    base = str(resolved.absolute()) if resolved.exists() else config.start
+
+    def write(model: CausalLM, folder: Path) -> None:
+        adapters.write_adapter(adapters.adapter_of(model, rank, alpha), folder, base)
+
+    def read(model: CausalLM, folder: Path) -> None:
+        saved = adapters.read_adapter(folder, start.model_config).factors
+        with torch.no_grad():
+            for name, pair in adapters.factors_of(model).items():
+                for parameter, value in zip(pair, saved[name], strict=True):
+                    parameter.copy_(value)
+
+    factors = adapters.factors_of(model).values()
+    return Trained(nn.ParameterList(factor for pair in factors for factor in pair), write, read)
 
 
 def recompute_layers(model: CausalLM) -> None:
