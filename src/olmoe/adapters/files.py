@@ -38,6 +38,15 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
+def base_of(folder: str | Path) -> str:
+    """The model that the adapter in a folder names as its own. Raises `CheckpointError` if it names none."""
+    settings = read_optional_object(Path(folder).expanduser() / CONFIG_NAME, CheckpointError)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder} does not name the model that it adapts; name it yourself.")
+    return base
+
+
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     """The LoRA adapter in a folder, for a model of this configuration.
 

@@ -1,13 +1,26 @@
-"""Adding an adapter to the weights that it belongs to, which then need it no more."""
+"""Making a model compute with an adapter: added to the weights that it belongs to, or beside them."""
 
 from __future__ import annotations
 
 import torch
 
-from olmoe.adapters.adapter import Adapter
+from olmoe.adapters.adapter import Adapter, Factors
+from olmoe.adapters.modules import adapt
 from olmoe.errors import UserError
 from olmoe.model import CausalLM
 from olmoe.quant import PackedModule
+
+
+def apply(model: CausalLM, adapter: Adapter) -> None:
+    """Make `model` compute with `adapter`: added to its weights, or where one of them is packed, beside all."""
+    packed = any(isinstance(model.get_submodule(name.rpartition(".")[0]), PackedModule) for name in adapter.factors)
+    if not packed:
+        merge(model, adapter)
+        return
+    device = model.model.norm.weight.device
+    moved = {name: Factors(a.float().to(device), b.float().to(device)) for name, (a, b) in adapter.factors.items()}
+    adapt(model, Adapter(adapter.rank, adapter.alpha, moved))
+    model.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         prefix_cache=not arguments.no_prefix_cache,
         backend=llm.backend,
     )
-    names = arguments.served_model_name or [_name(str(arguments.model or hub.SHIPPED))]
+    names = arguments.served_model_name or [_name(str(arguments.adapter or arguments.model or hub.SHIPPED))]
     return make_state(
         engine,
         llm.tokenizer,
