@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
     "sft": "fine-tune a model on chats, whole or by adapters",
+    "dpo": "teach a model preferences between answers: DPO, KTO",
     "upcycle": "make a mixture of experts of a dense model",
     "convert": "convert a checkpoint to GGUF or back",
     "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",

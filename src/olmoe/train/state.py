@@ -107,6 +107,7 @@ def _written(folder: Path) -> list[Path]:
     names = {SINGLE_NAME, "config.json", "generation_config.json", STATE_NAME} | texts
     folders = [path for path in (*checkpoints(folder), folder / "best") if path.exists()]
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
+    reference = folder / "reference.npy"  # of learning from preferences
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
     foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
     for path in folders:
@@ -117,7 +118,7 @@ def _written(folder: Path) -> list[Path]:
             f"{foreign[0]} was not written by a run, so --overwrite does not delete it; move it, or choose another "
             "run.output."
         )
-    return [*folders, *(path for path in (metrics, evaluation) if path.exists())]
+    return [*folders, *(path for path in (metrics, evaluation, reference) if path.exists())]
 
 
 def save_state(

@@ -84,8 +84,9 @@ class FinetuneSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptimizer(OptimizerConfig):
-    """AdamW on all trained parameters."""
+    """AdamW on all trained parameters, or "rmsprop" (the paper's KTO), which has no `betas`."""
 
+    kind: str = "adamw"
     learning_rate: float = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -288,6 +289,7 @@ def _check_choices(config: FinetuneConfig) -> None:
     choices: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "data.turns": ((config.data.turns,), TURNS),
         "data.too_long": ((config.data.too_long,), TOO_LONG),
+        "optimizer.kind": ((config.optimizer.kind,), ("adamw", "rmsprop")),
         "schedule.kind": ((config.schedule.kind,), SCHEDULES),
     }
     if config.adapter is not None:

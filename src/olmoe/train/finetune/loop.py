@@ -21,7 +21,7 @@ from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
 from olmoe.train import state
 from olmoe.train.finetune.answers import answer, prompt_of
 from olmoe.train.finetune.chats import Sample
-from olmoe.train.finetune.config import FinetuneConfig
+from olmoe.train.finetune.config import FinetuneConfig, FinetuneOptimizer
 from olmoe.train.finetune.start import Start, Trained, load_model, open_start, save_best
 from olmoe.train.inheritance import check_start_stays
 from olmoe.train.loop import Interrupted, catch_interrupts
@@ -52,8 +52,8 @@ class Task(Protocol):
         """The contents of the data, which must not change while a run goes on."""
         ...
 
-    def prepare(self, model: CausalLM, output: Path, show_progress: bool) -> None:
-        """What the task needs of the model before it is trained, or finds in `output` where a run goes on."""
+    def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
+        """What the task needs of the model before it is trained, or finds in `output` where a run is `resumed`."""
         ...
 
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
@@ -129,14 +129,14 @@ def open_run(
     start = open_start(config)
     task = make_task(start, device)
     model, trained = load_model(start, config, device)
-    optimizer = build_optimizer(trained.parameters, config.optimizer)
+    optimizer = _build_optimizer(trained, config.optimizer)
     fingerprint = config.fingerprint() | task.fingerprint()
     run = Run(config, output, start, task, model, trained, optimizer, state.Progress(), fingerprint)
     if overwrite:
         state.discard(output)
     if newest is not None:
         run.progress, moments = state.read_state(newest, fingerprint)
-    task.prepare(model, output, show_progress)  # with the weights that the run began with
+    task.prepare(model, output, newest is not None, show_progress)  # with the weights that the run began with
     if newest is not None:
         with state.one_sentence(newest):
             trained.read(model, newest)
@@ -147,6 +147,14 @@ def open_run(
             run.progress.best, run.progress.best_step = float("inf"), 0
     state.truncate_metrics(output / "metrics.jsonl", run.progress.step)
     return run
+
+
+def _build_optimizer(trained: Trained, config: FinetuneOptimizer) -> torch.optim.Optimizer:
+    if config.kind == "adamw":
+        return build_optimizer(trained.parameters, config)
+    return torch.optim.RMSprop(
+        trained.parameters, lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay
+    )
 
 
 def _train(run: Run, show_progress: bool) -> Path:

@@ -66,6 +66,22 @@ def make_example(sample: Sample, tokenizer: Tokenizer, turns: str = "all") -> Ex
     return Example(np.asarray(ids[:last], np.int64), labels[1 : last + 1].astype(np.int64))
 
 
+def fit(example: Example, length: int, too_long: str) -> Example | None:
+    """An example within `length` predictions, see `make_examples`; None where nothing that is trained is left.
+
+    Raises `ConfigError` for one that is too long if that is to be refused.
+    """
+    if len(example.inputs) <= length:
+        return example
+    if too_long == "refuse":
+        raise ConfigError(
+            f"it has {len(example.inputs)} tokens, more than data.sequence_length {length}; raise that, or set "
+            "data.too_long to cut or drop"
+        )
+    cut = example.cut(length if too_long == "cut" else 0)
+    return cut if cut.trained else None
+
+
 def make_examples(
     samples: Iterable[Sample], tokenizer: Tokenizer, *, length: int, turns: str, too_long: str, file: str
 ) -> tuple[list[Example], Count]:
@@ -80,20 +96,14 @@ def make_examples(
         count.samples += 1
         try:
             example = make_example(sample, tokenizer, turns)
+            fitted = fit(example, length, too_long)
         except (ConfigError, TokenizerError) as error:
             raise ConfigError(f"Sample {number} of {file} cannot be learned from: {str(error).rstrip('.')}.") from None
-        if len(example.inputs) > length:
-            if too_long == "refuse":
-                raise ConfigError(
-                    f"Sample {number} of {file} has {len(example.inputs)} tokens, more than data.sequence_length "
-                    f"{length}; raise that, or set data.too_long to cut or drop."
-                )
-            example = example.cut(length if too_long == "cut" else 0)
-            if not example.trained:
-                count.dropped += 1
-                continue
-            count.cut += 1
-        examples.append(example)
+        if fitted is None:
+            count.dropped += 1
+            continue
+        count.cut += fitted is not example
+        examples.append(fitted)
     if not examples:
         raise ConfigError(
             f"None of the {count.samples} samples of {file} has an answer within data.sequence_length {length}; "

@@ -82,7 +82,7 @@ class ChatTask:
         sources = (*self.config.data.train, *self.config.data.valid)
         return {"texts": {self._name(source): sha256(self.config.resolve(source.path)) for source in sources}}
 
-    def prepare(self, model: CausalLM, output: Path, show_progress: bool) -> None:
+    def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
         """See `loop.Task`."""
 
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
