@@ -53,6 +53,7 @@ def test_tests_mirror_the_source():
         "ops/test_primitives",
         "ops/test_parity",
         "hf/test_documentation",
+        "train/finetune/test_documentation",
         "serve/test_documentation",
     }
     astray = []
