@@ -52,7 +52,9 @@ def main() -> None:
         stories = [story for story in read_documents(arguments.stories) if isinstance(story, str)]
         rows = list(requests(stories, arguments.most, arguments.seed, arguments.pairs))
         rows = rows[: arguments.count or len(rows)]
-        arguments.target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        arguments.target.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         print(f"{len(rows)} requests of {len(stories)} stories")
     else:
         print(json.dumps(obedience(arguments)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -60,3 +62,36 @@ def test_tables_of_the_page_are_those_of_the_configurations():
 )
 def test_configurations_are_valid(name, kind):
     assert load_config(ROOT / "configs" / f"{name}.toml", kind).run.seed == 1
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("story_requests", ROOT / "scripts" / "story_requests.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_requests_are_obeyed_by_the_stories_that_they_were_made_of():
+    made = script()
+    rows = [json.loads(line) for line in (ROOT / "examples" / "chats" / "stories.jsonl").read_text().splitlines()]
+    asked = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
+    assert {made.kind_of(prompt) for prompt, _ in asked} == set(made.KINDS)
+    assert all(made.obeys(prompt, answer) for prompt, answer in asked if made.kind_of(prompt) != "go on")
+    others = [made.obeys(prompt, asked[i - 3][1]) for i, (prompt, _) in enumerate(asked)]
+    assert sum(others[i] for i, (prompt, _) in enumerate(asked) if made.kind_of(prompt) != "go on") < 3
+    assert not made.obeys(
+        "Go on: Tim ran to the big tree and sat down there.", "Tim ran to the big tree and sat down there."
+    )
+    assert made.obeys("Go on: Tim ran.", "He sat down.")
+    assert not made.obeys("Go on: Tim ran.", "He sat")
+
+
+def test_pairs_answer_the_same_request():
+    made = script()
+    story = "A cat sat there. It was warm. The sun was bright above. It slept well."
+    stories = [story, story.replace("cat", "dog"), story.replace("cat", "hen")]
+    rows = list(made.requests(stories, 500, 0, pairs=True))
+    assert len(rows) == 3
+    assert all(row["chosen"] != row["rejected"] and row["prompt"][0]["role"] == "user" for row in rows)
