@@ -21,19 +21,21 @@ def available() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in NAMES)
 
 
-def open_model(path: Path, vocab_size: int) -> Xllamacpp | LlamaCppPython:
+def open_model(path: Path, vocab_size: int, adapter: Path | None = None) -> Xllamacpp | LlamaCppPython:
     if importlib.util.find_spec("xllamacpp") is not None:
-        return Xllamacpp(path, vocab_size)
-    return LlamaCppPython(path)
+        return Xllamacpp(path, vocab_size, adapter)
+    return LlamaCppPython(path, adapter)
 
 
 class Xllamacpp:
     """xllamacpp: llama.cpp's own server inside this process. PyPI has wheels of it."""
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, adapter: Path | None = None) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = CONTEXT, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
@@ -72,11 +74,19 @@ class Xllamacpp:
 class LlamaCppPython:
     """llama-cpp-python, where somebody has built it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
         import llama_cpp
 
         self._model = llama_cpp.Llama(
-            str(path), n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0
+            str(path),
+            n_ctx=CONTEXT,
+            n_threads=1,
+            n_threads_batch=1,
+            logits_all=True,
+            verbose=False,
+            type_k=0,
+            type_v=0,
+            lora_path=None if adapter is None else str(adapter),
         )
 
     def tokenize(self, text: str) -> list[int]:

@@ -55,6 +55,7 @@ def test_tests_mirror_the_source():
         "ops/test_parity",
         "analysis/test_documentation",
         "hf/test_documentation",
+        "train/finetune/test_documentation",
         "serve/test_documentation",
         "train/test_documentation",
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -35,6 +36,8 @@ OLMOE_CHAT_TEMPLATE = """\
 
 # Names under which a message may bring the model's reasoning. Templates read the first, or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# Around what the assistant writes, while its place in a text is looked for. Unicode has set them aside for such use.
+_ANSWER, _ANSWER_END = "\ufdd0", "\ufdd1"
 _OPEN_END = "THE-MODEL-CONTINUES-HERE "  # after a message to be continued; its blank shows whether the template trims
 
 
@@ -60,11 +63,75 @@ def render(
             "add_generation_prompt."
         )
     chat = _as_chat(messages)
-    schemas = _as_tools(tools)
-    texts = _as_documents(documents)
     ending = _open_final_message(chat, template, continue_final_message) if continue_final_message else None
+    text = _render(
+        template,
+        chat,
+        tools=tools,
+        variables=variables,
+        documents=documents,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text if ending is None else _cut_at_the_mark(text, ending)
+
+
+def render_answers(
+    template: str,
+    messages: Sequence[Any],
+    *,
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of `messages`, and where in it the assistant's answers stand: (start, end) in characters, in order.
+
+    Answers are what the template puts between `{% generation %}` marks. Where it has none they are the contents of the
+    assistant's messages, without what the template writes after them. Raises `TokenizerError` as `render` does, and if
+    the answers cannot be found.
+    """
+    seen: dict[str, Any] = {"tools": tools, "variables": variables}
+    text = render(template, messages, **seen)
+    if _ANSWER in text or _ANSWER_END in text:
+        raise TokenizerError("A chat message has the character U+FDD0 or U+FDD1, which is no text; remove it.")
+    chat = _as_chat(messages)
+    if _has_marks(template):
+        marked = _render(template, chat, marked=True, **seen)
+    else:
+        for message in chat:
+            if message["role"] == "assistant" and isinstance(message.get("content"), str):
+                message["content"] = _ANSWER + message["content"] + _ANSWER_END
+        marked = _render(template, chat, **seen)
+    spans, plain, found = [], "", marked
+    while _ANSWER in found:
+        before, _, rest = found.partition(_ANSWER)
+        answer, _, found = rest.partition(_ANSWER_END)
+        plain += before
+        spans.append((len(plain), len(plain) + len(answer)))
+        plain += answer
+    if plain + found != text:
+        raise TokenizerError(
+            "The chat template changes what the assistant writes, so its place in the text is not known; put "
+            "{% generation %} and {% endgeneration %} around it in the template."
+        )
+    return text, spans
+
+
+def _has_marks(template: str) -> bool:
+    return re.search(r"{%-?\s*generation\b", template) is not None
+
+
+def _render(
+    template: str,
+    chat: list[dict[str, Any]],
+    *,
+    tools: Sequence[Any] | None,
+    variables: Mapping[str, Any] | None,
+    documents: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    marked: bool = False,
+) -> str:
+    schemas, texts = _as_tools(tools), _as_documents(documents)
     try:
-        text = _compiled(template).render(
+        text: str = _compiled(template, marked).render(
             messages=chat,
             tools=schemas,
             documents=texts,
@@ -79,17 +146,20 @@ def render(
                 f"A chat message needs a role and a text content, not {odd!r}, for this chat template ({reason})."
             ) from None
         raise TokenizerError(f"The chat template refuses these messages: {reason}.") from None
-    return text if ending is None else _cut_at_the_mark(text, ending)
+    return text
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
+def _compiled(template: str, marked: bool) -> Any:
+    return _environment(marked).from_string(template)
 
 
 @functools.cache
-def _environment() -> Any:
-    """The sandbox that templates run in, with what they may call. Jinja is imported here, only for chats."""
+def _environment(marked: bool) -> Any:
+    """The sandbox that templates run in, with what they may call. Jinja is imported here, only for chats.
+
+    If `marked`, what stands in a generation block comes between `_ANSWER` and `_ANSWER_END`.
+    """
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -106,7 +176,7 @@ def _environment() -> Any:
             return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
 
         def _written(self, caller: Any) -> Any:
-            return caller()
+            return f"{_ANSWER}{caller()}{_ANSWER_END}" if marked else caller()
 
     def refuse(reason: str) -> None:
         raise TemplateError(reason)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render
+from olmoe.chat_template import OLMOE_CHAT_TEMPLATE, render, render_answers
 from olmoe.errors import TokenizerError
 from olmoe.io.foreign import check_contents
 from olmoe.io.json_file import read_optional_object
@@ -229,10 +229,6 @@ class Tokenizer:
         messages, messages without a role, or a template that refuses them.
         """
         template = self._template(chat_template, tools is not None)
-        seen: dict[str, Any] = {}
-        if template == OLMOE_CHAT_TEMPLATE:  # it writes the end of a text even where the model has none
-            seen = {"bos_token": "", "eos_token": ""}
-            _warn_of_roles(messages)
         return render(
             template,
             messages,
@@ -242,8 +238,23 @@ class Tokenizer:
             if add_generation_prompt is None
             else add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables=seen | self.special_tokens() | self.extra_special_tokens() | variables,
+            variables=self._variables(template, messages) | variables,
         )
+
+    def render_answers(
+        self, messages: Sequence[Any], *, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A whole chat as `render_chat` writes it, and where in it the assistant's answers stand, for training."""
+        template = self._template(None, tools is not None)
+        return render_answers(template, messages, tools=tools, variables=self._variables(template, messages))
+
+    def _variables(self, template: str, messages: Sequence[Any]) -> dict[str, Any]:
+        """What a template sees besides the chat."""
+        seen: dict[str, Any] = {}
+        if template == OLMOE_CHAT_TEMPLATE:  # it writes the end of a text even where the model has none
+            seen = {"bos_token": "", "eos_token": ""}
+            _warn_of_roles(messages)
+        return seen | self.special_tokens() | self.extra_special_tokens()
 
     def encode_chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
         """Ids of a chat; `options` are those of `render_chat`."""
@@ -259,6 +270,20 @@ class Tokenizer:
         """The chat template of that name, or the one that chats go through: OLMoE's, if the checkpoint has none."""
         return self._template(name, False)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_rendered`, and which characters of `text` each id stands for: (start, end).
+
+        A character that is spread over several ids is in the range of each.
+        """
+        _check_unicode(text)
+        encoding = self._whole_backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    @property
+    def default_template(self) -> str:
+        """The chat template of chats without tools: the checkpoint's, or else OLMoE's."""
+        return self._template(None, False)
+
     def _template(self, wanted: str | None, tools: bool) -> str:
         """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""
         if wanted is not None:
@@ -267,6 +292,13 @@ class Tokenizer:
         if tools and "tool_use" in self.named_templates:
             return self.named_templates["tool_use"]
         return self.chat_template or OLMOE_CHAT_TEMPLATE
+
+    @functools.cached_property
+    def _whole_backend(self) -> Any:
+        """`_chat_backend` whose offsets are those of whole tokens: the file's last step leaves blanks out of them."""
+        backend = type(self._backend).from_str(self._chat_backend.to_str())
+        backend.post_processor = None
+        return backend
 
     @functools.cached_property
     def _chat_backend(self) -> Any:

@@ -166,7 +166,8 @@ def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, nam
     monkeypatch.setattr(
         importlib.import_module(f"olmoe.cli.{name}"), "run", lambda a: seen.append(vars(a)[option]) or 0
     )
-    files = {"generate": 1, "train": 1, "batch": 2, "convert": 2, "quantize": 2, "upcycle": 2, "plot": 1}
+    files = {"generate": 1, "train": 1, "sft": 1, "dpo": 1, "batch": 2, "convert": 2, "quantize": 2, "upcycle": 2}
+    files["plot"] = 1
     rest = {command: ["x", "y"][: files.get(command, 0)] for command in COMMANDS}
     rest["edit"] = ["x", "y"]
     rest["analyze"] = ["x", "--text", "name=file", "--output", "y"]

@@ -318,14 +318,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finishe
 def test_a_second_interrupt_stops_at_once_and_leaves_nothing_half_written(tmp_path, finished, monkeypatch):
     folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
-    original = state._write_state
+    original = state.write_state
 
     def write(*arguments) -> None:
         original(*arguments)
         interrupt()
 
     with monkeypatch.context() as patched:
-        at_step(patched, 5, lambda: (interrupt(), patched.setattr(state, "_write_state", write)))
+        at_step(patched, 5, lambda: (interrupt(), patched.setattr(state, "write_state", write)))
         with pytest.raises(KeyboardInterrupt):
             train(config, show_progress=False)
     assert names(folder / "out" / "checkpoints") == ["step-0000003"]
@@ -336,7 +336,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_nothing_half_written(tmp_pa
 def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(tmp_path, finished, monkeypatch):
     folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
-    original = state._write_state
+    original = state.write_state
 
     def write(saved, path) -> None:
         original(saved, path)
@@ -344,7 +344,7 @@ def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(tmp_path, fi
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(state, "_write_state", write)
+        patched.setattr(state, "write_state", write)
         assert "disk is full" in refused(lambda: train(config, show_progress=False), UserError)
     assert names(folder / "out" / "checkpoints") == ["step-0000003"]
     train(config, resume=True, show_progress=False)

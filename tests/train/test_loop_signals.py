@@ -17,7 +17,7 @@ def test_handlers_that_python_did_not_install_do_not_fail_the_end_of_a_run(monke
         installed.append(handler)
 
     monkeypatch.setattr(signal, "signal", install)
-    with loop._catch_interrupts() as received:
+    with loop.catch_interrupts() as received:
         installed[0](int(signal.SIGTERM), None)
         assert received == [signal.SIGTERM]
     assert installed[2:] == [signal.SIG_DFL] * 4

@@ -1,15 +1,19 @@
-"""Convert a checkpoint to a GGUF file for llama.cpp, or to an unpacked folder for transformers and vLLM."""
+"""Convert a checkpoint, or a LoRA adapter, to a GGUF file for llama.cpp, or to a folder that other software reads."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+LAYOUTS = ("fused", "per_expert")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe convert`."""
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, a packed one, a hub id, or a .gguf file")
+    parser.add_argument(
+        "source", metavar="SRC", help="a checkpoint folder, a packed one, a hub id, a .gguf file, or an adapter"
+    )
     parser.add_argument(
         "target", metavar="DST", help="a new .gguf file, or a new folder, which transformers and vLLM read"
     )
@@ -21,6 +25,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a DST that is a file, or a folder with nothing but a model"
     )
+    adapter = parser.add_argument_group("adapters")
+    adapter.add_argument("--merge", action="store_true", help="write the model with the adapter added to its weights")
+    adapter.add_argument(
+        "--layout", choices=LAYOUTS, help="how PEFT's file stores experts: fused, or a module for each matrix"
+    )
+    adapter.add_argument("--base", metavar="DIR|HUB_ID", help="the adapter's model (default: the one that it names)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -29,7 +39,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert in the direction that the suffixes say."""
     import os
-    from pathlib import Path
 
     from tqdm import tqdm
 
@@ -37,6 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.io import hub, targets
 
     source, target = arguments.source, Path(os.path.expanduser(arguments.target))
+    if (Path(os.path.expanduser(source)) / "adapter_config.json").is_file():
+        return _convert_adapter(arguments, Path(os.path.expanduser(source)), target)
+    for option in ("merge", "layout", "base"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option} is for adapters, but {source} holds no adapter_config.json; leave it out.")
     to_gguf, from_gguf = _is_gguf(str(target)), _is_gguf(source)
     if to_gguf and from_gguf:
         raise UserError("One of SRC and DST may end in .gguf, but both end so; rename one.")
@@ -67,6 +81,34 @@ def run(arguments: argparse.Namespace) -> int:
 
             opened = open_source(source, revision=arguments.revision, local_files_only=arguments.offline)
             to_folder(opened, target, DTYPES[arguments.type or "bf16"], progress, overwrite=overwrite)
+    return 0
+
+
+def _convert_adapter(arguments: argparse.Namespace, source: Path, target: Path) -> int:
+    """Convert an adapter to what the options say: a merged model, PEFT's files, or a GGUF file."""
+    from olmoe.adapters import convert
+    from olmoe.errors import UserError
+    from olmoe.io import targets
+    from olmoe.weights.to_folder import DTYPES
+
+    to_gguf, overwrite = _is_gguf(str(target)), arguments.overwrite
+    if arguments.type is not None and (not arguments.merge or arguments.type not in DTYPES):
+        raise UserError(f"--type {arguments.type} does not suit an adapter; leave it out, or --merge into f32 to bf16.")
+    if to_gguf and (arguments.merge or arguments.layout):
+        raise UserError("A GGUF file holds the adapter by itself; leave --merge and --layout out.")
+    if not to_gguf and not arguments.merge and arguments.layout is None:
+        raise UserError(
+            "An adapter becomes a folder by --merge or by --layout, or a file that ends in .gguf; say which."
+        )
+    if not to_gguf and not overwrite:  # before anything is read
+        targets.check_folder(target, (), overwrite=False)
+    base = convert.open_base(source, arguments.base, revision=arguments.revision, offline=arguments.offline)
+    if to_gguf:
+        convert.convert_to_gguf(source, base, target, overwrite=overwrite)
+    elif arguments.merge:
+        convert.merge_to_folder(source, base, target, DTYPES.get(arguments.type), overwrite=overwrite)
+    else:
+        convert.convert_layout(source, base, target, arguments.layout, overwrite=overwrite)
     return 0
 
 

@@ -114,6 +114,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     group = parser.add_argument_group("model")
     if not positional:
         group.add_argument("--model", metavar="DIR|HUB_ID", help=what)
+    group.add_argument(
+        "--adapter", metavar="DIR", help="a folder with a LoRA adapter of the model (default model: the one it names)"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (%(default)s)")
@@ -181,6 +184,7 @@ def load_model(arguments: argparse.Namespace, **options: Any) -> LLM:
 
         return LLM(
             arguments.model,
+            adapter=arguments.adapter,
             dtype=arguments.dtype,
             device=arguments.device,
             backend=arguments.backend,

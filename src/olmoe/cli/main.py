@@ -24,6 +24,8 @@ COMMANDS = {
     "train": "train a model from a TOML configuration",
     "plot": "draw a training run as an HTML page, also while it goes on",
     "experiment": "train and compare the arms of an experiment, with several seeds",
+    "sft": "fine-tune a model on chats, whole or by adapters",
+    "dpo": "teach a model preferences between answers: DPO, KTO",
     "upcycle": "make a mixture of experts of a dense model",
     "convert": "convert a checkpoint to GGUF or back",
     "average": "average checkpoints of one architecture into a new one",

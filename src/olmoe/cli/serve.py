@@ -202,7 +202,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
         backend=llm.backend,
         router_policy=llm.router_policy,
     )
-    names = arguments.served_model_name or [_name(str(arguments.model or hub.SHIPPED))]
+    names = arguments.served_model_name or [_name(str(arguments.adapter or arguments.model or hub.SHIPPED))]
     return make_state(
         engine,
         llm.tokenizer,

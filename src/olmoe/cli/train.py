@@ -6,8 +6,11 @@ Several processes share a run that torchrun starts: torchrun --nproc-per-node 8 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; Ctrl-C finishes the step, saves, and says how to go on."""
-    from olmoe.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
+    from olmoe.cli.main import EXIT_USER_ERROR
     from olmoe.errors import UserError
     from olmoe.train.config import load_config
     from olmoe.train.run_folder import latest
@@ -44,16 +47,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume_or_start or restarted:
         resume = latest(config.resolve(config.run.output)) is not None
         overwrite = restarted and not resume
-    from olmoe.train.loop import Interrupted, train
+    from olmoe.train.loop import train
+
+    return follow(arguments, functools.partial(train, config), resume=resume, overwrite=overwrite)
+
+
+def follow(arguments: argparse.Namespace, train: Callable[..., Path], *, resume: bool, overwrite: bool) -> int:
+    """Train by the options of the command line, and print where the result is, or how an interrupted run goes on."""
+    from olmoe.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
+    from olmoe.train.loop import Interrupted
     from olmoe.train.ranks import ToldByAnother
 
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        best = train(config, resume=resume, overwrite=overwrite, show_progress=not arguments.quiet)
+        best = train(resume=resume, overwrite=overwrite, show_progress=not arguments.quiet)
     except ToldByAnother:
         return EXIT_USER_ERROR
     except Interrupted as interrupt:
-        command = f"{'torchrun ... -m ' if 'RANK' in os.environ else ''}olmoe train {arguments.config} --resume"
+        launcher = "torchrun ... -m " if "RANK" in os.environ else ""
+        command = f"{launcher}olmoe {arguments.command} {arguments.config} --resume"
         if is_first:
             print(f"olmoe: interrupted; saved {interrupt.path}. Continue with: {command}", file=sys.stderr)
         return EXIT_INTERRUPTED

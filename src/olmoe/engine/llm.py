@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from olmoe.adapters import apply, base_of, read_adapter
 from olmoe.config import ModelConfig
 from olmoe.engine.engine import Engine
 from olmoe.engine.new_request import new_request
@@ -63,6 +64,7 @@ class LLM:
         prefix_cache: bool = False,
         cache_dtype: str | torch.dtype | None = None,
         router_policy: AnyPolicy | None = None,
+        adapter: str | Path | None = None,
     ) -> None:
         """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
 
@@ -73,11 +75,13 @@ class LLM:
         calls, and what a prompt has in common with earlier ones is not computed again: for conversations. `cache_dtype`
         is that of keys and values: "int8" takes half the memory of fp16, which packed models have by default.
         `router_policy` changes what routers choose wherever `SamplingParams` do not say otherwise.
+        `adapter` is a folder with a LoRA adapter of the model, which may then be left out: it is the one that the
+        adapter names. It is added to plain weights; beside packed ones it is computed by torch, for chosen experts.
         """
         self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
         found = Checkpoint.open(
-            hub.SHIPPED if model_id is None else model_id,
+            _model_of(model_id, adapter),
             revision=revision,
             token=token,
             local_files_only=local_files_only,
@@ -86,9 +90,14 @@ class LLM:
         # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
         folder, config = found.folder, found.config
         self.config, self.router_policy = config, router_policy
-        tokenizer = Tokenizer.from_folder(folder, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
+        own = Path(adapter).expanduser() if adapter is not None else folder
+        texts = own if (own / "tokenizer.json").is_file() else folder
+        tokenizer = Tokenizer.from_folder(texts, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
         _check_fit(tokenizer, config)
+        adapted = None if adapter is None else read_adapter(own, config)
         model = found.load(dtype=memory_dtype, device=self.device, progress=progress)
+        if adapted is not None:
+            apply(model, adapted)
         self._assemble(model, tokenizer, backend)
 
     @classmethod
@@ -375,6 +384,13 @@ class LLM:
             backend=self.backend,
             on_trace=on_trace,
         )
+
+
+def _model_of(model_id: str | Path | None, adapter: str | Path | None) -> str | Path:
+    """The model that is meant: the one that is named, by the caller or by the adapter, or the shipped one."""
+    if model_id is not None:
+        return model_id
+    return hub.SHIPPED if adapter is None else base_of(adapter)
 
 
 def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -48,6 +48,14 @@ def read_documents(path: Path, what: str = "The text", error: type[UserError] = 
         yield from split_documents(text)
 
 
+def read_objects(path: Path, what: str, error: type[UserError]) -> Iterator[tuple[str, Any]]:
+    """The JSON values of a `.jsonl` or `.json` file, each with where it stands, for messages.
+
+    What is no JSON comes as its own text. Raises `error`, in whose sentence the file is `what`, if it cannot be read.
+    """
+    yield from _objects(_text(path, what, error), f"{what} {path}", path.suffix.lower() in LINES)
+
+
 def split_documents(text: str) -> Iterator[str]:
     """What stands between lines that hold only the separator, blanks after it aside. Empty documents are skipped."""
     document: list[str] = []
@@ -93,16 +101,21 @@ def _text(path: Path, what: str, error: type[UserError]) -> str:
 
 
 def _from_objects(text: str, file: str, by_lines: bool, error: type[UserError]) -> Iterator[str | Chat]:
-    """Documents of JSON objects: one a line, or all of them in one list."""
+    for where, value in _objects(text, file, by_lines):
+        yield from _document(value, where, error)
+
+
+def _objects(text: str, file: str, by_lines: bool) -> Iterator[tuple[str, Any]]:
+    """JSON values: one a line, or all of them in one list."""
     whole = None if by_lines else _parsed(text)
     if isinstance(whole, list):
         for number, value in enumerate(whole, 1):
-            yield from _document(value, f"Entry {number} of {_lower(file)}", error)
+            yield f"Entry {number} of {_lower(file)}", value
         return
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip(" \t\ufeff")
         if line:
-            yield from _document(_parsed(line), f"Line {number} of {_lower(file)}", error)
+            yield f"Line {number} of {_lower(file)}", _parsed(line)
 
 
 def _parsed(text: str) -> Any:

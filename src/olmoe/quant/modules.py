@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from olmoe import ops
 from olmoe.errors import BackendUnavailableError
+from olmoe.model import Experts
 from olmoe.ops.activation import plain_activation
 from olmoe.ops.cpu import packed as cpu
 from olmoe.ops.transforms import mapped, transformed
@@ -280,15 +281,7 @@ class PackedExperts(PackedModule):
         self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, product: Callable[[Tensor, str, int], Tensor]
     ) -> Tensor:
         """`forward` by `product(x, name, expert)`, this module's own or one that adds to it."""
-        rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
-        x_MD = ops.gather_rows(x_ND.to(self.compute_dtype or x_ND.dtype), rows, backend=self.backend)
-        offsets, parts = rows.offsets_E.tolist(), []
-        for e, (start, end) in enumerate(pairwise(offsets)):
-            if start < end:
-                gate, up = product(x_MD[start:end], "gate_up_proj", e).chunk(2, dim=-1)
-                parts.append(product(self.activation(gate) * up, "down_proj", e))
-        out_MD = torch.cat(parts) if parts else x_MD
-        return ops.combine(out_MD, weights_NK, rows, backend=self.backend).to(x_ND.dtype)
+        return routed(self, x_ND, expert_ids_NK, weights_NK, product, self.compute_dtype or x_ND.dtype)
 
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """A stack of matrices, decoded if it is packed."""
@@ -296,3 +289,23 @@ class PackedExperts(PackedModule):
             plain: Tensor = getattr(self, name)
             return plain.to(dtype)
         return torch.stack([self.decode(name, dtype, e) for e in range(self.num_experts)])
+
+
+def routed(
+    experts: Experts | PackedExperts,
+    x_ND: Tensor,
+    expert_ids_NK: Tensor,
+    weights_NK: Tensor,
+    product: Callable[[Tensor, str, int], Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `experts` compute, with `product(x, name, expert)` for their matrices, in `dtype`: one chosen at a time."""
+    rows = ops.sort_by_expert(expert_ids_NK, experts.num_experts, backend=experts.backend)
+    x_MD = ops.gather_rows(x_ND.to(dtype), rows, backend=experts.backend)
+    offsets, parts = rows.offsets_E.tolist(), []
+    for e, (start, end) in enumerate(pairwise(offsets)):
+        if start < end:
+            gate, up = product(x_MD[start:end], "gate_up_proj", e).chunk(2, dim=-1)
+            parts.append(product(experts.activation(gate) * up, "down_proj", e))
+    out_MD = torch.cat(parts) if parts else x_MD
+    return ops.combine(out_MD, weights_NK, rows, backend=experts.backend).to(x_ND.dtype)

@@ -276,6 +276,18 @@ def resolve_path(path: str, base: Path) -> Path:
     return found
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a configuration file. Raises `ConfigError` if it cannot be read."""
+    try:
+        return tomllib.loads(read_text(path))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no training configuration {path}.") from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+
+
 def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
     """Read and check a TOML file. Raises `ConfigError` with the offending key and value.
 
@@ -283,19 +295,12 @@ def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
     `inheritance`.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no training configuration {path}.") from None
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    raw = read_toml(path)
     base = path.parent
     written = raw.get("model")
-    raw = inherit(raw, lambda p: resolve_path(p, base), resume, lambda table: _build(ModelConfig, table, "model"))
+    raw = inherit(raw, lambda p: resolve_path(p, base), resume, lambda table: build(ModelConfig, table, "model"))
     eos_is_written = not isinstance(written, dict) or "eos_token_id" in written or raw["model"] is not written
-    config: TrainConfig = dataclasses.replace(_build(TrainConfig, raw, ""), base=base, eos_is_written=eos_is_written)
+    config: TrainConfig = dataclasses.replace(build(TrainConfig, raw, ""), base=base, eos_is_written=eos_is_written)
     _check(config)
     return config
 
@@ -437,8 +442,8 @@ def _check_model(config: TrainConfig) -> None:
         )
 
 
-def _build(cls: Any, table: Any, name: str) -> Any:
-    """A dataclass from a TOML table, nested ones included."""
+def build(cls: Any, table: Any, name: str) -> Any:
+    """A dataclass from a TOML table, nested ones included. Raises `ConfigError` for what does not fit it."""
     where = f"[{name}]" if name else "The configuration"
     if not isinstance(table, dict):
         raise ConfigError(f"{where} must be a table, not {shown(table)}.")
@@ -458,7 +463,7 @@ def _build(cls: Any, table: Any, name: str) -> Any:
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """`value` as the annotated type, or `ConfigError`."""
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, name)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else build(hint, value, name)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:

@@ -29,6 +29,14 @@ def start_folder(start: str, path: Path) -> Path:
     return hub.resolve(path if path.exists() or _looks_like_a_path(start) else start)
 
 
+def check_start_stays(start: str, path: Path, output: Path) -> None:
+    """Raise `ConfigError` if the checkpoint that a run starts from is among what emptying its output would delete."""
+    if output.resolve() in start_folder(start, path).resolve().parents:
+        raise ConfigError(
+            f"run.initialize_from {start!r} lies in run.output, which --overwrite would empty; choose another output."
+        )
+
+
 def _looks_like_a_path(start: str) -> bool:
     return start.startswith((".", "/", "~", "$")) or "\\" in start or start.count("/") > 1
 

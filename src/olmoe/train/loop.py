@@ -28,7 +28,7 @@ from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
 from olmoe.train import parallel, state
 from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
-from olmoe.train.inheritance import start_folder
+from olmoe.train.inheritance import check_start_stays, start_folder
 from olmoe.train.optim import build_optimizer, clip_gradients
 from olmoe.train.ranks import ALONE, Ranks, join_ranks
 from olmoe.train.run_data import RunData, open_data
@@ -69,10 +69,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
-    if overwrite and start and output.resolve() in start_folder(start, config.resolve(start)).resolve().parents:
-        raise ConfigError(
-            f"run.initialize_from {start!r} lies in run.output, which --overwrite would empty; choose another output."
-        )
+    if overwrite and start:
+        check_start_stays(start, config.resolve(start), output)
     with (
         join_ranks(config.run.device, group_of_one=config.compute.precision != "fp32") as ranks,
         ranks.guarded(lambda: state.way_on(output)),
@@ -102,7 +100,7 @@ def _train(
         unit_scale=True,
         disable=not show_progress,
     )
-    with _catch_interrupts() as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
+    with catch_interrupts() as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
@@ -403,7 +401,7 @@ def _score(results: dict[str, Evaluation]) -> float:
 
 
 @contextmanager
-def _catch_interrupts() -> Iterator[list[int]]:
+def catch_interrupts() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM for the loop to act on between steps; a second one acts at once."""
     received: list[int] = []
     previous: dict[int, Any] = {}

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ def discard(folder: Path) -> None:
 
 def _written(folder: Path) -> list[Path]:
     """What a run wrote into its folder. Raises `ConfigError` where something else lies among it or in its way."""
-    texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}
+    texts |= {"adapter_config.json", "adapter_model.safetensors"}  # of fine-tuning
     names = {
         SINGLE_NAME,
         "config.json",
@@ -130,6 +131,7 @@ def _written(folder: Path) -> list[Path]:
         return _SHARD.fullmatch(name) is not None
 
     metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.json"
+    reference = folder / "reference.npy"  # of learning from preferences
     foreign: list[Path] = [] if not metrics.exists() or _are_records(metrics) else [metrics]
     foreign += [evaluation] if evaluation.exists() and not evaluation.is_file() else []
     for path in folders:
@@ -140,7 +142,7 @@ def _written(folder: Path) -> list[Path]:
             f"{foreign[0]} was not written by a run, so --overwrite does not delete it; move it, or choose another "
             "run.output."
         )
-    return [*folders, *(path for path in (metrics, evaluation, *tracked(folder)) if path.exists())]
+    return [*folders, *(path for path in (metrics, evaluation, reference, *tracked(folder)) if path.exists())]
 
 
 def checkpoint_path(folder: Path, progress: Progress) -> Path:
@@ -155,11 +157,12 @@ def save_state(
     progress: Progress,
     fingerprint: dict[str, Any],
     extra_files: dict[str, str],
+    write_model: Callable[[CausalLM, Path], None] = export.write_model,
 ) -> Path:
     """Write `checkpoints/step-N` under `folder` and return its path."""
     target = checkpoint_path(folder, progress)
     with atomic_folder(target) as temporary:
-        export.write_model(model, temporary)
+        write_model(model, temporary)
         for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         # The fingerprint travels as JSON text, which compares equal after a round trip.
@@ -168,7 +171,7 @@ def save_state(
             "progress": vars(progress),
             "fingerprint": json.dumps(fingerprint),
         }
-        _write_state(state, temporary / STATE_NAME)
+        write_state(state, temporary / STATE_NAME)
     return target
 
 
@@ -189,7 +192,8 @@ def prune(folder: Path, keep: int) -> None:
 def has_best(folder: Path) -> bool:
     """Whether the best checkpoint of a run is there."""
     best = folder / "best"
-    return (best / "config.json").is_file() and any(best.glob("*.safetensors"))
+    described = any((best / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return described and any(best.glob("*.safetensors"))
 
 
 def _recover_best(folder: Path) -> None:
@@ -221,20 +225,27 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     Raises `ConfigError` if the configuration changed in a way that would not continue the same run, and
     `CheckpointError` if the state is unreadable.
     """
-    try:
-        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        progress = Progress.from_saved(state["progress"])
-        was = json.loads(state["fingerprint"])
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise unreadable(path / STATE_NAME, error) from None
-    check_continues(path, was, fingerprint)
+    progress, saved = read_state(path, fingerprint)
     with one_sentence(path):
         load_weights(model, Checkpoint.open(path).source())
-    moments = state["optimizer"]["state"]
+    moments = saved["state"]
     for (name, parameter), index in zip(model.named_parameters(), range(len(moments)), strict=False):
         assert moments[index]["exp_avg"].shape == parameter.shape, name
         set_moments(optimizer, parameter, float(moments[index]["step"]), moments[index])
     return progress
+
+
+def read_state(path: Path, fingerprint: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+    """Counters and optimizer state of a checkpoint, but for its weights; errors are those of `restore`."""
+    try:
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        progress = Progress.from_saved(state["progress"])
+        was = json.loads(state["fingerprint"])
+        moments: dict[str, Any] = state["optimizer"]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise unreadable(path / STATE_NAME, error) from None
+    check_continues(path, was, fingerprint)
+    return progress, moments
 
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
@@ -291,7 +302,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _write_state(state: dict[str, Any], path: Path) -> None:
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Save what is no weight. Raises `OSError` where the file system refuses it."""
     try:
         with path.open("wb") as handle:
             torch.save(state, handle)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM
-from olmoe.train.config import TrainConfig
+from olmoe.train.config import OptimizerConfig, TrainConfig
 from olmoe.train.data import Mixture
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.losses import objective
@@ -178,7 +178,16 @@ def train_step(
     return report
 
 
-def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
+class HasOptimizer(Protocol):
+    """A configuration of any kind of training."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """How weights change."""
+        ...
+
+
+def check_finite(what: str, value: float, step: int, config: HasOptimizer) -> None:
     """Raise `ConfigError` for a value that shows that training diverged."""
     if not np.isfinite(value):
         raise ConfigError(

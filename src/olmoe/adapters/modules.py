@@ -1,0 +1,129 @@
+"""Modules of the network with an adapter beside their weights, which stay as they are, plain or packed.
+
+Products with the low-rank factors are added to those with the weights, for experts only to those that tokens chose;
+neither the sum of the matrices nor its gradient exists.
+
+Shapes legend: N tokens, D hidden, E experts, K experts per token, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from olmoe import ops
+from olmoe.adapters.adapter import Adapter, Factors
+from olmoe.model import CausalLM, Experts, Linear, Router
+from olmoe.model.network import RouterOutput
+from olmoe.ops.types import RoutePolicy
+from olmoe.quant import PackedExperts, PackedLinear
+from olmoe.quant.modules import routed
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with an adapter."""
+
+    def __init__(self, base: Linear | PackedLinear, factors: Factors, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.weight_a, self.weight_b = map(nn.Parameter, factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        low = F.linear(F.linear(x.to(self.weight_a.dtype), self.weight_a), self.weight_b)
+        y: Tensor = self.base(x)
+        return y + (low * self.scale).to(y.dtype)
+
+
+class LoraRouter(nn.Module):
+    """A router with an adapter. Its matrix is small, so that the sum is formed."""
+
+    def __init__(self, base: Router, factors: Factors, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.weight_a, self.weight_b = map(nn.Parameter, factors)
+
+    def forward(self, x_ND: Tensor, policy: RoutePolicy | None = None) -> RouterOutput:
+        """See `Router.forward`."""
+        weight = self.base.weight.float() + (self.weight_b @ self.weight_a) * self.scale
+        found: RouterOutput = functional_call(self.base, {"weight": weight}, (x_ND, policy))
+        return found
+
+
+class LoraExperts(nn.Module):
+    """The experts of a layer with adapters of one or both of their stacks."""
+
+    def __init__(self, base: Experts | PackedExperts, factors: dict[str, Factors], scale: float) -> None:
+        super().__init__()
+        self.base, self.scale, self.names = base, scale, tuple(factors)
+        for name, (a, b) in factors.items():
+            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_b", nn.Parameter(b))
+
+    def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+        base = self.base
+        # Taken apart once: of every expert by itself, the gradient would be as large as all of them.
+        low = {
+            name: (self.get_parameter(f"{name}_a").unbind(), self.get_parameter(f"{name}_b").unbind())
+            for name in self.names
+        }
+        stacks = {} if isinstance(base, PackedExperts) else dict(base.named_parameters())
+        plain = {name: stack.unbind() for name, stack in stacks.items()}
+
+        def product(x: Tensor, name: str, e: int) -> Tensor:
+            if isinstance(base, PackedExperts):
+                y = base.product(x, name, e) if x.requires_grad else base.fastest_product(x, name, e)
+            else:
+                y = ops.linear(x, plain[name][e], backend=base.backend)
+            if name not in low:
+                return y
+            a, b = low[name][0][e], low[name][1][e]
+            return y + (F.linear(F.linear(x.to(a.dtype), a), b) * self.scale).to(y.dtype)
+
+        dtype = (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
+        return routed(base, x_ND, expert_ids_NK, weights_NK, product, dtype)
+
+
+def adapt(model: CausalLM, adapter: Adapter) -> None:
+    """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients."""
+    model.requires_grad_(False)
+    for number in range(model.config.num_hidden_layers):
+        layer: Any = model.model.layers[number]
+        stacks: dict[str, Factors] = {}
+        for name, factors in adapter.factors.items():
+            start, _, rest = name.partition(f"model.layers.{number}.")
+            if start or not rest:
+                continue
+            owner, _, leaf = rest.rpartition(".")
+            if owner == "mlp.experts":
+                stacks[leaf] = factors
+            elif owner == "mlp.gate":
+                layer.mlp.gate = LoraRouter(layer.mlp.gate, factors, adapter.scale)
+            else:
+                layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale))
+        if stacks:
+            layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale)
+
+
+def factors_of(model: CausalLM) -> dict[str, Factors]:
+    """The factors that `adapt` put into a model, as parameters, under the names that adapters have for them."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear | LoraRouter):
+            found[f"{name}.weight"] = Factors(module.weight_a, module.weight_b)
+        elif isinstance(module, LoraExperts):
+            for leaf in module.names:
+                pair = (module.get_parameter(f"{leaf}_{factor}") for factor in "ab")
+                found[f"{name}.{leaf}"] = Factors(*pair)
+    return found
+
+
+@torch.no_grad()
+def adapter_of(model: CausalLM, rank: int, alpha: float) -> Adapter:
+    """The adapter that a model has, with its present values."""
+    return Adapter(rank, alpha, {n: Factors(a.detach(), b.detach()) for n, (a, b) in factors_of(model).items()})

@@ -1,0 +1,242 @@
+"""Learning from preferences: DPO (summed or length-normalised) and KTO against the model that the run began with.
+
+The reference's log-probabilities are computed once, before the first step, and kept in the run's folder: no second
+model is in memory while training. With adapters the reference is the model without them, which is the same.
+
+Shapes legend: P pairs, S samples.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from olmoe.errors import CheckpointError, ConfigError, UserError
+from olmoe.io.atomic import atomic_file
+from olmoe.model import CausalLM
+from olmoe.runtime import log
+from olmoe.train.data import name_files, sha256
+from olmoe.train.finetune.chats import Completion, Conversation, Sample
+from olmoe.train.finetune.config import ChatSource, PreferenceConfig
+from olmoe.train.finetune.loop import finetune
+from olmoe.train.finetune.losses import cross_entropy, head_weight
+from olmoe.train.finetune.masks import Example, fit, make_example
+from olmoe.train.finetune.packing import Batch, isolated_attend
+from olmoe.train.finetune.plan import Plan
+from olmoe.train.finetune.preference_losses import dpo_loss, dpo_margins, kto_loss
+from olmoe.train.finetune.preferences import read_judged, read_pairs
+from olmoe.train.finetune.start import Start
+
+REFERENCE_NAME = "reference.npy"
+
+
+def dpo(config: PreferenceConfig, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Path:
+    """Learn from preferences, or continue to; see `finetune`."""
+    return finetune(
+        config,
+        lambda start, device: PreferenceTask(config, start, device),
+        resume=resume,
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
+
+
+class PreferenceTask:
+    """The examples of all files, and what steps compute of them. See `loop.Task`.
+
+    A unit is what a step counts: a pair is two examples in a row, for KTO one and the same prompt with the answer to
+    another, by which z is measured.
+    """
+
+    def __init__(self, config: PreferenceConfig, start: Start, device: torch.device) -> None:
+        self.config, self.device, self.start = config, device, start
+        self._kto, self._norm = config.loss.kind == "kto", config.loss.kind == "dpo_norm"
+        self._names = name_files(config.resolve(s.path) for s in (*config.data.train, *config.data.valid))
+        self.examples: list[Example] = []
+        self._desirable: list[bool] = []  # of each unit, for KTO
+        self.prompts: list[Sample] = []
+        sizes = [len(self._read(source)) for source in config.data.train]
+        self.held_out = {self._names[config.resolve(s.path)]: self._read(s, held_out=True) for s in config.data.valid}
+        self.plan = Plan(
+            [([1] * size, source.repeat) for size, source in zip(sizes, config.data.train, strict=True)],
+            capacity=None,
+            epochs=config.schedule.epochs,
+            batch=config.batch,
+            seed=config.run.seed,
+        )
+        self.reference = np.zeros(0, np.float32)  # of each example, from `prepare`
+        log.info("%d %s; %d steps", sum(sizes), "answers" if self._kto else "pairs", self.steps)
+
+    @property
+    def steps(self) -> int:
+        """See `loop.Task`."""
+        return self.plan.steps
+
+    @property
+    def has_held_out(self) -> bool:
+        """See `loop.Task`."""
+        return bool(self.held_out)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `loop.Task`."""
+        sources = (*self.config.data.train, *self.config.data.valid)
+        paths = [self.config.resolve(source.path) for source in sources]
+        return {"texts": {self._names[path]: sha256(path) for path in paths}}
+
+    def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
+        """The log-probabilities of all examples under the model that the run begins with, or began with."""
+        path = output / REFERENCE_NAME
+        if resumed and path.is_file():
+            self.reference = _read_reference(path, len(self.examples))
+            return
+        self.reference = np.zeros(len(self.examples), np.float32)
+        order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].inputs))
+        model.eval()
+        with torch.no_grad(), tqdm(order, desc="reference", unit="answer", disable=not show_progress) as bar:
+            for number in bar:
+                self.reference[number] = float(self._log_probs(model, [number])[0])
+        model.train()
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self.reference)
+
+    def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
+        """See `loop.Task`."""
+        batches = self.plan.microbatches(step)
+        units = sum(map(len, batches))
+        baseline = self._baseline(model, [unit for batch in batches for unit in batch]) if self._kto else None
+        values: dict[str, float] = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        for batch in batches:
+            losses, margins = self._losses(model, batch, baseline)
+            (losses.sum() / units).backward()
+            values["loss"] += float(losses.detach().sum()) / units
+            values["accuracy"] += float((margins > 0).sum()) / units
+            values["margin"] += float(margins.sum()) / units
+        tokens = sum(len(self.examples[n].inputs) for batch in batches for unit in batch for n in self._of(unit))
+        return values | {"tokens": float(tokens)}
+
+    @torch.no_grad()
+    def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
+        """See `loop.Task`: the loss, and the share of pairs (or answers) on the right side of the reference."""
+        losses, accuracies = {}, {}
+        for name, units in self.held_out.items():
+            chosen = units if samples == 0 else [
+                units[i] for i in np.linspace(0, len(units) - 1, min(samples, len(units))).astype(int)
+            ]  # fmt: skip
+            baseline = self._baseline(model, chosen) if self._kto else None
+            found = [self._losses(model, [unit], baseline) for unit in chosen]
+            losses[name] = round(statistics.fmean(float(loss) for loss, _ in found), 5)
+            accuracies[name] = round(statistics.fmean(float(margin > 0) for _, margin in found), 5)
+        score = statistics.fmean(losses.values()) if losses else float("inf")
+        return ({"held_out_loss": losses, "held_out_accuracy": accuracies} if losses else {}), score
+
+    # ---- log-probabilities ----
+
+    def _of(self, unit: int) -> tuple[int, int]:
+        """The numbers of a unit's examples."""
+        return 2 * unit, 2 * unit + 1
+
+    def _log_probs(self, model: CausalLM, numbers: Sequence[int]) -> Tensor:
+        """The log-probability of each example's trained tokens, summed, or for "dpo_norm" their mean: (S,)."""
+        examples = [self.examples[number] for number in numbers]
+        batch, weight = Batch.of(examples, self.device), head_weight(model)
+        hidden = model(batch.ids, batch.positions, isolated_attend(batch.lengths)).hidden
+        parts = zip(hidden.split(batch.lengths), batch.labels.split(batch.lengths), strict=True)
+        sums = torch.stack([-cross_entropy(part, weight, labels) for part, labels in parts])
+        if self._norm:
+            sums = sums / torch.tensor([example.trained for example in examples], device=self.device)
+        return sums
+
+    def _reference_of(self, numbers: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.reference[list(numbers)]).to(self.device)
+
+    def _losses(self, model: CausalLM, units: list[int], baseline: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of each unit, and how far it is on the right side of the reference, detached."""
+        settings, beta = self.config.loss, self.config.loss.strength
+        if baseline is not None:
+            numbers = [2 * unit for unit in units]
+            moved = self._log_probs(model, numbers) - self._reference_of(numbers)
+            desirable = torch.tensor([self._desirable[unit] for unit in units], device=self.device)
+            weights = settings.desirable_weight, settings.undesirable_weight
+            losses = kto_loss(moved, desirable, baseline, beta, *weights)
+            return losses, torch.where(desirable, 1.0, -1.0) * (moved - baseline).detach()
+        numbers = [number for unit in units for number in self._of(unit)]
+        found, reference = self._log_probs(model, numbers), self._reference_of(numbers)
+        margins = dpo_margins(found[::2], found[1::2], reference[::2], reference[1::2])
+        return dpo_loss(margins, beta), margins.detach()
+
+    @torch.no_grad()
+    def _baseline(self, model: CausalLM, units: list[int]) -> Tensor:
+        """KTO's z."""
+        moved = [self._log_probs(model, [2 * unit + 1]) - self._reference_of([2 * unit + 1]) for unit in units]
+        return torch.cat(moved).mean().clamp(min=0.0)
+
+    # ---- reading ----
+
+    def _read(self, source: ChatSource, *, held_out: bool = False) -> list[int]:
+        """The units of a file, whose examples are kept."""
+        path, first = self.config.resolve(source.path), len(self.examples) // 2
+        rows: list[tuple[Sample, Sample]]
+        if self._kto:
+            judged = list(read_judged(path, chat=source.chat))
+            samples = [each.sample for each in judged]
+            rows = [(sample, with_answer_of(sample, samples[i - 1])) for i, sample in enumerate(samples)]
+            desirable = [each.desirable for each in judged]
+        else:
+            rows = [(pair.chosen, pair.rejected) for pair in read_pairs(path, chat=source.chat)]
+            desirable = [True] * len(rows)
+        dropped = 0
+        for number, (row, wanted) in enumerate(zip(rows, desirable, strict=True), 1):
+            fitted = [self._example(sample, number, path) for sample in row]
+            if None in fitted:
+                dropped += 1
+                continue
+            self.examples += [example for example in fitted if example is not None]
+            self._desirable.append(wanted)
+            if held_out:
+                self.prompts.append(row[0])
+        units = list(range(first, len(self.examples) // 2))
+        if not units:
+            raise ConfigError(
+                f"None of the {len(rows)} samples of {path} has its answers within data.sequence_length "
+                f"{self.config.data.sequence_length}; raise that."
+            )
+        if dropped:
+            log.warning("%s: of %d samples %d are too long and left out", path, len(rows), dropped)
+        return units
+
+    def _example(self, sample: Sample, number: int, path: Path) -> Example | None:
+        data = self.config.data
+        try:
+            return fit(make_example(sample, self.start.tokenizer, data.turns), data.sequence_length, data.too_long)
+        except UserError as error:
+            raise ConfigError(f"Sample {number} of {path} cannot be learned from: {str(error).rstrip('.')}.") from None
+
+
+def with_answer_of(sample: Sample, other: Sample) -> Sample:
+    """A sample's prompt with another one's last answer, which does not belong to it."""
+    answer = other.completion if isinstance(other, Completion) else other.messages[-1]
+    if isinstance(sample, Completion):
+        text = answer if isinstance(answer, str) else str(answer.get("content") or "")
+        return Completion(sample.prompt, text)
+    message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    return Conversation([*sample.messages[:-1], message], sample.trained, sample.tools)
+
+
+def _read_reference(path: Path, count: int) -> npt.NDArray[np.float32]:
+    try:
+        found = np.load(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it anew."
+        ) from None
+    if found.shape != (count,) or found.dtype != np.float32:
+        raise CheckpointError(f"{path} is of other samples than these {count}; remove it to compute it anew.")
+    return found

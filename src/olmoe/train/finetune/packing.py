@@ -1,0 +1,91 @@
+"""Several examples in one row, each by itself: positions restart, and nobody attends to a neighbour.
+
+Rows are filled by best fit: the longest example first, each into the fullest row that has room. A row's examples run
+through the network end to end, without padding, and attention is computed for each of them alone, so that a packed
+run computes what it would compute of single examples.
+
+Shapes legend: N tokens of all examples of a batch, H heads, G KV heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olmoe import ops
+from olmoe.model import Attend
+from olmoe.train.finetune.masks import Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples end to end: ids, their positions and labels (N,), and the length of each example."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+        """The batch of these examples."""
+        lengths = [len(example.inputs) for example in examples]
+        ids, positions, labels = (
+            torch.from_numpy(np.concatenate(parts)).to(device)
+            for parts in (
+                [example.inputs for example in examples],
+                [np.arange(length) for length in lengths],
+                [example.labels for example in examples],
+            )
+        )
+        return cls(ids, positions, labels, lengths)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of examples, row by row, so that no row's lengths exceed `capacity`: best fit, longest first.
+
+    Of equally long examples the first comes first.
+    """
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # rows by the room that they have
+    rooms: list[int] = []  # the sizes of room that there are, sorted
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[number]
+        assert 0 < length <= capacity, number
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[place]
+        rows[row].append(number)
+        if room > length:
+            if room - length not in open_rows:
+                open_rows[room - length] = []
+                bisect.insort(rooms, room - length)
+            open_rows[room - length].append(row)
+    return rows
+
+
+def isolated_attend(lengths: Sequence[int]) -> Attend:
+    """Causal attention within each of several texts that lie end to end, of these `lengths`."""
+    sizes = list(lengths)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
+        texts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        outputs = [
+            ops.attention(*(t.transpose(0, 1).unsqueeze(0) for t in text), causal=True)[0].transpose(0, 1)
+            for text in texts
+        ]
+        return torch.cat(outputs)
+
+    return attend

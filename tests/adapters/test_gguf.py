@@ -1,0 +1,57 @@
+"""A GGUF adapter: what is in the file, and what llama.cpp computes with it."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import llama_cpp_peer
+from adapter_cases import random_adapter
+from configurations import VOCAB_SIZE
+from conftest import make_model
+from gguf_files import save_folder
+from olmoe import adapters
+from olmoe.adapters.gguf import write_gguf_adapter
+from olmoe.cli.main import main
+from olmoe.model import causal_attend
+
+
+def test_the_file_holds_both_factors_of_every_tensor(tmp_path):
+    model = make_model()
+    adapter = random_adapter(model.config)
+    write_gguf_adapter(adapter, model.config, tmp_path / "a.gguf", "name")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.lora.alpha"].contents() == 6.0
+    tensors = {t.name: t.data for t in reader.tensors}
+    a, b = adapter.factors["model.layers.1.mlp.experts.gate_up_proj"]
+    for name, half in zip(("gate", "up"), b.chunk(2, dim=1), strict=True):
+        np.testing.assert_array_equal(tensors[f"blk.1.ffn_{name}_exps.weight.lora_a"], a.numpy())
+        np.testing.assert_array_equal(tensors[f"blk.1.ffn_{name}_exps.weight.lora_b"], half.numpy())
+    assert len(tensors) == 2 * 2 * (4 + 3 + 1)
+
+
+@pytest.mark.skipif(not llama_cpp_peer.available(), reason="no binding of llama.cpp is installed")
+def test_llama_cpp_applies_it(tmp_path, tokenizer_file):
+    model = make_model(hidden_size=64, intermediate_size=32)
+    base = save_folder(model, tmp_path / "base", tokenizer_file)
+    adapter = random_adapter(model.config, ("attention", "experts"))
+    (tmp_path / "adapter").mkdir()
+    adapters.write_adapter(adapter, tmp_path / "adapter", str(base))
+    assert main(["convert", str(base), str(tmp_path / "base.gguf"), "--type", "f32", "--quiet"]) == 0
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "a.gguf"), "--quiet"]) == 0
+    ids = list(range(2, 14))
+
+    def ours() -> np.ndarray:
+        hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None], causal_attend).hidden
+        return model.logits(hidden[0, -1]).log_softmax(-1).detach().numpy()
+
+    plain = ours()
+    adapters.merge(model, adapter)
+    theirs = llama_cpp_peer.open_model(tmp_path / "base.gguf", VOCAB_SIZE, tmp_path / "a.gguf").log_probs(ids)
+    known = np.isfinite(theirs)
+    assert known.sum() > VOCAB_SIZE // 2
+    assert np.abs(plain - ours())[known].max() > 0.1
+    np.testing.assert_allclose(theirs[known], ours()[known], atol=0.02)

@@ -1,0 +1,61 @@
+"""Configurations of fine-tuning: the recipes' defaults, schedules, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetuning_runs import write_run
+from olmoe.errors import ConfigError
+from olmoe.train.finetune.config import FinetuneSchedule, PreferenceConfig, SFTConfig, load_config
+from sentences import refused
+
+
+def test_defaults_are_the_papers(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        '[run]\noutput = "out"\ninitialize_from = "x"\n[data]\ntrain = [{ path = "a.jsonl" }]\n[batch]\nsequences = 4\n'
+        "[optimizer]\neps = 1e-9\n"
+    )
+    chats = load_config(tmp_path / "run.toml", SFTConfig)
+    assert (chats.optimizer.learning_rate, chats.optimizer.weight_decay) == (2e-5, 0.0)
+    assert (chats.schedule.epochs, chats.schedule.warmup) == (2.0, 0.03)
+    assert (chats.loss.load_balancing, chats.loss.router_z) == (0.0, 0.0)
+    assert chats.adapter is None
+    pairs = load_config(tmp_path / "run.toml", PreferenceConfig)
+    assert (pairs.optimizer.learning_rate, pairs.schedule.epochs, pairs.schedule.warmup) == (5e-7, 3.0, 0.1)
+    assert pairs.loss.strength == 0.1
+
+
+def test_rates_are_those_of_the_log():
+    """The released SFT run: 9,500 steps, 2e-5, a warm-up of 0.03 (its log counts steps from 1)."""
+    rate = FinetuneSchedule().rate
+    assert rate(2e-5, 0, 9500) == pytest.approx(7.018e-8, rel=1e-3)
+    assert rate(2e-5, 284, 9500) == pytest.approx(2e-5)
+    assert rate(2e-5, 2840, 9500) == pytest.approx(1.4454e-5, rel=1e-3)
+    assert 0 < rate(2e-5, 9499, 9500) < 1e-8
+    cosine = FinetuneSchedule(kind="cosine", warmup=0.0, final_fraction=0.1).rate
+    assert [cosine(1.0, step, 10) for step in (0, 5)] == pytest.approx([1.0, 0.55])
+    assert FinetuneSchedule(kind="constant", warmup=0.0).rate(1.0, 9, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run": {"initialize_from": ""}}, "run.initialize_from is missing"),
+        ({"run": {"output": ""}}, "run.output is empty"),
+        ({"data": {"train": []}}, "data.train is empty"),
+        ({"data": {"turns": "first"}}, "data.turns must be all or last, not 'first'"),
+        ({"data": {"too_long": "x"}}, "data.too_long must be cut, drop or refuse"),
+        ({"data": {"length": 3}}, "unknown key 'length'"),
+        ({"schedule": {"kind": "step"}}, "schedule.kind must be"),
+        ({"schedule": {"epochs": 0}}, "schedule.epochs must be above 0"),
+        ({"schedule": {"warmup": 1.0}}, "schedule.warmup must be from 0 to below 1"),
+        ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
+        ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
+        ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
+        ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
+        ({"adapter": {"targets": []}}, "adapter.targets must be"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, tokenizer_file, changes, says):
+    path = write_run(tmp_path, tokenizer_file, **changes)
+    assert says in refused(lambda: load_config(path, SFTConfig), ConfigError)

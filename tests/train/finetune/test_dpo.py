@@ -1,0 +1,132 @@
+"""Learning from preferences: the loss of a step, the reference, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_model
+from finetuning_runs import copy_of, files, preference, write_run
+from olmoe.errors import CheckpointError
+from olmoe.model import causal_attend
+from olmoe.train.finetune import loop
+from olmoe.train.finetune.chats import Completion, Conversation
+from olmoe.train.finetune.config import PreferenceConfig, load_config
+from olmoe.train.finetune.dpo import PreferenceTask, dpo, with_answer_of
+from olmoe.train.finetune.start import open_start
+from olmoe.train.loop import Interrupted
+from sentences import refused
+from training_runs import assert_same_run, read_metrics
+
+SMALL = {"batch": {"sequences": 2, "accumulation": 2}, "schedule": {"epochs": 4}, "optimizer": {"learning_rate": 1e-3}}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+    torch.set_num_threads(before)
+
+
+def run(path: Path, *, resume: bool = False) -> Path:
+    dpo(load_config(path, PreferenceConfig), resume=resume, show_progress=False)
+    return path.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer_file) -> Path:
+    return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file, row=preference, **SMALL))
+
+
+def test_answers_become_better(finished):
+    records = read_metrics(finished)
+    assert records[0]["held_out_loss"] == {next(iter(records[0]["held_out_loss"])): 0.69315}
+    assert records[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    held_out = [r for r in records if "held_out_accuracy" in r]
+    assert list(held_out[-1]["held_out_accuracy"].values()) == [1.0]
+    assert next(iter(held_out[-1]["held_out_loss"].values())) < 0.5
+    assert files(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl", "reference.npy"]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "dpo_norm", "kto"])
+def test_a_step_is_the_one_written_out_here(tmp_path, tokenizer_file, kind):
+    """Log-probabilities one by one, from whole logits; the reference is the model that the run begins with."""
+    path = write_run(tmp_path, tokenizer_file, row=preference, loss={"kind": kind}, **SMALL)
+    config = load_config(path, PreferenceConfig)
+    task = PreferenceTask(config, open_start(config), torch.device("cpu"))
+    reference, model, other = (make_model(max_position_embeddings=256) for _ in range(3))
+    task.prepare(reference, tmp_path, False, False)
+    for changed in (model, other):
+        changed.requires_grad_(True)
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(1.2)
+
+    def log_prob(net, number):
+        example = task.examples[number]
+        ids, labels = torch.from_numpy(example.inputs)[None], torch.from_numpy(example.labels)
+        scores = net.logits(net(ids, torch.arange(ids.shape[1])[None], causal_attend).hidden[0]).log_softmax(-1)
+        each = torch.stack([scores[t, label] for t, label in enumerate(labels.tolist()) if label != -100])
+        return each.mean() if kind == "dpo_norm" else each.sum()
+
+    def moved(number):
+        return log_prob(other, number) - log_prob(reference, number).detach()
+
+    units = [unit for batch in task.plan.microbatches(0) for unit in batch]
+    assert len(units) == 4
+    if kind == "kto":
+        z = torch.stack([moved(2 * unit + 1) for unit in units]).mean().detach().clamp(min=0)
+        signs = [1.0 if task._desirable[unit] else -1.0 for unit in units]
+        assert set(task._desirable) == {True, False}
+        losses = [1 - torch.sigmoid(s * 0.1 * (moved(2 * u) - z)) for s, u in zip(signs, units, strict=True)]
+    else:
+        beta = 5.0 if kind == "dpo_norm" else 0.1
+        losses = [-torch.log(torch.sigmoid(beta * (moved(2 * unit) - moved(2 * unit + 1)))) for unit in units]
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    values = task.accumulate(model, 0)
+    assert values["loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    for (name, a), b in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-2, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+    """With the reference that was computed before the first step."""
+    folder, original, calls = copy_of(finished, tmp_path), loop.clip_gradients, iter(range(100))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            loop,
+            "clip_gradients",
+            lambda *a: (next(calls) == 6 and signal.raise_signal(signal.SIGTERM), original(*a))[1],
+        )
+        with pytest.raises(Interrupted):
+            run(folder / "run.toml")
+    reference = (folder / "out" / "reference.npy").read_bytes()
+    np.save(folder / "out" / "reference.npy", np.zeros(3, np.float32))
+    assert "is of other samples" in refused(lambda: run(folder / "run.toml", resume=True), CheckpointError)
+    (folder / "out" / "reference.npy").unlink()  # computed anew, from the weights that the run began with
+    assert_same_run(run(folder / "run.toml", resume=True), finished)
+    assert (folder / "out" / "reference.npy").read_bytes() == reference
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_adapters_learn_preferences(tmp_path, tokenizer_file, kind):
+    changes = SMALL | {"optimizer": {"learning_rate": 1e-2, "kind": "rmsprop" if kind == "kto" else "adamw"}}
+    path = write_run(
+        tmp_path, tokenizer_file, row=preference, loss={"kind": kind}, adapter={"rank": 2, "pack": "int8"}, **changes
+    )
+    output = run(path)
+    assert "adapter_model.safetensors" in files(output / "best")
+    held_out = [r["held_out_loss"] for r in read_metrics(output) if "held_out_loss" in r]
+    assert next(iter(held_out[-1].values())) < next(iter(held_out[0].values())) - 0.05
+
+
+def test_answers_are_exchanged():
+    one = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (False, True))
+    assert with_answer_of(one, Completion("x", "y")).messages[-1] == {"role": "assistant", "content": "y"}
+    assert with_answer_of(Completion("x", "y"), one) == Completion("x", "b")

@@ -1,0 +1,160 @@
+"""Trained are the assistant's tokens and the end of its text, whatever the tokenizer joins, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from olmoe.errors import ConfigError
+from olmoe.io import hub
+from olmoe.tokenizer import Tokenizer
+from olmoe.train.finetune.chats import Completion, Conversation
+from olmoe.train.finetune.masks import IGNORE, make_example, make_examples
+from sentences import refused
+
+# The template of the released OLMoE-Instruct, which marks nothing.
+RELEASED = """\
+{{ bos_token }}{% for message in messages %}
+{% if message['role'] == 'system' %}
+{{ '<|system|>\\n' + message['content'] }}
+{% elif message['role'] == 'user' %}
+{{ '<|user|>\\n' + message['content'] }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer.from_folder(hub.resolve(hub.SHIPPED), eos_ids=(4095,), pad_id=1)
+
+
+@pytest.fixture(scope="module")
+def released(olmoe_tokenizer_file) -> Tokenizer:
+    return Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279,), pad_id=1)
+
+
+def chat(*texts: str, trained: tuple[bool, ...] | None = None) -> Conversation:
+    roles = [("user", "assistant")[i % 2] for i in range(len(texts))]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return Conversation(messages, trained or tuple(role == "assistant" for role in roles))
+
+
+def learned(example, tokenizer: Tokenizer) -> list[str]:
+    """The runs of trained ids as text."""
+    runs: list[list[int]] = [[]]
+    for label in example.labels.tolist():
+        if label == IGNORE:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
+
+
+@pytest.mark.parametrize("name", ["tiny", "released"])
+def test_answers_and_their_ends_are_trained(name, request):
+    tokenizer = request.getfixturevalue(name)
+    example = make_example(chat("Hello", "Hi, Jane!", "Bye ", "Bye 🐘."), tokenizer)
+    assert learned(example, tokenizer) == ["Hi, Jane!<|endoftext|>", "Bye 🐘.<|endoftext|>"]
+    text = tokenizer.decode(example.inputs.tolist(), skip_special_tokens=False)
+    assert (
+        text
+        == "<|endoftext|><|user|>\nHello\n<|assistant|>\nHi, Jane!<|endoftext|>\n<|user|>\nBye \n<|assistant|>\nBye 🐘."
+    )
+    ids = tokenizer.encode_rendered(text + "<|endoftext|>")
+    assert example.inputs.tolist() == ids[:-1]
+    assert all(label in (IGNORE, next_id) for label, next_id in zip(example.labels.tolist(), ids[1:], strict=True))
+
+
+def test_an_answer_that_joins_the_header_is_trained_whole(released):
+    """Here ids of the prompt are no prefix of those of the chat, on which other trainers rely."""
+    sample = chat("Hello", "\n\nHi")
+    prompt = released.encode_chat(sample.messages[:1])
+    example = make_example(sample, released)
+    assert example.inputs.tolist()[: len(prompt)] != prompt
+    assert learned(example, released) == ["\n\n\nHi<|endoftext|>"]
+
+
+def test_ids_are_those_of_the_chat(released):
+    sample = chat("What is\tthis? e\u0301", "  indented\r\n\r\n and\u3000wide e\u0301")
+    example = make_example(sample, released)
+    text, _ = released.render_answers(sample.messages)
+    assert example.inputs.tolist() == released.encode_rendered(text)[: len(example.inputs)]
+    assert learned(example, released) == ["  indented\r\n\r\n and\u3000wide é<|endoftext|>"]  # the tokenizer composes
+
+
+def test_templates_without_marks_give_the_same(olmoe_tokenizer_file, released):
+    unmarked = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279,), chat_template=RELEASED)
+    for sample in (chat("Hello", "\n\nHi"), chat("a", "b", "c", "d"), chat("a", "")):
+        one, other = (make_example(sample, tokenizer) for tokenizer in (released, unmarked))
+        assert one.inputs.tolist() == other.inputs.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+
+
+def test_the_end_is_known_by_its_id(olmoe_tokenizer_file):
+    """In the post-trained 0125 models another text stands behind the id that ends one."""
+    other = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50277,))
+    example = make_example(chat("a", "b"), other)
+    assert example.labels.tolist()[-1] == 50277
+
+
+def test_last_turn_and_weights_choose_answers(tiny):
+    four = ("Hello", "Hi", "And?", "Well")
+    assert learned(make_example(chat(*four), tiny, "last"), tiny) == ["Well<|endoftext|>"]
+    weighted = chat(*four, trained=(False, True, False, False))
+    assert learned(make_example(weighted, tiny), tiny) == ["Hi<|endoftext|>"]
+    with pytest.raises(ConfigError, match="no token of it would be trained"):
+        make_example(weighted, tiny, "last")
+
+
+def test_texts_have_no_template(tiny):
+    example = make_example(Completion("Once upon a", " time\n"), tiny)
+    assert learned(example, tiny) == [" time\n<|endoftext|>"]
+    assert tiny.decode(example.inputs.tolist()) == "Once upon a time\n"
+    with pytest.raises(ConfigError, match="no token of it would be trained"):
+        make_example(Completion("", ""), tiny)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes no end of text"),
+        ("{% for m in messages %}{{ m['content'] | upper | replace('B', 'x') }}{{ eos_token }}{% endfor %}", ""),
+        ("{% for m in messages %}{{ m['content'] | length }}{{ eos_token }}{% endfor %}", "changes what the assistant"),
+        ("{{ messages[0]['content'] }}{{ eos_token }}", "writes 0 answers where the assistant has 1"),
+    ],
+)
+def test_templates_that_cannot_be_learned_from_are_refused(template, says, tokenizer_file):
+    tokenizer = Tokenizer.from_file(tokenizer_file, eos_ids=(319,), chat_template=template)
+    if not says:
+        assert tokenizer.decode(make_example(chat("a", "b"), tokenizer).labels[-2:-1].tolist()) == "x"
+        return
+    message = refused(
+        lambda: make_examples([chat("a", "b")], tokenizer, length=64, turns="all", too_long="cut", file="here"),
+        ConfigError,
+    )
+    assert message.startswith("Sample 1 of here")
+    assert says in message
+
+
+def test_what_is_too_long_is_cut_dropped_or_refused(tiny):
+    samples = [chat("a", "b c d e f g h i j k l"), chat("a " * 40, "b"), chat("x", "y")]
+
+    def examples(too_long, length=28):
+        return make_examples(samples, tiny, length=length, turns="all", too_long=too_long, file="here")
+
+    whole = [make_example(sample, tiny) for sample in samples]
+    assert len(whole[0].inputs) > 28 > len(whole[2].inputs)
+    kept, count = examples("cut")
+    assert [len(example.inputs) for example in kept] == [28, len(whole[2].inputs)]
+    assert kept[0].labels.tolist() == whole[0].labels.tolist()[:28]
+    assert (count.samples, count.cut, count.dropped) == (3, 1, 1)
+    kept, count = examples("drop")
+    assert len(kept) == 1
+    assert count.dropped == 2
+    assert "set data.too_long" in refused(lambda: examples("refuse"), ConfigError)
+    assert "None of the 3 samples" in refused(lambda: examples("cut", 3), ConfigError)

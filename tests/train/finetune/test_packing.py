@@ -1,0 +1,51 @@
+"""Packing loses nothing and fills rows well; packed examples compute as they do alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_model
+from olmoe.train.finetune.masks import Example
+from olmoe.train.finetune.packing import Batch, isolated_attend, pack
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_example_is_in_one_row_that_holds_it(seed):
+    lengths = np.random.default_rng(seed).integers(1, 65, 300).tolist()
+    rows = pack(lengths, 64)
+    assert sorted(number for row in rows for number in row) == list(range(300))
+    sums = [sum(lengths[number] for number in row) for row in rows]
+    assert max(sums) <= 64
+    assert len(rows) <= 11 / 9 * sum(lengths) / 64 + 1  # what best fit, longest first, promises
+
+
+def test_the_fullest_row_with_room_is_taken():
+    assert pack([6, 5, 3, 2, 4], 10) == [[0, 4], [1, 2, 3]]
+    assert pack([], 10) == []
+
+
+def test_packed_examples_compute_as_alone():
+    model = make_model()
+    generator = np.random.default_rng(0)
+    examples = [
+        Example(ids, np.roll(ids, -1)) for ids in (generator.integers(0, 300, length) for length in (7, 1, 20, 7))
+    ]
+    batch = Batch.of(examples)
+    assert batch.lengths == [7, 1, 20, 7]
+    packed = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
+    loss = packed.hidden.square().sum()
+    together = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    alone, total = [], torch.zeros(())
+    for example in examples:
+        one = Batch.of([example])
+        hidden = model(one.ids, one.positions, isolated_attend(one.lengths)).hidden
+        alone.append(hidden)
+        total = total + hidden.square().sum()
+    torch.testing.assert_close(packed.hidden, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    for one, other in zip(
+        together, torch.autograd.grad(total, list(model.parameters()), allow_unused=True), strict=True
+    ):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

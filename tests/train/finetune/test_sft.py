@@ -1,0 +1,181 @@
+"""Fine-tuning on chats: its loss, what it writes, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import make_model
+from finetuning_runs import copy_of, files, write_run
+from olmoe.engine.llm import LLM
+from olmoe.errors import ConfigError
+from olmoe.model import causal_attend
+from olmoe.model.router_losses import load_balancing
+from olmoe.train.finetune import loop
+from olmoe.train.finetune.config import SFTConfig, load_config
+from olmoe.train.finetune.masks import IGNORE
+from olmoe.train.finetune.packing import Batch, isolated_attend
+from olmoe.train.finetune.sft import ChatTask, sft
+from olmoe.train.finetune.start import open_start
+from olmoe.train.loop import Interrupted
+from packed_folders import packed_folder
+from sentences import refused
+from training_runs import assert_same_run, fixed, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Runs set the number of threads; other tests keep theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C raises, also where whoever started the tests ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def run(path: Path, *, resume: bool = False) -> Path:
+    sft(load_config(path, SFTConfig), resume=resume, show_progress=False)
+    return path.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer_file) -> Path:
+    """The output of an uninterrupted run, which others must equal."""
+    return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file))
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Call `action` in the middle of a step, counted from 1 in this process."""
+    calls, original = iter(range(1, 10**6)), loop.clip_gradients
+
+    def clip(*arguments):
+        if next(calls) == step:
+            action()
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+
+
+def test_a_run_leaves_an_ordinary_checkpoint(finished):
+    assert files(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl"]
+    assert "chat_template.jinja" in files(finished / "best")
+    llm = LLM(finished / "best")
+    chat = [{"role": "user", "content": "a ball "}]
+    assert llm.chat(chat, show_progress=False)[0].text == "The ball."
+    assert "generation %}" in llm.tokenizer.chat_template
+
+
+def test_the_loss_falls_and_answers_are_logged(finished):
+    records = read_metrics(finished)
+    held_out = [next(iter(r["held_out_loss"].values())) for r in records if "held_out_loss" in r]
+    assert held_out[0] > 5
+    assert held_out[-1] < 1
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert all(r["trained_tokens"] < r["step_tokens"] for r in steps)
+    answers = [r["answers"] for r in records if "answers" in r]
+    assert answers[-1][0]["prompt"].endswith("<|user|>\na ball \n<|assistant|>\n")
+    assert len(answers[-1][0]["answer"]) > 1
+
+
+def test_every_trained_token_of_a_step_counts_the_same(tmp_path, tokenizer_file):
+    """Gradients of packed microbatches are those of the samples one by one, summed and divided once."""
+    path = write_run(tmp_path, tokenizer_file, batch={"sequences": 2, "accumulation": 3})
+    config = load_config(path, SFTConfig)
+    task = ChatTask(config, open_start(config), torch.device("cpu"))
+    model, other = (make_model(max_position_embeddings=256).train() for _ in range(2))
+    for one in (model, other):
+        one.requires_grad_(True)
+    values = task.accumulate(model, 0)
+    numbers = [number for batch in task.plan.microbatches(0) for number in batch]
+    assert len(numbers) > 6
+    summed, trained = torch.zeros(()), 0
+    for example in (task.examples[number] for number in numbers):
+        ids, labels = torch.from_numpy(example.inputs)[None], torch.from_numpy(example.labels)
+        hidden = other(ids, torch.arange(ids.shape[1])[None], causal_attend).hidden[0]
+        summed = summed + F.cross_entropy(other.logits(hidden), labels, ignore_index=IGNORE, reduction="sum")
+        trained += example.trained
+    (summed / trained).backward()
+    assert values["loss"] == pytest.approx(float(summed.detach()) / trained, rel=1e-5)
+    assert values["trained_tokens"] == trained
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_auxiliary_losses_are_off_unless_they_are_asked_for(tmp_path, tokenizer_file):
+    gates = []
+    for weight in (0.0, 0.5):
+        config = load_config(write_run(tmp_path, tokenizer_file, loss={"load_balancing": weight}), SFTConfig)
+        task = ChatTask(config, open_start(config), torch.device("cpu"))
+        model = make_model(max_position_embeddings=256).train().requires_grad_(True)
+        task.accumulate(model, 0)
+        gates.append(model.model.layers[0].mlp.gate.weight.grad)
+    model.zero_grad()
+    for numbers in task.plan.microbatches(0):
+        batch = Batch.of([task.examples[number] for number in numbers])
+        routers = model(batch.ids, batch.positions, isolated_attend(batch.lengths)).routers
+        (0.5 * load_balancing(routers) / 2).backward()
+    torch.testing.assert_close(gates[1] - gates[0], model.model.layers[0].mlp.gate.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch, number):
+    folder = copy_of(finished, tmp_path)
+    with monkeypatch.context() as patched:
+        at_step(patched, 5, lambda: signal.raise_signal(number))
+        with pytest.raises(Interrupted):
+            run(folder / "run.toml")
+    assert_same_run(run(folder / "run.toml", resume=True), finished)
+
+
+def test_a_killed_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+    """What was done after the last checkpoint is done again."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    folder = copy_of(finished, tmp_path)
+    with monkeypatch.context() as patched:
+        at_step(patched, 9, kill)
+        with pytest.raises(Killed):
+            run(folder / "run.toml")
+    assert files(folder / "out" / "checkpoints") == ["step-0000005"]
+    assert_same_run(run(folder / "run.toml", resume=True), finished)
+
+
+def test_recomputing_changes_nothing(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.toml").write_text("recompute = true\n" + text, encoding="utf-8")
+    output = run(folder / "run.toml")
+    assert list(map(fixed, read_metrics(output))) == list(map(fixed, read_metrics(finished)))
+
+
+def test_a_changed_run_is_not_continued(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    output = run(folder / "run.toml")
+    (folder / "train.jsonl").write_text(
+        (folder / "train.jsonl").read_text(encoding="utf-8").replace("park", "Park"), encoding="utf-8"
+    )
+    message = refused(lambda: run(folder / "run.toml", resume=True), ConfigError)
+    assert "[texts]" in message
+    assert files(output) == files(finished)
+
+
+def test_packed_weights_are_not_trained_whole(tmp_path, tokenizer_file):
+    packed_folder(tmp_path / "start", "int4", tokenizer_file, max_position_embeddings=256)
+    path = write_run(tmp_path, tokenizer_file)
+    assert "[adapter]" in refused(lambda: run(path), ConfigError)

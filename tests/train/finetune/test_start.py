@@ -1,0 +1,110 @@
+"""Runs that train adapters, over plain and packed weights: what they write, exact resumption, gradients only there."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetuning_runs import copy_of, files, write_run
+from olmoe.engine.llm import LLM
+from olmoe.errors import ConfigError
+from olmoe.io import hub
+from olmoe.train.finetune import loop
+from olmoe.train.finetune.config import SFTConfig, load_config
+from olmoe.train.finetune.sft import sft
+from olmoe.train.finetune.start import load_model, open_start
+from olmoe.train.loop import Interrupted
+from packed_folders import packed_folder
+from sentences import refused
+from training_runs import fixed, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+    torch.set_num_threads(before)
+
+
+def run(path: Path, *, resume: bool = False) -> Path:
+    sft(load_config(path, SFTConfig), resume=resume, show_progress=False)
+    return path.parent / "out"
+
+
+@pytest.fixture(scope="module", params=["plain", "nf4", "packed"])
+def finished(request, tmp_path_factory, tokenizer_file) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    adapter = {"rank": 4, "alpha": 8.0}
+    if request.param == "nf4":
+        adapter["pack"] = "nf4"
+    if request.param == "packed":
+        packed_folder(folder / "start", "int4", tokenizer_file, max_position_embeddings=256)
+    return run(write_run(folder, tokenizer_file, adapter=adapter, optimizer={"learning_rate": 2e-2}))
+
+
+def test_adapters_learn_and_are_small(finished):
+    held_out = [next(iter(r["held_out_loss"].values())) for r in read_metrics(finished) if "held_out_loss" in r]
+    assert held_out[0] > 4
+    assert held_out[-1] < 2
+    texts = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert files(finished / "best") == ["adapter_config.json", "adapter_model.safetensors", *texts]
+    llm = LLM(adapter=finished / "best")  # which names the model that it was trained over
+    assert llm.chat([{"role": "user", "content": "a ball "}], show_progress=False)[0].text.startswith("T")
+
+
+def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+    folder, original, calls = copy_of(finished, tmp_path), loop.clip_gradients, iter(range(100))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            loop,
+            "clip_gradients",
+            lambda *a: (next(calls) == 6 and signal.raise_signal(signal.SIGINT), original(*a))[1],
+        )
+        with pytest.raises(Interrupted):
+            run(folder / "run.toml")
+    output = run(folder / "run.toml", resume=True)
+    assert list(map(fixed, read_metrics(output))) == list(map(fixed, read_metrics(finished)))
+    for file in ("best/adapter_model.safetensors", "evaluation.json"):
+        assert (output / file).read_bytes() == (finished / file).read_bytes()
+
+
+@pytest.mark.parametrize("targets", [["experts"], ["router"]])
+def test_only_what_is_targeted_is_trained(tmp_path, tokenizer_file, targets):
+    config = load_config(write_run(tmp_path, tokenizer_file, adapter={"targets": targets}), SFTConfig)
+    model, trained = load_model(open_start(config), config, torch.device("cpu"))
+    named = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(named) == len(list(trained.parameters)) == (8 if targets == ["experts"] else 4)
+    assert all((".gate." in name) == (targets == ["router"]) for name in named)
+
+
+def test_the_shipped_model_is_a_start(tmp_path):
+    text = f"""
+[run]
+output = "out"
+initialize_from = "{hub.SHIPPED}"
+[data]
+train = [{{ path = "a.jsonl" }}]
+sequence_length = 512
+[batch]
+sequences = 1
+"""
+    (tmp_path / "run.toml").write_text(text)
+    start = open_start(load_config(tmp_path / "run.toml", SFTConfig))
+    assert start.tokenizer.eos_ids == (4095,)
+    assert set(start.files) == {"tokenizer.json", "tokenizer_config.json"}  # which brings its template
+    (tmp_path / "run.toml").write_text(text.replace("512", "513"))
+    message = refused(lambda: open_start(load_config(tmp_path / "run.toml", SFTConfig)), ConfigError)
+    assert "exceeds the 512 positions" in message
+
+
+def test_packing_what_is_packed_is_refused(tmp_path, tokenizer_file):
+    packed_folder(tmp_path / "start", "int4", tokenizer_file, max_position_embeddings=256)
+    path = write_run(tmp_path, tokenizer_file, adapter={"pack": "nf4"})
+    assert "packed already" in refused(lambda: run(path), ConfigError)
+    path = write_run(tmp_path / "other", tokenizer_file, adapter={"pack": "q3"})
+    assert "'q3' is unknown" in refused(lambda: run(path), ConfigError)
