@@ -110,6 +110,7 @@ def test_numbers_have_a_name_each():
 
 
 def test_tensorboard_shows_all_numbers_of_a_resumed_run(tmp_path, tokenizer_file, monkeypatch):
+    pytest.importorskip("tensorboard")
     path = write_run(tmp_path / "run", tokenizer_file, log={"tensorboard": True})
     output = path.parent / "out"
     interrupted_at(monkeypatch, 5, load_config(path))

@@ -18,7 +18,7 @@ LONGEST = 13  # ids of a repeated n-gram, as in OLMoE's training
 def has_repetition(ids: npt.NDArray[Any], times: int, longest: int = LONGEST) -> bool:
     """Whether an n-gram of 1 to `longest` ids occurs `times` times or more, one right after the other."""
     for period in range(1, min(longest, len(ids) // times) + 1):
-        # As many ids in a row equal those a period before as follow the first n-gram.
+        # All but the first of the n-grams equal, id by id, what stands a period before.
         differs = np.flatnonzero(ids[period:] != ids[:-period])
         ends = np.concatenate(([-1], differs, [len(ids) - period]))
         if np.diff(ends).max() - 1 >= (times - 1) * period:
