@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conftest import make_model
+from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.masks import Example
-from olmoe.train.finetune.packing import Batch, isolated_attend, pack
+from olmoe.train.finetune.packing import Batch, pack
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -15,10 +15,11 @@ from olmoe.engine.llm import LLM
 from olmoe.errors import ConfigError
 from olmoe.model import causal_attend
 from olmoe.model.router_losses import load_balancing
+from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune import loop
 from olmoe.train.finetune.config import SFTConfig, load_config
 from olmoe.train.finetune.masks import IGNORE
-from olmoe.train.finetune.packing import Batch, isolated_attend
+from olmoe.train.finetune.packing import Batch
 from olmoe.train.finetune.sft import ChatTask, sft
 from olmoe.train.finetune.start import open_start
 from olmoe.train.loop import Interrupted

@@ -24,12 +24,13 @@ from olmoe.io.atomic import atomic_file
 from olmoe.model import CausalLM
 from olmoe.runtime import log
 from olmoe.train.data import name_files, sha256
+from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.chats import Completion, Conversation, Sample
 from olmoe.train.finetune.config import ChatSource, PreferenceConfig
 from olmoe.train.finetune.loop import finetune
 from olmoe.train.finetune.losses import cross_entropy, head_weight
 from olmoe.train.finetune.masks import Example, fit, make_example
-from olmoe.train.finetune.packing import Batch, isolated_attend
+from olmoe.train.finetune.packing import Batch
 from olmoe.train.finetune.plan import Plan
 from olmoe.train.finetune.preference_losses import dpo_loss, dpo_margins, kto_loss
 from olmoe.train.finetune.preferences import read_judged, read_pairs

@@ -1,10 +1,10 @@
 """Several examples in one row, each by itself: positions restart, and nobody attends to a neighbour.
 
 Rows are filled by best fit: the longest example first, each into the fullest row that has room. A row's examples run
-through the network end to end, without padding, and attention is computed for each of them alone, so that a packed
-run computes what it would compute of single examples.
+through the network end to end, without padding, and attention is computed for each of them alone (`isolated_attend` of
+`document_mask`), so that a packed run computes what it would compute of single examples.
 
-Shapes legend: N tokens of all examples of a batch, H heads, G KV heads, Dh head dim.
+Shapes legend: N tokens of all examples of a batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmoe import ops
-from olmoe.model import Attend
 from olmoe.train.finetune.masks import Example
 
 
@@ -73,19 +71,3 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 bisect.insort(rooms, room - length)
             open_rows[room - length].append(row)
     return rows
-
-
-def isolated_attend(lengths: Sequence[int]) -> Attend:
-    """Causal attention within each of several texts that lie end to end, of these `lengths`."""
-    sizes = list(lengths)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """q (N, H, Dh), k and v (N, G, Dh) -> (N, H, Dh)."""
-        texts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        outputs = [
-            ops.attention(*(t.transpose(0, 1).unsqueeze(0) for t in text), causal=True)[0].transpose(0, 1)
-            for text in texts
-        ]
-        return torch.cat(outputs)
-
-    return attend

@@ -23,12 +23,13 @@ from olmoe.model import CausalLM
 from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.runtime import log
 from olmoe.train.data import name_files, sha256
+from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.chats import Sample, read_samples
 from olmoe.train.finetune.config import ChatSource, SFTConfig
 from olmoe.train.finetune.loop import finetune
 from olmoe.train.finetune.losses import cross_entropy, head_weight
 from olmoe.train.finetune.masks import Example, make_examples
-from olmoe.train.finetune.packing import Batch, isolated_attend, pack
+from olmoe.train.finetune.packing import Batch, pack
 from olmoe.train.finetune.plan import Plan
 from olmoe.train.finetune.start import Start
 
