@@ -12,11 +12,12 @@ PROMPT ?= Once upon a time
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup generate test check sanitize format clean
+.PHONY: help setup generate test slow check sanitize format clean
 
 help:
 	@echo "make generate   set up and stream a story (PROMPT=...)"
 	@echo "make test       set up, then lint, types, import contracts and all tests"
+	@echo "make slow       the tests that take half a minute each: torchrun, two machines"
 	@echo "make check      lint, types and import contracts only"
 	@echo "make sanitize   tests of the C++ kernels under address, undefined-behaviour and thread sanitizers"
 	@echo "make format     format the code"
@@ -51,6 +52,9 @@ check: $(VENV)/dev
 
 test: check
 	$(BIN)/python -m pytest
+
+slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
 
 sanitize: $(VENV)/dev
 	$(PIP) "nanobind>=2.4"

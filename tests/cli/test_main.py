@@ -167,8 +167,8 @@ def test_verbose_and_quiet_stand_before_the_command_or_after_it(monkeypatch, nam
         importlib.import_module(f"olmoe.cli.{name}"), "run", lambda a: seen.append(vars(a)[option]) or 0
     )
     files = {"generate": 1, "train": 1, "sft": 1, "dpo": 1, "batch": 2, "convert": 2, "quantize": 2, "upcycle": 2}
-    files["plot"] = 1
-    rest = {command: ["x", "y"][: files.get(command, 0)] for command in COMMANDS}
+    files |= {"plot": 1, "experiment": 1, "average": 3}
+    rest = {command: ["x", "y", "z"][: files.get(command, 0)] for command in COMMANDS}
     rest["edit"] = ["x", "y"]
     rest["analyze"] = ["x", "--text", "name=file", "--output", "y"]
     rest["policy"] = ["x", "--domain", "name"]

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from olmoe.adapters.adapter import TARGETS, Adapter, Factors
 from olmoe.config import ModelConfig
 from olmoe.errors import CheckpointError, shown
 from olmoe.io.json_file import read_optional_object
+from olmoe.weights.export import save_tensors
 from olmoe.weights.names import DOWN, EXPERTS, GATE_UP, parameter_shapes
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -94,11 +95,8 @@ def write_adapter(adapter: Adapter, folder: Path, base: str, layout: str = "fuse
                 "cannot say; merge it instead."
             )
     tensors = fused_tensors(adapter) if layout == "fused" else per_expert_tensors(adapter)
-    file = folder / WEIGHTS_NAME
-    file.touch()
-    mode = file.stat().st_mode  # the umask's; safetensors would leave the file private to its writer
-    save_file({_PREFIX + key: value.contiguous() for key, value in tensors.items()}, file, metadata={"format": "pt"})
-    file.chmod(mode)
+    named = {_PREFIX + key: value.contiguous() for key, value in tensors.items()}
+    save_tensors(named, folder / WEIGHTS_NAME, {"format": "pt"})
     text = json.dumps(_settings(adapter, base, layout), indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 

@@ -129,10 +129,15 @@ def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     copies = {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in tensors.items()}
     for name, copy in copies.items():
         check_range(name, tensors[name], copy)
+    save_tensors(copies, file, {"format": "pt"} | metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Raises `OSError` where the file system refuses it, a full disk above all."""
     file.touch()
     mode = file.stat().st_mode  # the umask's; safetensors would leave the file private to its writer
     try:
-        save_file(copies, file, metadata={"format": "pt"} | metadata)
+        save_file(tensors, file, metadata=metadata)
         file.chmod(mode)
     except SafetensorError as error:
         # What the file system refused arrives as text: "I/O error: No space left on device (os error 28)".

@@ -16,13 +16,14 @@ from torch import nn
 from olmoe import adapters
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
-from olmoe.io.targets import folder_that_keeps
+from olmoe.io.targets import folder_that_keeps, foreign_entries
+from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM, set_backend
 from olmoe.quant.formats import make_format
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.finetune.config import AdapterConfig, FinetuneConfig, check_model
 from olmoe.train.inheritance import start_folder
-from olmoe.weights import checkpoint, export
+from olmoe.weights import checkpoint, export, generation
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
 from olmoe.weights.packing import load_packed
@@ -146,8 +147,10 @@ def recompute_layers(model: CausalLM) -> None:
 
 
 def save_best(model: CausalLM, trained: Trained, folder: Path, files: dict[str, str]) -> None:
-    """Write what is trained into `folder`, in place of what an earlier call wrote there."""
-    with folder_that_keeps(folder, []) as temporary:
+    """Write what is trained into `folder`, in place of what an earlier call wrote there; all else stays."""
+    written = {*files, "config.json", generation.FILE_NAME, SINGLE_NAME, adapters.CONFIG_NAME, adapters.WEIGHTS_NAME}
+    foreign = foreign_entries(folder, written, shards=True) if folder.is_dir() else []
+    with folder_that_keeps(folder, foreign) as temporary:
         trained.write(model, temporary)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
