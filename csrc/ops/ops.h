@@ -75,8 +75,8 @@ struct Policies {
 
 // Softmax over all experts, the K largest by falling probability (ties: the lower expert first, as a stable sort
 // has it). logits (N, E) -> weights (N, K), ids (N, K). With `policies`, of which those for `layer` count, K is the
-// largest of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them. Pinned experts are among
-// the chosen, in their turn by probability. A temperature changes the weights and never the choice.
+// largest of theirs, and a token that chooses fewer has ids of -1 and weights of 0 behind them. Pinned experts are
+// among the chosen, in their turn by probability. A temperature changes the weights and never the choice.
 void route(const float* logits, int tokens, int experts, int k, bool norm_topk_prob, float* weights, int64_t* ids,
            const Policies* policies = nullptr, int layer = 0);
 

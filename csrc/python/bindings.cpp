@@ -162,13 +162,19 @@ NB_MODULE(_kernels, m) {
                    at<float>(top_logprobs), most});
   });
 
-  // Changes of what routers choose. Addresses of biases, numbers of experts, whether to renormalise, each token's policy
-  // (0: the first is for all tokens), pinned experts (0: none) and temperatures (0: 1), for so many layers.
+  // Changes of what routers choose. Addresses of biases, numbers of experts, whether to renormalise, each token's
+  // policy (0: the first is for all tokens), pinned experts (0: none) and temperatures (0: 1), for so many layers.
   nb::class_<Policies>(m, "Policies")
       .def("__init__", [](Policies* self, Address bias, Address top_k, Address norm, Address of_token, Address pinned,
                           Address temperature, int layers, int largest) {
-        new (self) Policies{at<float>(bias),     at<int32_t>(top_k),     at<uint8_t>(norm), at<int32_t>(of_token),
-                            at<uint8_t>(pinned), at<float>(temperature), layers,            largest};
+        new (self) Policies{at<float>(bias),
+                            at<int32_t>(top_k),
+                            at<uint8_t>(norm),
+                            at<int32_t>(of_token),
+                            at<uint8_t>(pinned),
+                            at<float>(temperature),
+                            layers,
+                            largest};
       });
 
   nb::class_<LayerWeights>(m, "Layer")
