@@ -167,7 +167,10 @@ def test_folders_of_another_kind_are_named_by_every_command(tmp_path, name, caps
         capsys.readouterr()
         assert main(command) == 2, command
         err = capsys.readouterr().err
-        assert message in err, err
+        if name == "adapter" and command[0] == "convert":  # which takes adapters, with the model that they name
+            assert "owner/base" in err, err
+        else:
+            assert message in err, err
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "weights.ckpt", "flax_model.msgpack", "m.gguf"])

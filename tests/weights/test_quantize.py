@@ -152,7 +152,7 @@ def test_packing_a_packed_model_to_the_same_format_changes_little(plain, tmp_pat
 class Blocks(HFFolder):
     """A source that stores everything in Q4_0 already, as a GGUF file would."""
 
-    def stored_as(self, parameter):
+    def stored_as(self, parameter, expert=None):
         return ("Q4_0",)
 
     def blocks(self, parameter, expert=None):

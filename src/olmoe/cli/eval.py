@@ -167,6 +167,6 @@ def _model(arguments: argparse.Namespace) -> Any:
         router_policy=router_policy(arguments),
         show_progress=not arguments.quiet,
     )
-    name = hub.SHIPPED_NAME if arguments.model is None else arguments.model
+    name = arguments.adapter or arguments.model or hub.SHIPPED_NAME
     model.name = Path(name).resolve().name if os.path.exists(name) else name
     return model
