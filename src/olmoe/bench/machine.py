@@ -16,7 +16,7 @@ from olmoe.ops import cpu
 
 
 def reset_peak_memory() -> None:
-    """Let `runtime.peak_memory_bytes` start anew from what is resident now, where the system can do that (Linux)."""
+    """Let `runtime.peak_memory_bytes` start again from what is resident now, where the system can do that (Linux)."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")

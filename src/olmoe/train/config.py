@@ -189,7 +189,7 @@ class RunConfig:
     """Where the run writes, its seed, and the CPU threads it uses.
 
     `initialize_from` is a checkpoint (a folder or a hub id) whose weights the run starts from, in place of random
-    ones; the optimizer and the schedule start anew. It brings its architecture and its tokenizer, so that `[model]`
+    ones; the optimizer and the schedule start again. It brings its architecture and its tokenizer, so that `[model]`
     and `[tokenizer]` need only say what is to be otherwise. `peak_flops` is what one device can do in a second, for
     MFU (see `throughput`); it is measured where it is not given.
     """

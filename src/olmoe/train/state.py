@@ -285,7 +285,7 @@ def _way_on(path: Path) -> str:
     before = [p for p in checkpoints(run) if p.name < path.name]
     if before:
         return f"remove {path} to resume from {before[-1].name}"
-    return f"no checkpoint is before it, so start anew: remove {run}, or choose another run.output"
+    return f"no checkpoint is before it, so start again: remove {run}, or choose another run.output"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
