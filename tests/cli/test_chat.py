@@ -147,7 +147,7 @@ def test_retry_undo_and_reset(chat, llm):
     code, out, err = chat("the dog\n/retry\n/undo\nthe ball\n/reset\nthe dog\n/exit\nthe ball\n", "--quiet")
     assert (code, out) == (0, "".join(f"{text}\n" for text in (*dog, *dog, *ball, *dog)))
     assert err.splitlines() == [
-        "With temperature 0.0 the answer stays the same; /set temperature 0.7 draws others.",
+        "With temperature 0.0 the answer stays the same; /set temperature 0.7 gives others.",
         "Taken back: the dog",
         "The chat starts again.",
     ]
