@@ -364,7 +364,7 @@ class PackedLoading:
         adapters = getattr(self, "_hf_peft_config_loaded", False)  # only they are saved
         if trained and not adapters and any(isinstance(module, PackedModule) for module in self.modules()):
             raise ConfigError(
-                f"{trained[0]} was trained as a whole and is not packed, so it cannot be saved with packed modules; call "
+                f"{trained[0]} was trained as a whole and is not packed, so it cannot be saved among packed ones; call "
                 "dequantize() on the model first."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
