@@ -26,7 +26,7 @@ inline void relax() {
 }
 
 constexpr int kSpins = 2000;              // some 20 to 50 microseconds
-constexpr int kPieces = 3;                // a thread takes this part of its share of what is left
+constexpr int kPieces = 3;                // a thread takes one in so many parts of its share of what is left
 constexpr int kKept = 1;                  // this many tasks for each thread are not taken ahead
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
 constexpr int kYields = 1000;             // other threads that want this core get it here

@@ -1,5 +1,5 @@
-// A small thread pool of our own. The calling thread works too; helpers spin briefly between calls, so that the many
-// short steps of decoding do not pay for waking them, then yield, then sleep.
+// A small thread pool. The calling thread works too; helpers spin briefly between calls, so that the many short steps
+// of decoding do not pay for waking them, then yield, then sleep.
 #pragma once
 
 #include <atomic>

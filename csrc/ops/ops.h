@@ -62,7 +62,7 @@ struct Product {
 void linear(std::initializer_list<Product> products, const Activations& x);
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);
 
-// Changes of what routers choose, for some or all tokens of a call (olmoe/runner/base.py: RouterPolicy).
+// Changes to what routers choose, for some or all tokens of a call (olmoe/runner/policy.py: RouterPolicy).
 struct Policies {
   const float* bias = nullptr;     // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
   const int32_t* top_k = nullptr;  // (policies), experts that a token chooses

@@ -88,7 +88,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tokenizer_file, capsys, monkey
 
     monkeypatch.setattr(schedule, "train_all", interrupt)
     assert main(["experiment", str(write_experiment(tmp_path, tokenizer_file)), "--seeds", "1"]) == 130
-    assert sentence(capsys).endswith("0 of 2 runs are finished. The same command goes on.\n")
+    assert sentence(capsys).endswith("0 of 2 runs are finished. The same command continues.\n")
 
 
 def test_the_page_is_about_what_is_there(tmp_path, tokenizer_file):

@@ -1,7 +1,7 @@
-"""Modules of the network with an adapter beside their weights, which stay as they are, plain or packed.
+"""Modules of the network with an adapter beside their weights, which are unchanged, plain or packed.
 
-Products with the low-rank factors are added to those with the weights, for experts only to those that tokens chose;
-neither the sum of the matrices nor its gradient exists.
+Products with the low-rank factors are added to those with the weights, and for experts only where tokens chose them;
+neither the sum of the matrices nor its gradient is ever formed.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, r rank.
 """
@@ -40,7 +40,7 @@ class LoraLinear(nn.Module):
 
 
 class LoraRouter(nn.Module):
-    """A router with an adapter. Its matrix is small, so that the sum is formed."""
+    """A router with an adapter. Its matrix is small, so here the sum is formed."""
 
     def __init__(self, base: Router, factors: Factors, scale: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LoraRouter(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """The experts of a layer with adapters of one or both of their stacks."""
+    """The experts of a layer with adapters for one or both of their stacks."""
 
     def __init__(self, base: Experts | PackedExperts, factors: dict[str, Factors], scale: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LoraExperts(nn.Module):
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `Experts.forward`."""
         base = self.base
-        # Taken apart once: of every expert by itself, the gradient would be as large as all of them.
+        # Unbound once: indexing each expert would make a gradient as large as all of them every time.
         low = {
             name: (self.get_parameter(f"{name}_a").unbind(), self.get_parameter(f"{name}_b").unbind())
             for name in self.names
@@ -111,7 +111,7 @@ def adapt(model: CausalLM, adapter: Adapter) -> None:
 
 
 def factors_of(model: CausalLM) -> dict[str, Factors]:
-    """The factors that `adapt` put into a model, as parameters, under the names that adapters have for them."""
+    """The factors that `adapt` put into a model, as parameters, under an adapter's names for them."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear | LoraRouter):
@@ -125,5 +125,5 @@ def factors_of(model: CausalLM) -> dict[str, Factors]:
 
 @torch.no_grad()
 def adapter_of(model: CausalLM, rank: int, alpha: float) -> Adapter:
-    """The adapter that a model has, with its present values."""
+    """The adapter of a model, with its current values."""
     return Adapter(rank, alpha, {n: Factors(a.detach(), b.detach()) for n, (a, b) in factors_of(model).items()})

@@ -1,6 +1,6 @@
 """The transformers face: our network behind transformers' configuration, model, cache and generation classes.
 
-This package alone imports transformers. Importing it changes nothing in transformers.
+Only this package imports transformers. Importing it changes nothing in transformers.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ transformers' loss pools all layers before it multiplies:
 Its minimum is K (8 for OLMoE), and layers can cancel each other. OLMoE was trained with other losses, per
 layer and with minimum 1: `olmoe.model.router_losses`.
 
-Where gradients are accumulated, or averaged over processes, each batch adds its share of the step (`share_of_step`),
-as its cross-entropy does. transformers adds the whole loss once a batch, so there its weight grows with their number.
+If gradients are accumulated, or averaged over processes, each batch adds its share of the step (`share_of_step`),
+like its cross-entropy. transformers adds the whole loss for every batch, so there its weight grows with their number.
 
 Shapes legend: B batch, T sequence, N tokens, E experts, K experts per token.
 """
@@ -27,13 +27,13 @@ from olmoe.model import RouterOutput
 from olmoe.model.router_losses import load_balancing, router_z
 from olmoe.ops import route
 
-IGNORE = -100  # the label of tokens that nothing is learnt from
+IGNORE = -100  # the label of tokens that are left out of the loss
 
 
 def pooled_load_balancing(
     router_logits: Sequence[Tensor], num_experts: int, top_k: int, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """The loss above. router_logits: (N, E) a layer; attention_mask (B, T) leaves padding out of both means."""
+    """The loss above. router_logits: (N, E) per layer; attention_mask (B, T) leaves padding out of both means."""
     device = router_logits[0].device
     weight_N = None if attention_mask is None else attention_mask.reshape(-1).to(device, torch.float32)
     chosen_E = torch.zeros(num_experts, device=device)
@@ -52,7 +52,7 @@ def pooled_load_balancing(
 def router_losses(model: Any, router_logits: Sequence[Tensor], attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The unweighted load-balancing loss that the configuration chooses, and what it adds to the training loss.
 
-    `model` has coefficient and counts as attributes, as transformers' has; router_logits: (N, E) a layer;
+    `model` has coefficient and counts as attributes, like transformers' models; router_logits: (N, E) per layer;
     attention_mask (B, T) or None.
     """
     config: OlmoeConfig = model.config
@@ -73,7 +73,7 @@ def router_losses(model: Any, router_logits: Sequence[Tensor], attention_mask: T
 
 
 def share_of_step(labels: Tensor, options: Mapping[str, Any]) -> Tensor | float:
-    """What this batch counts for among all batches of an optimizer's step, for losses that are means over its tokens.
+    """The share of this batch among all batches of an optimizer step, for losses that are means over its tokens.
 
     labels (B, T); `options` are what the loss function gets. With `num_items_in_batch` it divides the batch's summed
     cross-entropy by the predicted tokens of the step, on all processes: the share is how many of them are here.

@@ -1,4 +1,4 @@
-"""The OLMoE network as plain torch modules (`network`), its first weights (`init`), and its router losses.
+"""The OLMoE network as plain torch modules (`network`), its initial weights (`init`), and its router losses.
 
 It knows neither transformers, nor caches, nor distribution, nor quantized formats.
 """

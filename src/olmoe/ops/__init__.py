@@ -77,7 +77,7 @@ def route(
     """Softmax over all experts in fp32, then top-k. logits (N, E) -> weights (N, K) fp32, expert ids (N, K).
 
     Without `norm_topk_prob` (OLMoE) the weights are the probabilities themselves and sum to less than 1. With a
-    `policy` K is its width, and behind the experts of a token that chooses fewer there are ids of -1 and weights of 0.
+    `policy` K is its width; a token that chooses fewer experts has ids of -1 and weights of 0 after them.
     """
     if policy is None:
         return call("route", backend, logits, k, norm_topk_prob)
@@ -170,7 +170,7 @@ def linear_cross_entropy(
 
 
 def sample(logits: Tensor, rows: list[SamplingRow], allowed: int, *, backend: str = AUTO) -> Samples:
-    """The next token of every row, each from nothing but its own logits and `SamplingRow`. logits (B, V).
+    """The next token of every row, each from its own logits and `SamplingRow` alone. logits (B, V).
 
     Only the first `allowed` of V can be chosen: rows of an output head beyond the tokenizer's ids are padding.
     """

@@ -56,7 +56,7 @@ def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
 
 
 class _Scratch(threading.local):
-    """A thread's buffer for converted parts. A new one for each product would fault its pages in each time."""
+    """A thread's buffer for converted parts. A new one for each product would cause page faults every time."""
 
     buffer: Tensor | None = None
 
@@ -272,7 +272,7 @@ def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tenso
 
 @torch.library.custom_op("olmoe::grouped_linear", mutates_args=())
 def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
-    """`_grouped_linear` as one node of a compiled graph, which could not look at the offsets."""
+    """`_grouped_linear` as one node of a compiled graph, which could not read the offsets."""
     if not _widen(rows_MI, CONVERT_MIN_ROWS):
         return _grouped_linear(rows_MI.contiguous(), weight, offsets_E)
     parts = rows_MI.float().split(offsets_E.diff().tolist())
@@ -348,8 +348,8 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
 def _lowered(lower: torch.dtype, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Input and weights of grouped products, which autocast leaves alone, in the one dtype that they have under it.
 
-    Off the CPU that of single products. On a CPU their own: weights would be copied at every call for products that
-    are no faster.
+    Off the CPU it is that of single products. On a CPU it is their own: weights would be copied at every call for
+    products that are no faster.
     """
     dtype = lower
     if x.device.type == "cpu":

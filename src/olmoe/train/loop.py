@@ -121,7 +121,7 @@ def _train(
 
 @dataclass
 class Run:
-    """Everything that a training run consists of between two steps.
+    """The whole state of a training run between two steps.
 
     What only several processes need is imported where they need it, because it takes as long as torch itself.
     """
@@ -147,7 +147,7 @@ class Run:
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
-        """What the configuration asks for shows the records that are made in the block; the first rank's."""
+        """Within the block, the trackers that the configuration names show the first rank's records."""
         log_to = self.config.log if self.ranks.is_first else LogConfig()
         opening = open_trackers(log_to, self.output, self.progress.step, self.config.fingerprint())
         with ExitStack() as stack:
@@ -156,7 +156,7 @@ class Run:
 
     @cached_property
     def throughput(self) -> Throughput:
-        """What the speed of a step is held against."""
+        """The reference that the speed of a step is compared with."""
         return Throughput.of(self.config.model, self.device, self.config.run.peak_flops, self.ranks)
 
     @property
@@ -175,7 +175,7 @@ class Run:
         return self.output / "metrics.jsonl"
 
     def rest(self) -> None:
-        """Let a sharded model's parameters be shards again after a forward pass that no backward followed."""
+        """Reshard a sharded model's parameters after a forward pass that no backward pass followed."""
         if self.is_sharded:
             self.model.reshard()  # type: ignore[operator]
 
@@ -193,7 +193,7 @@ class Run:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Nothing is being written any more when the block ends, however it does."""
+        """Make sure that nothing is being written any more when the block ends, however it ends."""
         try:
             yield
             self.finish_saving()
@@ -213,7 +213,7 @@ class Run:
     def record(self, metrics: TextIO, values: Mapping[str, Any]) -> None:
         """Write one record of the step that was finished last."""
         counters = {"step": self.progress.step, "tokens": self.progress.tokens}
-        # JSON has no word for what a skipped step may have measured.
+        # JSON cannot express nan or infinity, which a skipped step may have measured.
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
         metrics.write(json.dumps(counters | finite) + "\n")
         metrics.flush()
@@ -224,7 +224,7 @@ class Run:
 def open_run(
     config: TrainConfig, output: Path, newest: Path | None, overwrite: bool = False, ranks: Ranks = ALONE
 ) -> Run:
-    """Data, model and optimizer as the run begins, or as the checkpoint `newest` left them.
+    """Data, model and optimizer as at the start of the run, or as the checkpoint `newest` left them.
 
     With `overwrite`, what an older run wrote into `output` is deleted, but not before all that the new one needs was
     read.
@@ -347,7 +347,7 @@ def report_best(run: Run) -> Path:
 
 
 def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ranks: Ranks = ALONE) -> CausalLM:
-    """The model as the run begins: random, or with the weights of the checkpoint that the configuration names.
+    """The model at the start of the run: random, or with the weights of the checkpoint that the configuration names.
 
     One that is `resumed` gets its weights with the rest of the state.
     """
@@ -369,7 +369,7 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
 def _fill(
     model: CausalLM, config: TrainConfig, place: Callable[[torch.nn.Parameter, torch.Tensor], None] | None = None
 ) -> None:
-    """Give a model its first weights. Raises `ConfigError` for a checkpoint that does not have them."""
+    """Give a model its initial weights. Raises `ConfigError` for a checkpoint that does not have them."""
     if config.run.initialize_from is None:
         initialize(model, config.run.seed, place)
         return

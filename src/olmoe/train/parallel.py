@@ -1,6 +1,6 @@
 """How ranks share a run, apart from the shards themselves: what may be shared, and what is summed over ranks.
 
-Nothing here is torch's machinery of sharding, whose import a process alone does not wait for; `sharding` has that.
+torch's sharding machinery is used only in `sharding`, so that a single process need not wait for its import.
 """
 
 from __future__ import annotations

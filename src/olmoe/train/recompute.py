@@ -1,7 +1,7 @@
 """Activation checkpointing: what backward needs of a layer is computed again instead of kept.
 
-It wraps the layer's `forward`, so that parameters keep their names. Routers return what they decided and count nothing
-by themselves, so that nothing is counted twice.
+It wraps the layer's `forward`, so that parameters keep their names. Routers return what they decided and do no counting
+themselves, so that nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KEPT = {
 
 
 def wrap(layer: DecoderLayer, mode: str) -> None:
-    """Let a layer recompute in backward: all of it (`full`), or all but products and attention (`selective`)."""
+    """Make a layer recompute in backward: all of it (`full`), or all but products and attention (`selective`)."""
     if mode == "off":
         return
     inner: Callable[..., Any] = layer.forward

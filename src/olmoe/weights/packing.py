@@ -1,6 +1,6 @@
-"""A model whose matrices are packed as they are read, so that the whole of it is never in memory unpacked.
+"""A model whose matrices are packed as they are read, so that it is never in memory unpacked as a whole.
 
-For training adapters over it (QLoRA): of the formats that need no calibration, in memory alone.
+For training adapters on top (QLoRA): with the formats that need no calibration, and only in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from olmoe.weights.source import WeightSource
 def load_packed(source: WeightSource, format: str, device: torch.device | str = "cpu") -> CausalLM:
     """The model with the matrices of attention and experts in `format`, one of `quant.FORMATS`, the rest in fp32.
 
-    A matrix that the format does not fit stays in fp32 too. Raises `ConfigError` for a format that is unknown.
+    A matrix that does not fit the format stays in fp32 too. Raises `ConfigError` for an unknown format.
     """
     config, shapes, kind = source.config, parameter_shapes(source.config), make_format(format)
     matrices = {name: shape for name, shape in shapes.items() if ".self_attn." in name or ".experts." in name}

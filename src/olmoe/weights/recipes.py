@@ -1,4 +1,4 @@
-"""Recipes: which format each matrix of a packed model gets, and whether its codes are chosen with care."""
+"""Recipes: which format each matrix of a packed model gets, and whether its codes are searched for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Recipe:
     name: str
     weight_format: str
     overrides: dict[str, str] = field(default_factory=dict)
-    searches: bool = False  # choose codes by their effect, on calibration text if there is some
-    summary: str = ""  # for people
+    searches: bool = False  # choose codes by their effect, on calibration text if there is any
+    summary: str = ""  # for help texts
 
     def layout(self) -> PackedLayout:
-        """What `config.json` of a folder packed this way says."""
+        """What the `config.json` of a folder packed this way says."""
         from olmoe.quant import PackedLayout
 
         return PackedLayout(self.weight_format, self.overrides, self.name)
@@ -31,7 +31,7 @@ _HIGH = {"model.embed_tokens": "q8_0", "lm_head": "q8_0", "model.layers.*.self_a
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("int8", "q8_0", summary="8.5 bits a weight, hardly a difference"),
+        Recipe("int8", "q8_0", summary="8.5 bits per weight, hardly any loss"),
         Recipe(
             "int4",
             "q4_0",
@@ -44,7 +44,7 @@ RECIPES = {
             "q4_0",
             _HIGH,
             searches=True,
-            summary="int4 with all but the experts at 8.5 bits: a third of the loss, a quarter more bytes a token",
+            summary="int4 with all but the experts at 8.5 bits: a third of the loss, a quarter more bytes per token",
         ),
         Recipe("q4_0", "q4_0", summary="4.5 bits, plain rounding, for comparisons"),
     )

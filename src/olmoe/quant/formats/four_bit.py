@@ -1,10 +1,10 @@
 """NF4 and FP4: 4-bit codes in blocks of 64 weights, with scales that may themselves be quantized.
 
     w ~ code[c] * absmax      absmax: the largest magnitude of the block, in fp32
-    absmax ~ dynamic[q] * nested_absmax + offset     with double quantization: 8 bits a scale, in blocks of 256
+    absmax ~ dynamic[q] * nested_absmax + offset     with double quantization: 8 bits per scale, in blocks of 256
 
 Code books, blocks, the order of nibbles and the arithmetic are those of QLoRA (arXiv 2305.14314) as
-bitsandbytes stores them, so what one encodes the other decodes to the same numbers. 4.5 bits a weight with
+bitsandbytes stores them, so what one encodes, the other decodes to the same numbers. A weight takes 4.5 bits with
 plain scales, 4.127 with double quantization. Blocks run over the flattened matrix; the last may be short.
 
 Shapes legend: R rows, C columns, W = R*C weights, B = ceil(W/64) blocks.
@@ -35,7 +35,7 @@ _NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# FP4: a sign, two exponent bits and one of mantissa. Magnitudes by their three bits, of which 12 is the largest.
+# FP4: a sign, two exponent bits and one mantissa bit. Magnitudes by their three bits; the largest is 12.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
@@ -52,7 +52,7 @@ def code_book(name: str, device: torch.device) -> Tensor:
 def dynamic_code_book(device: torch.device) -> Tensor:
     """The 256 values of the signed dynamic 8-bit type (arXiv 1511.04561), ascending, fp32.
 
-    A value has a sign, a decimal exponent in unary, and a fraction in the bits that are left: 2^i fractions
+    A value has a sign, a decimal exponent in unary, and a fraction in the remaining bits: 2^i fractions
     between 0.1 and 1 for the exponent i - 6.
     """
     values = [0.0, 1.0]
@@ -118,7 +118,7 @@ class FourBit(Format):
         blocks, pairs = absmax_B.numel(), _pairs(self.name, codes.device)
         codes = F.pad(codes, (0, blocks * BLOCK // 2 - codes.numel())).view(blocks, BLOCK // 2)
         out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-        # In parts that stay in cache; a GPU has no use for that.
+        # In parts that stay in the cache; a GPU does not need that.
         step = DECODE_BLOCKS if codes.device.type == "cpu" else max(blocks, 1)
         for start in range(0, blocks, step):
             here = slice(start, start + step)
@@ -146,11 +146,11 @@ def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(values: Tensor, book: Tensor) -> Tensor:
-    """The code of the entry of `book` that is nearest to each value, uint8; between two, the smaller entry."""
+    """The code of the entry of `book` nearest to each value, uint8; halfway between two, that of the smaller entry."""
     ascending, order = book.sort(stable=True)
     bounds = (ascending[:-1] + ascending[1:]) / 2
     if len(book) == 16:
-        # Fifteen vectorised comparisons take less time than a binary search.
+        # Fifteen vectorised comparisons are faster than a binary search.
         ranks = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
         for bound in bounds:
             ranks += values > bound

@@ -1,7 +1,7 @@
-"""What came out of an experiment, as results.json holds it: every finished run, every arm, every pair of arms.
+"""The results of an experiment, as in results.json: every finished run, every arm, every pair of arms.
 
-The loss is nats a token on held-out text, the mean over its files. What an arm reached is measured by its best
-checkpoint on all of that text; the curve on the windows that the trainer evaluates as it goes.
+The loss is in nats per token on held-out text, averaged over its files. An arm's result is that of its best
+checkpoint on all of that text; the curve is measured on the windows that the trainer evaluates as it goes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MEASURED = ("cross_entropy", "load_balancing", "router_z", "max_load_over_mean"
 
 
 def collect(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
-    """The results of the runs that are finished. Raises `UserError` if none is, or one had other settings."""
+    """The results of the finished runs. Raises `UserError` if there are none, or if one had other settings."""
     finished = [run for run in runs if run.is_finished]
     for run in finished:
         check_settings(run)

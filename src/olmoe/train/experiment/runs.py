@@ -1,6 +1,6 @@
-"""The training runs of an experiment: a folder each, with a configuration that `olmoe train` takes as well.
+"""The training runs of an experiment: a folder each, with a configuration that `olmoe train` also takes.
 
-`OUTPUT/ARM/seed-N/run.toml` is that configuration; what the trainer writes lies beside it. Runs of the same seed see
+`OUTPUT/ARM/seed-N/run.toml` is that configuration; what the trainer writes is beside it. Runs of the same seed see
 the same windows in the same order, whatever their arm.
 """
 
@@ -65,11 +65,11 @@ class Run:
 
     @property
     def tokens_before(self) -> int:
-        """Tokens that its model was trained on when it began."""
+        """Tokens that its model had been trained on before it started."""
         return 0 if self.earlier is None else self.earlier.tokens_before + self.earlier.tokens
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What the trainer noted, step by step."""
+        """What the trainer recorded, step by step."""
         try:
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:

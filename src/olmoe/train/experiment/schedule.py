@@ -1,8 +1,8 @@
-"""Training the runs of an experiment, some at a time, in processes of their own.
+"""Training the runs of an experiment, several at a time, each in its own process.
 
-What is finished is not trained again, what was interrupted goes on from its checkpoint, and a run waits for the one
-that it starts from. A process trains one run, so that one that the system ends takes nothing with it. Should this
-process die, the others notice, because their standard input is a pipe from here; they save and leave.
+Finished runs are not trained again, interrupted ones continue from their checkpoint, and a run waits for the one that
+it starts from. A process trains one run, so that one that the system kills takes no other with it. Should this process
+die, the others notice, because their standard input is a pipe from here; they save and exit.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LOSSES = ("dpo", "dpo_norm", "kto")
 class ChatSource:
     """A JSONL or JSON file of samples (see `chats` and `preferences`), relative to the configuration file.
 
-    `repeat` is how often an epoch passes over it; a fraction takes that share of its samples, drawn anew each epoch.
+    `repeat` is how often an epoch passes over it; a fraction takes that share of its samples, drawn again each epoch.
     `chat` puts the chat template around prompts and answers that are texts.
     """
 

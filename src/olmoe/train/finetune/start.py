@@ -1,4 +1,4 @@
-"""The model that a fine-tuning run trains, as the run begins, and how it is written and read again.
+"""The model that a fine-tuning run trains, as at its start, and how it is written and read again.
 
 Either all weights are trained, in fp32, and written as an ordinary checkpoint; or adapters over frozen ones, plain or
 packed, and only these are written.
@@ -47,7 +47,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained of a model, and its way to a folder and back."""
+    """The trained part of a model, and how it is written to a folder and read back."""
 
     parameters: nn.ParameterList
     write: Callable[[CausalLM, Path], None]
