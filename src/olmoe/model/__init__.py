@@ -25,6 +25,7 @@ from olmoe.model.network import (
     causal_attend,
     network_type,
     set_backend,
+    set_products,
 )
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "initialize",
     "network_type",
     "set_backend",
+    "set_products",
     "without_values",
 ]

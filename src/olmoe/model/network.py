@@ -96,10 +96,11 @@ class Linear(nn.Linear):
     """`nn.Linear` through `ops`, so that half precision is fast on every CPU."""
 
     backend = ops.AUTO
+    products: torch.dtype | None = None  # see `set_products`
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return ops.linear(x, self.weight, self.bias, backend=self.backend)
+        return ops.linear(x, self.weight, self.bias, products=self.products, backend=self.backend)
 
 
 class RMSNorm(nn.Module):
@@ -194,6 +195,7 @@ class Experts(nn.Module):
     """The SwiGLU experts of one layer as two stacked weights, computed for the chosen tokens only."""
 
     backend = ops.AUTO
+    products: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -221,6 +223,7 @@ class Experts(nn.Module):
             self.gate_up_proj,
             self.down_proj,
             self.activation,
+            products=self.products,
             backend=self.backend,
         )
 
@@ -330,6 +333,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if hasattr(module, "backend"):
             setattr(module, "backend", backend)  # noqa: B010  (mypy: every module has attributes of any type)
+
+
+def set_products(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let products with weights round their inputs to `dtype`: experts, projections and output head, not routers.
+
+    Weights, gradients and everything between products keep their dtype.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | Experts):
+            module.products = dtype
 
 
 def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -20,6 +20,7 @@ from olmoe.errors import ConfigError, shown
 from olmoe.io.text_file import read_text
 from olmoe.train.inheritance import inherit
 
+BF16_PRODUCTS = "bf16-products"  # of compute.precision
 _LIMIT = 2**63  # of every number: what a seed or a file size can be
 
 
@@ -140,7 +141,8 @@ class ParallelConfig:
 class ComputeConfig:
     """How a step is computed: the dtype of products and activations, what backward recomputes, and compilation.
 
-    With `bf16`, weights, gradients' sums and the optimizer stay in fp32.
+    With `bf16`, weights, gradients' sums and the optimizer stay in fp32. With `bf16-products` activations do, too (see
+    `precision`).
     """
 
     precision: str = "fp32"
@@ -326,7 +328,7 @@ def _check_choices(config: TrainConfig) -> None:
     choices = {
         "schedule.kind": (config.schedule.kind, ("cosine", "linear")),
         "parallel.balance": (config.parallel.balance, ("rank", "all")),
-        "compute.precision": (compute.precision, ("fp32", "bf16")),
+        "compute.precision": (compute.precision, ("fp32", "bf16", BF16_PRODUCTS)),
         "compute.activation_checkpointing": (compute.activation_checkpointing, ("off", "selective", "full")),
     }
     for key, (value, known) in choices.items():

@@ -64,7 +64,11 @@ def evaluate(
         output = model(inputs, positions, attend)
         if not counts:
             continue
-        nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
+        nats += float(
+            ops.linear_cross_entropy(
+                output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), products=model.lm_head.products
+            )
+        )
         for layer, router in enumerate(output.routers):
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
     (nats,) = ranks.sum(torch.tensor([nats], dtype=torch.float64)).tolist()

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from olmoe.errors import ConfigError
 from olmoe.io.atomic import write_text
-from olmoe.model import CausalLM, initialize
+from olmoe.model import CausalLM, initialize, set_products
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.train import parallel, state
+from olmoe.train import parallel, precision, state
 from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import check_start_stays, start_folder
@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     if overwrite and start:
         check_start_stays(start, config.resolve(start), output)
     with (
-        join_ranks(config.run.device, group_of_one=config.compute.precision != "fp32") as ranks,
+        join_ranks(config.run.device, group_of_one=config.compute.precision == "bf16") as ranks,
         ranks.guarded(lambda: state.way_on(output)),
         ExitStack() as stack,
     ):
@@ -231,6 +231,7 @@ def open_run(
     """
     device = ranks.device(resolve_device(config.run.device))
     ranks.on_all(lambda: parallel.check(config, ranks))
+    ranks.on_all(lambda: precision.check(config, device))
     config, data = ranks.first_in_turn(lambda: open_data(config, state.recorded_names(newest)))
     model = _start(config, resumed=newest is not None, device=device, ranks=ranks)
     optimizer = build_optimizer(model, config.optimizer)
@@ -336,6 +337,7 @@ def report_best(run: Run) -> Path:
     if run.is_sharded:
         run.rest()
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
+        set_products(model, None)  # as whoever opens the checkpoint computes
     else:
         model = checkpoint.load(best, device=run.device)
     files = run.data.held_out + run.data.measured
@@ -355,10 +357,12 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
         from olmoe.train.sharding import build_parallel
 
         model = build_parallel(config, ranks, device)
+        precision.set_up(model, config)
         if not resumed:
             ranks.on_all(lambda: _fill(model, config, assign))
         return model
     model = CausalLM(config.model)
+    precision.set_up(model, config)
     if not resumed:
         _fill(model, config)
     for layer in model.model.layers:

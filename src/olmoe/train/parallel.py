@@ -22,8 +22,8 @@ from olmoe.train.step import StepReport
 
 
 def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether a run trains a sharded model; one process in fp32 trains a plain one."""
-    return ranks.size > 1 or config.compute.precision != "fp32"
+    """Whether a run trains a sharded model; one process trains a plain one if weights are fp32."""
+    return ranks.size > 1 or config.compute.precision == "bf16"
 
 
 def check(config: TrainConfig, ranks: Ranks) -> None:
