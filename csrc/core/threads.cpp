@@ -66,6 +66,13 @@ int available() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// The system is asked once: operations want their pool up to a hundred times in a step, and each question is a call of
+// the kernel.
+int wanted_threads() {
+  if (wanted == 0) wanted = available();
+  return wanted;
+}
+
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
@@ -163,7 +170,7 @@ std::mutex& one_at_a_time() {
 ThreadPool& pool() {
   handle_forks();
   std::lock_guard lock(pool_mutex);
-  const int threads = wanted > 0 ? wanted : available();
+  const int threads = wanted_threads();
   if (!current || current->threads() != threads) {
     current.reset();
     current = std::make_unique<ThreadPool>(threads);
@@ -178,7 +185,7 @@ void set_threads(int threads) {
 
 int get_threads() {
   std::lock_guard lock(pool_mutex);
-  return wanted > 0 ? wanted : available();
+  return wanted_threads();
 }
 
 }  // namespace olmoe
