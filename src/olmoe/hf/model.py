@@ -28,7 +28,7 @@ from olmoe.hf.inputs import causal_mask, kept, positions_of
 from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.lora import route_lora
-from olmoe.hf.losses import router_losses, share_of_step
+from olmoe.hf.losses import WholeStep, router_losses, share_of_step
 from olmoe.hf.quantization import PackedLoading
 from olmoe.hf.recording import (
     ATTENTIONS,
@@ -295,6 +295,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     router_aux_loss_coef, num_experts, num_experts_per_tok = FromConfig(), FromConfig(), FromConfig()
+    whole_step: WholeStep | None = None  # what load balancing looks at in training, if not at each batch by itself
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -359,9 +360,10 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if auxiliary:
-            aux_loss, addition = router_losses(self, outputs.router_logits, attention_mask)
+            step = self.whole_step if self.training else None
+            aux_loss, addition = router_losses(self, outputs.router_logits, attention_mask, step)
             if loss is not None and labels is not None:
-                loss = loss + (share_of_step(labels, kwargs) * addition).to(loss.device)
+                loss = loss + (share_of_step(labels, kwargs, step) * addition).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

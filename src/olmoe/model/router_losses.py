@@ -27,22 +27,19 @@ def load_balancing(
 ) -> Tensor:
     """LB above: 1 when every layer's load is uniform. The counts carry no gradient.
 
-    `mask_N` is true for the tokens that count; the others (padding) are left out of both means. Without a mask,
-    `counts_LE` may give the load: of these tokens, if it is already known, or of a larger set of tokens.
+    `mask_N` is true for the tokens that count; the others (padding) are left out of both means. `counts_LE` may give
+    the load: that of these tokens, if already known, or of a larger set of tokens.
     """
     total = routers[0].logits.new_zeros(())
     for layer, router in enumerate(routers):
         p_NE = _wide(router.logits).softmax(dim=-1)
-        experts, k = p_NE.shape[1], router.expert_ids.shape[1]
+        counts_E = tokens_per_expert(router, mask_N) if counts_LE is None else counts_LE[layer]
+        share_E = counts_E / counts_E.sum()
         if mask_N is None:
-            counts_E = tokens_per_expert(router) if counts_LE is None else counts_LE[layer]
-            share_E = counts_E / counts_E.sum()
             mean_E = p_NE.mean(dim=0)
         else:
-            count = mask_N.sum()
-            share_E = tokens_per_expert(router, mask_N) / (count * k)
-            mean_E = torch.where(mask_N.unsqueeze(1), p_NE, 0.0).sum(dim=0) / count
-        total = total + experts * (share_E * mean_E).sum()
+            mean_E = torch.where(mask_N.unsqueeze(1), p_NE, 0.0).sum(dim=0) / mask_N.sum()
+        total = total + p_NE.shape[1] * (share_E * mean_E).sum()
     return total / len(routers)
 
 
