@@ -162,10 +162,11 @@ class SkipConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out evaluation during training: how often, and how many windows of each file (0: all)."""
+    """Held-out evaluation: how often during training, how many windows of each file then, and at the end (0: all)."""
 
     every_steps: int = 500
     windows: int = 64
+    final_windows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +375,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
         "evaluation.windows": config.evaluation.windows,
+        "evaluation.final_windows": config.evaluation.final_windows,
         "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }

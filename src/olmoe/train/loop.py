@@ -64,8 +64,9 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     An existing run is refused unless it is to `resume`, or to `overwrite`: then what it wrote is deleted first.
 
     Writes under `run.output`: `metrics.jsonl`, `checkpoints/step-N` (resumable), `best` (lowest mean held-out
-    bits per byte; the last state if nothing is held out) and `evaluation.json` (all of every held-out file,
-    by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
+    bits per byte; the last state if nothing is held out) and `evaluation.json` (every held-out file, all of it or
+    `evaluation.final_windows`, by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted`
+    after Ctrl-C.
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
@@ -325,7 +326,7 @@ def save(run: Run) -> Path:
 
 
 def report_best(run: Run) -> Path:
-    """Evaluate the best checkpoint on all of every held-out and measured file into `evaluation.json`; its folder."""
+    """Evaluate the best checkpoint on every held-out and measured file into `evaluation.json`; its folder."""
     best = run.output / "best"
     is_there = run.ranks.on_first(lambda: state.has_best(run.output))
     if not is_there:  # removed in the meantime, or before a finished run was resumed
@@ -339,7 +340,8 @@ def report_best(run: Run) -> Path:
     else:
         model = checkpoint.load(best, device=run.device)
     files = run.data.held_out + run.data.measured
-    final = evaluate_all(model, files, run.length, 0, run.ranks, run.config.mask_eos_id)
+    windows = run.config.evaluation.final_windows
+    final = evaluate_all(model, files, run.length, windows, run.ranks, run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", json.dumps(report) + "\n"))

@@ -16,7 +16,8 @@ from typing import Any
 
 from olmoe.errors import UserError
 from olmoe.train.experiment.definition import Experiment
-from olmoe.train.experiment.runs import Run, check_settings
+from olmoe.train.experiment.reuse import origin
+from olmoe.train.experiment.runs import RESULT, Run, check_settings
 from olmoe.train.experiment.schedule import START_RECORD
 from olmoe.train.experiment.statistics import Estimate, estimate, holm, paired
 
@@ -66,7 +67,7 @@ def _arm(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    evaluation = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
     held_out = [evaluation["held_out_loss"][name] for name in _held_out_names(run)]
     records = list(run.records())
     steps = [record for record in records if "cross_entropy" in record]
@@ -80,13 +81,16 @@ def _run(run: Run) -> dict[str, Any]:
     if start.is_file():
         losses = json.loads(start.read_text(encoding="utf-8"))["held_out_loss"]
         curve.insert(0, [run.tokens_before, _mean(losses.values())])
-    return {
+    found: dict[str, Any] = {
         "loss": _mean(held_out),
         "by_file": dict(zip(_held_out_names(run), held_out, strict=True)),
         "step": evaluation["step"],
         "steps": run.config.total_steps,
         "curve": curve,
-    } | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
+    }
+    if (reused := origin(run.folder)) is not None:
+        found["reused_from"] = reused
+    return found | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
 
 
 def _held_out_names(run: Run) -> list[str]:
