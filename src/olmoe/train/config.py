@@ -107,6 +107,13 @@ class RegularizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig:
+    """For experiments: an expert of this width that all tokens use beside the chosen ones (see `shared_expert`)."""
+
+    width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """Sequences a step: `sequences` at a time, `accumulation` times; `sequences` of all ranks together.
 
@@ -219,6 +226,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    shared_expert: SharedExpertConfig = field(default_factory=SharedExpertConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -258,6 +266,8 @@ class TrainConfig:
         for key in ("document_mask", "mask_repetitions"):
             if not plain["data"][key]:  # likewise
                 del plain["data"][key]
+        if self.shared_expert.width:  # likewise
+            plain["shared_expert"] = dataclasses.asdict(self.shared_expert)
         how = {"precision": self.compute.precision, "balance": self.parallel.balance}
         return plain | how | {"seed": self.run.seed}
 
@@ -374,6 +384,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "optimizer.weight_decay": optimizer.weight_decay,
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
+        "shared_expert.width": config.shared_expert.width,
         "evaluation.windows": config.evaluation.windows,
         "evaluation.final_windows": config.evaluation.final_windows,
         "data.mask_repetitions": data.mask_repetitions,

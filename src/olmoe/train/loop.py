@@ -25,7 +25,7 @@ from olmoe.errors import ConfigError
 from olmoe.io.atomic import write_text
 from olmoe.model import CausalLM, initialize
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.train import parallel, state
+from olmoe.train import parallel, shared_expert, state
 from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import check_start_stays, start_folder
@@ -158,7 +158,8 @@ class Run:
     @cached_property
     def throughput(self) -> Throughput:
         """What the speed of a step is held against."""
-        return Throughput.of(self.config.model, self.device, self.config.run.peak_flops, self.ranks)
+        config, shared = self.config, shared_expert.parameters(self.config)
+        return Throughput.of(config.model, self.device, config.run.peak_flops, self.ranks, shared)
 
     @property
     def is_sharded(self) -> bool:
@@ -337,6 +338,8 @@ def report_best(run: Run) -> Path:
     if run.is_sharded:
         run.rest()
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
+    elif run.config.shared_expert.width:
+        load_weights(model, shared_expert.source_of(best, model))
     else:
         model = checkpoint.load(best, device=run.device)
     files = run.data.held_out + run.data.measured
@@ -361,6 +364,8 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
             ranks.on_all(lambda: _fill(model, config, assign))
         return model
     model = CausalLM(config.model)
+    if config.shared_expert.width:
+        shared_expert.add(model, config.shared_expert.width)
     if not resumed:
         _fill(model, config)
     for layer in model.model.layers:

@@ -97,6 +97,17 @@ def test_arms_for_others_to_start_from_are_not_compared_and_curves_go_on_from_th
     assert [arm["compared"] for arm in found["arms"].values()] == [False, True, True]
 
 
+def test_a_shared_expert_is_among_the_parameters(tmp_path, tokenizer_file):
+    arms = {"plain": {}, "shared": {"shared_expert": {"width": 24}}}
+    experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
+    runs = lay_out(experiment, tmp_path / "out", seeds=1)
+    for run in runs:
+        write_finished(run, (5.0, 6.0))
+    plain, shared = collect(experiment, runs)["arms"].values()
+    for key in ("parameters", "active_parameters"):
+        assert shared[key] - plain[key] == 2 * 3 * 24 * 16  # layers, matrices, width, hidden size
+
+
 def test_an_experiment_without_held_out_text_is_told(tmp_path, tokenizer_file):
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file))
     runs = lay_out(experiment, tmp_path / "out", seeds=1)

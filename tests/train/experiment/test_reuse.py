@@ -82,6 +82,7 @@ def test_an_experiment_trains_what_is_left_and_starts_from_what_it_took_over(tra
         {"evaluation": {"windows": 2}},
         {"skip": {"sigmas": 0}},
         {"schedule": {"warmup_tokens": 64}},
+        {"shared_expert": {"width": 8}},
     ],
     ids=lambda changes: "-".join(f"{section}.{key}" for section, table in changes.items() for key in table),
 )

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from olmoe.errors import UserError
+from olmoe.train import shared_expert
 from olmoe.train.experiment.definition import Experiment
 from olmoe.train.experiment.reuse import origin
 from olmoe.train.experiment.runs import RESULT, Run, check_settings
@@ -52,13 +53,14 @@ def collect(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _arm(runs: Sequence[Run]) -> dict[str, Any]:
-    arm, first = runs[0].arm, runs[0]
+    arm, first, config = runs[0].arm, runs[0], runs[0].config
+    shared = shared_expert.parameters(config)
     measured = {str(run.seed): _run(run) for run in runs}
     return {
         "label": arm.label,
         "compared": arm.compared,
-        "parameters": first.config.model.num_parameters,
-        "active_parameters": first.config.model.num_active_parameters,
+        "parameters": config.model.num_parameters + shared,
+        "active_parameters": config.model.num_active_parameters + shared,
         "tokens": first.tokens,
         "tokens_before": first.tokens_before,
         "loss": _plain(estimate([run["loss"] for run in measured.values()])),

@@ -65,7 +65,7 @@ def _is_alike(folder: Path, config: TrainConfig) -> bool:
         return False
 
     def settings(c: TrainConfig) -> tuple[Any, ...]:
-        return c.run.seed, c.run.initialize_from, c.model, c.batch, c.evaluation, c.skip
+        return c.run.seed, c.run.initialize_from, c.model, c.shared_expert, c.batch, c.evaluation, c.skip
 
     return settings(other) == settings(config)
 
