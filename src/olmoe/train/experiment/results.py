@@ -90,9 +90,18 @@ def _run(run: Run) -> dict[str, Any]:
         "steps": run.config.total_steps,
         "curve": curve,
     }
+    if "expert_load_LE" in evaluation:
+        found["unused_experts"] = _unused(list(evaluation["expert_load_LE"].values()))
     if (reused := origin(run.folder)) is not None:
         found["reused_from"] = reused
     return found | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
+
+
+def _unused(load_FLE: list[list[list[int]]]) -> list[int]:
+    """By layer, how many experts no held-out token chose, of the load in each file."""
+    return [
+        sum(not any(of_file) for of_file in zip(*of_layer, strict=True)) for of_layer in zip(*load_FLE, strict=True)
+    ]
 
 
 def _held_out_names(run: Run) -> list[str]:

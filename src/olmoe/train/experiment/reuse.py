@@ -17,7 +17,7 @@ from olmoe.runtime import log
 from olmoe.train.config import TrainConfig, load_config
 from olmoe.train.experiment.runs import FILE, RESULT, Run
 from olmoe.train.run_data import open_data
-from olmoe.train.run_folder import latest
+from olmoe.train.run_folder import latest, run_lock
 from olmoe.train.state import read_state
 
 RECORD = "reused.json"  # beside a run that was taken over: which one it is
@@ -45,7 +45,8 @@ def reuse(run: Run) -> bool:
             read_state(newest, fingerprint)
         except UserError:  # other texts, for example
             continue
-        _take_over(found.parent, run.folder, experiments)
+        with run_lock(run.folder):
+            _take_over(found.parent, run.folder, experiments)
         log.info("%s is %s", run.name, found.parent.relative_to(experiments))
         return True
     return False
