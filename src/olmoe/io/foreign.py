@@ -107,6 +107,11 @@ def check_names(names: Iterable[str]) -> None:
     """Raise `CheckpointError` if tensors have the names of a wrapper, an adapter or a quantized model."""
     names = list(names)
     for name in names:
+        if ".mlp.shared_expert" in name:
+            raise CheckpointError(
+                f"The checkpoint holds the tensor {shown(name)} of a shared expert, which OLMoE does not have; what "
+                "was trained with one can be measured by its own training run, but not be run, exported or packed."
+            )
         if _ADAPTER.search(name):
             raise CheckpointError(
                 f"The checkpoint holds the tensor {shown(name)}, which belongs to an adapter of PEFT or to the "

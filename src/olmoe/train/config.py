@@ -108,6 +108,13 @@ class RegularizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig:
+    """For experiments: an expert of this width that all tokens use beside the chosen ones (see `shared_expert`)."""
+
+    width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """Sequences per step: `sequences` at a time, on all ranks together, `accumulation` times.
 
@@ -164,10 +171,11 @@ class SkipConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out evaluation during training: how often, and how many windows of each file (0: all)."""
+    """Held-out evaluation: how often during training, how many windows of each file then, and at the end (0: all)."""
 
     every_steps: int = 500
     windows: int = 64
+    final_windows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +228,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    shared_expert: SharedExpertConfig = field(default_factory=SharedExpertConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -259,6 +268,8 @@ class TrainConfig:
         for key in ("document_mask", "mask_repetitions"):
             if not plain["data"][key]:  # likewise
                 del plain["data"][key]
+        if self.shared_expert.width:  # likewise
+            plain["shared_expert"] = dataclasses.asdict(self.shared_expert)
         how = {"precision": self.compute.precision, "balance": self.parallel.balance}
         return plain | how | {"seed": self.run.seed}
 
@@ -375,7 +386,9 @@ def _check_ranges(config: TrainConfig) -> None:
         "optimizer.weight_decay": optimizer.weight_decay,
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
+        "shared_expert.width": config.shared_expert.width,
         "evaluation.windows": config.evaluation.windows,
+        "evaluation.final_windows": config.evaluation.final_windows,
         "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }

@@ -25,7 +25,7 @@ from olmoe.errors import ConfigError
 from olmoe.io.atomic import write_text
 from olmoe.model import CausalLM, initialize, set_products
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.train import parallel, precision, state
+from olmoe.train import parallel, precision, shared_expert, state
 from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import check_start_stays, start_folder
@@ -64,8 +64,9 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     An existing run is refused unless it is to `resume`, or to `overwrite`: then what it wrote is deleted first.
 
     Writes under `run.output`: `metrics.jsonl`, `checkpoints/step-N` (resumable), `best` (lowest mean held-out
-    bits per byte; the last state if nothing is held out) and `evaluation.json` (all of every held-out file,
-    by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
+    bits per byte; the last state if nothing is held out) and `evaluation.json` (every held-out file, all of it or
+    `evaluation.final_windows`, by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted`
+    after Ctrl-C.
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
@@ -157,7 +158,8 @@ class Run:
     @cached_property
     def throughput(self) -> Throughput:
         """The reference that the speed of a step is compared with."""
-        return Throughput.of(self.config.model, self.device, self.config.run.peak_flops, self.ranks)
+        config, shared = self.config, shared_expert.parameters(self.config)
+        return Throughput.of(config.model, self.device, config.run.peak_flops, self.ranks, shared)
 
     @property
     def is_sharded(self) -> bool:
@@ -326,7 +328,7 @@ def save(run: Run) -> Path:
 
 
 def report_best(run: Run) -> Path:
-    """Evaluate the best checkpoint on all of every held-out and measured file into `evaluation.json`; its folder."""
+    """Evaluate the best checkpoint on every held-out and measured file into `evaluation.json`; its folder."""
     best = run.output / "best"
     is_there = run.ranks.on_first(lambda: state.has_best(run.output))
     if not is_there:  # removed in the meantime, or before a finished run was resumed
@@ -338,10 +340,13 @@ def report_best(run: Run) -> Path:
         run.rest()
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
         set_products(model, None)  # as whoever opens the checkpoint computes
+    elif run.config.shared_expert.width:
+        load_weights(model, shared_expert.source_of(best, model))
     else:
         model = checkpoint.load(best, device=run.device)
     files = run.data.held_out + run.data.measured
-    final = evaluate_all(model, files, run.length, 0, run.ranks, run.config.mask_eos_id)
+    windows = run.config.evaluation.final_windows
+    final = evaluate_all(model, files, run.length, windows, run.ranks, run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", json.dumps(report) + "\n"))
@@ -363,6 +368,8 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
         return model
     model = CausalLM(config.model)
     precision.set_up(model, config)
+    if config.shared_expert.width:
+        shared_expert.add(model, config.shared_expert.width)
     if not resumed:
         _fill(model, config)
     for layer in model.model.layers:

@@ -28,6 +28,11 @@ def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
 
 def check(config: TrainConfig, ranks: Ranks) -> None:
     """Raise `ConfigError` if the configuration cannot be shared by these ranks."""
+    if config.shared_expert.width and is_parallel(config, ranks):
+        raise ConfigError(
+            f"shared_expert.width {config.shared_expert.width} is trained by one process in fp32 only; leave out "
+            "[shared_expert], or torchrun and compute.precision."
+        )
     parallel, sequences = config.parallel, config.batch.sequences
     wanted = parallel.ranks(ranks.size)
     if wanted != ranks.size:

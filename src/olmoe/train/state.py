@@ -24,8 +24,8 @@ from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
 from olmoe.train.run_folder import checkpoints, latest, tracked
 from olmoe.train.shards import load_weights, set_moments
+from olmoe.train.shared_expert import source_of
 from olmoe.weights import export
-from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.sharded_folder import METADATA_NAME
 
 STATE_NAME = "training_state.pt"
@@ -227,7 +227,7 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     """
     progress, saved = read_state(path, fingerprint)
     with one_sentence(path):
-        load_weights(model, Checkpoint.open(path).source())
+        load_weights(model, source_of(path, model))
     moments = saved["state"]
     for (name, parameter), index in zip(model.named_parameters(), range(len(moments)), strict=False):
         assert moments[index]["exp_avg"].shape == parameter.shape, name

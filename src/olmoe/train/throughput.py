@@ -33,13 +33,26 @@ class Throughput:
     ranks: Ranks
 
     @classmethod
-    def of(cls, model: ModelConfig, device: torch.device, peak_flops: float | None, ranks: Ranks = ALONE) -> Throughput:
-        """For a run of this model by these ranks. What one device can do is measured where it is not stated."""
+    def of(
+        cls,
+        model: ModelConfig,
+        device: torch.device,
+        peak_flops: float | None,
+        ranks: Ranks = ALONE,
+        more_parameters: int = 0,
+    ) -> Throughput:
+        """For a run of this model, and active parameters besides, by these ranks.
+
+        What one device can do is measured where it is not stated.
+        """
         if peak_flops is None:
             peak_flops = product_rate(device)
             log.info("the product rate of %s is %.1f GFLOP/s, which MFU is a part of", device, peak_flops / 1e9)
         return cls(
-            flops_per_token(model), float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))), device, ranks
+            flops_per_token(model) + 6 * more_parameters,
+            float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))),
+            device,
+            ranks,
         )
 
     def values(self, tokens: int, seconds: float) -> dict[str, float]:

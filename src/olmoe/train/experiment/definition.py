@@ -33,8 +33,8 @@ from olmoe.weights.upcycle import Upcycling
 Tables = dict[str, dict[str, Any]]
 
 _SECTIONS = (
-    "run", "model", "tokenizer", "data", "batch", "schedule", "optimizer", "loss", "regularization", "evaluation",
-    "checkpoint",
+    "run", "model", "tokenizer", "data", "batch", "schedule", "optimizer", "loss", "regularization", "shared_expert",
+    "evaluation", "checkpoint",
 )  # fmt: skip
 _FOLDER = "experiments"
 
@@ -130,6 +130,8 @@ def _arm(name: str, table: Any, base: dict[str, Any], before: dict[str, Arm], pa
     if upcycle and start is None:
         raise ConfigError(f"{where} upcycles, but starts from no arm; add start = ARM.")
     if start is not None:
+        if "shared_expert" in tables or "shared_expert" in before[start].tables:
+            raise ConfigError(f"{where} starts from another arm, which no arm with a shared expert can; remove one.")
         if "model" in table:
             raise ConfigError(f"{where} starts from {start!r}, whose model it has; remove its [model].")
         tables["model"] = before[start].tables["model"] | _upcycled(before[start].tables["model"], upcycle, where)

@@ -23,6 +23,7 @@ from olmoe.train.experiment.definition import Arm, Experiment, Tables
 from olmoe.train.run_folder import latest
 
 FILE = "run.toml"
+RESULT = "evaluation.json"  # what the trainer writes last
 # What a run that starts from another one adds to the seed, so that it does not see the same windows again.
 STAGE = 1_000_000
 
@@ -51,7 +52,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether it was trained and evaluated."""
-        return (self.folder / "evaluation.json").is_file()
+        return (self.folder / RESULT).is_file()
 
     @property
     def has_begun(self) -> bool:
