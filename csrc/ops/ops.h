@@ -103,4 +103,9 @@ void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
 bool compensates();  // the chosen kernels can
 void encode(const Matrix& weight, const float* factor, Type type, uint8_t* out);
 
+// Blocks of kBookBlock values to and from 4-bit numbers of a book's entries; see Kernels.
+void decode_book(const uint8_t* codes, const float* scales, int blocks, const float* entries, Type type, void* out);
+void encode_book(const void* x, Type type, int blocks, const float* bounds, const uint8_t* numbers, uint8_t* codes,
+                 float* scales);
+
 }  // namespace olmoe

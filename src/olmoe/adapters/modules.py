@@ -17,26 +17,38 @@ from torch.func import functional_call
 
 from olmoe import ops
 from olmoe.adapters.adapter import Adapter, Factors
+from olmoe.adapters.experts import FrozenExperts, Low, adapted_experts
 from olmoe.model import CausalLM, Experts, Linear, Router
 from olmoe.model.network import RouterOutput
+from olmoe.ops.transforms import transformed
 from olmoe.ops.types import RoutePolicy
 from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.quant.modules import routed
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with an adapter."""
+    """A linear layer with an adapter. `precision` is the dtype of products with its weights, by default the input's."""
 
-    def __init__(self, base: Linear | PackedLinear, factors: Factors, scale: float) -> None:
+    def __init__(
+        self, base: Linear | PackedLinear, factors: Factors, scale: float, precision: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.base, self.scale = base, scale
+        self.base, self.scale, self.precision = base, scale, precision
         self.weight_a, self.weight_b = map(nn.Parameter, factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         low = F.linear(F.linear(x.to(self.weight_a.dtype), self.weight_a), self.weight_b)
-        y: Tensor = self.base(x)
+        y = self._base(x)
         return y + (low * self.scale).to(y.dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        base, dtype = self.base, self.precision or x.dtype
+        if isinstance(base, PackedLinear) or dtype == x.dtype:
+            y: Tensor = base(x.to(dtype))
+            return y.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return ops.linear(x.to(dtype), base.weight.to(dtype), bias, backend=base.backend).to(x.dtype)
 
 
 class LoraRouter(nn.Module):
@@ -55,11 +67,20 @@ class LoraRouter(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """The experts of a layer with adapters for one or both of their stacks."""
+    """The experts of a layer with adapters for one or both of their stacks; `precision` as in `LoraLinear`.
 
-    def __init__(self, base: Experts | PackedExperts, factors: dict[str, Factors], scale: float) -> None:
+    Packed ones are here without any too: a training pass decodes them less often.
+    """
+
+    def __init__(
+        self,
+        base: Experts | PackedExperts,
+        factors: dict[str, Factors],
+        scale: float,
+        precision: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.base, self.scale, self.names = base, scale, tuple(factors)
+        self.base, self.scale, self.names, self.precision = base, scale, tuple(factors), precision
         for name, (a, b) in factors.items():
             self.register_parameter(f"{name}_a", nn.Parameter(a))
             self.register_parameter(f"{name}_b", nn.Parameter(b))
@@ -67,6 +88,13 @@ class LoraExperts(nn.Module):
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `Experts.forward`."""
         base = self.base
+        if not (self.names or torch.is_grad_enabled()):
+            return base(x_ND, expert_ids_NK, weights_NK)
+        dtype = self.precision or (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
+        if torch.is_grad_enabled() and not transformed(x_ND):
+            pairs = {n: (self.get_parameter(f"{n}_a"), self.get_parameter(f"{n}_b")) for n in self.names}
+            adapters = {name: Low(*pair, self.scale) for name, pair in pairs.items()}
+            return adapted_experts(x_ND, expert_ids_NK, weights_NK, FrozenExperts(base, dtype), adapters)
         # Unbound once: indexing each expert would make a gradient as large as all of them every time.
         low = {
             name: (self.get_parameter(f"{name}_a").unbind(), self.get_parameter(f"{name}_b").unbind())
@@ -85,12 +113,15 @@ class LoraExperts(nn.Module):
             a, b = low[name][0][e], low[name][1][e]
             return y + (F.linear(F.linear(x.to(a.dtype), a), b) * self.scale).to(y.dtype)
 
-        dtype = (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
         return routed(base, x_ND, expert_ids_NK, weights_NK, product, dtype)
 
 
-def adapt(model: CausalLM, adapter: Adapter) -> None:
-    """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients."""
+def adapt(model: CausalLM, adapter: Adapter, precision: torch.dtype | None = None) -> None:
+    """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients.
+
+    `precision` is the dtype of products with the weights that are adapted, by default that of hidden states. Products
+    with the factors are computed in the factors' own.
+    """
     model.requires_grad_(False)
     for number in range(model.config.num_hidden_layers):
         layer: Any = model.model.layers[number]
@@ -105,9 +136,9 @@ def adapt(model: CausalLM, adapter: Adapter) -> None:
             elif owner == "mlp.gate":
                 layer.mlp.gate = LoraRouter(layer.mlp.gate, factors, adapter.scale)
             else:
-                layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale))
-        if stacks:
-            layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale)
+                layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale, precision))
+        if stacks or isinstance(layer.mlp.experts, PackedExperts):
+            layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale, precision)
 
 
 def factors_of(model: CausalLM) -> dict[str, Factors]:

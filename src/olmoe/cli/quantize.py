@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmoe.cli.progress import progress_bar
-from olmoe.weights.recipes import RECIPES
+from olmoe.weights.recipes import BASE_RECIPES, RECIPES
 
 if TYPE_CHECKING:
     from olmoe.analysis.quality import Report
     from olmoe.weights.contents import Packed
 
-FORMATS = {name: recipe.summary for name, recipe in RECIPES.items()}
+FORMATS = {name: recipe.summary for name, recipe in (RECIPES | BASE_RECIPES).items()}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ M = N*K routed rows, F expert width, V vocabulary.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, cast
 
 import torch
@@ -25,17 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from olmoe.ops import composable
+from olmoe.ops import composable, widened
 from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
 from olmoe.ops.reference import linear_cross_entropy as plain_cross_entropy
 from olmoe.ops.transforms import followed, mapped, plain_attention, plain_gradients, transformed, twice_differentiable
 from olmoe.ops.types import SortedRows
+from olmoe.ops.widened import matmul_transposed
 from olmoe.runtime import cpu_multiplies_bf16
 
-# Rows of a weight converted to fp32 at a time: 256 x 2048 fp32 are 2 MB, which stay in the L2/L3 cache.
-CONVERT_ROWS = 256
 # Tokens whose logits exist at a time in linear_cross_entropy: 512 x 4096 fp32 are 8 MB.
 CROSS_ENTROPY_TOKENS = 512
 # Tokens whose rows are combined at a time in half precision: 64 x 8 x 2048 fp32 are 4 MB.
@@ -55,37 +53,11 @@ def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
     return rows >= CONVERT_MIN_ROWS
 
 
-class _Scratch(threading.local):
-    """A thread's buffer for converted parts. A new one for each product would cause page faults every time."""
-
-    buffer: Tensor | None = None
-
-    def rows(self, count: int, width: int) -> Tensor:
-        """An fp32 (count, width) view of the buffer, whose values are arbitrary."""
-        if self.buffer is None or self.buffer.numel() < count * width:
-            # Outside inference mode, so that the buffer can be written in any mode afterwards.
-            with torch.inference_mode(False):
-                self.buffer = torch.empty(count * width, dtype=torch.float32)
-        return self.buffer[: count * width].view(count, width)
-
-
-_SCRATCH = _Scratch()
-
-
-def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in fp32 for a half-precision weight, converting `CONVERT_ROWS` rows of it at a time."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    buffer = _SCRATCH.rows(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1])
-    for start in range(0, weight.shape[0], CONVERT_ROWS):
-        part = weight[start : start + CONVERT_ROWS]
-        wide = buffer[: part.shape[0]].copy_(part)
-        torch.mm(x, wide.T, out=out[:, start : start + CONVERT_ROWS])
-    return out
-
-
 @register("linear", "torch", autocasts=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.linear`."""
+    if widened.is_mixed(x, weight):
+        return widened.linear(x, weight, bias)
     rows, lower = x.numel() // max(x.shape[-1], 1), autocast_dtype(x)
     if not _widen(x, rows, lower):
         return F.linear(x, weight, bias)  # which autocast lowers
@@ -93,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with without_autocast(x):
             wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(lower or x.dtype)
-    y = _matmul_widened(x.reshape(rows, x.shape[-1]).float(), weight)
+    y = matmul_transposed(x.reshape(rows, x.shape[-1]).float(), weight)
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -276,7 +248,7 @@ def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Te
     if not _widen(rows_MI, CONVERT_MIN_ROWS):
         return _grouped_linear(rows_MI.contiguous(), weight, offsets_E)
     parts = rows_MI.float().split(offsets_E.diff().tolist())
-    out = [_matmul_widened(part, weight[e]) for e, part in enumerate(parts) if part.shape[0]]
+    out = [matmul_transposed(part, weight[e]) for e, part in enumerate(parts) if part.shape[0]]
     return torch.cat(out).to(rows_MI.dtype) if out else rows_MI.new_empty(0, weight.shape[1])
 
 
@@ -332,11 +304,13 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
     if is_compiling():
         gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
         return _grouped_linear_op(activation(gate) * up, down, offsets_E)
-    dtype, wide = rows_MD.dtype, _widen(rows_MD, CONVERT_MIN_ROWS)
+    dtype, wide, mixed = rows_MD.dtype, _widen(rows_MD, CONVERT_MIN_ROWS), widened.is_mixed(rows_MD, gate_up)
     if transformed():
-        if wide:
+        if wide or mixed:
             rows_MD, gate_up, down = rows_MD.float(), gate_up.float(), down.float()
         return composable.experts(rows_MD, offsets_E, gate_up, down, activation).to(dtype)
+    if mixed:
+        return widened.experts(rows_MD, offsets_E, gate_up, down, activation)
     if wide:
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
             return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
@@ -396,8 +370,8 @@ def _experts_one_by_one(
             continue
         x = rows_MD[start:end]
         if end - start >= CONVERT_MIN_ROWS:
-            gate, up = _matmul_widened(x.float(), gate_up[e]).chunk(2, dim=-1)
-            out[start:end] = _matmul_widened(activation(gate) * up, down[e])
+            gate, up = matmul_transposed(x.float(), gate_up[e]).chunk(2, dim=-1)
+            out[start:end] = matmul_transposed(activation(gate) * up, down[e])
         else:
             gate, up = F.linear(x, gate_up[e]).float().chunk(2, dim=-1)
             out[start:end] = F.linear((activation(gate) * up).to(x.dtype), down[e])
@@ -415,7 +389,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        wide_weight = weight.float()
+        wide_weight = weight.float() if need_weight else weight  # a frozen one is widened in parts
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
         for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):
@@ -423,7 +397,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_part, label = x[part].float(), labels[part]
             used = label != ignore_index
             target = label.where(used, 0).unsqueeze(1)
-            logits = x_part @ wide_weight.T
+            logits = matmul_transposed(x_part, wide_weight)
             lse = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
             if need_x or need_weight:
@@ -431,7 +405,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 delta.scatter_add_(1, target, torch.full_like(target, -1, dtype=delta.dtype))
                 delta *= used.unsqueeze(1)
                 if grad_x is not None:
-                    grad_x[part] = delta @ wide_weight
+                    grad_x[part] = widened.matmul(delta, wide_weight)
                 if grad_weight is not None:
                     grad_weight.addmm_(delta.T, x_part)
         ctx.ignore_index = ignore_index

@@ -139,6 +139,17 @@ class SavedLayout:
         )
         return cls(name, bool(double_quant), _COMPUTE_DTYPES[compute], packed)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds; which matrices are packed is left to the tensors."""
+        compute = next(name for name, dtype in _COMPUTE_DTYPES.items() if dtype is self.compute_dtype)
+        return {
+            "quant_method": METHOD,
+            "weight_format": self.weight_format,
+            "double_quant": self.double_quant,
+            "compute_dtype": compute,
+            "skip_modules": None,
+        }
+
     def format_of(self, parameter: str, rows: int, columns: int) -> Format | None:
         """The format of a matrix of this shape; None if it stays plain."""
         if parameter not in self.packed_names:

@@ -13,7 +13,7 @@ Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K route
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -63,21 +63,22 @@ class PackedModule(nn.Module):
             value = torch.empty(*self.stack, *shape, dtype=dtype)
             self.register_parameter(part_name(name, part), nn.Parameter(value, requires_grad=False))
 
-    def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters, by their names, that hold `weight`: (R, C), or a stack (E, R, C) expert by expert."""
+    def encode(self, name: str, weight: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
+        """The parameters, by their names, that hold `weight`: (R, C), or of a stack the matrices of all experts."""
         format = self.formats[name]
-        if weight.dim() == 2:
+        if not self.stack:
+            assert isinstance(weight, Tensor)
             return {part_name(name, part): value for part, value in format.encode(weight).items()}
         stacked: dict[str, Tensor] = {}
         for e, matrix in enumerate(weight):
             for part, value in format.encode(matrix).items():
                 key = part_name(name, part)
                 if key not in stacked:
-                    stacked[key] = value.new_empty(weight.shape[0], *value.shape)
+                    stacked[key] = value.new_empty(*self.stack, *value.shape)
                 stacked[key][e] = value
         return stacked
 
-    def pack(self, name: str, weight: Tensor) -> None:
+    def pack(self, name: str, weight: Tensor | Iterable[Tensor]) -> None:
         """Encode `weight` into the parameters of the matrix `name`."""
         for key, value in self.encode(name, weight).items():
             setattr(self, key, nn.Parameter(value, requires_grad=False))

@@ -9,7 +9,8 @@ Loading maps the file and puts views of it into packed modules: nothing is read,
 routers, biases and matrices that stay plain, which take the dtype that the model computes in. Packed tensors come
 first in the file, each at a multiple of 64 bytes (of 32 if a matrix has an odd number of blocks of 16 rows).
 
-What `save_pretrained` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read the same way.
+What `save_pretrained` and `olmoe quantize --format nf4` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read
+the same way.
 """
 
 from __future__ import annotations
@@ -111,24 +112,30 @@ class PackedFile:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        frozen: bool = False,
     ) -> CausalLM:
         """The model, in evaluation mode without gradients. On a CPU its matrices are views of the file.
 
         `dtype` is that of hidden states and products (None: fp32). `progress(done, total)` is called after each tensor.
-        Raises `CheckpointError` for everything that can be wrong with the file.
+        Of a `frozen` model embeddings and head are views of the file too (see `frozen.py`). Raises
+        `CheckpointError` for everything that can be wrong with the file.
         """
         with garbage_collection_paused():
-            return self._load(dtype or torch.float32, device, progress)
+            return self._load(dtype or torch.float32, device, progress, frozen)
 
     def _load(
-        self, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        progress: Callable[[int, int], None] | None,
+        frozen: bool,
     ) -> CausalLM:
         parts = self.table.parts()
         model = build(self.config, self.layout)
         set_compute_dtype(model, dtype)
         for done, (name, (_, _, fixed)) in enumerate(parts.items(), start=1):
             value = self.tensors.tensor(name)
-            if fixed is None:
+            if fixed is None and not (frozen and name in (EMBEDDING, HEAD)):
                 value = value.to(dtype)
             _set_parameter(model, name, value.to(device))
             if progress is not None:
@@ -231,7 +238,7 @@ def writer(path: Path, tensors: Tensors) -> TensorWriter:
     return TensorWriter(path, tensors, {"format": "pt"})
 
 
-def config_text(config: ModelConfig, layout: PackedLayout, stored: torch.dtype) -> str:
+def config_text(config: ModelConfig, layout: Layout, stored: torch.dtype) -> str:
     """`config.json` of a packed folder; `stored` is the dtype of what is not packed."""
     values = config.to_dict(str(stored).removeprefix("torch.")) | {CONFIG_KEY: layout.to_dict()}
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -29,7 +29,7 @@ from olmoe.weights import packed_file, sample_text
 from olmoe.weights.calibrate import Calibrated, calibrate
 from olmoe.weights.checkpoint import open_source
 from olmoe.weights.contents import Packed, describe
-from olmoe.weights.recipes import RECIPES, Recipe
+from olmoe.weights.recipes import BASE_RECIPES, RECIPES, BaseRecipe, Recipe
 from olmoe.weights.source import BlockSource, WeightSource, read_finite, tokenizer_of
 from olmoe.weights.table import Row, TensorTable
 
@@ -41,7 +41,7 @@ WINDOW = 512
 def quantize(
     source: str | os.PathLike[str] | WeightSource,
     target: str | os.PathLike[str],
-    format: str | Recipe = "int4",
+    format: str | Recipe | BaseRecipe = "int4",
     *,
     calibration: str | os.PathLike[str] | Iterable[str | Chat] | None = sample_text.CALIBRATION,
     overwrite: bool = False,
@@ -54,9 +54,9 @@ def quantize(
 
     >>> olmoe.quantize("allenai/OLMoE-1B-7B-0924", "olmoe-int4").bits_per_weight     # doctest: +SKIP
 
-    `source` is a checkpoint folder, a hub id (at `revision`, with `token`; `local_files_only` downloads nothing), a
-    .gguf file, or an open `WeightSource`. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the name of a
-    weight format, which is then used for every matrix.
+    `source` is a checkpoint folder, a hub id (at `revision`, with `token`; `local_files_only` downloads nothing), a .gguf
+    file, or an open `WeightSource`. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the
+    name of a weight format, which is then used for every matrix; "nf4" and "nf4-double" are for training adapters on top.
 
     `calibration` is text like what the model will be used on, for recipes that choose codes by their effect (int4 and
     int4-high): a file (text, or .jsonl with text or messages), or texts and chats themselves. The default is a short
@@ -81,15 +81,17 @@ def quantize(
     return pack(source, target, recipe, windows, progress, overwrite=overwrite)
 
 
-def _recipe(format: str | Recipe) -> Recipe:
+def _recipe(format: str | Recipe | BaseRecipe) -> Recipe | BaseRecipe:
     """The recipe of this name. Raises `UserError` if there is none."""
-    if isinstance(format, Recipe):
+    if isinstance(format, Recipe | BaseRecipe):
         return format
+    if isinstance(format, str) and format in BASE_RECIPES:
+        return BASE_RECIPES[format]
     if isinstance(format, str) and format in RECIPES:
         return RECIPES[format]
     if isinstance(format, str) and format in layout_formats():
         return Recipe(format, format)
-    known = dict.fromkeys((*RECIPES, *layout_formats()))
+    known = dict.fromkeys((*RECIPES, *BASE_RECIPES, *layout_formats()))
     raise UserError(f"There is no format {shown(format)}; choose one of {', '.join(known)}.")
 
 
@@ -109,7 +111,7 @@ def _windows(source: WeightSource, calibration: str | os.PathLike[str] | Iterabl
 def pack(
     source: WeightSource,
     target: Path,
-    recipe: Recipe,
+    recipe: Recipe | BaseRecipe,
     calibration: list[list[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -128,7 +130,8 @@ def pack(
     texts = source.files()
     names = {*texts, packed_file.FILE_NAME, "config.json"}
     _check_target(source, target, names, overwrite)
-    table = TensorTable(source.config, recipe.layout())
+    layout = recipe.layout() if isinstance(recipe, Recipe) else recipe.layout(source.config)
+    table = TensorTable(source.config, layout)
     plain = {name: source.read(name, row.first_expert).dtype for name, row in table.items() if row.format is None}
     tensors = packed_file.file_tensors(table, plain)
     known = calibrate(source, torch.tensor(calibration)) if calibration and recipe.searches else ()
@@ -138,7 +141,7 @@ def pack(
         for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
-        text = packed_file.config_text(source.config, recipe.layout(), tensors["model.norm.weight"][1])
+        text = packed_file.config_text(source.config, layout, tensors["model.norm.weight"][1])
         (temporary / "config.json").write_text(text, encoding="utf-8")
         size = (temporary / packed_file.FILE_NAME).stat().st_size
         # Again: hours may have passed, and something may have appeared there.
@@ -160,7 +163,7 @@ def _write(
     out: TensorWriter,
     table: TensorTable,
     source: WeightSource,
-    recipe: Recipe,
+    recipe: Recipe | BaseRecipe,
     known: Iterable[Calibrated],
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -187,7 +190,7 @@ def _write(
 
 
 def _encode(
-    row: Row, format: Format, weight: Tensor, recipe: Recipe, inputs: search.Inputs | None
+    row: Row, format: Format, weight: Tensor, recipe: Recipe | BaseRecipe, inputs: search.Inputs | None
 ) -> dict[str, Tensor]:
     """The parts of a matrix."""
     try:
