@@ -54,9 +54,9 @@ def quantize(
 
     >>> olmoe.quantize("allenai/OLMoE-1B-7B-0924", "olmoe-int4").bits_per_weight     # doctest: +SKIP
 
-    `source` is a checkpoint folder, a hub id (at `revision`, with `token`; `local_files_only` downloads nothing), a .gguf
-    file, or an open `WeightSource`. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the
-    name of a weight format, which is then used for every matrix; "nf4" and "nf4-double" are for training adapters on top.
+    `source` is a checkpoint folder, a hub id (at `revision`, with `token`; `local_files_only` downloads nothing), a
+    .gguf file, or an open `WeightSource`. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the name of a
+    weight format, which is then used for every matrix; "nf4" and "nf4-double" are for training adapters on top.
 
     `calibration` is text like what the model will be used on, for recipes that choose codes by their effect (int4 and
     int4-high): a file (text, or .jsonl with text or messages), or texts and chats themselves. The default is a short
