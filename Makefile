@@ -1,4 +1,4 @@
-# `make generate` and `make test` set up all that they need on a machine with Python 3.11, git and make.
+# `make generate` and `make test` set up everything they need on a machine with Python 3.11, git and make.
 
 PYTHON ?= python3
 VENV ?= .venv

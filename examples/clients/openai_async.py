@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 
 
 async def tell(client: AsyncOpenAI, model: str, number: int) -> str:
-    """One story; of the first only the beginning, after which the server stops it."""
+    """One story; the first is left after its start, and then the server stops it."""
     text = ""
     stream = await client.completions.create(
         model=model, prompt="Once upon a time", max_tokens=60, temperature=0.8, seed=number, stream=True

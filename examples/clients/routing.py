@@ -1,4 +1,4 @@
-"""What no other server tells: the experts of every token, and the same text with some of them banned.
+"""What no other server reports: the experts of every token, and the same text with some of them banned.
 
 olmoe serve --model olmoe-tiny, then: python examples/clients/routing.py
 """

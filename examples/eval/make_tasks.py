@@ -1,4 +1,4 @@
-"""Write next_sentence.jsonl and pages.jsonl: tasks for `olmoe eval` out of text that comes with olmoe.
+"""Write next_sentence.jsonl and pages.jsonl: tasks for `olmoe eval` from text that comes with olmoe.
 
     python examples/eval/make_tasks.py [TEXT.txt] [FOLDER]
 
