@@ -64,7 +64,7 @@ void attention(const float* q, const float* k, const float* v, const Sequences& 
     });
   const float scale = 1.0f / std::sqrt(float(head_dim));
   pool().run(int(items.size()), 1, [&](int begin, int end, int next) {
-    static thread_local std::vector<float> scratch;
+    static thread_local Aligned<float> scratch;
     static thread_local std::vector<KeyBlock> blocks;
     scratch.resize(attention_scratch(head_dim));
     for (int i = begin; i < end; i++) {

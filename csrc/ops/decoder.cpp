@@ -12,7 +12,7 @@ constexpr int64_t kAloneProducts = 1 << 20;
 
 void forward(const DecoderWeights& w, const Tokens& tokens, const Sequences& sequences, const CacheView& cache,
              const Policies* policies, const Wanted& wanted) {
-  static thread_local std::vector<float> hidden, angles, decided;
+  static thread_local Aligned<float> hidden, angles, decided;
   static thread_local std::vector<int64_t> ids;
   const int count = sequences.tokens(), d = w.hidden(), half = w.layers.front().head_dim / 2;
   const int experts = w.layers.front().experts.count, k = policies ? policies->largest : w.top_k();

@@ -44,15 +44,14 @@ void encode(const Matrix& m, const float* factor, Type type, uint8_t* out) {
     });
   }
   threads.run(panels, 1, [&](int begin, int end, int) {
-    static thread_local std::vector<float> memory;
-    if (factor) memory.resize(std::max(memory.size(), size_t(m.columns) * kPanel + 16));
-    float* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+    static thread_local Aligned<float> scratch;
+    if (factor) scratch.resize(std::max(scratch.size(), size_t(m.columns) * kPanel));
     for (int panel = begin; panel < end; panel++) {
       const int rows = std::min(kPanel, m.rows - panel * kPanel);
       const uint8_t* weight = m.data + size_t(panel) * kPanel * row_bytes;
       uint8_t* target = out + panel * panel_bytes;
       if (factor)
-        k.compensate(weight, m.type, rows, m.columns, packed, type, target, scratch);
+        k.compensate(weight, m.type, rows, m.columns, packed, type, target, scratch.data());
       else
         k.search(weight, m.type, rows, m.columns, type, target);
     }

@@ -41,7 +41,7 @@ bool is_small(const LayerWeights& w, int tokens, int64_t met = 0) {
 
 void attention_inputs(const LayerWeights& w, const float* x, const float* cos, const float* sin, int tokens, float* q,
                       float* k, float* v) {
-  static thread_local std::vector<float> normed;
+  static thread_local Aligned<float> normed;
   static thread_local Activations inputs;
   const ThreadPool::Alone alone(pool(), is_small(w, tokens));
   normed.resize(size_t(tokens) * w.hidden);
@@ -69,7 +69,7 @@ void attention_inputs(const LayerWeights& w, const float* x, const float* cos, c
 
 void attention_output(const LayerWeights& w, const float* x, const float* attended, int tokens, float* y,
                       const Routed& routed, const Policies* policies, int index) {
-  static thread_local std::vector<float> normed;
+  static thread_local Aligned<float> normed;
   static thread_local Activations inputs;
   const ThreadPool::Alone alone(pool(), is_small(w, tokens));
   normed.resize(size_t(tokens) * w.hidden);
@@ -91,7 +91,7 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
 
 void layer(const LayerWeights& w, const float* x, const float* cos, const float* sin, const Sequences& sequences,
            const CacheView& cache, int index, float* y, const Routed& routed, const Policies* policies) {
-  static thread_local std::vector<float> buffer;
+  static thread_local Aligned<float> buffer;
   const int tokens = sequences.tokens();
   int64_t met = 0;
   for (int b = 0; b < sequences.batch; b++) met += sequences.counts[b] * (sequences.lengths[b] + sequences.counts[b]);

@@ -26,12 +26,11 @@ void Activations::reserve(const Matrix& m, int tokens) {
   // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
   const size_t lanes = (row_bytes + 63) / 64 * 64;
   const size_t stride = ((split_ ? 2 * lanes : lanes) / 64 | 1) * 64;
-  if (bytes_.size() < stride * tokens + 64) bytes_.resize(stride * tokens + 64);
-  uint8_t* base = bytes_.data() + (64 - reinterpret_cast<uintptr_t>(bytes_.data()) % 64) % 64;
+  if (bytes_.size() < stride * tokens) bytes_.resize(stride * tokens);
   rows_.resize(tokens);
   for (int t = 0; t < tokens; t++) {
-    rows_[t].blocks = reinterpret_cast<const ActivationBlock*>(base + t * stride);
-    rows_[t].lanes = split_ ? reinterpret_cast<const float*>(base + t * stride + lanes) : nullptr;
+    rows_[t].blocks = reinterpret_cast<const ActivationBlock*>(bytes_.data() + t * stride);
+    rows_[t].lanes = split_ ? reinterpret_cast<const float*>(bytes_.data() + t * stride + lanes) : nullptr;
   }
 }
 
@@ -62,14 +61,13 @@ void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRo
   const uint8_t* group = m.group(expert, row / kGroup);
   if (in_bf16(m)) return k.bf16_rows(group, rows, m.columns, x, tokens, out, ld);
   if (!many(m, tokens) || !x->lanes) return k.rows(m.type, group, rows, m.columns, x, tokens, out, ld, next);
-  static thread_local std::vector<float> memory;
+  static thread_local Aligned<float> scratch;
   const int block = std::min(tokens, token_block(m));
-  const size_t size = tiles_scratch(m.columns, block) + 16;
-  if (memory.size() < size) memory.resize(size);
-  float* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+  const size_t size = tiles_scratch(m.columns, block);
+  if (scratch.size() < size) scratch.resize(size);
   for (int t = 0; t < tokens; t += block)
-    k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld, scratch,
-            t + block < tokens ? group : next);
+    k.tiles(m.type, group, rows, m.columns, x + t, std::min(block, tokens - t), out + size_t(t) * ld, ld,
+            scratch.data(), t + block < tokens ? group : next);
 }
 
 void linear(std::initializer_list<Product> products, const Activations& x) {

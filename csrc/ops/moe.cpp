@@ -41,7 +41,7 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   // Sort the N*K rows by expert, ties by token: a counting sort. Buffers are kept between calls.
   static thread_local std::vector<int> offsets, position;
   static thread_local std::vector<ActivationRow> inputs;
-  static thread_local std::vector<float> outputs;
+  static thread_local Aligned<float> outputs;
   static thread_local Activations prepared, hidden;
   offsets.assign(experts.count + 1, 0);
   for (int i = 0; i < tokens * k; i++)
@@ -79,7 +79,7 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   const auto up_tasks = cut(offsets, units, grain_up);
   threads.run(int(up_tasks.size()), 1, [&](int begin, int end, int next) {
     const int block = experts.gate_up.packed() ? 64 : token_block(experts.gate_up);  // gate and up stay in the cache
-    static thread_local std::vector<float> products, gated;
+    static thread_local Aligned<float> products, gated;
     products.resize(size_t(block) * 2 * per_unit);
     gated.resize(per_unit);
     for (int p = begin; p < end; p++) {

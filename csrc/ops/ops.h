@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/cache.h"
+#include "../core/memory.h"
 #include "../core/threads.h"
 #include "../core/types.h"
 
@@ -35,7 +36,7 @@ class Activations {
  private:
   bool packed_ = false, bf16_ = false, split_ = false;
   int columns_ = 0, zero_ = 0;
-  std::vector<uint8_t> bytes_;
+  Aligned<uint8_t> bytes_;
   std::vector<ActivationRow> rows_;
 };
 

@@ -41,9 +41,7 @@ OLMOE_INLINE vf load_i8(const int8_t* p) {
 OLMOE_INLINE void store_f16(uint16_t* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
 
 // The sums of the lanes of four vectors, each in the order of `sum`.
-OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
-  for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
-}
+OLMOE_INLINE v4 sum_four(const vf (&v)[4]) { return v4{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])}; }
 
 // Entries of a table of 16 by the nibbles of W / 2 bytes, that of a byte's upper half first.
 struct Book {

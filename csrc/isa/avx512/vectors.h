@@ -37,14 +37,14 @@ OLMOE_INLINE vf load_i8(const int8_t* p) {
 OLMOE_INLINE void store_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
 
 // The sums of the lanes of four vectors, each in the order of `sum`.
-OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
+OLMOE_INLINE v4 sum_four(const vf (&v)[4]) {
   const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
   const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
   __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
   s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
+  return (v4)_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s));
 }
 
 // Entries of a table of 16 by the nibbles of W / 2 bytes, that of a byte's upper half first.

@@ -41,12 +41,15 @@ OLMOE_INLINE void dots(const float* q, size_t ld, const void* keys, size_t key, 
         rest[i][j] = multiply_add(q[i * ld + d], scalar_as<T>(keys, (key + j) * head_dim + d), rest[i][j]);
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; i++) {
-    float total[KEYS];
-    if constexpr (KEYS == 4)
-      sum_four(dot[i], total);
-    else
-      total[0] = sum(dot[i][0]);
-    for (int j = 0; j < KEYS; j++) out[i * kKeyBlock + j] = (total[j] + rest[i][j]) * scale;
+    float* to = out + i * kKeyBlock;
+    if constexpr (KEYS == 4) {
+      v4 tails;
+      std::memcpy(&tails, rest[i], sizeof tails);
+      const v4 scores = (sum_four(dot[i]) + tails) * scale;
+      std::memcpy(to, &scores, sizeof scores);
+    } else {
+      *to = (sum(dot[i][0]) + rest[i][0]) * scale;
+    }
   }
 }
 
@@ -188,7 +191,9 @@ OLMOE_INLINE void add_values(const float* weights, const float* values, int coun
 // Up to kQueryBlock queries: a block of keys, and then of values, is widened once for all of them.
 template <Type T>
 inline void attend_block(const float* q, int queries, int ld, const KeyBlock* blocks, int first, int head_dim,
-                         float scale, float* out, float* scratch) {
+                         float scale, float* out, float* scratch, const KeyBlock* next) {
+  constexpr int kTile = W == 16 ? 4 : 2;  // queries whose scores of four keys are summed in registers
+  const size_t row_bytes = size_t(head_dim) * sizeof_type(T);
   float* wide = scratch;                                   // (kKeyBlock, Dh): keys, then values
   float* scores = wide + size_t(kKeyBlock) * head_dim;     // (queries, kKeyBlock)
   float* sums = scores + size_t(kQueryBlock) * kKeyBlock;  // (queries, Dh)
@@ -199,24 +204,29 @@ inline void attend_block(const float* q, int queries, int ld, const KeyBlock* bl
   const int longest = first + queries - 1;  // what the last query sees
   for (int start = 0; start < longest; start += kKeyBlock, blocks++) {
     const int count = longest - start < kKeyBlock ? longest - start : kKeyBlock;
+    // How many of these keys a query sees. What no query of a tile sees is left out.
+    auto seen_by = [&](int t) {
+      const int visible = first + t - start;
+      return visible < 0 ? 0 : visible < count ? visible : count;
+    };
     widen<T>(blocks->keys, count * head_dim, wide);
     auto score = [&]<int QUERIES>(int t) {
       const float* from = q + size_t(t) * ld;
+      const int seen = seen_by(t + QUERIES - 1);
+      fetch_ahead((const char*)blocks->values + t * row_bytes, QUERIES * row_bytes);
       int s = 0;
-      for (; s + 4 <= count; s += 4)
+      for (; s + 4 <= seen; s += 4)
         dots<Type::kF32, QUERIES, 4>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
-      for (; s < count; s++)
+      for (; s < seen; s++)
         dots<Type::kF32, QUERIES, 1>(from, ld, wide, s, head_dim, scale, scores + t * kKeyBlock + s);
     };
     int t = 0;
-    for (; t + 2 <= queries; t += 2) score.template operator()<2>(t);
-    if (t < queries) score.template operator()<1>(t);
+    for (; t + kTile <= queries; t += kTile) score.template operator()<kTile>(t);
+    for (; t < queries; t++) score.template operator()<1>(t);
 
     for (t = 0; t < queries; t++) {
       float* row = scores + t * kKeyBlock;
-      const int visible = first + t - start;  // how many of these keys the query sees
-      if (visible > 0) {
-        const int seen = visible < count ? visible : count;
+      if (const int seen = seen_by(t); seen > 0) {
         if constexpr (T == Type::kI8) multiply_row(row, blocks->key_scales, seen);
         weigh(row, seen, tops[t], totals[t], sums + t * head_dim, head_dim);
         if constexpr (T == Type::kI8) multiply_row(row, blocks->value_scales, seen);
@@ -226,9 +236,14 @@ inline void attend_block(const float* q, int queries, int ld, const KeyBlock* bl
     }
 
     widen<T>(blocks->values, count * head_dim, wide);
+    const KeyBlock* ahead = start + kKeyBlock < longest ? blocks + 1 : next;
+    auto add = [&]<int QUERIES>(int t) {
+      if (ahead) fetch_ahead((const char*)ahead->keys + t * row_bytes, QUERIES * row_bytes);
+      add_values<QUERIES>(scores + t * kKeyBlock, wide, seen_by(t + QUERIES - 1), head_dim, sums + t * head_dim);
+    };
     t = 0;
-    for (; t + 4 <= queries; t += 4) add_values<4>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
-    for (; t < queries; t++) add_values<1>(scores + t * kKeyBlock, wide, count, head_dim, sums + t * head_dim);
+    for (; t + 4 <= queries; t += 4) add.template operator()<4>(t);
+    for (; t < queries; t++) add.template operator()<1>(t);
   }
   for (int t = 0; t < queries; t++) {
     const float inverse = 1.0f / totals[t];
@@ -242,7 +257,7 @@ inline void attend_type(const float* q, int queries, int ld, const KeyBlock* blo
   if (queries == 1)
     attend_one<T>(q, blocks, first, head_dim, scale, out, scratch, next);
   else
-    attend_block<T>(q, queries, ld, blocks, first, head_dim, scale, out, scratch);
+    attend_block<T>(q, queries, ld, blocks, first, head_dim, scale, out, scratch, next);
 }
 
 inline void attention(const float* q, int queries, int ld, const KeyBlock* blocks, Type cache, int first, int head_dim,

@@ -32,10 +32,21 @@ OLMOE_INLINE vf multiply_add(vf a, vf b, vf c) {
 OLMOE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 OLMOE_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
-OLMOE_INLINE float max_of(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
-  return m;
+// A vector of N floats.
+template <int N>
+struct Floats {
+  typedef float type __attribute__((vector_size(N * 4)));
+};
+// The largest of N floats, by halves.
+template <int N = W>
+OLMOE_INLINE float max_of(typename Floats<N>::type v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typename Floats<N / 2>::type halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return max_of<N / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  }
 }
 
 OLMOE_INLINE vf load_bf16(const uint16_t* p) {

@@ -14,6 +14,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float v4 __attribute__((vector_size(16)));
 
 #define OLMOE_INLINE inline __attribute__((always_inline))
 

@@ -90,9 +90,7 @@ OLMOE_INLINE void store_f16(uint16_t* p, vf v) {
 }
 
 // The sums of the lanes of four vectors, each in the order of `sum`.
-OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
-  for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
-}
+OLMOE_INLINE v4 sum_four(const vf (&v)[4]) { return v4{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])}; }
 
 // W x W values transposed.
 OLMOE_INLINE void transpose(vf (&v)[W]) {
