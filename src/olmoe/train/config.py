@@ -400,11 +400,13 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
-    if not 0 <= config.regularization.residual_dropout < 1:
-        raise ConfigError(
-            "regularization.residual_dropout must be from 0 to below 1, not "
-            f"{shown(config.regularization.residual_dropout)}."
-        )
+    check_dropout(config.regularization.residual_dropout)
+
+
+def check_dropout(share: float) -> None:
+    """Refuse a share of dropout that is none."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"regularization.residual_dropout must be from 0 to below 1, not {shown(share)}.")
 
 
 def _check_paths(config: TrainConfig) -> None:

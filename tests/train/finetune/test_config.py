@@ -20,6 +20,8 @@ def test_defaults_are_the_papers(tmp_path):
     assert (chats.schedule.epochs, chats.schedule.warmup) == (2.0, 0.03)
     assert (chats.loss.load_balancing, chats.loss.router_z) == (0.0, 0.0)
     assert chats.adapter is None
+    assert chats.residual_dropout == 0.0
+    assert "regularization" not in chats.fingerprint()  # runs from before there was dropout continue
     pairs = load_config(tmp_path / "run.toml", PreferenceConfig)
     assert (pairs.optimizer.learning_rate, pairs.schedule.epochs, pairs.schedule.warmup) == (5e-7, 3.0, 0.1)
     assert pairs.loss.strength == 0.1
@@ -51,6 +53,7 @@ def test_rates_are_those_of_the_log():
         ({"schedule": {"warmup": 1.0}}, "schedule.warmup must be from 0 to below 1"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
+        ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
         ({"adapter": {"targets": []}}, "adapter.targets must be"),

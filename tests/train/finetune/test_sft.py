@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from olmoe.engine.llm import LLM
 from olmoe.errors import ConfigError
 from olmoe.model import causal_attend
 from olmoe.model.router_losses import load_balancing
+from olmoe.train.config import RegularizationConfig
 from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune import loop
 from olmoe.train.finetune.config import SFTConfig, load_config
 from olmoe.train.finetune.masks import IGNORE
 from olmoe.train.finetune.packing import Batch
 from olmoe.train.finetune.sft import ChatTask, sft
-from olmoe.train.finetune.start import open_start
+from olmoe.train.finetune.start import open_start, recompute_layers
 from olmoe.train.loop import Interrupted
 from packed_folders import packed_folder
 from sentences import refused
@@ -163,6 +165,39 @@ def test_recomputing_changes_nothing(finished, tmp_path):
     (folder / "run.toml").write_text("recompute = true\n" + text, encoding="utf-8")
     output = run(folder / "run.toml")
     assert list(map(fixed, read_metrics(output))) == list(map(fixed, read_metrics(finished)))
+
+
+def test_dropout_draws_the_same_for_a_step_whenever_it_is_computed(tmp_path, tokenizer_file):
+    """Other values a step and a microbatch, the same in a resumed run and in what is recomputed; none unless asked."""
+    path = write_run(tmp_path, tokenizer_file, regularization={"residual_dropout": 0.2})
+    losses = []
+    for share, recompute in ((0.2, False), (0.2, True), (0.0, False)):
+        config = load_config(path, SFTConfig)
+        config = dataclasses.replace(config, regularization=RegularizationConfig(residual_dropout=share))
+        task = ChatTask(config, open_start(config), torch.device("cpu"))
+        task.plan.rows = task.plan.rows[:2] * 2  # two steps on the same rows
+        model = make_model(max_position_embeddings=256).train().requires_grad_(True)
+        if recompute:
+            recompute_layers(model)
+        first = task.accumulate(model, 0)["loss"]
+        gradient = model.model.layers[0].mlp.gate.weight.grad
+        losses.append((first, task.accumulate(model, 1)["loss"], gradient.clone()))
+    (first, second, gradient), again, without = losses
+    assert first == again[0]
+    assert torch.equal(gradient, again[2])
+    assert first != second
+    assert without[0] == without[1] != first
+
+
+def test_a_run_with_dropout_continues_bit_for_bit(tmp_path, tokenizer_file, monkeypatch):
+    changes: dict[str, dict[str, object]] = {"regularization": {"residual_dropout": 0.1}, "schedule": {"epochs": 2}}
+    whole = run(write_run(tmp_path / "whole", tokenizer_file, **changes))
+    path = copy_of(whole, tmp_path / "parts") / "run.toml"
+    with monkeypatch.context() as patched:
+        at_step(patched, 5, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            run(path)
+    assert_same_run(run(path, resume=True), whole)
 
 
 def test_a_changed_run_is_not_continued(finished, tmp_path):

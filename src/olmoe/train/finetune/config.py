@@ -19,8 +19,10 @@ from olmoe.train.config import (
     CheckpointConfig,
     LossConfig,
     OptimizerConfig,
+    RegularizationConfig,
     RunConfig,
     build,
+    check_dropout,
     read_toml,
     resolve_path,
 )
@@ -171,6 +173,12 @@ class SFTConfig(FinetuneConfig):
     """Supervised fine-tuning: the answers of chats are learned."""
 
     loss: FinetuneLoss = field(default_factory=FinetuneLoss)
+    regularization: RegularizationConfig | None = None  # dropout, where few texts are passed over many times
+
+    @property
+    def residual_dropout(self) -> float:
+        """The share that `regularization` leaves out; 0 without it."""
+        return 0.0 if self.regularization is None else self.regularization.residual_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +279,7 @@ def _check(config: FinetuneConfig) -> None:
     if config.adapter is not None:
         positive |= {"adapter.rank": config.adapter.rank, "adapter.alpha": config.adapter.alpha}
     if isinstance(config, SFTConfig):
+        check_dropout(config.residual_dropout)
         not_negative |= {"loss.load_balancing": config.loss.load_balancing, "loss.router_z": config.loss.router_z}
     if isinstance(config, PreferenceConfig):
         positive |= {"loss.beta": config.loss.strength}

@@ -24,6 +24,7 @@ from olmoe.model.router_losses import load_balancing, router_z, tokens_per_exper
 from olmoe.runtime import log
 from olmoe.train.data import name_files, sha256
 from olmoe.train.document_mask import isolated_attend
+from olmoe.train.dropout import residual_dropout
 from olmoe.train.finetune.chats import Sample, read_samples
 from olmoe.train.finetune.config import ChatSource, SFTConfig
 from olmoe.train.finetune.loop import finetune
@@ -89,16 +90,18 @@ class ChatTask:
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
         """See `loop.Task`."""
         config, batches = self.config.loss, self.plan.microbatches(step)
+        dropout, seed = self.config.residual_dropout, self.config.run.seed + step * self.config.batch.accumulation
         examples = [[self.examples[number] for number in numbers] for numbers in batches]
         trained = sum(example.trained for batch in examples for example in batch)
         values = dict.fromkeys(("loss", "load_balancing", "router_z", "tokens"), 0.0)
         counts_LE = torch.zeros(0)
-        for batch in (Batch.of(each, self.device) for each in examples):
-            output = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
-            loss = cross_entropy(output.hidden, head_weight(model), batch.labels) / trained
-            balance, z = load_balancing(output.routers), router_z(output.routers)
-            auxiliary = config.load_balancing * balance + config.router_z * z if _wanted(self.config) else 0.0
-            (loss + auxiliary / len(batches)).backward()
+        for number, batch in enumerate(Batch.of(each, self.device) for each in examples):
+            with residual_dropout(model, dropout, seed + number):
+                output = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
+                loss = cross_entropy(output.hidden, head_weight(model), batch.labels) / trained
+                balance, z = load_balancing(output.routers), router_z(output.routers)
+                auxiliary = config.load_balancing * balance + config.router_z * z if _wanted(self.config) else 0.0
+                (loss + auxiliary / len(batches)).backward()  # here: what is recomputed drops the same values again
             values["loss"] += float(loss.detach())
             values["load_balancing"] += float(balance.detach()) / len(batches)
             values["router_z"] += float(z.detach()) / len(batches)
