@@ -8,6 +8,8 @@
 #include "encode.h"
 #include "float_rows.h"
 #include "float_tiles.h"
+#include "gradients.h"
+#include "products.h"
 #include "sampling.h"
 
 namespace olmoe {
@@ -76,7 +78,11 @@ inline Kernels make_table(const char* name) {
                  .block_maxima = block_maxima,
                  .at_least = at_least,
                  .digits_below = digits_below,
-                 .with_digit = with_digit};
+                 .with_digit = with_digit,
+                 .swiglu_backward = swiglu_backward,
+                 .rms_norm_backward = rms_norm_backward,
+                 .cross_entropy = cross_entropy,
+                 .product = product};
 }
 
 }  // namespace
