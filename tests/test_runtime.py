@@ -291,6 +291,9 @@ def test_keeping_freed_memory_speaks_to_glibc_or_does_nothing(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())  # a C library without mallopt
     keep_freed_memory()
     assert len(calls) == 2
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    keep_freed_memory(large=True)
+    assert calls[2:] == [*calls[:2], (-4, 0)]
 
 
 def test_the_module_imports_no_torch():

@@ -64,6 +64,15 @@ struct KeyBlock {
   const float *key_scales = nullptr, *value_scales = nullptr;
 };
 
+// One factor of a product of fp32 matrices in training. Row r begins at `data` + index * `ld` floats, where the index
+// is rows[r], or r if there are no `rows`; `turned` means the transpose of what these rows are.
+struct Factor {
+  const float* data;
+  size_t ld;
+  const int32_t* rows = nullptr;
+  bool turned = false;
+};
+
 // The kernels of one instruction set. Each runs on the calling thread and touches no shared state.
 struct Kernels {
   const char* name;
@@ -145,10 +154,26 @@ struct Kernels {
   void (*digits_below)(const float* x, int n, float top, float scale, uint16_t* digits);
   // As at_least, of the indices where `digits` has this one.
   int (*with_digit)(const uint16_t* digits, int n, int digit, int* ids);
+  // Gradients of swiglu for one row, `grad` being that of the row before it is multiplied with `weight`: out is the
+  // row itself times `weight`, and <grad, row> is returned.
+  float (*swiglu_backward)(const float* gate, const float* up, const float* grad, float weight, int n, float* out,
+                           float* grad_gate, float* grad_up);
+  // Gradients of rms_norm for one row: grad_x (null if nobody wants it) is written, grad_weight added to.
+  void (*rms_norm_backward)(const float* x, const float* weight, const float* grad, float eps, int d, float* grad_x,
+                            float* grad_weight);
+  // -log softmax(logits)[label]; with `gradient`, logits become its gradient, else they are lost.
+  float (*cross_entropy)(float* logits, int n, int label, bool gradient);
+  // C (m, n) = A (m, depth) B (depth, n), or with `add` C += A B, rows of C `ld` floats apart. `scratch` holds
+  // kProductScratch floats and lies at a multiple of 64 bytes.
+  void (*product)(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
+                  float* scratch);
 };
 
 // Values that share a scale, and entries of a book, in formats of Kernels::decode_book.
 constexpr int kBookBlock = 64, kBookEntries = 16;
+// What Kernels::product adds up before it adds to C, and the rows and columns of C that it goes through at a time.
+constexpr int kDepth = 128, kProductRows = 256, kProductColumns = 256;
+constexpr size_t kProductScratch = size_t(kDepth) * (kProductColumns + kProductRows);
 
 // Rows that are encoded together: in fp32 they stay in the second cache.
 constexpr int kPanel = 64;

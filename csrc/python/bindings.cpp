@@ -8,7 +8,9 @@
 
 #include "../ops/decoder.h"
 #include "../ops/sampling.h"
+#include "running.h"
 #include "snapshot.h"
+#include "training.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,19 +18,8 @@ using namespace olmoe;
 
 namespace {
 
-using Address = uintptr_t;
 using Counts = std::vector<int64_t>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // (B, blocks of a sequence)
-
-template <typename T>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
-
-struct Running {
-  nb::gil_scoped_release release;  // first, and taken back last: who waits for the lock may hold the GIL
-  std::lock_guard<std::mutex> lock{one_at_a_time()};
-};
 
 Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
   return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
@@ -268,4 +259,6 @@ NB_MODULE(_kernels, m) {
         forward(self, {ids.data(), angles.data(), at<float>(cos), at<float>(sin)}, sequences(counts, lengths, table),
                 cache, policies ? &*policies : nullptr, wanted);
       });
+
+  bind_training(m);
 }

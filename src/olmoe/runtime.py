@@ -141,18 +141,21 @@ def _bf16_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or cpu_has_amx())
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, large: bool = False) -> None:
     """Tell glibc to keep freed memory instead of returning it to the kernel after every tensor.
 
     A training step allocates and frees the same large tensors over and over; page faults for them cost
-    a quarter of a small model's step. Without glibc this does nothing.
+    a quarter of a small model's step. glibc still gives back what has 32 MB or more, unless `large` memory is to be
+    kept too, as the gradients of wide experts need. Without glibc this does nothing.
     """
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is None:
         return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # M_TRIM_THRESHOLD and so on, of malloc.h
     mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
+    if large:
+        mallopt(mmap_max, 0)
 
 
 def _c_library() -> Any:

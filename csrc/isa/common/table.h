@@ -9,6 +9,8 @@
 #include "float_rows.h"
 #include "float_tiles.h"
 #include "four_bit.h"
+#include "gradients.h"
+#include "products.h"
 #include "sampling.h"
 
 namespace olmoe {
@@ -79,7 +81,11 @@ inline Kernels make_table(const char* name) {
                  .block_maxima = block_maxima,
                  .at_least = at_least,
                  .digits_below = digits_below,
-                 .with_digit = with_digit};
+                 .with_digit = with_digit,
+                 .swiglu_backward = swiglu_backward,
+                 .rms_norm_backward = rms_norm_backward,
+                 .cross_entropy = cross_entropy,
+                 .product = product};
 }
 
 }  // namespace

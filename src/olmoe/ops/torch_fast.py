@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 
 from olmoe.ops import composable, widened
 from olmoe.ops.autocast import autocast_dtype, without_autocast
+from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
 from olmoe.ops.reference import linear_cross_entropy as plain_cross_entropy
@@ -41,6 +42,8 @@ COMBINE_TOKENS = 64
 # Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
 # converting the weight.
 CONVERT_MIN_ROWS = 5
+# Narrower norms are not worth a call of our own.
+NORM_MIN_WIDTH = 16
 
 
 def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
@@ -59,6 +62,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if widened.is_mixed(x, weight):
         return widened.linear(x, weight, bias)
     rows, lower = x.numel() // max(x.shape[-1], 1), autocast_dtype(x)
+    if lower is None and training.takes(x, weight, bias):
+        return training.linear(x, weight, bias, F.linear)
     if not _widen(x, rows, lower):
         return F.linear(x, weight, bias)  # which autocast lowers
     if lower is not None or transformed(x) or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
@@ -75,13 +80,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`. torch's fused kernel is used where its rounding is the same (fp32)."""
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+        if x.shape[-1] >= NORM_MIN_WIDTH and training.takes(x, weight):
+            return training.rms_norm(x, weight, eps, plain)
+        return plain(x, weight)
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
 
 @register("apply_rope", "torch")
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.apply_rope`."""
+    if training.takes(x, cos, sin) and not (cos.requires_grad or sin.requires_grad):
+        return training.apply_rope(x, cos, sin, _apply_rope)
+    return _apply_rope(x, cos, sin)
+
+
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
@@ -301,6 +318,14 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
         rows, *weights = _lowered(lower, rows_MD, gate_up, down)
         with without_autocast(rows_MD):
             return experts(rows, offsets_E, *weights, activation).to(rows_MD.dtype)
+    if activation is F.silu and training.takes(rows_MD, offsets_E, gate_up, down):
+        return training.experts(rows_MD, offsets_E, gate_up, down, _experts)
+    return _experts(rows_MD, offsets_E, gate_up, down, activation)
+
+
+def _experts(
+    rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation = F.silu
+) -> Tensor:
     if is_compiling():
         gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
         return _grouped_linear_op(activation(gate) * up, down, offsets_E)
@@ -313,7 +338,7 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
         return widened.experts(rows_MD, offsets_E, gate_up, down, activation)
     if wide:
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
-            return experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
+            return _experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
         return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
     hidden_MF = _GatedUnit.apply(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
     return _grouped_linear(hidden_MF, down, offsets_E)
@@ -455,8 +480,21 @@ def moe(
             return moe(inputs, weights_NK, expert_ids_NK, *weights, activation).to(x.dtype)
     if mapped(expert_ids_NK):
         return composable.moe(x, weights_NK, expert_ids_NK, gate_up, down, activation)
+    if activation is F.silu and training.takes(x, weights_NK, expert_ids_NK, gate_up, down):
+        return training.moe(x, weights_NK, expert_ids_NK, gate_up, down, _moe)
+    return _moe(x, weights_NK, expert_ids_NK, gate_up, down, activation)
+
+
+def _moe(
+    x: Tensor,
+    weights_NK: Tensor,
+    expert_ids_NK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Activation = F.silu,
+) -> Tensor:
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
-    out_MD = experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
+    out_MD = _experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
     return combine(out_MD, weights_NK, rows)
 
 
@@ -465,4 +503,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     """See `reference.linear_cross_entropy`."""
     if transformed():
         return plain_cross_entropy(x, weight, labels, ignore_index)
+    if training.takes(x, weight, labels):
+
+        def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            return plain_cross_entropy(x, weight, labels, ignore_index)
+
+        return training.linear_cross_entropy(x, weight, labels, ignore_index, plain)
     return _LinearCrossEntropy.apply(x, weight, labels, ignore_index)

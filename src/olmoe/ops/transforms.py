@@ -112,7 +112,10 @@ class _Outgoing(torch.autograd.Function):
 def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)` for the inputs that are `wanted`, with their graph."""
+    """The gradients of `function(*inputs)` for the inputs that are `wanted`, with their graph where it is followed."""
     chosen = [t for t, needed in zip(inputs, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(function(*inputs), chosen, gradient, create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = function(*inputs)
+    found = iter(torch.autograd.grad(out, chosen, gradient, create_graph=again))
     return [next(found) if needed else None for needed in wanted]

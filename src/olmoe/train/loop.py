@@ -91,7 +91,7 @@ def _train(
     config: TrainConfig, output: Path, newest: Path | None, overwrite: bool, show_progress: bool, ranks: Ranks
 ) -> Path:
     set_threads(config.run.threads)
-    keep_freed_memory()
+    keep_freed_memory(large=True)
     ranks.on_all(lambda: check_installed(config.log))
     run = open_run(config, output, newest, overwrite, ranks)
     bar = tqdm(

@@ -86,8 +86,8 @@ def set_isa(name: str) -> None:
         raise UserError(f"Instruction set {name!r} is not available here; choose one of {', '.join(isas())}.")
 
 
-def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why the kernels cannot take `x` and `others` as inputs, or None. They compute forward only."""
+def unsupported(x: Tensor, *others: Tensor | None, gradients: bool = False) -> str | None:
+    """Why the kernels cannot take `x` and `others` as inputs, or None; only those of training compute `gradients`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "it cannot be traced"
     if transformed(x, *others):
@@ -101,7 +101,7 @@ def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
             return f"tensors of type {type(t).__name__} have no memory that kernels can read"
         if not t.is_cpu:
             return f"it runs on CPU tensors, not on {t.device}"
-        if t.requires_grad and torch.is_grad_enabled():
+        if not gradients and t.requires_grad and torch.is_grad_enabled():
             return "it computes no gradients"
         if t.dtype not in FLOAT_TYPES and t.is_floating_point():
             return f"it does not support {t.dtype}"

@@ -1,0 +1,164 @@
+// Products of fp32 matrices, C = A B, for training: either factor may be read as its transpose, or by rows that indices
+// name. Columns of B are packed into panels of a few vectors, whose part of B stays in the cache while rows of A pass
+// by. An element of C is a sum over parts of kDepth in their order, each added up in order: it does not depend on how
+// a product is divided by rows and columns.
+#pragma once
+
+#include "simd.h"
+
+namespace olmoe {
+namespace {
+
+constexpr int kSumRows = 6;                        // of a tile of C that is held in registers
+constexpr int kColumnVectors = W == 16 ? 4 : 2;    // of its columns
+constexpr int kPanelColumns = kColumnVectors * W;  // of B
+constexpr int kPanels = 4;                         // packed together, so that rows of B are read a while in one place
+static_assert(kPanels * kPanelColumns <= kProductColumns);
+
+inline const float* row_of(const Factor& f, int r) { return f.data + (f.rows ? f.rows[r] : r) * f.ld; }
+
+// out[c * stride + r] = row r's column `column` + c, for `count` rows and `columns` columns; the values of rows beyond
+// these, up to a whole vector of them, become zeros.
+inline void turn(const Factor& f, int row, int count, int column, int columns, float* out, size_t stride) {
+  for (int r = 0; r < count; r += W) {
+    const float* rows[W];
+    const int some = count - r < W ? count - r : W;
+    for (int j = 0; j < some; j++) rows[j] = row_of(f, row + r + j) + column;
+    int c = 0;
+    if (some == W)
+      for (; c + W <= columns; c += W) {
+        vf v[W];
+#pragma GCC unroll 16
+        for (int j = 0; j < W; j++) v[j] = load(rows[j] + c);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < W; l++) store(out + (c + l) * stride + r, v[l]);
+      }
+    for (; c < columns; c++)
+      for (int j = 0; j < W; j++) out[c * stride + r + j] = j < some ? rows[j][c] : 0.0f;
+  }
+}
+
+inline int vectors_of(int columns) { return (columns + W - 1) / W; }
+
+// Columns [column, column + columns) of rows [first, first + depth) of B: panels one after the other, each
+// [depth][vectors * W], with zeros where the last vector has no columns.
+inline void pack(const Factor& b, int first, int depth, int column, int columns, float* panels) {
+  if (b.turned) {
+    for (int p = 0; p < columns; p += kPanelColumns) {
+      const int some = columns - p < kPanelColumns ? columns - p : kPanelColumns;
+      turn(b, column + p, some, first, depth, panels + size_t(p) * depth, vectors_of(some) * W);
+    }
+    return;
+  }
+  for (int k = 0; k < depth; k++) {
+    const float* row = row_of(b, first + k) + column;
+    for (int p = 0; p < columns; p += kPanelColumns) {
+      const int some = columns - p < kPanelColumns ? columns - p : kPanelColumns, width = vectors_of(some) * W;
+      float* out = panels + size_t(p) * depth + size_t(k) * width;
+      int c = 0;
+      for (; c + W <= some; c += W) store(out + c, load(row + p + c));
+      for (; c < width; c++) out[c] = c < some ? row[p + c] : 0.0f;
+    }
+  }
+}
+
+// A tile of C. A function of its own, so that its pointers get all registers.
+template <int ROWS, int VECTORS>
+__attribute__((noinline)) void product_tile(const float* const* a, size_t start, int depth, const float* panel,
+                                            float* c, size_t ld, int columns, bool add) {
+  const float* rows[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) rows[r] = a[r] + start;
+  vf total[ROWS][VECTORS] = {};
+  ptrdiff_t k = 0;
+  do {
+    vf b[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) b[v] = load(panel + v * W);
+    panel += VECTORS * W;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const vf x = splat(rows[r][k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) total[r][v] += x * b[v];
+    }
+  } while (++k < depth);
+  if (columns == VECTORS * W) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) {
+        float* out = c + r * ld + v * W;
+        store(out, add ? load(out) + total[r][v] : total[r][v]);
+      }
+    return;
+  }
+  for (int r = 0; r < ROWS; r++) {
+    float line[VECTORS * W];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) store(line + v * W, total[r][v]);
+    for (int i = 0; i < columns; i++) c[r * ld + i] = add ? c[r * ld + i] + line[i] : line[i];
+  }
+}
+
+using Tile = decltype(&product_tile<1, 1>);
+
+template <int ROWS>
+inline Tile tile_of(int vectors) {
+  if (vectors == 1) return &product_tile<ROWS, 1>;
+  if (vectors == 2) return &product_tile<ROWS, 2>;
+  if constexpr (kColumnVectors > 2) {
+    if (vectors == 3) return &product_tile<ROWS, 3>;
+    return &product_tile<ROWS, 4>;
+  }
+  __builtin_unreachable();
+}
+
+inline Tile tile_of(int rows, int vectors) {
+  switch (rows) {
+    case 1: return tile_of<1>(vectors);
+    case 2: return tile_of<2>(vectors);
+    case 3: return tile_of<3>(vectors);
+    case 4: return tile_of<4>(vectors);
+    case 5: return tile_of<5>(vectors);
+    default: return tile_of<kSumRows>(vectors);
+  }
+}
+
+inline void product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
+                    float* scratch) {
+  float* panels = scratch;
+  float* turned = scratch + size_t(kDepth) * kProductColumns;
+  if (depth == 0 && !add)
+    for (int i = 0; i < m; i++) std::memset(c + i * ld, 0, size_t(n) * sizeof(float));
+  const float* rows[kProductRows];
+  for (int i0 = 0; i0 < m; i0 += kProductRows) {
+    const int tall = m - i0 < kProductRows ? m - i0 : kProductRows;
+    for (int k0 = 0; k0 < depth; k0 += kDepth) {
+      const int part = depth - k0 < kDepth ? depth - k0 : kDepth;
+      // A's part as rows, which are read one value after the other.
+      if (a.turned) turn(a, k0, part, i0, tall, turned, kDepth);
+      for (int i = 0; i < tall; i++) rows[i] = a.turned ? turned + size_t(i) * kDepth : row_of(a, i0 + i) + k0;
+      for (int j0 = 0; j0 < n; j0 += kPanels * kPanelColumns) {
+        const int wide = n - j0 < kPanels * kPanelColumns ? n - j0 : kPanels * kPanelColumns;
+        pack(b, k0, part, j0, wide, panels);
+        for (int p = 0; p < wide; p += kPanelColumns) {
+          const int columns = wide - p < kPanelColumns ? wide - p : kPanelColumns;
+          for (int i = 0; i < tall;) {
+            // The last two tiles are about equal: with few sums at a time a tile waits for their latency.
+            const int left = tall - i, count = left <= kSumRows      ? left
+                                               : left < 2 * kSumRows ? (left + 1) / 2
+                                                                     : kSumRows;
+            tile_of(count, vectors_of(columns))(rows + i, 0, part, panels + size_t(p) * part,
+                                                c + (i0 + i) * ld + j0 + p, ld, columns, add || k0 > 0);
+            i += count;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace olmoe

@@ -1,0 +1,248 @@
+#include "training.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../core/team.h"
+
+namespace olmoe {
+namespace {
+
+// Tokens of one task where a token's values are all that is looked at.
+constexpr int kTokens = 64;
+// Tokens whose shares of a norm's weight gradient are added up before those of others.
+constexpr int kNormTokens = 128;
+// Rows of a weight gradient that a task has at least: each task packs the other factor.
+constexpr int kLeastRows = 48;
+
+float* aligned(std::vector<float>& memory, size_t size) {
+  if (memory.size() < size + 16) memory.resize(size + 16);
+  return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+}
+
+void product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add = false) {
+  static thread_local std::vector<float> memory;
+  kernels().product(a, m, depth, b, n, c, ld, add, aligned(memory, kProductScratch));
+}
+
+// A factor from another row and column on.
+Factor part(Factor f, int row, int column = 0) {
+  if (f.rows)
+    f.rows += row;
+  else
+    f.data += row * f.ld;
+  f.data += column;
+  return f;
+}
+
+struct Block {
+  int expert, first, rows;
+};
+
+// The rows of all experts in blocks of at most kProductRows.
+std::vector<Block> blocks_of(const RoutedRows& routed) {
+  std::vector<Block> blocks;
+  for (int e = 0; e < routed.experts; e++) {
+    const int begin = routed.offsets[e], count = routed.offsets[e + 1] - begin;
+    const int parts = (count + kProductRows - 1) / kProductRows;
+    for (int i = 0; i < parts; i++) {
+      const int first = int(int64_t(count) * i / parts), end = int(int64_t(count) * (i + 1) / parts);
+      blocks.push_back({e, begin + first, end - first});
+    }
+  }
+  return blocks;
+}
+
+// The sum of each token's rows in the order of k, each times its weight if there are any. (M, D), (N, K) -> (N, D)
+void combine(const float* results, const float* weights, const RoutedRows& routed, int d, float* out) {
+  const Kernels& k = kernels();
+  share((routed.tokens + kTokens - 1) / kTokens, [&](int task) {
+    for (int t = task * kTokens; t < std::min(routed.tokens, (task + 1) * kTokens); t++) {
+      float* y = out + size_t(t) * d;
+      std::fill_n(y, d, 0.0f);
+      for (int i = t * routed.k; i < (t + 1) * routed.k; i++)
+        k.axpy(weights ? weights[i] : 1.0f, results + size_t(routed.positions[i]) * d, d, y);
+    }
+  });
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// c (m, n) = A B with A and B as `product` has them, m and n in blocks for the threads.
+void shared_product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add = false) {
+  const int tall = std::clamp(ceil_div(m, get_threads()), kLeastRows, kProductRows);
+  const int bands = ceil_div(n, kProductColumns);
+  share(ceil_div(m, tall) * bands, [&](int task) {
+    const int i = task / bands * tall, j = task % bands * kProductColumns;
+    product(a.turned ? part(a, 0, i) : part(a, i), std::min(tall, m - i), depth, b.turned ? part(b, j) : part(b, 0, j),
+            std::min(kProductColumns, n - j), c + i * ld + j, ld, add);
+  });
+}
+
+}  // namespace
+
+bool sort_rows(const int64_t* ids, const RoutedRows& routed) {
+  const int m = routed.rows();
+  std::fill_n(routed.offsets, routed.experts + 1, 0);
+  for (int i = 0; i < m; i++) {
+    if (ids[i] < 0 || ids[i] >= routed.experts) return false;
+    routed.offsets[ids[i] + 1]++;
+  }
+  for (int e = 0; e < routed.experts; e++) routed.offsets[e + 1] += routed.offsets[e];
+  std::vector<int32_t> next(routed.offsets, routed.offsets + routed.experts);
+  for (int i = 0; i < m; i++) {
+    const int row = next[ids[i]]++;
+    routed.order[row] = i, routed.token_ids[row] = i / routed.k, routed.positions[i] = row;
+  }
+  return true;
+}
+
+void experts_forward(const float* x, const float* weights, const RoutedRows& routed, const ExpertWeights& experts,
+                     float* units, float* results, float* out) {
+  const int d = experts.hidden, f = experts.width;
+  const Factor inputs{x, size_t(d), routed.token_ids};
+  const std::vector<Block> blocks = blocks_of(routed);
+  share(int(blocks.size()), [&](int task) {
+    const auto [e, first, rows] = blocks[task];
+    const Factor gate_up{experts.gate_up + size_t(e) * 2 * f * d, size_t(d), nullptr, true};
+    const Factor down{experts.down + size_t(e) * d * f, size_t(f), nullptr, true};
+    float* unit = units + size_t(first) * 2 * f;
+    product(part(inputs, first), rows, d, gate_up, 2 * f, unit, 2 * f);
+    static thread_local std::vector<float> memory;
+    float* hidden = aligned(memory, size_t(rows) * f);
+    for (int r = 0; r < rows; r++, unit += 2 * f) kernels().swiglu(unit, unit + f, f, hidden + size_t(r) * f);
+    product({hidden, size_t(f)}, rows, f, down, d, results + size_t(first) * d, d);
+  });
+  combine(results, weights, routed, d, out);
+}
+
+void experts_backward(const float* x, const float* weights, const RoutedRows& routed, const ExpertWeights& experts,
+                      const float* units, const float* grad, const ExpertGradients& gradients) {
+  const int d = experts.hidden, f = experts.width;
+  const Factor inputs{x, size_t(d), routed.token_ids}, grads{grad, size_t(d), routed.token_ids};
+  const std::vector<Block> blocks = blocks_of(routed);
+  share(int(blocks.size()), [&](int task) {
+    const auto [e, first, rows] = blocks[task];
+    static thread_local std::vector<float> memory;
+    float* grad_hidden = aligned(memory, size_t(rows) * f);
+    product(part(grads, first), rows, d, {experts.down + size_t(e) * d * f, size_t(f)}, f, grad_hidden, f);
+    for (int r = 0; r < rows; r++) {
+      const size_t row = first + r;
+      const int choice = routed.order[row];
+      const float* unit = units + row * 2 * f;
+      float* grad_unit = gradients.grad_units + row * 2 * f;
+      // The gradient of a row's weight is <grad, result>, which is <grad down, hidden>: results need not be kept.
+      const float weight = kernels().swiglu_backward(unit, unit + f, grad_hidden + size_t(r) * f, weights[choice], f,
+                                                     gradients.hidden + row * f, grad_unit, grad_unit + f);
+      if (gradients.weights) gradients.weights[choice] = weight;
+    }
+    if (gradients.x)
+      product({gradients.grad_units + size_t(first) * 2 * f, size_t(2) * f}, rows, 2 * f,
+              {experts.gate_up + size_t(e) * 2 * f * d, size_t(d)}, d, gradients.grad_rows + size_t(first) * d, d);
+  });
+  // Bands of the weights' gradients, each over all rows of its expert.
+  const int gate_up_bands = gradients.gate_up ? ceil_div(2 * f, kProductRows) : 0;
+  const int down_bands = gradients.down ? ceil_div(d, kProductRows) : 0, bands = gate_up_bands + down_bands;
+  share(routed.experts * bands, [&](int task) {
+    const int e = task / bands, first = routed.offsets[e], rows = routed.offsets[e + 1] - first;
+    int band = task % bands;
+    if (band < gate_up_bands) {
+      const int i = band * kProductRows;
+      const Factor units{gradients.grad_units + size_t(first) * 2 * f + i, size_t(2) * f, nullptr, true};
+      product(units, std::min(kProductRows, 2 * f - i), rows, part(inputs, first), d,
+              gradients.gate_up + (size_t(e) * 2 * f + i) * d, d);
+      return;
+    }
+    const int i = (band - gate_up_bands) * kProductRows;
+    Factor turned = part(grads, first, i);
+    turned.turned = true;
+    product(turned, std::min(kProductRows, d - i), rows, {gradients.hidden + size_t(first) * f, size_t(f)}, f,
+            gradients.down + (size_t(e) * d + i) * f, f);
+  });
+  if (gradients.x) combine(gradients.grad_rows, nullptr, routed, d, gradients.x);
+}
+
+void linear_forward(const float* x, const float* weight, const float* bias, int n, int rows, int columns, float* y) {
+  shared_product({x, size_t(columns)}, n, columns, {weight, size_t(columns), nullptr, true}, rows, y, rows);
+  if (!bias) return;
+  share(ceil_div(n, kTokens), [&](int task) {
+    for (int t = task * kTokens; t < std::min(n, (task + 1) * kTokens); t++)
+      kernels().axpy(1.0f, bias, rows, y + size_t(t) * rows);
+  });
+}
+
+void linear_backward(const float* x, const float* weight, const float* grad, int n, int rows, int columns,
+                     float* grad_x, float* grad_weight) {
+  if (grad_x) shared_product({grad, size_t(rows)}, n, rows, {weight, size_t(columns)}, columns, grad_x, columns);
+  if (grad_weight)
+    shared_product({grad, size_t(rows), nullptr, true}, rows, n, {x, size_t(columns)}, columns, grad_weight, columns);
+}
+
+void norm_forward(const float* x, const float* weight, float eps, int n, int d, float* y) {
+  share(ceil_div(n, kTokens), [&](int task) {
+    for (size_t t = task * kTokens; t < size_t(std::min(n, (task + 1) * kTokens)); t++)
+      kernels().rms_norm(x + t * d, weight, eps, d, y + t * d);
+  });
+}
+
+void norm_backward(const float* x, const float* weight, const float* grad, float eps, int n, int d, float* grad_x,
+                   float* grad_weight) {
+  const int tasks = ceil_div(n, kNormTokens);
+  std::vector<float> shares(size_t(tasks) * d);
+  share(tasks, [&](int task) {
+    for (size_t t = size_t(task) * kNormTokens; t < std::min(size_t(n), (size_t(task) + 1) * kNormTokens); t++)
+      kernels().rms_norm_backward(x + t * d, weight, grad + t * d, eps, d, grad_x ? grad_x + t * d : nullptr,
+                                  shares.data() + size_t(task) * d);
+  });
+  if (!grad_weight) return;
+  std::fill_n(grad_weight, d, 0.0f);
+  for (int task = 0; task < tasks; task++) kernels().axpy(1.0f, shares.data() + size_t(task) * d, d, grad_weight);
+}
+
+void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y) {
+  const size_t row = size_t(heads) * head_dim, half = head_dim / 2;
+  share(ceil_div(n, kTokens), [&](int task) {
+    static thread_local std::vector<float> turned;
+    turned.resize(half);
+    for (size_t t = size_t(task) * kTokens; t < std::min(size_t(n), (size_t(task) + 1) * kTokens); t++) {
+      std::memcpy(y + t * row, x + t * row, row * sizeof(float));
+      for (size_t i = 0; i < half; i++) turned[i] = back ? -sin[t * half + i] : sin[t * half + i];
+      for (int h = 0; h < heads; h++)
+        kernels().rope(y + t * row + size_t(h) * head_dim, cos + t * half, turned.data(), head_dim);
+    }
+  });
+}
+
+double cross_entropy(const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n, int d,
+                     int words, float* logits, float* grad_x, float* grad_weight) {
+  constexpr int kLogitTokens = 8;  // of one task of the softmax
+  std::vector<double> losses(n);
+  const bool gradient = grad_x || grad_weight;
+  for (int first = 0; first < n; first += kLossTokens) {
+    const int count = std::min(kLossTokens, n - first);
+    const Factor inputs{x + size_t(first) * d, size_t(d)}, delta{logits, size_t(words)};
+    shared_product(inputs, count, d, {weight, size_t(d), nullptr, true}, words, logits, words);
+    share(ceil_div(count, kLogitTokens), [&](int task) {
+      for (int t = task * kLogitTokens; t < std::min(count, (task + 1) * kLogitTokens); t++) {
+        float* row = logits + size_t(t) * words;
+        const int64_t label = labels[first + t];
+        if (label == ignored) {
+          if (gradient) std::fill_n(row, words, 0.0f);
+          continue;
+        }
+        losses[first + t] = kernels().cross_entropy(row, words, int(label), gradient);
+      }
+    });
+    if (grad_x) shared_product(delta, count, words, {weight, size_t(d)}, d, grad_x + size_t(first) * d, d);
+    if (grad_weight) {
+      Factor turned = delta;
+      turned.turned = true;
+      shared_product(turned, words, count, inputs, d, grad_weight, d, first > 0);
+    }
+  }
+  double total = 0;
+  for (double loss : losses) total += loss;
+  return total;
+}
+
+}  // namespace olmoe

@@ -1,0 +1,65 @@
+// The operations of training, forward and backward, in fp32 and on torch's threads (core/team.h). As in inference,
+// every value is computed by one thread in a fixed order, so that results do not depend on the number of threads. Where
+// gradients are written, a null address means that nobody wants them.
+//
+// Shapes legend: see ../core/types.h, and V words.
+#pragma once
+
+#include "ops.h"
+
+namespace olmoe {
+
+// The N K routed rows of N tokens, sorted by expert, ties by token. Each array is filled by `sort_rows`.
+struct RoutedRows {
+  int tokens, k, experts;
+  int32_t* offsets;    // (E + 1): rows of expert e are offsets[e] to offsets[e + 1]
+  int32_t* order;      // (M): which of the N K choices a row is
+  int32_t* token_ids;  // (M): the token of a row
+  int32_t* positions;  // (N, K): the row of a choice
+
+  int rows() const { return tokens * k; }
+};
+
+// False if an id is not one of an expert. ids (N, K).
+bool sort_rows(const int64_t* ids, const RoutedRows& rows);
+
+// The experts of a layer: gate_up (E, 2 F, D), down (E, D, F).
+struct ExpertWeights {
+  const float *gate_up, *down;
+  int hidden, width;
+};
+
+// x (N, D) -> out (N, D), the sum of each token's rows times weights (N, K). Kept for `experts_backward` are the
+// products with gate_up, units (M, 2 F); results (M, D) is memory that is needed meanwhile.
+void experts_forward(const float* x, const float* weights, const RoutedRows& rows, const ExpertWeights& experts,
+                     float* units, float* results, float* out);
+
+// What is to be differentiated, and memory that is needed meanwhile: hidden (M, F), grad_units (M, 2 F) and, where the
+// gradient of x is wanted, grad_rows (M, D).
+struct ExpertGradients {
+  float *x, *weights, *gate_up, *down;
+  float *hidden, *grad_units, *grad_rows;
+};
+void experts_backward(const float* x, const float* weights, const RoutedRows& rows, const ExpertWeights& experts,
+                      const float* units, const float* grad, const ExpertGradients& gradients);
+
+// x (N, C) times weight (R, C) transposed, plus bias -> y (N, R).
+void linear_forward(const float* x, const float* weight, const float* bias, int n, int rows, int columns, float* y);
+void linear_backward(const float* x, const float* weight, const float* grad, int n, int rows, int columns,
+                     float* grad_x, float* grad_weight);
+
+void norm_backward(const float* x, const float* weight, const float* grad, float eps, int n, int d, float* grad_x,
+                   float* grad_weight);
+
+void norm_forward(const float* x, const float* weight, float eps, int n, int d, float* y);
+
+// Rotate-half of x (N, H, Dh), or with `back` the other way, which is its gradient.
+void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y);
+
+// The sum of -log softmax(x weight^T)[label] over the tokens whose label is not `ignored`, and its gradients.
+// x (N, D), weight (V, D). `logits` holds kLossTokens * V floats.
+constexpr int kLossTokens = 512;
+double cross_entropy(const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n, int d,
+                     int words, float* logits, float* grad_x, float* grad_weight);
+
+}  // namespace olmoe

@@ -1,0 +1,331 @@
+"""Operations of training in fp32 by the C++ kernels, forward and backward: what `torch_fast` does there, faster.
+
+Their products use all of a CPU's vectors, which torch's library does not on every CPU, and stay on torch's own threads.
+Of an operation no more is kept for the backward pass than its inputs, and of the experts the products with their first
+weight: rows are gathered again and the gated unit is computed again, so that what is kept does not grow with the number
+of experts of a token, as long as these are as wide together.
+
+Each function here takes what `takes` says yes to. A backward pass that is itself to be followed differentiates `plain`,
+the same function in torch's operations.
+
+Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts per token, M = N*K routed rows, F expert
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmoe.ops.cpu.extension import isa, kernels, unsupported
+from olmoe.ops.transforms import followed, plain_gradients
+
+Plain = Callable[..., Tensor]
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether these tensors, of which one wants gradients, are what the functions of this module compute with."""
+    given = [t for t in tensors if t is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+        return False
+    if any(t.dtype != torch.float32 or t.numel() == 0 for t in given if t.is_floating_point()):
+        return False
+    # The kernels for any CPU have no vectors, and torch's have.
+    return unsupported(*given, gradients=True) is None and isa() != "scalar"
+
+
+@functools.cache
+def _share_threads() -> None:
+    """Tell the kernels how to run on torch's threads, where its OpenMP library is GNU's or speaks its language."""
+    try:
+        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, TypeError, AttributeError):
+        parallel = None
+    kernels().set_parallel(parallel or 0)
+
+
+def _kernels() -> Any:
+    module = kernels()
+    _share_threads()
+    return module
+
+
+def _room(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.detach().contiguous()
+
+
+def _if(wanted: bool, like: Tensor) -> Tensor | None:
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
+
+
+def _followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: Tensor) -> list[Tensor | None]:
+    """The gradients of `ctx.plain` for its first inputs, which can be differentiated and mapped themselves."""
+    given = [t for t in inputs if t is not None]
+    needs = [need for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None]
+
+    def plain(*tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        out: Tensor = ctx.plain(*(None if t is None else next(remaining) for t in inputs))
+        return out
+
+    found = iter(plain_gradients(plain, given, needs, gradient))
+    return [None if t is None else next(found) for t in inputs]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
+    """See `ops.linear`."""
+    out: Tensor = _Linear.apply(x, weight, bias, plain)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.plain = plain
+        inputs, w, b = _dense(x), _dense(weight), None if bias is None else _dense(bias)
+        out = _room(*x.shape[:-1], weight.shape[0])
+        rows, columns = weight.shape
+        _kernels().linear_forward(
+            inputs.data_ptr(), w.data_ptr(), _address(b), x.numel() // columns, rows, columns, out.data_ptr()
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if followed(grad):
+            return (*_followed_gradients(ctx, (x, weight, bias), grad), None)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        inputs, w, gradient = _dense(x), _dense(weight), _dense(grad)
+        grad_x, grad_weight = _if(need_x, x), _if(need_weight, weight)
+        rows, columns = weight.shape
+        _kernels().linear_backward(
+            inputs.data_ptr(),
+            w.data_ptr(),
+            gradient.data_ptr(),
+            x.numel() // columns,
+            rows,
+            columns,
+            _address(grad_x),
+            _address(grad_weight),
+        )
+        return grad_x, grad_weight, gradient.view(-1, rows).sum(dim=0) if need_bias else None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
+    """See `ops.rms_norm`."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps, plain)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.plain = eps, plain
+        inputs, w, out = _dense(x), _dense(weight), _room(*x.shape)
+        d = x.shape[-1]
+        _kernels().norm_forward(inputs.data_ptr(), w.data_ptr(), eps, x.numel() // d, d, out.data_ptr())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if followed(grad):
+            return (*_followed_gradients(ctx, (x, weight), grad), None, None)
+        inputs, w, gradient = _dense(x), _dense(weight), _dense(grad)
+        grad_x, grad_weight = (_if(need, t) for need, t in zip(ctx.needs_input_grad, (x, weight), strict=False))
+        d = x.shape[-1]
+        _kernels().norm_backward(
+            inputs.data_ptr(),
+            w.data_ptr(),
+            gradient.data_ptr(),
+            ctx.eps,
+            x.numel() // d,
+            d,
+            _address(grad_x),
+            _address(grad_weight),
+        )
+        return grad_x, grad_weight, None, None
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, plain: Plain) -> Tensor:
+    """See `ops.apply_rope`; cos and sin want no gradients."""
+    out: Tensor = _Rope.apply(x, cos, sin, plain)
+    return out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    heads, head_dim = x.shape[-2:]
+    shape = (*x.shape[:-2], head_dim // 2)
+    inputs, cosines, sines = _dense(x), _dense(cos.expand(shape)), _dense(sin.expand(shape))
+    out = _room(*x.shape)
+    tokens = x.numel() // (heads * head_dim)
+    _kernels().rotate(
+        inputs.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, head_dim, back, out.data_ptr()
+    )
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, plain: Plain) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.plain = plain
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        if followed(grad):  # the gradient of a rotation is the opposite rotation
+            return ctx.plain(grad, cos, -sin), None, None, None
+        return _rotated(grad, cos, sin, back=True), None, None, None
+
+
+class _Rows:
+    """The routed rows of `ids` (N, K), sorted by expert."""
+
+    def __init__(self, ids_NK: Tensor, num_experts: int) -> None:
+        n, k = ids_NK.shape
+        ids = _dense(ids_NK).long()
+        # Offsets, order, token ids and positions, end to end; the kernels are given their addresses.
+        self._memory = torch.empty(num_experts + 1 + 3 * n * k, dtype=torch.int32, device="cpu")
+        parts = self._memory.split([num_experts + 1, n * k, n * k, n * k])
+        self.kernel = _kernels().RoutedRows(n, k, num_experts, *(part.data_ptr() for part in parts))
+        if not self.kernel.sort(ids.data_ptr()):
+            raise IndexError(f"expert ids from {int(ids.min())} to {int(ids.max())} are not all below {num_experts}")
+
+
+def _expert_weights(gate_up: Tensor, down: Tensor) -> Any:
+    _, hidden, width = down.shape
+    return _kernels().ExpertWeights(gate_up.data_ptr(), down.data_ptr(), hidden, width)
+
+
+def moe(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, plain: Plain) -> Tensor:
+    """See `ops.moe`, with silu."""
+    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain)
+    return out
+
+
+def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, plain: Plain) -> Tensor:
+    """See `ops.experts`, with silu: `moe` where each row has one expert, of weight 1."""
+
+    def plain_rows(rows_MD: Tensor, _weights: Tensor, _ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return plain(rows_MD, offsets_E, gate_up, down)
+
+    m = len(rows_MD)
+    ids_M = torch.repeat_interleave(torch.arange(len(gate_up)), offsets_E.diff(), output_size=m)
+    return moe(rows_MD, rows_MD.new_ones(m, 1), ids_M.unsqueeze(1), gate_up, down, plain_rows)
+
+
+class _MoE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, plain: Plain
+    ) -> Tensor:
+        count, d, f = down.shape
+        assert gate_up.shape == (count, 2 * f, d)
+        assert x.shape == (len(expert_ids_NK), d)
+        assert weights_NK.shape == expert_ids_NK.shape
+        rows, m = _Rows(expert_ids_NK, count), expert_ids_NK.numel()
+        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        units_M2F, results_MD, out = _room(m, 2 * f), _room(m, d), _room(*x.shape)
+        _kernels().experts_forward(
+            inputs.data_ptr(),
+            weights.data_ptr(),
+            rows.kernel,
+            _expert_weights(first, second),
+            units_M2F.data_ptr(),
+            results_MD.data_ptr(),
+            out.data_ptr(),
+        )
+        ctx.plain = plain
+        ctx.save_for_backward(x, weights_NK, expert_ids_NK, gate_up, down, units_M2F)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights_NK, expert_ids_NK, gate_up, down, units_M2F = ctx.saved_tensors
+        need_x, need_weights, _, need_gate_up, need_down, _ = ctx.needs_input_grad
+        if followed(grad):
+            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None)
+        rows, m = _Rows(expert_ids_NK, down.shape[0]), expert_ids_NK.numel()
+        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        gradient, hidden_MF = _dense(grad), _room(m, down.shape[2])
+        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(m, x.shape[1]) if need_x else None
+        grad_x, grad_weights = _if(need_x, x), _if(need_weights, weights_NK)
+        grad_gate_up, grad_down = _if(need_gate_up, gate_up), _if(need_down, down)
+        _kernels().experts_backward(
+            inputs.data_ptr(),
+            weights.data_ptr(),
+            rows.kernel,
+            _expert_weights(first, second),
+            units_M2F.data_ptr(),
+            gradient.data_ptr(),
+            _address(grad_x),
+            _address(grad_weights),
+            _address(grad_gate_up),
+            _address(grad_down),
+            hidden_MF.data_ptr(),
+            grad_units_M2F.data_ptr(),
+            _address(grad_rows_MD),
+        )
+        return grad_x, grad_weights, None, grad_gate_up, grad_down, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, plain: Plain) -> Tensor:
+    """See `ops.linear_cross_entropy`. Both gradients are computed with the loss, as logits are at hand then."""
+    out: Tensor = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, plain)
+    return out
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, plain: Plain) -> Tensor:
+        inputs, w, targets = _dense(x), _dense(weight), _dense(labels).long()
+        words, d = weight.shape
+        assert x.shape == (len(labels), d)
+        used = targets[targets != ignore_index]
+        if len(used):
+            low, high = (int(t) for t in torch.aminmax(used))
+            if low < 0 or high >= words:
+                raise IndexError(f"labels from {low} to {high} are not all below {words}")
+        grad_x, grad_weight = _if(ctx.needs_input_grad[0], x), _if(ctx.needs_input_grad[1], weight)
+        module = _kernels()
+        logits = _room(min(len(labels), module.loss_tokens), words)
+        loss = module.cross_entropy(
+            inputs.data_ptr(),
+            w.data_ptr(),
+            targets.data_ptr(),
+            ignore_index,
+            len(labels),
+            d,
+            words,
+            logits.data_ptr(),
+            _address(grad_x),
+            _address(grad_weight),
+        )
+        ctx.plain = plain
+        ctx.save_for_backward(x, weight, labels, grad_x, grad_weight)
+        return torch.tensor(loss, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels, *gradients = ctx.saved_tensors
+        if followed(grad):
+            return (*_followed_gradients(ctx, (x, weight, labels), grad)[:2], None, None, None)
+        return (*(None if g is None else g * grad for g in gradients), None, None, None)

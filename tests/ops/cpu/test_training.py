@@ -1,0 +1,232 @@
+"""The kernels of training: borders of their products, threads, what they keep, and what they leave to torch.
+
+Ordinary shapes are in tests/ops/test_parity.py, where "torch" computes with them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olmoe import ops
+from olmoe.ops import torch_fast
+from olmoe.ops.cpu import extension, training
+from ops.cpu.matrices import error, random
+
+
+@pytest.fixture
+def kernels_only(monkeypatch):
+    """Fail where torch's own formulation would be taken."""
+
+    def refuse(*arguments):
+        raise AssertionError("computed by torch")
+
+    for name in ("_moe", "_experts", "_apply_rope"):
+        monkeypatch.setattr(torch_fast, name, refuse)
+
+
+@pytest.fixture(params=["torch's threads", "our threads"])
+def team(request):
+    """The threads that torch has, and the pool for where they cannot be had."""
+    training._share_threads()
+    if request.param == "our threads":
+        extension.kernels().set_parallel(0)
+    yield request.param
+    training._share_threads.cache_clear()
+
+
+def leaf(*shape, seed=0, scale=1.0):
+    return random(*shape, seed=seed, scale=scale).requires_grad_()
+
+
+def gradients(function, inputs, seed=9):
+    """The value of `function`, and the gradients of `inputs` for a random one of it."""
+    out = function(*inputs)
+    grad = random(max(out.numel(), 1), seed=seed).view(out.shape).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)
+
+
+def doubled(inputs):
+    """The same in double precision."""
+    return [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs]
+
+
+def chosen(n, e, k, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(n)])
+
+
+def moe_inputs(n, e, k, d, f):
+    weights = torch.rand(n, k, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    gate_up, down = leaf(e, 2 * f, d, seed=1, scale=d**-0.5), leaf(e, d, f, seed=2, scale=f**-0.5)
+    return [leaf(n, d), weights, chosen(n, e, k), gate_up, down]
+
+
+def moe(*inputs):
+    return ops.moe(*inputs, F.silu)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "rows"),
+    [
+        pytest.param(1, 1, 1, id="one number"),
+        pytest.param(6, 16, 64, id="one tile"),
+        pytest.param(7, 129, 65, id="one more of each than a tile has"),
+        pytest.param(13, 300, 37, id="several depths, less than a panel"),
+        pytest.param(300, 40, 520, id="more rows and columns than are gone through at a time"),
+    ],
+)
+def test_linear(n, columns, rows, isa):
+    inputs = [leaf(n, columns), leaf(rows, columns, seed=1, scale=columns**-0.5), leaf(rows, seed=2)]
+    ours, expected = gradients(ops.linear, inputs), gradients(F.linear, doubled(inputs))
+    assert error(ours[0], expected[0].float()) < 2e-6
+    for mine, theirs in zip(ours[1], expected[1], strict=True):
+        assert error(mine, theirs.float()) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "e", "k", "d", "f"),
+    [
+        pytest.param(1, 4, 1, 1, 1, id="one number"),
+        pytest.param(50, 64, 8, 33, 17, id="odd widths"),
+        pytest.param(700, 2, 1, 130, 70, id="more rows of an expert than a block has"),
+        pytest.param(20, 30, 2, 300, 140, id="experts without rows, more columns than a band"),
+    ],
+)
+def test_moe(n, e, k, d, f, isa):
+    inputs = moe_inputs(n, e, k, d, f)
+    ours = gradients(moe, inputs)
+    expected = gradients(
+        lambda *t: ops.moe(*t, F.silu, backend="reference"),
+        [t.detach().requires_grad_(t.requires_grad) for t in inputs],
+    )
+    assert error(ours[0], expected[0]) < 2e-6
+    for mine, theirs in zip(ours[1], expected[1], strict=True):
+        assert error(mine, theirs) < 5e-6
+
+
+def test_experts_without_rows_have_gradients_of_zero():
+    inputs = moe_inputs(5, 6, 2, 16, 8)
+    inputs[2] = torch.tensor([[1, 4]]).expand(5, -1)
+    _, (_, _, grad_gate_up, grad_down) = gradients(moe, inputs)
+    for e in (0, 2, 3, 5):
+        assert not grad_gate_up[e].any()
+        assert not grad_down[e].any()
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (3, 4), (0, 1), (0, 1, 3)], ids=str)
+def test_gradients_of_some_inputs_only(frozen, kernels_only):
+    inputs = moe_inputs(20, 6, 2, 16, 8)
+    every = dict(zip((0, 1, 3, 4), gradients(moe, inputs)[1], strict=True))
+    some = [t.detach() if i in frozen else t for i, t in enumerate(inputs)]
+    wanted = [i for i in every if i not in frozen]
+    for i, mine in zip(wanted, gradients(moe, some)[1], strict=True):
+        assert torch.equal(mine, every[i])
+
+
+CALLS = {
+    "linear": (ops.linear, lambda: [leaf(150, 96), leaf(300, 96, seed=1)]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), lambda: [leaf(300, 48), leaf(48, seed=1)]),
+    "apply_rope": (
+        lambda x, cos, sin: ops.apply_rope(x, cos, sin),
+        lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
+    ),
+    "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
+    "linear_cross_entropy": (
+        ops.linear_cross_entropy,
+        lambda: [leaf(1100, 32), leaf(90, 32, seed=1), torch.arange(1100) % 90],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_do_not_depend_on_threads(name, isa, team, set_threads):
+    if isa == "scalar":
+        pytest.skip("left to torch")
+    function, make = CALLS[name]
+    results = []
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        results.append(gradients(function, make()))
+    for out, grads in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_torch_computes_without_the_kernels_is_the_same(name, monkeypatch):
+    function, make = CALLS[name]
+    ours = gradients(function, make())
+    monkeypatch.setattr(training, "takes", lambda *tensors: False)
+    theirs = gradients(function, make())
+    assert error(ours[0], theirs[0]) < 2e-6
+    assert all(error(a, b) < 5e-6 for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def kept_bytes(e, k, f):
+    """What a mixture of 512 tokens keeps for its backward pass besides its parameters."""
+    inputs = moe_inputs(512, e, k, 128, f)
+    kept: dict[int, int] = {}
+
+    def keep(t):
+        kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        moe(*inputs).sum().backward()
+    for parameter in inputs[3:]:
+        del kept[parameter.data_ptr()]
+    ids_and_weights = sum(kept.pop(t.data_ptr()) for t in inputs[1:3])
+    return sum(kept.values()), ids_and_weights
+
+
+def test_what_is_kept_does_not_grow_with_the_number_of_experts_of_a_token():
+    """2 experts of width 256 and 8 of width 64: only the choices themselves are more."""
+    few, many = kept_bytes(16, 2, 256), kept_bytes(64, 8, 64)
+    rows, units = 512 * 128 * 4, 512 * 2 * 512 * 4
+    assert few[0] == many[0] == rows + units
+    assert many[1] == 512 * 8 * (4 + 8)
+
+
+def test_labels_and_experts_that_do_not_exist_are_refused():
+    inputs = moe_inputs(5, 6, 2, 16, 8)
+    for wrong in (-1, 6):
+        inputs[2] = torch.full((5, 2), wrong)
+        with pytest.raises(IndexError, match="are not all below 6"):
+            moe(*inputs)
+    for wrong in (-1, 12):
+        with pytest.raises(IndexError, match="are not all below 12"):
+            ops.linear_cross_entropy(leaf(3, 16), leaf(12, 16), torch.tensor([0, wrong, 3]))
+
+
+def test_what_is_left_to_torch():
+    x, weight = leaf(4, 16), leaf(8, 16)
+    assert training.takes(x, weight, None)
+    assert not training.takes(x.detach(), weight.detach())  # nobody wants gradients
+    assert not training.takes(x, weight.detach().double())
+    assert not training.takes(x[:0], weight)
+    assert not training.takes(x, weight.to("meta"))
+    assert not training.takes(x.as_subclass(type("Mine", (torch.Tensor,), {})), weight)
+    with torch.no_grad():
+        assert not training.takes(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_a_loss_without_labels_is_zero():
+    x, weight = leaf(5, 16), leaf(12, 16)
+    loss, grads = gradients(ops.linear_cross_entropy, [x, weight, torch.full((5,), -100)])
+    assert loss == 0
+    assert not any(g.any() for g in grads)
+
+
+def test_logits_that_differ_much():
+    """The largest logit is far above the others', which vanish, and below those of other tokens by far."""
+    x, weight = leaf(40, 16, scale=30.0), leaf(70, 16, seed=1, scale=3.0)
+    labels = torch.arange(40)
+    ours = gradients(ops.linear_cross_entropy, [x, weight, labels])
+    logits = doubled([x])[0] @ doubled([weight])[0].T
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    assert torch.allclose(ours[0].double(), expected, rtol=1e-6)
+    assert all(torch.isfinite(g).all() for g in ours[1])
