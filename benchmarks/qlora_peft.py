@@ -95,6 +95,7 @@ def theirs(config: SFTConfig, plain: Path) -> list[dict[str, float]]:
         adapter = adapters.new_adapter(
             start.model_config, config.adapter.rank, config.adapter.alpha, config.adapter.targets, config.run.seed
         )
+        (Path(place) / "adapter").mkdir()
         adapters.write_adapter(adapter, Path(place) / "adapter", str(plain))
         trainer = trl.SFTTrainer(
             model=peft.PeftModel.from_pretrained(model, f"{place}/adapter", is_trainable=True),
@@ -108,6 +109,7 @@ def theirs(config: SFTConfig, plain: Path) -> list[dict[str, float]]:
                 max_grad_norm=config.optimizer.max_grad_norm,
                 gradient_checkpointing=True,
                 completion_only_loss=True,
+                router_aux_loss_coef=0.0,  # which TRL turns on by itself, and ours leaves off
                 max_length=None,
                 bf16=False,
                 logging_steps=1,

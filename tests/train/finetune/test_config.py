@@ -57,6 +57,7 @@ def test_rates_are_those_of_the_log():
         ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
         ({"adapter": {"targets": []}}, "adapter.targets must be"),
+        ({"adapter": {"precision": "fp8"}}, "adapter.precision must be fp32 or bf16, not 'fp8'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, tokenizer_file, changes, says):

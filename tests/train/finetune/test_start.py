@@ -17,7 +17,8 @@ from olmoe.train.finetune.config import SFTConfig, load_config
 from olmoe.train.finetune.sft import sft
 from olmoe.train.finetune.start import load_model, open_start
 from olmoe.train.loop import Interrupted
-from packed_folders import packed_folder
+from olmoe.weights.quantize import quantize
+from packed_folders import packed_folder, plain_folder
 from sentences import refused
 from training_runs import fixed, read_metrics
 
@@ -36,7 +37,7 @@ def run(path: Path, *, resume: bool = False) -> Path:
     return path.parent / "out"
 
 
-@pytest.fixture(scope="module", params=["plain", "nf4", "packed"])
+@pytest.fixture(scope="module", params=["plain", "nf4", "packed", "nf4 folder in bf16"])
 def finished(request, tmp_path_factory, tokenizer_file) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     adapter = {"rank": 4, "alpha": 8.0}
@@ -44,6 +45,9 @@ def finished(request, tmp_path_factory, tokenizer_file) -> Path:
         adapter["pack"] = "nf4"
     if request.param == "packed":
         packed_folder(folder / "start", "int4", tokenizer_file, max_position_embeddings=256)
+    if request.param == "nf4 folder in bf16":
+        quantize(plain_folder(folder / "plain", tokenizer_file, max_position_embeddings=256), folder / "start", "nf4")
+        adapter["precision"] = "bf16"
     return run(write_run(folder, tokenizer_file, adapter=adapter, optimizer={"learning_rate": 2e-2}))
 
 
@@ -100,6 +104,22 @@ sequences = 1
     (tmp_path / "run.toml").write_text(text.replace("512", "513"))
     message = refused(lambda: open_start(load_config(tmp_path / "run.toml", SFTConfig)), ConfigError)
     assert "exceeds the 512 positions" in message
+
+
+def test_a_folder_packed_before_trains_as_one_packed_at_the_start(tmp_path, tokenizer_file):
+    """Frozen weights in bf16 and all: the first steps have the same losses, to the bit."""
+    found = []
+    for name, pack in (("at once", "nf4"), ("before", None)):
+        plain = plain_folder(tmp_path / name / "plain", tokenizer_file, max_position_embeddings=256)
+        if pack is None:
+            quantize(plain, tmp_path / name / "start", "nf4")
+        else:
+            plain.rename(tmp_path / name / "start")
+        adapter = {"rank": 4} | ({} if pack is None else {"pack": pack})
+        output = run(write_run(tmp_path / name, tokenizer_file, adapter=adapter, schedule={"epochs": 1}))
+        found.append([record["loss"] for record in read_metrics(output) if "loss" in record])
+    assert found[0] == found[1]
+    assert len(found[0]) > 1
 
 
 def test_packing_what_is_packed_is_refused(tmp_path, tokenizer_file):
