@@ -29,6 +29,7 @@ IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 9), generator=torch.Generator().manua
 WAYS = {
     "tensor": {"tp_plan": "auto"},
     "tensor and expert": {"distributed_config": {"tp_size": 2, "ep_size": 2}},
+    "the older flag": {"distributed_config": {"tp_plan": "auto", "enable_expert_parallel": True}},
     "fsdp": {"distributed_config": {"fsdp_size": 2}},
     "fsdp and expert": {"distributed_config": {"fsdp_size": 2, "ep_size": 2}},
 }

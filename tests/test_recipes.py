@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -38,10 +39,13 @@ def cook(title):
     namespace: dict[str, object] = {}
     for language, code in BLOCK.findall(RECIPES[title]):
         if language == "python":
-            for package in ("peft", "lm_eval", "xllamacpp"):
+            for package in ("peft", "lm_eval", "xllamacpp", "datasets"):
                 if re.search(rf"^(?:import|from) {package}\b", code, flags=re.MULTILINE):
                     pytest.importorskip(package)
-            exec(compile(code, title, "exec"), namespace)
+            if script := re.match(r"# (\w+\.py)\n", code):
+                Path(script[1]).write_text(code, encoding="utf-8")
+            else:
+                exec(compile(code, title, "exec"), namespace)
             continue
         for command in filter(None, (re.sub(r"\s+#.*", "", line).strip() for line in code.splitlines())):
             path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -73,6 +77,16 @@ def test_an_adapter_on_experts_learns_and_goes_to_llama_cpp(folder, capsys):
     assert ours.text != base.text  # the adapter is in it
     assert theirs[:8] == ours.text[:8]  # its cache is fp16: texts may part later
     assert (folder / "merged-int4.gguf").is_file()
+
+
+def test_two_processes_train_with_transformers_trainer(folder):
+    cook("Train on two processes with transformers' Trainer")
+    state = json.loads((folder / "trained" / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    (ours,) = LLM(folder / "trained", dtype="float32").generate("My fellow", SamplingParams(max_new_tokens=8))
+    (base,) = LLM(dtype="float32").generate("My fellow", SamplingParams(max_new_tokens=8))
+    assert ours.text != base.text
 
 
 def test_chat(folder, capsys):

@@ -1,10 +1,10 @@
-// Keys and values of all sequences and layers, in blocks: the only place that knows how they lie.
+// Keys and values of all sequences and layers, in blocks: the only place that knows their layout.
 //
-// A block holds `block_size` positions of one sequence, for all KV heads: (G, block_size, Dh). Which blocks a sequence
-// has, in the order of its positions, says its row of a table. So sequences join, leave and share what they have in
-// common without a copy. A cache with the positions of a sequence one after the other is the case of one block each.
+// A block holds `block_size` positions of one sequence, for all KV heads: (G, block_size, Dh). A row of a table says
+// which blocks a sequence has, in the order of its positions. So sequences join, leave and share what they have in
+// common without a copy. A cache with contiguous sequences is the case of one block per sequence.
 //
-// A cache of kI8 holds signed bytes and for each position and KV head one fp32 scale, which a block has behind the
+// A kI8 cache holds signed bytes and, for each position and KV head, one fp32 scale, which a block stores after the
 // bytes of each head: (G, block_size * Dh bytes, block_size scales).
 //
 // Shapes legend: see types.h; B sequences of a call.
@@ -64,7 +64,7 @@ struct CacheView {
     }
     return block;
   }
-  // Where each kKeyBlock of the first `visible` positions lie.
+  // The key blocks of the first `visible` positions.
   void key_blocks(const LayerCache& layer, const Sequences& s, int b, int g, int64_t visible, KeyBlock* blocks) const {
     for (int64_t start = 0; start < visible; start += kKeyBlock) *blocks++ = key_block(layer, place(s, b, g, start));
   }

@@ -26,7 +26,7 @@ inline void relax() {
 }
 
 constexpr int kSpins = 2000;              // some 20 to 50 microseconds
-constexpr int kPieces = 3;                // a thread takes this part of its share of what is left
+constexpr int kPieces = 3;                // a thread takes one in so many parts of its share of what is left
 constexpr int kKept = 1;                  // this many tasks for each thread are not taken ahead
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
 constexpr int kYields = 1000;             // other threads that want this core get it here
@@ -64,6 +64,13 @@ int available() {
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
   return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// The system is asked once: operations want their pool up to a hundred times in a step, and each question is a call of
+// the kernel.
+int wanted_threads() {
+  if (wanted == 0) wanted = available();
+  return wanted;
 }
 
 }  // namespace
@@ -163,7 +170,7 @@ std::mutex& one_at_a_time() {
 ThreadPool& pool() {
   handle_forks();
   std::lock_guard lock(pool_mutex);
-  const int threads = wanted > 0 ? wanted : available();
+  const int threads = wanted_threads();
   if (!current || current->threads() != threads) {
     current.reset();
     current = std::make_unique<ThreadPool>(threads);
@@ -178,7 +185,7 @@ void set_threads(int threads) {
 
 int get_threads() {
   std::lock_guard lock(pool_mutex);
-  return wanted > 0 ? wanted : available();
+  return wanted_threads();
 }
 
 }  // namespace olmoe

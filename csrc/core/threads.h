@@ -1,5 +1,5 @@
-// A small thread pool of our own. The calling thread works too; helpers spin briefly between calls, so that the many
-// short steps of decoding do not pay for waking them, then yield, then sleep.
+// A small thread pool. The calling thread works too; helpers spin briefly between calls, so that the many short steps
+// of decoding do not pay for waking them, then yield, then sleep.
 #pragma once
 
 #include <atomic>
@@ -76,7 +76,7 @@ class ThreadPool {
 std::mutex& one_at_a_time();
 // The pool of this process, made at first use and again after a change of the number or a fork.
 ThreadPool& pool();
-// 0: as many as the process may run on.
+// 0: as many as the process may run on when that is first asked.
 void set_threads(int threads);
 int get_threads();
 

@@ -1,4 +1,4 @@
-// What is known of each packed format, in one trait each: everything else asks here, Python included, which reads
+// What is known about each packed format, in one trait each: everything else asks here, Python included, which reads
 // names, types and bytes of blocks from the extension. A new format is a number in `Type`, a trait, its place in
 // `kPackedTypes` and `with_packed`, and, where an instruction set has a faster way to its codes than `code`, an
 // `unpack` there (isa/*/packed_tiles.h).
@@ -17,7 +17,7 @@ constexpr int kBlock = 32;         // columns that share a scale
 constexpr int kGroup = 16;         // rows that are stored interleaved
 constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
 
-// kI8 is for caches alone: rows of signed bytes, each with a scale that lies elsewhere (core/cache.h).
+// kI8 is only for caches: rows of signed bytes, each with a scale that is stored elsewhere (core/cache.h).
 enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5, kI8 = 6 };
 
 // Bytes of one number of a plain matrix or cache.

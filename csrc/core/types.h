@@ -122,6 +122,13 @@ struct Kernels {
   // `scratch` has kPanel floats a column. Null where the CPU does not multiply and add at once.
   void (*compensate)(const uint8_t* weight, Type stored, int rows, int columns, const float* factor, Type type,
                      uint8_t* out, float* scratch);
+  // Blocks of kBookBlock values as 4-bit numbers of the entries of a book, times their largest magnitude, to a plain
+  // type, rounded once.
+  void (*decode_book)(const uint8_t* codes, const float* scales, int blocks, const float* entries, Type type,
+                      void* out);
+  // The way there, from a plain type: a value's code is in `numbers` by how many of the rising `bounds` it exceeds.
+  void (*encode_book)(const void* x, Type type, int blocks, const float* bounds, const uint8_t* numbers, uint8_t* codes,
+                      float* scales);
   // Copy n scores; the largest of them, or NaN if any is not finite.
   float (*copy_finite)(const float* x, int n, float* out);
   float (*largest)(const float* x, int n);
@@ -165,6 +172,8 @@ struct Kernels {
 // What Kernels::product adds up before it adds to C, and the rows and columns of C that it goes through at a time.
 constexpr int kDepth = 128, kProductRows = 256, kProductColumns = 256;
 constexpr size_t kProductScratch = size_t(kDepth) * (kProductColumns + kProductRows);
+// Values that share a scale, and entries of a book, in formats of Kernels::decode_book.
+constexpr int kBookBlock = 64, kBookEntries = 16;
 
 // Rows that are encoded together: in fp32 they stay in the second cache.
 constexpr int kPanel = 64;

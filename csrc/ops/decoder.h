@@ -1,4 +1,4 @@
-// The whole network in one call: new tokens of any sequences in, logits and routing of the rows that are asked for out.
+// The whole network in one call: from new tokens of any sequences to logits and routing of the requested rows.
 #pragma once
 
 #include "layer.h"
@@ -32,7 +32,7 @@ struct Wanted {
   float* weights = nullptr;
 };
 
-// Every row's results have the same bits whatever else is in the call, and for any split of a sequence into calls.
+// Every row's results are the same to the bit whatever else is in the call, and for any split of a sequence into calls.
 void forward(const DecoderWeights& w, const Tokens& tokens, const Sequences& sequences, const CacheView& cache,
              const Policies* policies, const Wanted& wanted);
 

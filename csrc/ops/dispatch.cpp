@@ -1,4 +1,4 @@
-// Which instruction set the kernels use: the best that the CPU has, unless another was asked for.
+// Which instruction set the kernels use: the best that the CPU has, unless another was requested.
 #include <cstring>
 
 #include "ops.h"

@@ -1,6 +1,6 @@
-// One decoder layer in one call over a KV cache of ours, or in two with attention between them left to the caller: what
-// a step of decoding would spend on going back and forth between Python and here, and on tensors in between, is more
-// than its arithmetic.
+// One decoder layer in one call over one of our KV caches, or in two with attention between them left to the caller: a
+// decoding step would spend more time going back and forth between Python and here, and on tensors in between, than on
+// arithmetic.
 #pragma once
 
 #include "ops.h"

@@ -62,7 +62,7 @@ struct Product {
 void linear(std::initializer_list<Product> products, const Activations& x);
 void linear(const Matrix& m, const Activations& x, const float* bias, const float* add, float* y, int ld);
 
-// Changes of what routers choose, for some or all tokens of a call (olmoe/runner/base.py: RouterPolicy).
+// Changes to what routers choose, for some or all tokens of a call (olmoe/runner/policy.py: RouterPolicy).
 struct Policies {
   const float* bias = nullptr;     // (policies, L, E), added to the logits; -infinity for an expert that is not chosen
   const int32_t* top_k = nullptr;  // (policies), experts that a token chooses
@@ -102,5 +102,10 @@ void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
 // upper triangular factor (C, C), by `compensate`, for which R is a multiple of 32. See olmoe/quant/search.py.
 bool compensates();  // the chosen kernels can
 void encode(const Matrix& weight, const float* factor, Type type, uint8_t* out);
+
+// Blocks of kBookBlock values to and from 4-bit numbers of a book's entries; see Kernels.
+void decode_book(const uint8_t* codes, const float* scales, int blocks, const float* entries, Type type, void* out);
+void encode_book(const void* x, Type type, int blocks, const float* bounds, const uint8_t* numbers, uint8_t* codes,
+                 float* scales);
 
 }  // namespace olmoe

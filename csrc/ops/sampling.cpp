@@ -42,7 +42,7 @@ struct Scratch {
   }
 };
 
-// A number between 0 and 1, that excluded, for each seed and position: Philox 4x32-10 (Salmon et al. 2011).
+// A number in [0, 1) for each seed and position: Philox 4x32-10 (Salmon et al. 2011).
 double uniform(uint64_t seed, uint64_t position) {
   uint32_t counter[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0};
   uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
@@ -74,7 +74,7 @@ template <typename T>
 struct Histogram {
   T (*tables)[kBins];
 
-  // Begin anew with the shares of n values.
+  // Start again with the shares of n values.
   template <typename Bin, typename Share>
   void fill(int n, Bin bin, Share share) {
     std::memset(tables, 0, sizeof(T) * kTables * kBins);

@@ -105,6 +105,16 @@ NB_MODULE(_kernels, m) {
     Running running;
     encode(weight, at<float>(factor), Type(type), at<uint8_t>(out));
   });
+  m.def("decode_book", [](Address codes, Address scales, int blocks, Address entries, int type, Address out) {
+    Running running;
+    decode_book(at<uint8_t>(codes), at<float>(scales), blocks, at<float>(entries), Type(type), at<void>(out));
+  });
+  m.def("encode_book",
+        [](Address x, int type, int blocks, Address bounds, Address numbers, Address codes, Address scales) {
+          Running running;
+          encode_book(at<void>(x), Type(type), blocks, at<float>(bounds), at<uint8_t>(numbers), at<uint8_t>(codes),
+                      at<float>(scales));
+        });
   // Keys and values: the addresses of each layer's, and their strides in bytes.
   nb::class_<CacheView>(m, "CacheView")
       .def("__init__",

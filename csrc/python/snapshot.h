@@ -1,5 +1,5 @@
-// Whether Python objects are what they were, for the views that kernels have of a model's layers: asked at every step,
-// when weights have pushed all of these objects out of the caches.
+// Whether Python objects are unchanged, for the kernels' views of a model's layers: checked at every step, when weights
+// have evicted all of these objects from the caches.
 #pragma once
 
 #include <nanobind/nanobind.h>

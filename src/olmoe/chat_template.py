@@ -1,6 +1,6 @@
 """Chat templates, rendered as `transformers` renders them: Jinja programs that turn messages into one text. No torch.
 
-A template sees the messages, `tools`, `documents`, `add_generation_prompt`, and the texts of the special tokens that
+A template sees the messages, `tools`, `documents`, `add_generation_prompt`, and the text of each special token that
 the tokenizer has. It runs in a sandbox. Beyond plain Jinja it may use `{% generation %}` (marks what the assistant
 writes), `{% break %}` and `{% continue %}`, `raise_exception`, `strftime_now` and a `tojson` that escapes nothing.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 from olmoe.errors import TokenizerError
 
-# OLMoE-Instruct's own template, for checkpoints that bring none (facts: identical in 0924 and 0125). What it writes
-# is unchanged; the generation marks tell a trainer which tokens are the assistant's: its answer and the end of text.
+# OLMoE-Instruct's own template, for checkpoints without one (0924 and 0125 have the same). Its output is
+# unchanged; the generation marks tell a trainer which tokens are the assistant's: its answer and the end of text.
 OLMOE_CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'system' %}
@@ -34,11 +34,11 @@ OLMOE_CHAT_TEMPLATE = """\
 {% endfor %}
 """
 
-# Names under which a message may bring the model's reasoning. Templates read the first, or the second.
+# Names under which a message may carry the model's reasoning. Templates read either the first or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Around what the assistant writes, while its place in a text is looked for. Unicode has set them aside for such use.
+# Put around what the assistant writes while its place in a text is found. Unicode reserves them for such use.
 _ANSWER, _ANSWER_END = "\ufdd0", "\ufdd1"
-_OPEN_END = "THE-MODEL-CONTINUES-HERE "  # after a message to be continued; its blank shows whether the template trims
+_OPEN_END = "THE-MODEL-CONTINUES-HERE "  # after a message to be continued; its last space shows if a template trims
 
 
 def render(
@@ -51,10 +51,10 @@ def render(
     continue_final_message: bool | str = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of `messages` in `template`; `variables` are what else it sees, special tokens above all.
+    """The text of `messages` in `template`; `variables` are whatever else it sees, mostly special tokens.
 
     With `continue_final_message` the text ends within the last message, at the end of its content (or of the field
-    named), so that a model goes on with it. Raises `TokenizerError` for what is no chat, and for a template that is
+    named), so that a model continues it. Raises `TokenizerError` for anything but a chat, and for a template that is
     broken or refuses these messages.
     """
     if add_generation_prompt and continue_final_message:
@@ -82,9 +82,9 @@ def render_answers(
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of `messages`, and where in it the assistant's answers stand: (start, end) in characters, in order.
+    """The text of `messages`, and where the assistant's answers are in it: (start, end) in characters, in order.
 
-    Answers are what the template puts between `{% generation %}` marks. Where it has none they are the contents of the
+    Answers are what the template puts between `{% generation %}` marks. If it has none, they are the contents of the
     assistant's messages, without what the template writes after them. Raises `TokenizerError` as `render` does, and if
     the answers cannot be found.
     """
@@ -158,21 +158,21 @@ def _compiled(template: str, marked: bool) -> Any:
 def _environment(marked: bool) -> Any:
     """The sandbox that templates run in, with what they may call. Jinja is imported here, only for chats.
 
-    If `marked`, what stands in a generation block comes between `_ANSWER` and `_ANSWER_END`.
+    If `marked`, the output of a generation block is put between `_ANSWER` and `_ANSWER_END`.
     """
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}`: what stands between is written as it is."""
+        """`{% generation %}...{% endgeneration %}`: what is between the marks is written as it is."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A block with a scope of its own, as a call has in transformers: what is set inside stays inside.
+            # A block with its own scope, as a call has in transformers: variables set inside stay inside.
             return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
 
         def _written(self, caller: Any) -> Any:
@@ -196,7 +196,7 @@ def _environment(marked: bool) -> Any:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is: Jinja's own filter sorts the keys and escapes for HTML, which no model has seen."""
+    """Plain JSON: Jinja's own filter sorts the keys and escapes for HTML, which no model was trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -204,7 +204,7 @@ def _to_json(
 
 
 def _as_chat(messages: Any) -> list[dict[str, Any]]:
-    """Copies of the messages in plain types, without empty fields. Raises `TokenizerError` for what is no chat."""
+    """Copies of the messages in plain types, without empty fields. Raises `TokenizerError` if it is not a chat."""
     messages = getattr(messages, "messages", messages)
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise TokenizerError(f"A chat is a list of messages with role and content, not {type(messages).__name__}.")
@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
     """`value` in the types of JSON, copied: a template must neither change nor call what the caller passed."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):  # enumerations and the like, without what they can do besides
+    for kind in (str, int, float):  # enumerations and the like, without their other abilities
         if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
     if isinstance(value, Mapping):
@@ -261,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_object(value: Any) -> Any:
-    """What messages may be besides dictionaries; else a text that names the type, for templates ask no more."""
+    """Other types that messages may have than dictionaries; else a text that names the type, enough for a template."""
     if type(value).__module__ == "numpy" and hasattr(value, "dtype") and not getattr(value, "ndim", 1):
         return _plain(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -282,7 +282,7 @@ def _open_final_message(chat: list[dict[str, Any]], template: str, wanted: bool 
     if not isinstance(content, str | list | tuple):
         raise TokenizerError(f"The final message has no {field!r} to continue.")
     fields = [field]
-    if field in _REASONING:  # it was copied to other names, and the template reads whichever it likes
+    if field in _REASONING:  # it was copied to the other name, and the template may read either
         fields = [name for name in _REASONING if last.get(name) == content]
     if not any(name in template for name in fields):
         raise TokenizerError(f"The chat template does not write {field!r}, so it cannot be continued.")

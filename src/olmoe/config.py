@@ -1,8 +1,8 @@
 """`ModelConfig`: the architecture of one OLMoE model, to and from Hugging Face's `config.json`.
 
 Both spellings of `config.json` are read: transformers 4 (`rope_theta`, `rope_scaling`,
-`torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`). What this package does not know is
-refused when ignoring it could change the network, because a checkpoint that loads and computes
+`torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`). A key unknown to this package is
+refused if ignoring it could change the network, because a checkpoint that loads and computes
 something else is the worst outcome.
 """
 
@@ -21,7 +21,7 @@ from olmoe.io import json_file
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
-# What a RoPE section may hold besides our own keys -> values with which it changes nothing.
+# Other keys that a RoPE section may have -> values with which they change nothing.
 _NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "attention_factor": (1,),
@@ -32,7 +32,7 @@ _NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeParameters:
-    """Rotary position embedding: `rope_type` default, linear or dynamic; `rope_theta` the base period.
+    """Rotary position embedding: `rope_type` is default, linear or dynamic; `rope_theta` is the base period.
 
     `factor` stretches the context: linear divides positions by it (Chen et al. 2023), dynamic raises
     the base once a sequence outgrows `max_position_embeddings` (NTK-aware scaling).
@@ -158,7 +158,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All ids that end a text; empty if there is none."""
+        """All ids that end a text; empty if there are none."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
@@ -183,7 +183,7 @@ class ModelConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token uses: `num_experts_per_tok` experts a layer, both embeddings counted."""
+        """Parameters that one token uses: `num_experts_per_tok` experts per layer, both embeddings counted."""
         experts = self.parameter_counts()["experts"]
         return self.num_parameters - experts + experts // self.num_experts * self.num_experts_per_tok
 
@@ -233,7 +233,7 @@ class ModelConfig:
     def to_dict(self, dtype: str | None = None) -> dict[str, Any]:
         """The contents of a `config.json`, readable by transformers 4 and 5 (and llama.cpp's converter).
 
-        Both RoPE spellings are written; they say the same, and readers take the one that they know.
+        Both RoPE spellings are written; they say the same, and readers use the one they know.
         `dtype` records how the weights are stored ("bfloat16", "float32", "float16").
         """
         values: dict[str, Any] = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"}
@@ -309,7 +309,7 @@ def _rope_from_dict(raw: Mapping[str, Any]) -> RopeParameters:
 
 
 def _rope_of_full_attention(name: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A RoPE section, out of one by kinds of layers, as transformers 5 writes it for models that have several."""
+    """The RoPE section from one keyed by kind of layer, as transformers 5 writes it for models with several kinds."""
     if not section or not all(isinstance(value, Mapping) for value in section.values()):
         return section
     others = sorted(set(section) - {"full_attention"})
@@ -320,7 +320,7 @@ def _rope_of_full_attention(name: str, section: Mapping[str, Any]) -> Mapping[st
 
 
 def _check_rope_keys(name: str, section: Mapping[str, Any], context: Any) -> None:
-    """Refuse a RoPE section with a method or a key that would scale otherwise than ours."""
+    """Refuse a RoPE section with a method or a key that would scale differently from ours."""
     kinds = [section[key] for key in ("rope_type", "type") if section.get(key) is not None]
     for kind in kinds:
         if kind not in ROPE_TYPES:

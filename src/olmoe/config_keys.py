@@ -1,9 +1,9 @@
-"""Which keys of a `config.json` change nothing in an OLMoE network, so that foreign configurations are read or refused.
+"""Which keys of a `config.json` cannot change an OLMoE network; decides if a foreign configuration is read or refused.
 
-Years of transformers versions, fine-tuners and converters leave keys that OLMoE does not know. Ignoring one that says
-something of the network would compute another model; refusing one that says nothing would refuse a good checkpoint. So
-a key is accepted if it is known to be about something else, if its value is what OLMoE does anyway, or if it says
-nothing (null, false, 0, empty); everything else is refused by name.
+Years of transformers versions, fine-tuners and converters leave keys that OLMoE does not know. Ignoring one that
+describes the network would compute another model; refusing one that does not would refuse a good checkpoint. So a key
+is accepted if it is known to be about something else, if its value is what OLMoE does anyway, or if it says nothing
+(null, false, 0, empty); everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from olmoe.errors import ConfigError, shown
 METHOD = "olmoe"  # of quantization: our own packed files
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 
-# What describes a file, a session, a task or training, never the network. Keys that start with _ are of this kind too.
+# Keys about a file, a session, a task or training, never the network. Keys that start with _ are of this kind too.
 _ABOUT_OTHERS = frozenset(
     "architectures auto_map dtype id2label label2id model_type name_or_path output_attentions output_hidden_states "
     "output_router_logits problem_type return_dict use_return_dict task_specific_params torch_dtype torchscript "
@@ -41,13 +41,13 @@ _ABOUT_OTHERS = frozenset(
     "assistant_confidence_threshold is_assistant prefill_chunk_size disable_compile compile_config generation_config "
     "use_model_defaults".split()
 )
-# The same by the kind of name: which version wrote the file, how attention is computed, notes of a fine-tuner.
+# The same, by how a name starts or ends: which version wrote the file, how attention is computed, fine-tuners' notes.
 _ABOUT_OTHERS_BY_NAME = re.compile(
     r"_.*|\w+_version|(\w+_)?(attn|attention|experts)_implementation|unsloth_\w+|use_flash_att\w*"
 )
-# What OLMoE has, so that false would take it away.
+# What OLMoE has, so that false would remove it.
 _HAS = frozenset("use_qk_norm qk_norm qk_layernorm is_causal causal use_rope".split())
-# Keys of other architectures -> values with which they are OLMoE's own behaviour.
+# Keys of other architectures -> the values that describe OLMoE's own behaviour.
 _AS_OLMOE_DOES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling logit_scale "
@@ -60,7 +60,7 @@ _AS_OLMOE_DOES: dict[str, tuple[Any, ...]] = {
     "norm_type": ("rms", "rmsnorm", "rms_norm", "RMSNorm"),
     "sliding_window_pattern": (1,),
 }
-# Other names of sizes -> our name, which must say the same.
+# Our name of a size -> its names elsewhere, whose values must be the same.
 _OTHER_NAMES = {
     other: ours
     for ours, others in {
@@ -81,7 +81,7 @@ _OTHER_NAMES = {
 
 
 def check_keys(raw: Mapping[str, Any], known: frozenset[str], config: Any) -> None:
-    """Raise `ConfigError` for the first key that may change the network; `config` is what the `known` keys made."""
+    """Raise `ConfigError` for the first key that may change the network; `config` was made from the `known` keys."""
     for key, value in raw.items():
         if key in ("quantization_config", "compression_config", "quantization"):
             check_quantization(key, value)
@@ -98,7 +98,7 @@ def check_quantization(key: str, value: Any) -> None:
         return
     method: Any = value.get("quant_method") if isinstance(value, Mapping) else value
     if isinstance(value, Mapping) and method is None:
-        # Old files of bitsandbytes do not name it; those of MLX say no more than bits.
+        # Old files of bitsandbytes do not name the method; those of MLX give only the bits.
         method = "bitsandbytes" if "load_in_8bit" in value or "load_in_4bit" in value else dict(value)
     if method != METHOD:
         raise ConfigError(
@@ -126,6 +126,6 @@ def _is_harmless(key: str, value: Any, raw: Mapping[str, Any], config: Any) -> b
         return value == ["full_attention"] * config.num_hidden_layers
     if key == "sliding_window":
         return raw.get("use_sliding_window") is False
-    if key == "max_window_layers":  # how many layers have no window; where none has, it says nothing
+    if key == "max_window_layers":  # how many layers have no window; meaningless when no layer has one
         return raw.get("sliding_window") in NOTHING or raw.get("use_sliding_window") is False
     return False

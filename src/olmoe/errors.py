@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each carrying one sentence with the offending value and the remedy.
+"""Errors that a user can cause; the message of each is one sentence with the offending value and the remedy.
 
 The command line prints the sentence and exits with code 2; anything else that escapes is a bug of
 ours and keeps its traceback.
@@ -18,7 +18,7 @@ def shown(value: object) -> str:
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what and how to mend it."""
+    """Something the user asked for cannot be done; the message says what, and how to fix it."""
 
 
 class ConfigError(UserError):

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("olmoe")
 
 MAX_THREADS = 1024
-_OTHER_FILES = 512  # open files besides those that a caller counts
+_OTHER_FILES = 512  # open files other than those that a caller counts
 
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log `message` at INFO level, once a process however often it is asked."""
+    """Log `message` at INFO level, once per process however often it is called."""
     log.info(message)
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """`auto` is CUDA where there is one and the CPU elsewhere; a name, or torch's object, is taken at its word.
+    """`auto` is CUDA if available, else the CPU; any other name, or a torch device, is used as given.
 
     Raises `UserError` for an unknown name or for a device that this machine lacks.
     """
@@ -63,7 +63,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-# What people ask for as a dtype that is a weight format -> the one that `olmoe quantize` makes.
+# Weight formats that people ask for as a dtype -> the format that `olmoe quantize` makes.
 _PACKED_DTYPES = {
     **dict.fromkeys(("int8", "8bit", "8-bit", "q8_0", "fp8", "float8_e4m3fn"), "int8"),
     **dict.fromkeys(("int4", "4bit", "4-bit", "nf4", "fp4", "q4_k_m"), "int4"),
@@ -101,7 +101,7 @@ def set_threads(count: int | None) -> int:
     import torch
 
     if count is not None:
-        # OpenMP ends the process when the system grants it no more threads, so the number is bounded here.
+        # OpenMP kills the process when the system refuses another thread, so the number is bounded here.
         try:
             number = operator.index(count)
         except TypeError:
@@ -159,7 +159,7 @@ def keep_freed_memory(*, large: bool = False) -> None:
 
 
 def _c_library() -> Any:
-    """What this process calls as its C library, or None: on Windows a library has to be named."""
+    """The C library of this process, or None: on Windows a library has to be named."""
     try:
         return ctypes.CDLL(None)
     except (OSError, TypeError):
@@ -167,17 +167,17 @@ def _c_library() -> Any:
 
 
 def available_memory_bytes() -> int | None:
-    """Bytes that processes can still take without making others give theirs up; None where the system does not say."""
+    """Bytes that can still be allocated without evicting other processes' memory; None if the system does not say."""
     free, limit = _memory_of_system("MemAvailable"), _memory_of_group("memory.max")
     if free is None or limit is None:
         return free
-    # What files have in memory counts as the group's, but is given up for others.
+    # Cached files count as the group's memory, but are evicted when it is needed.
     used = (_memory_of_group("memory.current") or 0) - (_memory_of_group("memory.stat", "inactive_file ") or 0)
     return max(min(free, limit - used), 0)
 
 
 def total_memory_bytes() -> int | None:
-    """Bytes that this process could have if it were alone; None where the system does not say."""
+    """Bytes that this process could have if it ran alone; None if the system does not say."""
     total, limit = _memory_of_system("MemTotal"), _memory_of_group("memory.max")
     return total if total is None or limit is None else min(total, limit)
 
@@ -191,7 +191,7 @@ def _memory_of_system(name: str) -> int | None:
 
 
 def _memory_of_group(file: str, field: str = "") -> int | None:
-    """A number that Linux keeps for the group of processes that a container or a service is; None without a limit."""
+    """A number that Linux keeps for the control group of a container or service; None if there is no limit."""
     try:
         group = next(
             line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
@@ -203,10 +203,10 @@ def _memory_of_group(file: str, field: str = "") -> int | None:
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have `count` more files open than it may need besides, as far as the system lets it."""
+    """Let this process open `count` files on top of those it needs otherwise, as far as the system allows."""
     try:
         import resource
-    except ImportError:  # Windows, which has no such limit for mapped files
+    except ImportError:  # Windows, which has no such limit on mapped files
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
@@ -219,8 +219,8 @@ def allow_open_files(count: int) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not say."""
-    # First on Linux, where ru_maxrss is inherited: a small process started by a big one shows the big one's.
+    """The largest resident size of this process so far, in bytes; 0 if the system does not say."""
+    # /proc first, for Linux passes ru_maxrss on: a small process started by a big one would show the big one's.
     return _peak_of_proc() or _peak_of_windows() or _peak_of_usage()
 
 
@@ -268,9 +268,9 @@ def _peak_of_usage() -> int:
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """No collection of cyclic garbage meanwhile, for work that makes many objects and no garbage.
+    """A context without collections of cyclic garbage, for work that makes many objects and no garbage.
 
-    A full collection goes through all objects of torch, for 80 ms: most of the loading of a packed checkpoint.
+    A full collection visits all of torch's objects, which takes 80 ms: most of the time to load a packed checkpoint.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -282,10 +282,10 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 def advise_large_pages(address: int, size: int) -> None:
-    """Ask the system to back memory that is not written yet with pages of 2 MB; does nothing where there are none.
+    """Ask the system to back memory not yet written with pages of 2 MB; does nothing where there are none.
 
-    Weights of gigabytes in pages of 4 kB have page tables that no cache holds: decoding in bf16 is a tenth faster
-    without (docs/journal/2026-11-24-bf16-decoding.md).
+    The page tables of gigabytes of weights in pages of 4 kB fit no cache: without them, decoding in bf16 is a tenth
+    faster (docs/journal/2026-11-24-bf16-decoding.md).
     """
     page, advice = 2**21, 14  # MADV_HUGEPAGE of Linux
     start = -(-address // page) * page

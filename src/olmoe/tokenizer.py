@@ -1,6 +1,6 @@
-"""Text to ids and back: `tokenizer.json` through the `tokenizers` library, chat templates, streaming. No torch.
+"""Text to ids and back: `tokenizer.json` by the `tokenizers` library, chat templates, streaming. No torch.
 
-The ends of texts are known by id, never by name: id 50279 is `<|endoftext|>` in the base models and
+End-of-text tokens are identified by id, never by name: id 50279 is `<|endoftext|>` in the base models and
 `|||IP_ADDRESS|||` in the post-trained 0125 models, where the string `<|endoftext|>` encodes to 0.
 """
 
@@ -24,10 +24,10 @@ from olmoe.io.text_file import read_text
 # The tokens that a tokenizer may name, and a chat template see, under transformers' names.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Where a checkpoint keeps templates besides the default one, each in a file of its name.
+# Where a checkpoint keeps templates other than the default, each in a file named after it.
 TEMPLATES_FOLDER = "additional_chat_templates"
 
-# One between words: whatever stands before and after it, tokens end there.
+# A space between words: tokens end there, whatever comes before and after it.
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 _log = logging.getLogger("olmoe")
@@ -37,9 +37,9 @@ class Tokenizer:
     """A byte-level BPE tokenizer and the ids that end and pad a text.
 
     `eos_ids` and `pad_id` come from the model's configuration. `chat_template` is the checkpoint's own, None if it
-    brings none, and `named_templates` are what it has besides ("tool_use" is taken where tools are given). `named` are
-    the special tokens that the checkpoint names itself; where it does not name the end of a text, the first of
-    `eos_ids` is what a chat template writes as BOS and EOS.
+    has none, and `named_templates` are its other ones ("tool_use" is used when tools are given). `named` are the
+    special tokens that the checkpoint itself names; if it does not name the end of a text, the first of `eos_ids`
+    is what a chat template writes as BOS and EOS.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Tokenizer:
             raise TokenizerError(f"{path} is not a tokenizer file ({error}).") from None
         if decoder.get("type") != "ByteLevel":
             raise TokenizerError(f"{path} is not byte-level (its decoder is {decoder.get('type')!r}), as OLMoE's is.")
-        # A file may ask for truncation or padding; a generator must see exactly the text it was given.
+        # A file may request truncation or padding; a generator must see exactly the text it was given.
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, **options)
@@ -109,10 +109,10 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_parts(self, text: str, characters: int = 1 << 20) -> Iterator[list[int]]:
-        """`encode` for a text of any length, a part of some `characters` at a time: together they are its ids.
+        """`encode` for a text of any length, in parts of about `characters`: together they are its ids.
 
-        A whole book at once takes a hundred times its size. Parts end before a space between words, where byte-level
-        tokenizers divide a text in any case.
+        A whole book at once needs a hundred times its size. Parts end before a space between words, where byte-level
+        tokenizers split a text anyway.
         """
         start = 0
         while (space := _SPACE.search(text, start + characters)) is not None:
@@ -124,14 +124,14 @@ class Tokenizer:
         """`encode` for many texts, on all cores."""
         for text in texts:
             _check_unicode(text)
-        # The fast one leaves offsets out, which nobody here reads. Both let other threads run meanwhile.
+        # The fast variant omits offsets, which are not needed here. Both let other threads run meanwhile.
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def certain_tokens(self, text: str, most: int) -> int | None:
-        """How many tokens `text` has at least, if that is soon seen to be more than `most`; None if it is not.
+        """A lower bound on the number of tokens of `text`, if it is quickly seen to exceed `most`; None if it is not.
 
-        A beginning is encoded that ends before a space, where byte-level tokenizers divide a text in any case. To
-        refuse what is far too long thus costs no more than what it is refused for.
+        Only a first part of it is encoded, which ends before a space, where byte-level tokenizers split a text anyway.
+        Refusing a text that is far too long thus costs no more than encoding one of the allowed length.
         """
         size = 16 * most
         if len(text) <= 2 * size:
@@ -172,13 +172,13 @@ class Tokenizer:
             return b""
         try:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:  # not written in the byte alphabet: the token is its own text, as in the library
+        except KeyError:  # not in the byte alphabet: the token is its own text, as in the library
             return token.encode()
 
     def special_tokens(self) -> dict[str, str]:
         """The texts that transformers must take for EOS, BOS, unknown and padding: those of the ids, unless named.
 
-        Byte-level text is never unknown; transformers' class of this tokenizer wants a token all the same.
+        Byte-level text is never unknown, but transformers' class for this tokenizer requires such a token.
         """
         texts: dict[str, str | None] = {}
         if "eos_token" not in self._named:
@@ -190,11 +190,11 @@ class Tokenizer:
         return {name: text for name in SPECIAL_NAMES if (text := texts.get(name)) is not None}
 
     def extra_special_tokens(self) -> dict[str, str]:
-        """Those of the checkpoint's own names, such as `image_token`, that templates see as well."""
+        """Special tokens under the checkpoint's own names, such as `image_token`, which templates see as well."""
         return {name: text for name, text in self._named.items() if name not in SPECIAL_NAMES and text is not None}
 
     def transformers_config(self, max_length: int) -> str:
-        """The `tokenizer_config.json` with which transformers reads `tokenizer.json` as it is, ends by id."""
+        """A `tokenizer_config.json` that makes transformers read `tokenizer.json` unchanged, EOS and padding by id."""
         values: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
@@ -211,7 +211,7 @@ class Tokenizer:
 
     def render_chat(
         self,
-        /,  # the variables of a template may have its name
+        /,  # a template's variable may be called `messages`
         messages: Sequence[Any],
         *,
         add_generation_prompt: bool | None = None,
@@ -221,12 +221,12 @@ class Tokenizer:
         chat_template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The chat template applied to `messages`, as `apply_chat_template` of transformers does it.
+        """The chat template applied to `messages`, as transformers' `apply_chat_template` does it.
 
-        The text ends where the assistant begins to answer, unless `add_generation_prompt` is False or the final
+        The text ends where the assistant starts to answer, unless `add_generation_prompt` is False or the final
         message is to be continued. `chat_template` is a template, or the name of one that the checkpoint has;
-        `variables` are what else the template sees, over the special tokens. Raises `TokenizerError` for no
-        messages, messages without a role, or a template that refuses them.
+        `variables` are whatever else the template sees, and override the special tokens. Raises `TokenizerError` if
+        there are no messages, if one has no role, or if the template refuses them.
         """
         template = self._template(chat_template, tools is not None)
         return render(
@@ -244,12 +244,12 @@ class Tokenizer:
     def render_answers(
         self, messages: Sequence[Any], *, tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """A whole chat as `render_chat` writes it, and where in it the assistant's answers stand, for training."""
+        """A whole chat as `render_chat` writes it, and where the assistant's answers are in it, for training."""
         template = self._template(None, tools is not None)
         return render_answers(template, messages, tools=tools, variables=self._variables(template, messages))
 
     def _variables(self, template: str, messages: Sequence[Any]) -> dict[str, Any]:
-        """What a template sees besides the chat."""
+        """What a template sees in addition to the chat."""
         seen: dict[str, Any] = {}
         if template == OLMOE_CHAT_TEMPLATE:  # it writes the end of a text even where the model has none
             seen = {"bos_token": "", "eos_token": ""}
@@ -263,11 +263,11 @@ class Tokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of what `render_chat` has returned."""
         _check_unicode(text)
-        # A batch, if only of one, lets other threads run meanwhile.
+        # A batch, even of one text, lets other threads run meanwhile.
         return list(self._chat_backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def template(self, name: str | None = None) -> str:
-        """The chat template of that name, or the one that chats go through: OLMoE's, if the checkpoint has none."""
+        """The chat template of that name, or the one chats are put through: OLMoE's, if the checkpoint has none."""
         return self._template(name, False)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -281,11 +281,11 @@ class Tokenizer:
 
     @property
     def default_template(self) -> str:
-        """The chat template of chats without tools: the checkpoint's, or else OLMoE's."""
+        """The chat template for chats without tools: the checkpoint's, or else OLMoE's."""
         return self._template(None, False)
 
     def _template(self, wanted: str | None, tools: bool) -> str:
-        """The template that is meant: one by name or text, that for tools, the checkpoint's, or else OLMoE's."""
+        """The template to use: the one wanted by name or text, the one for tools, the checkpoint's, or else OLMoE's."""
         if wanted is not None:
             own = self.chat_template if wanted == "default" else None
             return self.named_templates.get(wanted, own or wanted)
@@ -295,7 +295,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _whole_backend(self) -> Any:
-        """`_chat_backend` whose offsets are those of whole tokens: the file's last step leaves blanks out of them."""
+        """`_chat_backend` with the offsets of whole tokens: the file's own last step leaves spaces out of them."""
         backend = type(self._backend).from_str(self._chat_backend.to_str())
         backend.post_processor = None
         return backend
@@ -319,7 +319,7 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Turns ids into text as they come, holding back bytes until they make whole characters.
 
-    All that is returned, joined, `finish` included, is exactly `Tokenizer.decode` of all ids.
+    Everything returned, joined, `finish` included, is exactly `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -338,7 +338,7 @@ class IncrementalDetokenizer:
 
 
 def _warn_of_roles(messages: Sequence[Any]) -> None:
-    """Say which messages OLMoE's template leaves out without a word."""
+    """Warn about messages that OLMoE's template silently leaves out."""
     roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
     for role in dict.fromkeys(role for role in roles if isinstance(role, str)):
         if role not in ("system", "user", "assistant"):
@@ -346,7 +346,7 @@ def _warn_of_roles(messages: Sequence[Any]) -> None:
 
 
 def _read_template_files(folder: Path) -> dict[str, str]:
-    """Chat templates by name that have files of their own, which come before those of `tokenizer_config.json`."""
+    """Chat templates by name that have their own files, which take precedence over `tokenizer_config.json`."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
     found = {}
@@ -360,7 +360,7 @@ def _read_template_files(folder: Path) -> dict[str, str]:
 
 
 def _templates_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name that `tokenizer_config.json` holds: one, a list of named ones, or an object of them."""
+    """Chat templates by name in `tokenizer_config.json`, which has one, a list of named ones, or an object of them."""
     given = settings.get("chat_template")
     entries: list[Any] = given if isinstance(given, list) else [{"name": "default", "template": given}]
     if isinstance(given, dict):
@@ -370,9 +370,9 @@ def _templates_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """The special tokens that a checkpoint folder names; None where it says that there is none."""
+    """The special tokens that a checkpoint folder names; None for those it says do not exist."""
     named = {name: settings[name] for name in SPECIAL_NAMES if name in settings}
-    if "added_tokens_decoder" not in settings:  # older folders keep the names in a file of their own
+    if "added_tokens_decoder" not in settings:  # older folders keep the names in a separate file
         older = read_optional_object(folder / "special_tokens_map.json", TokenizerError)
         named |= {name: older[name] for name in SPECIAL_NAMES if name in older}
     more = settings.get("extra_special_tokens")  # which transformers shows to templates by their names

@@ -16,7 +16,7 @@ from olmoe.errors import UserError
 from olmoe.model import set_backend
 from olmoe.weights import checkpoint, export
 from olmoe.weights.checkpoint import open_source
-from olmoe.weights.packing import load_packed
+from olmoe.weights.frozen import load_frozen
 from packed_folders import WHOLE, decoded, packed_folder
 from sentences import refused
 
@@ -32,7 +32,7 @@ def base(kind: str, folder):
         model = checkpoint.load(packed_folder(folder / "packed", kind))
     else:
         export.save(make_model(**WHOLE), folder / "start")
-        model = load_packed(open_source(folder / "start"), kind)
+        model = load_frozen(open_source(folder / "start"), kind)
     return model, decoded(model)
 
 

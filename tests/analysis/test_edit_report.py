@@ -153,7 +153,7 @@ def test_speed_tables_and_json(folder, edited, texts):
     assert len(found["texts"]["a"]["routing_agreement"]) == 3
     assert np.shape(found["texts"]["b"]["load"]["edited"]) == (3, 6)
     table = report.table()
-    assert "| experts a layer | 8 | 6 |  |" in table
+    assert "| experts per layer | 8 | 6 |  |" in table
     assert "| decoding, tokens/s |" in table
     assert len([line for line in table.splitlines() if line.startswith(("| a |", "| b |"))]) == 4
 

@@ -29,7 +29,7 @@ def test_figures_are_drawn_of_what_was_recorded(tmp_path):
     np.testing.assert_allclose(image.get_array()[5], curves.load[:, 1, 1] / curves.load[:, 1].mean(axis=1))
     assert lines(drawn["balance"])["1"] == max_over_mean(curves)[:, 1].tolist()
     assert lines(drawn["balance"], 2)["0"] == [1.0] * 30
-    assert [ax.get_title() for ax in drawn["speed"].axes] == ["tokens a second", "MFU, %", "peak memory, GB"]
+    assert [ax.get_title() for ax in drawn["speed"].axes] == ["tokens/s", "MFU, %", "peak memory, GB"]
     assert all(b"<svg" in image_bytes(figure, "svg") for figure in drawn.values())
 
 

@@ -86,7 +86,7 @@ def test_finished_requests_are_skipped(capsys, tmp_path, out, monkeypatch):
     out.write_bytes(b"".join(kept) + b'{"id":"batch_req_12')  # as a power cut leaves it
     code, _, err = batch(capsys, source, str(out))
     assert code == 0
-    assert "olmoe: 2 of 4 requests have answers already" in err
+    assert "olmoe: 2 of 4 requests are answered already" in err
     assert out.read_bytes().startswith(b"".join(kept))
     assert set(read(out)) == {"0", "1", "2", "3"}
     monkeypatch.setattr("olmoe.cli.batch.load_state", None)  # nothing is loaded for nothing
@@ -98,7 +98,7 @@ def test_overwrite_starts_anew(capsys, tmp_path, out):
     out.write_text("something else\n", encoding="utf-8")
     code, _, err = batch(capsys, source, str(out))
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"olmoe: Line 1 of {out} is no answer to a batch; ")
+    assert err.startswith(f"olmoe: Line 1 of {out} is not an answer to a batch; ")
     assert batch(capsys, source, str(out), "--quiet", "--overwrite")[0] == 0
     assert set(read(out)) == {"a"}
 
@@ -125,7 +125,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, out
     assert process.returncode == 130
     done = len(read(out))
     assert 2 <= done < 60
-    assert f"olmoe: stopped; {done} of 60 requests have answers in {out}; the same command goes on\n" in err
+    assert f"olmoe: stopped; {done} of 60 requests are answered in {out}; the same command continues\n" in err
     assert "Traceback" not in err
 
 
@@ -134,7 +134,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, out
     [
         ([line("a"), line("a")], "olmoe: Lines 1 and 2 of IN have the same custom_id 'a'; each needs its own.\n"),
         (["x", line("a")], "olmoe: Line 1 of IN must be an object with custom_id, url and body, not 'x'.\n"),
-        ([], "olmoe: IN holds no requests; write one JSON object a line.\n"),
+        ([], "olmoe: IN holds no requests; write one JSON object per line.\n"),
     ],
 )
 def test_a_wrong_file_is_one_sentence_before_anything_runs(capsys, monkeypatch, tmp_path, lines, sentence):

@@ -127,14 +127,14 @@ def test_settings_reach_the_sampler_and_are_checked(chat, llm, monkeypatch):
         ("/set top_k", "/set top_k needs a value; for example /set temperature 0.7."),
         ("/set top_k many", "top_k must be a whole number, not 'many'."),
         ("/set temperature -1", "temperature must be at least 0, not -1.0."),
-        ("/save", "/save needs the name of one file, not 0; put quotes around blanks."),
-        ("/save a b", "/save needs the name of one file, not 2; put quotes around blanks."),
+        ("/save", "/save needs the name of one file, not 0; put quotes around a name with spaces."),
+        ("/save a b", "/save needs the name of one file, not 2; put quotes around a name with spaces."),
         ("/save 'a", '"\'a" cannot be read (No closing quotation); close its quotes.'),
         ("/load no-such-file.json", "There is no file 'no-such-file.json'; check its name."),
         ("/load .", ". cannot be read (Is a directory); give another file."),
         ("/undo", "Nothing has been asked yet; write a message first."),
         ("/retry", "Nothing has been asked yet; write a message first."),
-        ("/experts", "No answer is there whose experts are known; ask something first."),
+        ("/experts", "There is no answer whose experts are known; ask something first."),
     ],
 )
 def test_a_mistake_is_one_sentence_and_ends_a_piped_chat(chat, line, sentence):
@@ -147,9 +147,9 @@ def test_retry_undo_and_reset(chat, llm):
     code, out, err = chat("the dog\n/retry\n/undo\nthe ball\n/reset\nthe dog\n/exit\nthe ball\n", "--quiet")
     assert (code, out) == (0, "".join(f"{text}\n" for text in (*dog, *dog, *ball, *dog)))
     assert err.splitlines() == [
-        "With temperature 0.0 the answer stays the same; /set temperature 0.7 draws others.",
+        "With temperature 0.0 the answer stays the same; /set temperature 0.7 gives others.",
         "Taken back: the dog",
-        "The chat starts anew.",
+        "The chat starts again.",
     ]
 
 
@@ -157,8 +157,8 @@ def test_what_is_left_of_the_context_is_said_and_a_full_one_is_refused(chat):
     code, out, err = chat("the dog " * 20 + "\nthe ball\n" + "the dog " * 60 + "\n", "--max-new-tokens", "90")
     assert code == 2
     assert out.count("\n") >= 1
-    assert "of 256 tokens of the context are left; /reset starts anew." in err or "cut by the end of the" in err
-    assert "nothing was sent; start anew with /reset" in err.splitlines()[-1]
+    assert "of 256 tokens of the context are left; /reset starts again." in err or "cut by the end of the" in err
+    assert "nothing was sent; start again with /reset" in err.splitlines()[-1]
 
 
 def test_a_wrong_file_is_named_before_the_model_is_loaded(capsys, monkeypatch):

@@ -131,7 +131,7 @@ def test_commands_and_mistakes(folder, tmp_path):
         terminal.keys(f"/he{TAB}")
         terminal.wait_for("lp")
         terminal.keys(ENTER)
-        terminal.wait_for("set the system prompt; alone it shows it")
+        terminal.wait_for("set the system prompt; without TEXT it shows the prompt")
         terminal.wait_for("tokens left")
         terminal.keys(f"/system{ENTER}")
         terminal.wait_for(r"The system prompt is: Be brief\.")

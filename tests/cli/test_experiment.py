@@ -11,6 +11,7 @@ import pytest
 from olmoe.cli.main import main
 from olmoe.train.experiment.definition import load_experiment
 from olmoe.train.experiment.runs import lay_out, write_configuration
+from olmoe.train.experiment.table import markdown
 from olmoe.train.loop import train
 from small_experiments import write_experiment
 
@@ -18,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("experiment_*.json"))
 
 
 def sentence(capsys) -> str:
@@ -88,7 +90,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tokenizer_file, capsys, monkey
 
     monkeypatch.setattr(schedule, "train_all", interrupt)
     assert main(["experiment", str(write_experiment(tmp_path, tokenizer_file)), "--seeds", "1"]) == 130
-    assert sentence(capsys).endswith("0 of 2 runs are finished. The same command goes on.\n")
+    assert sentence(capsys).endswith("0 of 2 runs are finished. The same command continues.\n")
 
 
 def test_the_page_is_about_what_is_there(tmp_path, tokenizer_file):
@@ -103,3 +105,29 @@ def test_the_page_is_about_what_is_there(tmp_path, tokenizer_file):
     path.write_text(example, encoding="utf-8")
     off = load_experiment(path).arms["off"]
     assert off.tables["loss"] == {"load_balancing": 0.0}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_tables_of_the_page_are_those_of_the_results(path):
+    """Both tables as the command prints them, the figure, and the experiment that the results are of."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    name = results["experiment"]
+    assert path.stem == f"experiment_{name}"
+    experiment = load_experiment(ROOT / "experiments" / f"{name}.toml")
+    assert {arm: found["label"] for arm, found in results["arms"].items()} == {
+        arm.name: arm.label for arm in experiment.arms.values()
+    }
+    tables = [part for part in markdown(results).split("\n\n") if part.startswith("| ")]
+    assert len(tables) == 2
+    (section,) = [part for part in PAGE.split("\n### ") if f"(images/experiment-{name}.png)" in part]
+    for table in tables:
+        assert table.strip() in section
+    assert (ROOT / "docs" / "images" / f"experiment-{name}.png").is_file()
+
+
+def test_all_results_are_of_one_scale():
+    """Runs of several experiments are compared with each other, and some are the same."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
+    arms = [arm for results in found for arm in results["arms"].values() if arm["compared"]]
+    assert len({arm["tokens"] + arm["tokens_before"] for arm in arms}) == 1
+    assert len({results["tokens_per_step"] for results in found}) == 1

@@ -406,7 +406,7 @@ def test_places_that_cannot_be_written_are_refused_at_once(capsys, folder, tmp_p
     assert sentence in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     code, _, err = generate(capsys, PROMPT, "--model", str(folder), "--overwrite")
-    assert (code, err) == (2, "olmoe: --overwrite is about the file of --output, which was not given; add it.\n")
+    assert (code, err) == (2, "olmoe: --overwrite is for the file of --output, which was not given; add it.\n")
 
 
 def test_an_interrupt_leaves_no_file(capsys, monkeypatch, folder, tmp_path):

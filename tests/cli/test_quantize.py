@@ -100,7 +100,7 @@ def test_mistakes_are_one_sentence(capsys, plain, tmp_path, text):
         ((plain, tmp_path / "m", "--report", "--tokens", 1), "--tokens must be at least 2"),
         ((tmp_path / "none", tmp_path / "m", "--format", "int8"), "There is no folder"),
         ((tmp_path / "none.gguf", tmp_path / "m", "--format", "int8"), "none.gguf"),
-        ((bare, tmp_path / "m", "--format", "int4"), "comes without a tokenizer.json"),
+        ((bare, tmp_path / "m", "--format", "int4"), "has no tokenizer.json"),
         ((plain, tmp_path / "m", "--format", "int4", "--calibration", tmp_path / "no.txt"), "cannot be read"),
         ((plain, text, "--format", "int8"), "is a file, but a folder is to be written there"),
         ((plain, tmp_path / "m", "--format", "int8", "--threads", 0), "number of threads"),

@@ -107,7 +107,7 @@ def test_nothing_is_dropped_where_the_context_ends(llm):
     assert chat.left < 10
     before, last = chat.messages, chat.last
     message = refused(lambda: chat.ask("the ball and the dog " * 10))
-    assert "context ends at 256, so nothing was sent; start anew with /reset" in message
+    assert "context ends at 256, so nothing was sent; start again with /reset" in message
     assert (chat.messages, chat.last) == (before, last)
 
 
@@ -168,7 +168,7 @@ def test_expert_use_counts_tokens_and_skips_what_chose_none():
 
 
 def test_without_an_answer_no_experts_are_known(llm):
-    assert refused(Conversation(llm).expert_use).startswith("No answer is there whose experts are known")
+    assert refused(Conversation(llm).expert_use).startswith("There is no answer whose experts are known")
 
 
 # ---- files ----

@@ -311,7 +311,7 @@ def test_grammars(runner, tokenizer):
     run(engine, requests)
     assert [r.token_ids for r in requests[:3]] == [[31] * 5, [32] * 5, [99] * 5]
     assert [r.finish_reason for r in requests] == ["stop"] * 3 + ["length", "error"]
-    assert requests[4].error == "The grammar cannot go on (no such state)."
+    assert requests[4].error == "The grammar cannot continue (no such state)."
 
 
 def test_dynamic_rope_computes_again_what_it_computed(tokenizer):

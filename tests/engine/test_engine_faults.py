@@ -67,7 +67,7 @@ def test_a_grammar_that_breaks_behind_a_token_ends_its_own_text(runner, tokenize
     broken = engine.request([9], SamplingParams(max_new_tokens=20, grammar=_Refusing(31, 5)))
     other = engine.request([9], SamplingParams(max_new_tokens=8, ignore_eos=True))
     news = run(engine, [broken, other])
-    assert (broken.finish_reason, broken.error) == ("error", "The text cannot go on (lost).")
+    assert (broken.finish_reason, broken.error) == ("error", "The text cannot continue (lost).")
     assert (other.finish_reason, len(other.token_ids)) == ("length", 8)
     tokens = [i for delta in news if delta.request is broken for i in delta.token_ids]
     assert tokens == broken.token_ids == [31] * 3
@@ -87,7 +87,7 @@ def test_a_text_that_cannot_be_decoded_ends_alone(runner, tokenizer, monkeypatch
     engine.add(broken)
     first = engine._texts[broken].stream
     run(engine, [other])
-    assert (broken.finish_reason, broken.error) == ("error", "The text cannot go on (no such bytes).")
+    assert (broken.finish_reason, broken.error) == ("error", "The text cannot continue (no such bytes).")
     assert (other.finish_reason, len(other.token_ids)) == ("length", 8)
 
 

@@ -462,7 +462,7 @@ def test_folders_that_lack_something_are_one_sentence_before_weights_are_read(fo
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, olmoe_tokenizer_file, tokenizer):
-    sentence = r"^The tokenizer has \d+ ids, but the model only \d+; they do not belong together\.$"
+    sentence = r"^The tokenizer has \d+ ids, but the model has only \d+; they do not belong together\.$"
     shutil.copy(olmoe_tokenizer_file, folder / "tokenizer.json")
     with pytest.raises(CheckpointError, match=sentence):
         LLM(folder)

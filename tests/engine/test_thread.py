@@ -168,7 +168,7 @@ def test_a_request_that_cannot_begin_fails_alone(engine, thread, readers):
     other = long(engine)
     thread.submit([broken, other])
     readers.wait(broken, other)
-    assert readers.news[broken][-1].error == broken.error == "The text cannot begin (no start)."
+    assert readers.news[broken][-1].error == broken.error == "The text cannot be started (no start)."
     assert (other.finish_reason, thread.failed) == ("length", None)
 
 

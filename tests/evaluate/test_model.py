@@ -299,7 +299,7 @@ def test_what_a_task_cannot_ask_for_is_said(ours):
         texts(ours, ("Once", {"until": ["."], "num_beams": 4}))
     with pytest.raises(UserError, match="5000 new tokens leave no room"):
         texts(ours, ("Once", {"until": ["."], "max_gen_toks": 5000}))
-    with pytest.raises(UserError, match="A continuation of 0 tokens behind 1 cannot be scored"):
+    with pytest.raises(UserError, match="A continuation of 0 tokens after 1 cannot be scored"):
         ours._loglikelihood_tokens([(("a", ""), [5], [])])
 
 

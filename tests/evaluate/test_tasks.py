@@ -52,7 +52,7 @@ def test_data_that_cannot_be_had_is_one_sentence(ours, tmp_path):
     shutil.copytree(EXAMPLES, tmp_path / "tasks")
     (tmp_path / "tasks" / "pages.jsonl").unlink()
     manager, names = tasks.find(["pages"], [str(tmp_path / "tasks")])
-    with pytest.raises(UserError, match=r"^The data of a task cannot be had \(.*pages.jsonl.*\); see that"):
+    with pytest.raises(UserError, match=r"^The data of a task is not available \(.*pages.jsonl.*\); make sure that"):
         tasks.evaluate(ours, names, manager)
 
 
@@ -73,7 +73,7 @@ def test_tasks_that_do_not_work_are_one_sentence(ours, tmp_path, old, new, reaso
     assert old in text
     file.write_text(text.replace(old, new), "utf-8")
     manager, names = tasks.find([str(file)])
-    with pytest.raises(UserError, match=rf"^A task does not work as it is defined \({reason}.*\); see its YAML file"):
+    with pytest.raises(UserError, match=rf"^A task does not work as defined \({reason}.*\); check its YAML file"):
         tasks.evaluate(ours, names, manager, limit=2)
 
 

@@ -341,7 +341,7 @@ def test_offloaded_codes_take_lora_and_nothing_that_reads_them(models, tmp_path,
 
 def test_a_module_that_was_trained_whole_is_not_saved_among_packed_ones(models, tmp_path):
     model = lora(models.load("q4_0"), target_modules=["q_proj"], modules_to_save=["k_proj"]).unload()
-    with pytest.raises(UserError, match=r"k_proj was trained whole.*; call dequantize\(\)"):
+    with pytest.raises(UserError, match=r"k_proj was trained as a whole.*; call dequantize\(\)"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
     expected = logits(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -113,6 +115,36 @@ def test_trl_supervised_fine_tuning(model, tmp_path, text_tokenizer):
     trainer.train()
     values = losses(trainer)
     assert values[-1] < values[0] - 0.5, values
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters on experts"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_trl_learns_preferences(kind, adapted, model, tmp_path, text_tokenizer):
+    trl = pytest.importorskip("trl")
+    options = {} if adapted else {"ref_model": copy.deepcopy(model)}
+    if adapted:
+        peft = pytest.importorskip("peft")
+        options["peft_config"] = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+        )
+    words = ["ball", "dog", "girl", "park"]
+    pairs = [(f"the {a}", " ran to the park.", " and the and the.") for a in words for _ in range(2)]
+    if kind == "DPO":
+        rows = [{"prompt": p, "chosen": good, "rejected": bad} for p, good, bad in pairs]
+    else:
+        rows = [{"prompt": p, "completion": c, "label": c == g} for p, g, b in pairs for c in (g, b)]
+    settings = arguments(tmp_path) | {"router_aux_loss_coef": 0.01, "max_length": 24}
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=getattr(trl, f"{kind}Config")(**settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=text_tokenizer,
+        **options,
+    )
+    trainer.train()
+    values = losses(trainer)
+    assert values[-1] < values[0] - 0.05, values
+    assert all(entry["aux_loss"] > 2.9 for entry in trainer.state.log_history if "loss" in entry)  # its least is k = 3
 
 
 def test_trl_with_adapters_on_attention_and_experts(model, tmp_path, text_tokenizer):

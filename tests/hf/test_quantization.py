@@ -312,7 +312,10 @@ def test_casting_a_packed_model_is_refused_and_moving_it_is_not(folder):
     [
         ({}, "asks for neither load_in_4bit nor load_in_8bit; set one"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "'nf3' is unknown; choose nf4 or fp4"),
-        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.int8}, "'int8' is none that models compute in; choose"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.int8},
+            "'int8' is not one that models compute in; choose",
+        ),
         ({"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}, "stored as torch.uint8, so leave it out"),
         ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "GPU training; leave it out"),
         ({"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}, "ours run on both, so leave it out"),
@@ -393,7 +396,7 @@ def test_packed_files_offload_to_disk_and_plain_ones_are_refused(folder, tmp_pat
     assert torch.equal(logits(offloaded), logits(model))
     with pytest.raises(UserError, match="partly offloaded cannot be dequantized"):
         offloaded.dequantize()
-    with pytest.raises(UserError, match="on their way to a disk; load the model without offloading"):
+    with pytest.raises(UserError, match="on their way to disk; load the model without offloading"):
         load(folder, **offload)
 
 

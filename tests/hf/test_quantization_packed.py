@@ -133,8 +133,11 @@ def test_gradients_reach_what_is_not_packed(folder):
     ("settings", "sentence"),
     [
         ({"weight_format": "q4_0", "overrides": {"lm_head": "q5"}}, "stores 'lm_head' as 'q5'; choose"),
-        ({"weight_format": "q4_0", "skip_modules": ["lm_head"]}, "takes neither skip_modules nor double_quant"),
-        ({"weight_format": "nf4", "overrides": {"lm_head": "q8_0"}}, "Only q8_0, q5_0, q4_0 take overrides, not nf4"),
+        ({"weight_format": "q4_0", "skip_modules": ["lm_head"]}, "has neither skip_modules nor double_quant"),
+        (
+            {"weight_format": "nf4", "overrides": {"lm_head": "q8_0"}},
+            "Only q8_0, q5_0, q4_0 support overrides, not nf4",
+        ),
     ],
     ids=str,
 )  # fmt: skip

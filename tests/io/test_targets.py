@@ -121,4 +121,4 @@ def test_only_checkpoints_are_replaced_whole(tmp_path):
     targets.check_is_checkpoint(tmp_path / "new", "packing")
     targets.check_is_checkpoint(fill(tmp_path / "ours", "config.json", "notes.txt"), "packing")
     message = refused(lambda: targets.check_is_checkpoint(fill(tmp_path / "theirs", "notes.txt"), "packing"))
-    assert "holds other files and no config.json, and packing would replace it whole" in message
+    assert "holds other files and no config.json; packing would replace it entirely" in message

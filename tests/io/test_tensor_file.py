@@ -106,7 +106,7 @@ CASES = {
     "a name twice": (raw_file(b'{"a": 1, "a": 1}'), "a name occurs twice"),
     "a list": (raw_file([]), "no JSON object"),
     "metadata of numbers": (raw_file({"__metadata__": {"a": 1}}), "metadata of .* are not texts"),
-    "an entry without shape": (raw_file({"a": {"dtype": "F32"}}), "not described as safetensors does"),
+    "an entry without shape": (raw_file({"a": {"dtype": "F32"}}), "not described as in safetensors"),
     "an unknown dtype": (raw_file(header(a={"dtype": "F8", "shape": [8], "data_offsets": [0, 8]})), "as 'F8'; only"),
     "a dtype that is no text": (raw_file(header(a={"dtype": [], "shape": [8], "data_offsets": [0, 8]})), "only F32"),
     "a negative size": (raw_file(header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]})), "impossible"),

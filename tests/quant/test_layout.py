@@ -44,7 +44,7 @@ OURS = {"quant_method": "olmoe", "weight_format": "q4_0"}
         ({}, "was quantized by None; load the unquantized one"),
         ({"quant_method": "gptq", "bits": 4}, "was quantized by 'gptq'; load the unquantized one"),
         (OURS | {"group_size": 128}, "'group_size', which this version of olmoe does not know"),
-        (OURS | {"weight_format": "nf4"}, "saved in nf4 by the Hugging Face face; load it with"),
+        (OURS | {"weight_format": "nf4"}, "saved in nf4 by save_pretrained; load it with"),
         (OURS | {"weight_format": "q9"}, "packed as 'q9'; only q8_0, q5_0, q4_0"),
         (OURS | {"weight_format": ["q4_0"]}, r"packed as \['q4_0'\]; only"),
         (OURS | {"weight_format": None}, "packed as None; only"),

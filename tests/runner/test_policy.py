@@ -214,7 +214,7 @@ def test_policies_that_do_otherwise_are_told_apart():
         (RouterPolicy(temperature=0), "from 0.001 to 1000.0, not 0"),
         (RouterPolicy(temperature=[1.0, -2.0]), "from 0.001 to 1000.0, not -2"),
         (RouterPolicy(temperature=math.nan), "from 0.001 to 1000.0, not nan"),
-        (RouterPolicy(temperature=[1.0] * 3), rf"one number or {L}, one a layer, not of shape \(3,\)"),
+        (RouterPolicy(temperature=[1.0] * 3), rf"one number or {L}, one per layer, not of shape \(3,\)"),
     ],
 )
 def test_policies_that_fit_no_model_are_refused(policy, message):

@@ -58,7 +58,7 @@ def test_requests_come_from_stdin(monkeypatch):
             "url must be /v1/completions, /v1/chat/completions or /v1/responses in line 1 of IN, not '/v1/embeddings'.",
         ),
         (json.dumps(line(body="x")), "body must be an object in line 1 of IN, not 'x'."),
-        ("\n \n", "IN holds no requests; write one JSON object a line."),
+        ("\n \n", "IN holds no requests; write one JSON object per line."),
         ("[" * 100_000, "Line 1 of IN is not JSON;"),
         ("caf\udce9", "Line 1 of IN is not JSON;"),
     ],
@@ -121,7 +121,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path):
         path.write_text(content, encoding="utf-8")
         message = refused(lambda: BatchOutput(path, ["a"]))
         assert sentence in message
-        assert message.endswith("choose another file, or start anew with --overwrite.")
+        assert message.endswith("choose another file, or start again with --overwrite.")
         assert path.read_text(encoding="utf-8") == content
     with BatchOutput(path, ["a"], overwrite=True) as output:
         assert output.finished == {}
@@ -132,7 +132,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "out.jsonl"
     with BatchOutput(path, ["a"]):
-        assert refused(lambda: BatchOutput(path, ["a"], overwrite=True)).startswith("Another olmoe batch writes ")
+        assert refused(lambda: BatchOutput(path, ["a"], overwrite=True)).startswith("Another olmoe batch is writing ")
     BatchOutput(path, ["a"]).close()
 
 

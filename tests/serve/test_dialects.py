@@ -22,7 +22,7 @@ from olmoe.serve.responses_models import ResponsesRequest
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0]",
-            "A part of type 'input_image' is not supported; the model reads text alone",
+            "A part of type 'input_image' is not supported; the model reads only text",
         ),
         ({"input": [{"type": "computer_call"}]}, "input[0]", "An item of type 'computer_call' is not supported"),
         ({"input": 3}, "input", "list"),

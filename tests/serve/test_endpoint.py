@@ -121,7 +121,7 @@ def test_a_mark_before_the_body_and_one_that_is_compressed(server):
     status, answer, _ = server.call(PATH, gzip.compress(body), headers={"content-encoding": "gzip"})
     assert (status, answer["error"]["message"]) == (
         415,
-        "The body must not be compressed, not 'gzip'; send it as it is.",
+        "The body must not be compressed ('gzip'); send it as it is.",
     )
 
 

@@ -182,6 +182,7 @@ def test_olmoe_tiny_has_olmoes_structure():
         ({"loss": {"router_z": float("nan")}}, "router_z"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps"),
         ({"evaluation": {"windows": -1}}, "evaluation.windows"),
+        ({"evaluation": {"final_windows": -1}}, "evaluation.final_windows"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep"),
         ({"checkpoint": {"every_steps": 0}}, "checkpoint.every_steps"),
     ],

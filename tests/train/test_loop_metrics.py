@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from olmoe.train.config import load_config
+from olmoe.train.evaluation import evaluate_all
 from olmoe.train.loop import train
+from olmoe.train.run_data import open_data
 from olmoe.train.throughput import flops_per_token
+from olmoe.weights import checkpoint
 from sentences import refused
 from training_runs import read_metrics, write_run
 
@@ -38,3 +43,17 @@ def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):
 def test_a_peak_must_be_a_rate(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, run={"peak_flops": 0})
     assert refused(lambda: load_config(path)) == "run.peak_flops must be above 0 and below 2^63, not 0.0."
+
+
+def test_the_final_evaluation_can_be_of_some_windows(tmp_path, tokenizer_file):
+    path = write_run(tmp_path / "run", tokenizer_file, evaluation={"windows": 2, "final_windows": 5})
+    best = train(load_config(path), show_progress=False)
+    config, data = open_data(load_config(path), [])
+    (expected,) = evaluate_all(checkpoint.load(best), data.held_out, 16, 5).values()
+    assert expected.tokens == 5 * 16
+    report = json.loads((path.parent / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    (loss,) = report["held_out_loss"].values()
+    assert loss == pytest.approx(expected.loss, abs=1e-4)
+    (load,) = report["expert_load_LE"].values()
+    assert load == expected.counts_LE.tolist()
+    assert config.evaluation.final_windows == 5

@@ -225,7 +225,7 @@ def test_a_damaged_state_is_one_sentence(tmp_path, damage):
         file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
     message = refused(lambda: restore(path, *trained(seed=1), FINGERPRINT), CheckpointError)
     assert state.STATE_NAME in message
-    assert f"start anew: remove {tmp_path}" in message  # it is the only one
+    assert f"start again: remove {tmp_path}" in message  # it is the only one
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", state.STATE_NAME])

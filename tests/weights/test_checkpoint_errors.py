@@ -246,7 +246,7 @@ def test_an_index_and_shards_that_disagree(sharded, no_allocation):
     assert re.search("is in both", refused(lambda: checkpoint.load(sharded)))
     save_file(dict(list(load_file(first).items())[:1]), first)
     second.write_bytes(content)
-    assert re.search("index promises", refused(lambda: checkpoint.load(sharded)))
+    assert re.search("index lists", refused(lambda: checkpoint.load(sharded)))
 
 
 def test_memory_that_is_not_there_is_said(folder, monkeypatch):

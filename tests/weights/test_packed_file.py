@@ -142,7 +142,7 @@ def test_the_engine_generates_from_a_packed_folder(tmp_path, tokenizer_file, dty
 
 
 def test_a_packed_model_is_not_saved_as_an_ordinary_one(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="A packed model is not written again; copy its folder"):
+    with pytest.raises(CheckpointError, match="A packed model cannot be written again; copy its folder"):
         export.save(checkpoint.load(folder), tmp_path / "again")
     assert not list(tmp_path.iterdir())
 

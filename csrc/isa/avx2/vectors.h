@@ -45,6 +45,22 @@ OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
   for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
 }
 
+// Entries of a table of 16 by the nibbles of W / 2 bytes, that of a byte's upper half first.
+struct Book {
+  __m256 low, high;
+  explicit Book(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+  OLMOE_INLINE vf at(const uint8_t* p) const {
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    const __m128i bytes = _mm_cvtsi32_si128(word), half = _mm_set1_epi8(15);
+    const __m256i numbers = _mm256_cvtepu8_epi32(
+        _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), half), _mm_and_si128(bytes, half)));
+    // The fourth bit of a number, where the sign is, says which half of the table.
+    return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, numbers), _mm256_permutevar8x32_ps(high, numbers),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(numbers, 28)));
+  }
+};
+
 // W x W values transposed.
 OLMOE_INLINE void transpose(vf (&v)[W]) {
   __m256 u[8], q[8];

@@ -47,6 +47,18 @@ OLMOE_INLINE void sum_four(const vf (&v)[4], float* out) {
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
 }
 
+// Entries of a table of 16 by the nibbles of W / 2 bytes, that of a byte's upper half first.
+struct Book {
+  __m512 entries;
+  explicit Book(const float* p) : entries(_mm512_loadu_ps(p)) {}
+  OLMOE_INLINE vf at(const uint8_t* p) const {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p), half = _mm_set1_epi8(15);
+    const __m128i numbers =
+        _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), half), _mm_and_si128(bytes, half));
+    return (vf)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(numbers), entries);
+  }
+};
+
 // W x W values transposed.
 OLMOE_INLINE void transpose(vf (&v)[W]) {
   __m512 u[16], q[16];

@@ -1,11 +1,11 @@
 // Attention of a block of queries over the cached keys of their KV head: softmax(q k^T * scale) v with a running
-// maximum, so that only one block of keys is looked at at a time.
+// maximum, so that only one block of keys is processed at a time.
 //
-// A query's result has the same bits whether it is computed alone, as in decoding, or with others, as in a prompt: its
-// dot products, its softmax and its weighted sum add in one order, in functions that both ways share.
+// A query's result is the same to the bit whether it is computed alone, as in decoding, or with others, as in a prompt:
+// its dot products, its softmax and its weighted sum add in one order, in functions that both cases share.
 //
-// Keys and values in signed bytes are multiplied as the whole numbers that they are: a key's scale comes to its score,
-// a value's to its weight.
+// Keys and values in signed bytes are multiplied as integers: a key's scale is applied to its score, a value's to its
+// weight.
 #pragma once
 
 #include "simd.h"

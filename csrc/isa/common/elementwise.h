@@ -109,7 +109,7 @@ inline void load_from(const void* x, int n, Type type, float* out) {
 
 // max|x| / 127 of n values.
 OLMOE_INLINE float byte_scale(const float* x, int n) {
-  // As integers, magnitudes compare as they do as numbers, and NaN is above all: it must not get lost.
+  // As integers, magnitudes compare just as they do as numbers, and NaN is above all others: it must not get lost.
   vi largest = {};
   int i = 0;
   for (; i + W <= n; i += W) {

@@ -43,7 +43,7 @@ inline void row_band(const uint8_t* weight, size_t row_bytes, int columns, const
   if (t < tokens) float_tile<T, ROWS, 1>(weight, row_bytes, columns, x + t, out + size_t(t) * ld, ld);
 }
 
-// Eight rows against a single token. Memory is what counts: each row is a stream of its own, and the eight rows after
+// Eight rows against a single token. Bandwidth dominates: each row is a stream of its own, and the eight rows after
 // these are fetched ahead, because rows are often whole pages, at whose ends the hardware's prefetching stops.
 template <Type T>
 inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, const float* x, float* out) {

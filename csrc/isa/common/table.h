@@ -8,6 +8,7 @@
 #include "encode.h"
 #include "float_rows.h"
 #include "float_tiles.h"
+#include "four_bit.h"
 #include "gradients.h"
 #include "products.h"
 #include "sampling.h"
@@ -67,6 +68,8 @@ inline Kernels make_table(const char* name) {
                  .load = load_from,
                  .search = search,
                  .compensate = kFuses ? &compensate : nullptr,
+                 .decode_book = decode_book,
+                 .encode_book = encode_book,
                  .copy_finite = copy_finite,
                  .largest = largest,
                  .smallest_finite = smallest_finite,

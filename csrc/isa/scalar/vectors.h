@@ -23,6 +23,17 @@ OLMOE_INLINE vf fused(vf a, vf b, vf c) {
   return out;
 }
 
+// Entries of a table of 16 by the nibbles of W / 2 bytes, that of a byte's upper half first.
+struct Book {
+  const float* entries;
+  explicit Book(const float* p) : entries(p) {}
+  OLMOE_INLINE vf at(const uint8_t* p) const {
+    vf out;
+    for (int i = 0; i < W; i += 2) out[i] = entries[p[i / 2] >> 4], out[i + 1] = entries[p[i / 2] & 15];
+    return out;
+  }
+};
+
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff, bits;
   if (exponent == 31) {

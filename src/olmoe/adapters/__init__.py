@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) of attention, experts and routers: as modules, in PEFT's files, merged, for llama.cpp."""
+"""Low-rank adapters (LoRA) for attention, experts and routers: as modules, in PEFT's files, merged, for llama.cpp."""
 
 from olmoe.adapters.adapter import TARGETS, Adapter, Factors, new_adapter, targeted
 from olmoe.adapters.files import CONFIG_NAME, WEIGHTS_NAME, base_of, is_adapter, read_adapter, write_adapter

@@ -1,6 +1,6 @@
-"""An adapter: for each adapted matrix W two small ones, so that W + (alpha / rank) B A takes its place.
+"""An adapter: two small matrices for each adapted matrix W, so that W + (alpha / rank) B A takes its place.
 
-Experts have factors of their own each, in a stack.
+Each expert has its own factors, in a stack.
 
 Shapes legend: R rows (out), C columns (in), r rank, E experts.
 """
@@ -25,7 +25,7 @@ TARGETS = {
 
 
 class Factors(NamedTuple):
-    """A (r, C) and B (R, r); of a stack of experts (E, r, C) and (E, R, r)."""
+    """A (r, C) and B (R, r); for a stack of experts (E, r, C) and (E, R, r)."""
 
     a: Tensor
     b: Tensor
@@ -45,7 +45,7 @@ class Adapter:
         return self.alpha / self.rank
 
     def delta(self, name: str, expert: int | None = None) -> Tensor:
-        """What is added to a matrix, in fp32: (R, C), or of a whole stack (E, R, C)."""
+        """What is added to a matrix, in fp32: (R, C), or (E, R, C) for a whole stack."""
         a, b = (factor.float() if expert is None else factor[expert].float() for factor in self.factors[name])
         return (b @ a) * self.scale
 
@@ -57,7 +57,7 @@ def targeted(config: ModelConfig, targets: tuple[str, ...]) -> dict[str, tuple[i
 
 
 def new_adapter(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> Adapter:
-    """An adapter that changes nothing yet: B is zero, A is drawn as torch draws linear layers."""
+    """An adapter that changes nothing yet: B is zero, A is initialised as torch initialises linear layers."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, (*stack, rows, columns) in targeted(config, targets).items():

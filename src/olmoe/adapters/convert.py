@@ -1,4 +1,4 @@
-"""An adapter for other software: merged into its model, in another layout of PEFT's, or as a GGUF file."""
+"""An adapter for other software: merged into its model, in PEFT's other layout, or as a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from olmoe.weights.source import texts_of
 
 
 def open_base(folder: Path, base: str | None, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
-    """The model that an adapter belongs to: `base`, or the one that the adapter names."""
+    """The model that an adapter belongs to: `base`, or else the one that the adapter names."""
     return Checkpoint.open(base or base_of(folder), revision=revision, local_files_only=offline)
 
 
@@ -27,8 +27,8 @@ def merge_to_folder(
 ) -> None:
     """Write the model with the adapter in `folder` added to its weights, as an ordinary checkpoint.
 
-    `dtype` is that of the written weights, by default the base's own. The adapter's tokenizer and chat template take
-    the place of the base's. Raises `UserError` for a base that is packed.
+    `dtype` is that of the written weights, by default the base's. The adapter's tokenizer and chat template replace
+    the base's. Raises `UserError` for a packed base.
     """
     if base.layout is not None:
         raise UserError(
@@ -40,7 +40,7 @@ def merge_to_folder(
     kept = next(model.parameters()).dtype
     merge(model, adapter)
     files = {name: text for name, text in (texts_of(base.folder) | texts_of(folder)).items() if "/" not in name}
-    files.pop("generation_config.json", None)  # which is derived
+    files.pop("generation_config.json", None)  # it is derived
     if not overwrite:
         targets.check_folder(target, (), overwrite=False)
     export.save(model, target, dtype=dtype or kept, extra_files=files, overwrite=overwrite)

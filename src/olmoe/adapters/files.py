@@ -1,8 +1,8 @@
 """Adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT keeps a stack of experts as one matrix: A (E * r, C), and B (R, r * E) with the expert's number innermost. Its
-module of the experts wraps the one of `gate_up_proj` in one of `down_proj`, hence `experts.base_layer` for the first.
-The layout "per_expert" has an A and a B for each expert's gate, up and down matrix, as other software wants them; gate
+PEFT stores a stack of experts as one matrix: A (E * r, C), and B (R, r * E) with the expert's number innermost. Its
+experts module wraps the one for `gate_up_proj` in one for `down_proj`, hence `experts.base_layer` for the former.
+The layout "per_expert" has an A and a B for each expert's gate, up and down matrix, as other software needs them; gate
 and up then share A.
 """
 
@@ -30,7 +30,7 @@ LAYOUTS = ("fused", "per_expert")
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 _ONE_EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj")
-# What PEFT can do besides, and would change the numbers.
+# Other features of PEFT that would change the numbers.
 _PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -40,7 +40,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that the adapter in a folder names as its own. Raises `CheckpointError` if it names none."""
+    """The model that the adapter in a folder names as its base. Raises `CheckpointError` if it names none."""
     settings = read_optional_object(Path(folder).expanduser() / CONFIG_NAME, CheckpointError)
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -51,7 +51,7 @@ def base_of(folder: str | Path) -> str:
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     """The LoRA adapter in a folder, for a model of this configuration.
 
-    Raises `CheckpointError` if it is none, or one of another model.
+    Raises `CheckpointError` if there is none, or if it belongs to another model.
     """
     folder = Path(folder).expanduser()
     if not is_adapter(folder):
@@ -86,7 +86,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
 def write_adapter(adapter: Adapter, folder: Path, base: str, layout: str = "fused") -> None:
     """Write an adapter into an existing folder; `base` names the model that it belongs to.
 
-    Raises `CheckpointError` for one whose matrices differ in their ranks, which is not read again.
+    Raises `CheckpointError` if its matrices differ in rank, since it could not be read back.
     """
     for name, (a, _) in adapter.factors.items():
         if a.shape[-2] != adapter.rank:
@@ -165,17 +165,17 @@ def _rank_and_alpha(settings: dict[str, Any], folder: Path) -> tuple[int, float]
     for key, plain in _PLAIN.items():
         if settings.get(key) not in (plain, None):
             raise CheckpointError(
-                f"{folder} has {key} = {shown(settings[key])}, which is not read; merge it by PEFT and load the result."
+                f"{folder} has {key} = {shown(settings[key])}, which is not supported; merge it with PEFT first."
             )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise CheckpointError(f"{folder / CONFIG_NAME} has r = {shown(rank)} and lora_alpha = {shown(alpha)}.")
-    # Of rank-stabilised LoRA the scale is alpha / sqrt(r).
+    # The scale of rank-stabilised LoRA is alpha / sqrt(r).
     return rank, float(alpha) * (rank**0.5 if settings.get("use_rslora") else 1.0)
 
 
 def _fused(pairs: dict[str, dict[str, Tensor]], config: ModelConfig, folder: Path) -> dict[str, Factors]:
-    """Matrices and stacks as PEFT has them."""
+    """Matrices and stacks as PEFT stores them."""
     factors, e = {}, config.num_experts
     for module, pair in pairs.items():
         if _ONE_EXPERT.fullmatch(module):
@@ -195,7 +195,7 @@ def _fused(pairs: dict[str, dict[str, Tensor]], config: ModelConfig, folder: Pat
 
 
 def _one_by_one(pairs: dict[str, dict[str, Tensor]], config: ModelConfig, folder: Path) -> dict[str, Factors]:
-    """Stacks of experts whose matrices have modules of their own; those without one get zeros."""
+    """Stacks of experts from separate modules for each matrix; experts without one get zeros."""
     found: dict[str, dict[str, dict[int, Factors]]] = {}
     for module, pair in pairs.items():
         if match := _ONE_EXPERT.fullmatch(module):
@@ -223,7 +223,7 @@ def _stacked(parts: dict[int, Factors], experts: int, rows: int, columns: int) -
 
 
 def _joined(gate: Factors, up: Factors) -> Factors:
-    """Factors of the rows of gate above those of up: of the same rank if they share A, else of both ranks."""
+    """Factors of gate's rows stacked on up's: of the same rank if they share A, else of the sum of their ranks."""
     if torch.equal(gate.a, up.a):
         return Factors(gate.a, torch.cat((gate.b, up.b), dim=1))
     a = torch.cat((gate.a, up.a), dim=1)
@@ -234,5 +234,5 @@ def _joined(gate: Factors, up: Factors) -> Factors:
 
 def _pair(pair: dict[str, Tensor], module: str, folder: Path) -> Factors:
     if set(pair) != {"A", "B"} or any(factor.dim() != 2 for factor in pair.values()):
-        raise CheckpointError(f"{folder} has not both factors of {module}.")
+        raise CheckpointError(f"{folder} lacks one of the two factors of {module}.")
     return Factors(pair["A"], pair["B"])

@@ -1,7 +1,7 @@
 """An adapter as a GGUF file, which llama.cpp applies to a model's file (`--lora FILE`).
 
-Every adapted tensor has two: its name with `.lora_a` (r, in) and with `.lora_b` (out, r), stacks with the experts in
-front. `gate_up_proj` is two tensors there, which share A.
+Every adapted tensor has two tensors: its name with `.lora_a` (r, in) and with `.lora_b` (out, r), for stacks with the
+experts in front. `gate_up_proj` is two tensors there, which share A.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from olmoe.weights.gguf.writer import PlannedTensor, write
 
 
 def write_gguf_adapter(adapter: Adapter, config: ModelConfig, target: Path, name: str) -> None:
-    """Write `adapter`, of a model of this configuration, in fp32. Raises `UserError` if it cannot be written."""
+    """Write an `adapter` for a model of this configuration, in fp32. Raises `UserError` if it cannot be written."""
     metadata: dict[str, Value] = {
         "general.architecture": keys.ARCHITECTURE,
         "general.type": "adapter",

@@ -1,4 +1,4 @@
-"""Making a model compute with an adapter: added to the weights that it belongs to, or beside them."""
+"""Making a model compute with an adapter: added to its weights, or computed beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from olmoe.quant import PackedModule
 
 
 def apply(model: CausalLM, adapter: Adapter) -> None:
-    """Make `model` compute with `adapter`: added to its weights, or where one of them is packed, beside all."""
+    """Make `model` compute with `adapter`: added to its weights or, if one of them is packed, beside all of them."""
     packed = any(isinstance(model.get_submodule(name.rpartition(".")[0]), PackedModule) for name in adapter.factors)
     if not packed:
         merge(model, adapter)

@@ -1,7 +1,7 @@
-"""Modules of the network with an adapter beside their weights, which stay as they are, plain or packed.
+"""Modules of the network with an adapter beside their weights, which are unchanged, plain or packed.
 
-Products with the low-rank factors are added to those with the weights, for experts only to those that tokens chose;
-neither the sum of the matrices nor its gradient exists.
+Products with the low-rank factors are added to those with the weights, and for experts only where tokens chose them;
+neither the sum of the matrices nor its gradient is ever formed.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, r rank.
 """
@@ -17,30 +17,42 @@ from torch.func import functional_call
 
 from olmoe import ops
 from olmoe.adapters.adapter import Adapter, Factors
+from olmoe.adapters.experts import FrozenExperts, Low, adapted_experts
 from olmoe.model import CausalLM, Experts, Linear, Router
 from olmoe.model.network import RouterOutput
+from olmoe.ops.transforms import transformed
 from olmoe.ops.types import RoutePolicy
 from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.quant.modules import routed
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with an adapter."""
+    """A linear layer with an adapter. `precision` is the dtype of products with its weights, by default the input's."""
 
-    def __init__(self, base: Linear | PackedLinear, factors: Factors, scale: float) -> None:
+    def __init__(
+        self, base: Linear | PackedLinear, factors: Factors, scale: float, precision: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.base, self.scale = base, scale
+        self.base, self.scale, self.precision = base, scale, precision
         self.weight_a, self.weight_b = map(nn.Parameter, factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         low = F.linear(F.linear(x.to(self.weight_a.dtype), self.weight_a), self.weight_b)
-        y: Tensor = self.base(x)
+        y = self._base(x)
         return y + (low * self.scale).to(y.dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        base, dtype = self.base, self.precision or x.dtype
+        if isinstance(base, PackedLinear) or dtype == x.dtype:
+            y: Tensor = base(x.to(dtype))
+            return y.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return ops.linear(x.to(dtype), base.weight.to(dtype), bias, backend=base.backend).to(x.dtype)
 
 
 class LoraRouter(nn.Module):
-    """A router with an adapter. Its matrix is small, so that the sum is formed."""
+    """A router with an adapter. Its matrix is small, so here the sum is formed."""
 
     def __init__(self, base: Router, factors: Factors, scale: float) -> None:
         super().__init__()
@@ -55,11 +67,20 @@ class LoraRouter(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """The experts of a layer with adapters of one or both of their stacks."""
+    """The experts of a layer with adapters for one or both of their stacks; `precision` as in `LoraLinear`.
 
-    def __init__(self, base: Experts | PackedExperts, factors: dict[str, Factors], scale: float) -> None:
+    Packed ones are here without any too: a training pass decodes them less often.
+    """
+
+    def __init__(
+        self,
+        base: Experts | PackedExperts,
+        factors: dict[str, Factors],
+        scale: float,
+        precision: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.base, self.scale, self.names = base, scale, tuple(factors)
+        self.base, self.scale, self.names, self.precision = base, scale, tuple(factors), precision
         for name, (a, b) in factors.items():
             self.register_parameter(f"{name}_a", nn.Parameter(a))
             self.register_parameter(f"{name}_b", nn.Parameter(b))
@@ -67,7 +88,14 @@ class LoraExperts(nn.Module):
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `Experts.forward`."""
         base = self.base
-        # Taken apart once: of every expert by itself, the gradient would be as large as all of them.
+        if not (self.names or torch.is_grad_enabled()):
+            return base(x_ND, expert_ids_NK, weights_NK)
+        dtype = self.precision or (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
+        if torch.is_grad_enabled() and not transformed(x_ND):
+            pairs = {n: (self.get_parameter(f"{n}_a"), self.get_parameter(f"{n}_b")) for n in self.names}
+            adapters = {name: Low(*pair, self.scale) for name, pair in pairs.items()}
+            return adapted_experts(x_ND, expert_ids_NK, weights_NK, FrozenExperts(base, dtype), adapters)
+        # Unbound once: indexing each expert would make a gradient as large as all of them every time.
         low = {
             name: (self.get_parameter(f"{name}_a").unbind(), self.get_parameter(f"{name}_b").unbind())
             for name in self.names
@@ -85,12 +113,15 @@ class LoraExperts(nn.Module):
             a, b = low[name][0][e], low[name][1][e]
             return y + (F.linear(F.linear(x.to(a.dtype), a), b) * self.scale).to(y.dtype)
 
-        dtype = (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
         return routed(base, x_ND, expert_ids_NK, weights_NK, product, dtype)
 
 
-def adapt(model: CausalLM, adapter: Adapter) -> None:
-    """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients."""
+def adapt(model: CausalLM, adapter: Adapter, precision: torch.dtype | None = None) -> None:
+    """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients.
+
+    `precision` is the dtype of products with the weights that are adapted, by default that of hidden states. Products
+    with the factors are computed in the factors' own.
+    """
     model.requires_grad_(False)
     for number in range(model.config.num_hidden_layers):
         layer: Any = model.model.layers[number]
@@ -105,13 +136,13 @@ def adapt(model: CausalLM, adapter: Adapter) -> None:
             elif owner == "mlp.gate":
                 layer.mlp.gate = LoraRouter(layer.mlp.gate, factors, adapter.scale)
             else:
-                layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale))
-        if stacks:
-            layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale)
+                layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale, precision))
+        if stacks or isinstance(layer.mlp.experts, PackedExperts):
+            layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale, precision)
 
 
 def factors_of(model: CausalLM) -> dict[str, Factors]:
-    """The factors that `adapt` put into a model, as parameters, under the names that adapters have for them."""
+    """The factors that `adapt` put into a model, as parameters, under an adapter's names for them."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear | LoraRouter):
@@ -125,5 +156,5 @@ def factors_of(model: CausalLM) -> dict[str, Factors]:
 
 @torch.no_grad()
 def adapter_of(model: CausalLM, rank: int, alpha: float) -> Adapter:
-    """The adapter that a model has, with its present values."""
+    """The adapter of a model, with its current values."""
     return Adapter(rank, alpha, {n: Factors(a.detach(), b.detach()) for n, (a, b) in factors_of(model).items()})

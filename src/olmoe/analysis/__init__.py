@@ -1,1 +1,1 @@
-"""Looking inside: what a model does, measured."""
+"""Looking inside a model: measuring what it does."""

@@ -1,16 +1,16 @@
-"""What `olmoe analyze` does: texts of several domains through a model, its routing into a trace, numbers and a page.
+"""What `olmoe analyze` does: runs texts of several domains through a model, and writes a trace, numbers and a page.
 
 The folder that it writes:
 
     trace.safetensors     which experts every token chose (`olmoe.analysis.trace`), domain after domain
-    against.safetensors   the same of the model that it is compared with, where one was given
+    against.safetensors   the same for the model that it is compared with, if one was given
     metrics.json          the numbers (schema in `olmoe.analysis.measurements`)
-    report.html           the figures, each with a sentence of what it says; one page that needs nothing else
-    figure-*.png, .svg    the figures as files, where asked for
+    report.html           the figures, each with a sentence about what it shows; one self-contained page
+    figure-*.png, .svg    the figures as files, if requested
 
-Each domain is traced into a file of its own first, whose name is a digest of all that decides what is in it. Earlier
-checkpoints are loaded and traced one after the other, and of each the numbers alone are kept. A run that was
-interrupted finds the finished domains and checkpoints there, and goes on with the rest.
+Each domain is first traced into its own file, whose name is a digest of everything that determines its contents.
+Earlier checkpoints are loaded and traced one after another, and only their numbers are kept. A run that was interrupted
+finds the finished domains and checkpoints there, and continues with the rest.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from olmoe.runtime import resolve_device, resolve_dtype
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights.checkpoint import Checkpoint
 
-# As many of a domain as the paper's analysis reads (App. G).
+# Tokens per domain, as many as the paper's analysis reads (App. G).
 TOKENS = 204_800
 TRACE, AGAINST, METRICS, REPORT = "trace.safetensors", "against.safetensors", "metrics.json", "report.html"
-# Of the table of tokens (Table 8): so many an expert, and those that occur so often.
+# For the table of tokens (Table 8): the number per expert, and the least number of occurrences.
 _TOP_TOKENS, _OCCURRENCES = 15, 10
 _PART = ".part-"
-# Windows of a trace that are copied before what was read of it is forgotten.
+# Windows of a trace that are copied before the pages read are released.
 _TOGETHER = 64
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ Documents = list[npt.NDArray[np.int32]]
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is traced: its files, and how it reads."""
+    """A model to trace: its files, and its tokenizer."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -69,7 +69,7 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What decides a trace besides the model and the tokens."""
+    """What determines a trace besides the model and the tokens."""
 
     window: int
     backend: str
@@ -99,9 +99,9 @@ def analyze(
 ) -> dict[str, Any]:
     """Trace a model on the text of each domain and write the folder `output`; returns what metrics.json holds.
 
-    `texts` are files by the name of their domain, of each the first `tokens` tokens. `model` and `against` are
-    checkpoint folders or hub ids, packed ones too; None is the shipped model. `revisions` are earlier checkpoints that
-    are compared with the model: branches, tags or commits of its repository, or folders, of checkpoints or of a run of
+    `texts` are files by the name of their domain; the first `tokens` tokens of each are read. `model` and `against` are
+    checkpoint folders or hub ids, packed or not; None means the shipped model. `revisions` are earlier checkpoints to
+    compare with the model: branches, tags or commits of its repository, or folders, of checkpoints or of a run of
     `olmoe train`; without a model they are compared with the last of them. `progress(done, total)` is called in tokens.
     Raises `UserError` for what cannot be read or would be overwritten, before anything is traced.
     """
@@ -137,7 +137,7 @@ def analyze(
         if earlier:
             found["revisions"] = [sweep.numbers(each) for each in earlier]
         _write_pictures(found, target, report, figures)
-        # Last: what has numbers is finished, and is not gone on with.
+        # Last: a folder with numbers is finished, and is not continued.
         write_text(target / METRICS, json.dumps(found, allow_nan=False) + "\n")
         _clear(target, {TRACE, METRICS, *([AGAINST] if against is not None else [])}, report, figures)
     except BaseException:
@@ -165,7 +165,7 @@ def _check(texts: Mapping[str, Any], tokens: int, window: int, backend: str, dty
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file is of an unfinished run, killed ones included, which leave what they were just writing."""
+    """Whether a file belongs to an unfinished run, or to a killed one, which leaves what it was writing."""
     if name.endswith(".partial"):
         return name.startswith(tuple(f".{each}" for each in (_PART, TRACE, AGAINST, METRICS, REPORT, "figure-")))
     return name.startswith(_PART) and name.endswith((".safetensors", ".json"))
@@ -176,7 +176,7 @@ def _is_figure(name: str) -> bool:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """A folder with parts and no numbers is an interrupted run, which goes on."""
+    """Refuse an existing folder, unless it has parts but no numbers: that is an interrupted run, which continues."""
     found = targets.entries(target) if target.is_dir() else []
     ours = {TRACE, AGAINST, METRICS, REPORT, *(name for name in found if _is_part(name) or _is_figure(name))}
     unfinished = any(map(_is_part, found)) and METRICS not in found
@@ -196,7 +196,7 @@ def _open(model: str | os.PathLike[str] | None, **options: Any) -> _Subject:
     found = Checkpoint.open(where, **options)
     config = found.config
     tokenizer = Tokenizer.from_folder(found.folder, eos_ids=config.eos_token_ids, pad_id=config.pad_token_id)
-    # The last part of a folder says which model it is; the rest is of one machine.
+    # The last part of a path names the model; the rest is specific to a machine.
     return _Subject(
         found, tokenizer, found.folder.resolve().name if os.path.isdir(os.path.expanduser(where)) else where
     )
@@ -244,7 +244,7 @@ def _size(documents: Documents) -> int:
 def _check_alike(
     subjects: Sequence[_Subject], texts: Mapping[str, Any], ids: Mapping[str, Documents], tokens: int
 ) -> None:
-    """Two models can be compared token by token if they read the same ids and have the same routers."""
+    """Two models can be compared token by token if they read the same ids and have routers of the same shape."""
     one, other = (subject.checkpoint.config for subject in subjects)
     for name in ("num_hidden_layers", "num_experts"):
         if getattr(one, name) != getattr(other, name):
@@ -281,7 +281,7 @@ class _Count:
 def _trace(
     subject: _Subject, ids: Mapping[str, Documents], settings: _Settings, target: Path, count: _Count
 ) -> list[Path]:
-    """The files of the domains of one model; those that are there already are not made again."""
+    """The trace files of one model's domains; existing ones are not made again."""
     identity = _identity(subject.checkpoint, settings)
     parts = {name: target / f"{_PART}{_digest(identity, documents)}.safetensors" for name, documents in ids.items()}
     config = subject.checkpoint.config
@@ -306,7 +306,7 @@ def _trace(
 
 
 def _identity(checkpoint: Checkpoint, settings: _Settings) -> str:
-    """What decides how a model routes. Weights are known by their files' sizes and times, not read for this."""
+    """What determines how a model routes. Weights are identified by the sizes and times of their files."""
     files = sorted(path for pattern in ("*.safetensors", "config.json") for path in checkpoint.folder.glob(pattern))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return json.dumps([SCHEMA, str(checkpoint.folder.resolve()), stats, vars(settings)])
@@ -320,7 +320,7 @@ def _digest(identity: str, documents: Documents) -> str:
 
 
 def _join(parts: Sequence[Path], names: Sequence[str], path: Path, subject: _Subject) -> None:
-    """One trace of all domains, which its metadata tell apart."""
+    """Join the domains into one trace; its metadata tell them apart."""
     traces = [Trace.open(part) for part in parts]
     ends = list(itertools.accumulate(map(len, traces)))
     domains = [[name, end - len(trace), end] for name, trace, end in zip(names, traces, ends, strict=True)]
@@ -346,7 +346,7 @@ def _join(parts: Sequence[Path], names: Sequence[str], path: Path, subject: _Sub
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Earlier checkpoints of a model, one at a time: of each the trace is made, measured and removed."""
+    """Earlier checkpoints of a model, one at a time: a trace of each is made, measured and removed."""
 
     subject: _Subject
     texts: Mapping[str, str | os.PathLike[str]]
@@ -358,7 +358,7 @@ class _Sweep:
     options: Mapping[str, Any]
 
     def numbers(self, each: Revision) -> dict[str, Any]:
-        """What metrics.json says of a checkpoint; from an interrupted run, if that has got so far."""
+        """The numbers of a checkpoint for metrics.json; from an interrupted run, if that got so far."""
         other = self.open(each)
         path = self.target / f"{_PART}{self._digest(other)}.json"
         if path.exists():
@@ -375,7 +375,7 @@ class _Sweep:
         return {"name": each.name, "step": each.step} | found
 
     def open(self, each: Revision) -> _Subject:
-        """A checkpoint, which reads as the model does if it says nothing else; `UserError` if it reads otherwise."""
+        """A checkpoint, with the model's tokenizer if it has none; `UserError` if it reads text differently."""
         found = Checkpoint.open(each.place, revision=each.revision, **self.options)
         ours, theirs = (folder / "tokenizer.json" for folder in (self.subject.checkpoint.folder, found.folder))
         if not theirs.exists() or ours.read_bytes() == theirs.read_bytes():
@@ -410,8 +410,8 @@ def _measure(target: Path, subjects: Sequence[_Subject]) -> dict[str, Any]:
 def top_tokens(trace: Trace, tokenizer: Tokenizer, layer: int | None = None) -> dict[str, Any]:
     """The tokens that experts of a layer (by default a middle one) take most of by first choices (Table 8).
 
-    Those that occur at least ten times, as [text, share of its occurrences, occurrences]; experts that take none are
-    left out.
+    Only tokens that occur at least ten times, as [text, share of its occurrences, occurrences]; experts that take none
+    are left out.
     """
     if layer is None:
         layer = (trace.expert_ids.shape[1] - 1) // 2
@@ -446,7 +446,7 @@ def _write_pictures(found: dict[str, Any], target: Path, report: bool, figures: 
 
 
 def _clear(target: Path, written: set[str], report: bool, figures: bool) -> None:
-    """Remove parts, and what an earlier run that was replaced has left."""
+    """Remove parts, and what is left of an earlier run that was replaced."""
     for name in _stale(target, written, report, figures):
         (target / name).unlink()
 

@@ -1,6 +1,6 @@
-"""What the experts of a model do on calibration text: how often each is chosen, what it adds, and which are alike.
+"""What a model's experts do on calibration text: how often each is chosen, what it adds, and which are similar.
 
-The model is read a layer at a time, in fp32, so that any checkpoint can be measured on any machine: memory holds the
+The model is read one layer at a time, in fp32, so that any checkpoint can be measured on any machine: memory holds the
 hidden states of all tokens, one layer's attention and one expert, and for similarity the outputs of a layer's experts
 on a sample of the tokens.
 
@@ -27,7 +27,7 @@ from olmoe.weights.source import WeightSource, read_finite
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
-# Tokens that attention and an expert compute at a time.
+# Tokens that attention or an expert computes at a time.
 BATCH_TOKENS = 4096
 # Tokens on which the outputs of all experts are compared; those of OLMoE-1B-7B then take 0.3 GB.
 SAMPLED_TOKENS = 512
@@ -35,12 +35,12 @@ SAMPLED_TOKENS = 512
 
 @dataclass(frozen=True)
 class Contributions:
-    """Of `tokens` tokens, by layer and expert.
+    """Measurements on `tokens` tokens, by layer and expert.
 
     - `load` (L, E): the share of tokens that choose the expert; rows sum to k.
-    - `reap` (L, E): the mean, over the tokens that choose it, of its weight times the norm of its output, by which REAP
-      prunes (arXiv 2510.13999). 0 where no token does.
-    - `similarity` (L, E, E), where asked for: the cosine between the outputs of two experts, over sampled tokens.
+    - `reap` (L, E): the mean, over the tokens that choose the expert, of its weight times the norm of its output, the
+      criterion of REAP (arXiv 2510.13999). 0 if no token does.
+    - `similarity` (L, E, E), if requested: the cosine between the outputs of two experts, over sampled tokens.
     """
 
     tokens: int
@@ -93,8 +93,8 @@ def measure_contributions(
 def weight_similarity(source: WeightSource, progress: Progress | None = None) -> Floats:
     """The cosine between the weights of two experts, all their matrices as one vector: (L, E, E).
 
-    Needs no text, but says less: two experts that compute the same with their hidden units in another order look
-    different.
+    Needs no text, but is less meaningful: two experts that compute the same with their hidden units in another order
+    look different.
     """
     config = source.config
     shapes = parameter_shapes(config)

@@ -31,17 +31,15 @@ def domain_policy(
 ) -> NamedPolicy:
     """A policy that forces, in every layer, the experts that tokens of `domain` choose most.
 
-    `metrics` is a `metrics.json`, the folder of an analysis, or what either holds. `how` says what becomes of the
+    `metrics` is a `metrics.json`, the folder of an analysis, or the contents of one. `how` says what is done with the
     domain's experts:
 
     - "only": no others are chosen. By default they are those with more than an even share of the domain's tokens.
     - "boost": `strength` is added to their logits; the same experts by default.
-    - "pin": every token chooses them; by default as many as half of what a token chooses, so that the router has the
-      other half to itself.
+    - "pin": every token chooses them; by default half of top-k, so that the router is free to choose the other half.
+      `experts` is their number in each layer. They are ranked `by` their "share" of the domain's tokens, or by
 
-    `experts` is their number in each layer. They are ranked `by` their "share" of the domain's tokens, or by
-    "contrast": the share less that of all domains together, for experts that hardly anything else chooses.
-
+    "contrast": that share minus the one for all domains together, for experts that hardly anything else chooses.
     Raises `UserError` for measurements without this domain, and for numbers that no policy can have.
     """
     if how not in get_args(How) or by not in get_args(By):
@@ -71,7 +69,7 @@ def domain_policy(
 
 
 def _default(how: How, shares: list[float], top_k: int) -> int:
-    """How many experts of a layer, with these shares of a domain's tokens, are the domain's."""
+    """How many experts of a layer count as the domain's, given the shares of the domain's tokens."""
     if how == "pin":
         return max(top_k // 2, 1)
     return max(sum(share > top_k / len(shares) for share in shares), top_k)
@@ -89,7 +87,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _shares(metrics: Mapping[str, Any], domain: str) -> tuple[list[list[float]], list[list[float]], int]:
-    """Of each layer the shares of a domain's tokens by expert, and how they differ from those of all; and top_k."""
+    """For each layer the shares of a domain's tokens by expert, and their difference from those of all; and top_k."""
     if metrics.get("schema") != SCHEMA:
         raise UserError(
             f"The measurements have the schema {shown(metrics.get('schema'))}, not {SCHEMA}; make them with "
@@ -105,5 +103,5 @@ def _shares(metrics: Mapping[str, Any], domain: str) -> tuple[list[list[float]],
     except (KeyError, TypeError) as error:
         raise UserError(f"The measurements are incomplete ({error}); make them with olmoe analyze.") from None
     if not own or any(len(row) != count for row in (*own, *every)):
-        raise UserError(f"The measurements are incomplete: a layer has no {count} shares; make them anew.")
+        raise UserError(f"The measurements are incomplete: a layer lacks its {count} shares; make them again.")
     return own, [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(own, every, strict=True)], top_k

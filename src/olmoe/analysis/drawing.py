@@ -1,7 +1,7 @@
 """How figures look, and how they become files.
 
-matplotlib is imported when one is drawn, and draws without its global state, so that a program's own figures are left
-alone. Colours can be told apart by those who do not see all of them, and in grey on paper.
+matplotlib is imported when one is drawn, and used without its global state, so that a program's own figures are left
+alone. Colours can be told apart by colour-blind readers, and in grey on paper.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from olmoe.errors import UserError
 
-# Of lines and bars: Okabe and Ito's colours, in an order whose greys differ.
+# For lines and bars: Okabe and Ito's colours, in an order whose greys differ.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a5195", "#8c8c00", "#444444")
 GREY = "#555555"
 COLOUR_MAP = "cividis"
-_WIDTH = 7.2  # inches: a page's
+_WIDTH = 7.2  # inches: the width of a page
 STYLE: Any = {  # Any: its type in matplotlib names every setting, of its newest version
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -33,7 +33,7 @@ STYLE: Any = {  # Any: its type in matplotlib names every setting, of its newest
 
 
 def require_matplotlib(otherwise: str = "") -> None:
-    """Raise `UserError` where figures cannot be drawn; `otherwise` says what else can be done."""
+    """Raise `UserError` if figures cannot be drawn; `otherwise` says what else can be done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             f"The figures of a report need matplotlib, which is not installed; install olmoe[analysis]{otherwise}."
@@ -55,7 +55,7 @@ def image_bytes(figure: Any, kind: Literal["png", "svg"] | str) -> bytes:
 
 
 def _shorter(path: str) -> str:
-    """The same path of an SVG to a hundredth of a point, which takes half the room: a page holds thousands."""
+    """An SVG path rounded to a hundredth of a point, which halves its size: a page holds thousands."""
     parts, at = [], ["", ""]
     for line in path.strip().split("\n"):
         command, *numbers = line.split()
@@ -79,6 +79,6 @@ def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[
 
 
 def short(name: str, most: int = 14) -> str:
-    """A name as a label; matplotlib would read dollars as mathematics."""
+    """A name as a label, shortened and escaped: matplotlib reads dollar signs as mathematics."""
     name = name.replace("$", r"\$")
     return name if len(name) <= most else f"{name[: most - 1]}…"

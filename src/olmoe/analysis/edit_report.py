@@ -1,16 +1,16 @@
-"""What an edit costs and what it saves: the edited model, or the model under a router policy, beside the original.
+"""What an edit costs and what it saves: the edited model, or the model under a router policy, against the original.
 
-Both read the same held-out texts in windows, as `olmoe.analysis.quality` says, whose numbers these are. Experts of an
-edited model are told apart by what they were: routing agrees where a token chooses an expert that the original's token
-chose, or one that it was merged into, in the layer that the edited one comes from.
+Both read the same held-out texts in windows; the numbers are those of `olmoe.analysis.quality`. An edited model's
+experts are identified by their origin: routing agrees if a token chooses an expert that it chose in the original, or
+one that this was merged into, in the layer that the edited one comes from.
 
-The schema ("olmoe-edit-report-1") of what `EditReport.to_dict` gives:
+The schema ("olmoe-edit-report-1") of `EditReport.to_dict`:
 
     schema, original, edited          names
-    policy                            the policy's file, where one was measured
+    policy                            the policy's file, if one was measured
     models.{original, edited}         layers, experts, top_k, file_bytes, bytes_a_token,
-                                      prompt_tokens_per_s, decode_tokens_per_s (where speed was measured)
-    texts.NAME                        the numbers of `quality.Report`; routing_agreement has one number a layer
+                                      prompt_tokens_per_s, decode_tokens_per_s (if speed was measured)
+    texts.NAME                        the numbers of `quality.Report`; routing_agreement has one number per layer
     texts.NAME.load.{original, edited}      the share of tokens that choose each expert, by layer (Eq. 7)
 
 Shapes legend: N tokens, L layers, K experts per token, E experts.
@@ -50,7 +50,7 @@ from olmoe.weights.source import tokenizer_of
 
 SCHEMA = "olmoe-edit-report-1"
 TOKENS = 16384
-# Of the timings, in turn: tokens of a prompt, new tokens after it, rounds of which the median counts.
+# For timings: tokens of the prompt, new tokens after it, rounds over which the median is taken.
 PROMPT, STEPS, ROUNDS = 256, 32, 5
 
 Floats = npt.NDArray[np.float64]
@@ -59,7 +59,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Model:
-    """What one of the two is: its size, and how fast it is where that was measured."""
+    """One of the two models: its size, and its speed if that was measured."""
 
     layers: int
     experts: int
@@ -72,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class OnText:
-    """Both models on one text: how far they differ, and the load of each, (L, E) as `metrics.load` has it."""
+    """Both models on one text: how far they differ, and the load of each, (L, E) as from `metrics.load`."""
 
     quality: Report
     original_load: Floats
@@ -81,7 +81,7 @@ class OnText:
 
 @dataclass(frozen=True)
 class EditReport:
-    """The edited model beside the original. `policy` is set where the same weights were measured under one."""
+    """The edited model against the original. `policy` is set if the same weights were measured under one."""
 
     names: tuple[str, str]
     policy: str | None
@@ -112,8 +112,8 @@ class EditReport:
         one, other = self.original, self.edited
         rows = [
             ("layers", f"{one.layers}", f"{other.layers}", ""),
-            ("experts a layer", f"{one.experts}", f"{other.experts}", ""),
-            ("experts a token", f"{one.top_k}", f"{other.top_k}", ""),
+            ("experts per layer", f"{one.experts}", f"{other.experts}", ""),
+            ("experts per token", f"{one.top_k}", f"{other.top_k}", ""),
             _compared("bytes on disk", one.file_bytes, other.file_bytes),
             _compared("bytes a token reads", one.bytes_a_token, other.bytes_a_token),
         ]
@@ -188,13 +188,13 @@ def measure_edit(
 ) -> EditReport:
     """Compare what `olmoe.analysis.surgery.edit` wrote with its original, or a model under a `policy` with itself.
 
-    `texts` are files by name, of each the first `tokens` tokens; default is a short public-domain sample. Models are
-    loaded as they are stored (None) or in a `dtype`, both at once, and run on `backend`. `speed` times prompts and
-    decoding of both in turn, briefly; it takes nothing else running on the machine to mean much.
+    `texts` are files by name, read up to `tokens` tokens each; the default is a short public-domain sample. Models are
+    loaded as stored (None) or in a `dtype`, both at once, and run on `backend`. `speed` briefly times prompts and
+    decoding of both in turn; it is only meaningful if nothing else runs on the machine.
     `progress(done, total)` is called in tokens.
     """
     if (edited is None) == (policy is None):
-        raise UserError("A report is of an edited model or of a router policy; give one of them.")
+        raise UserError("A report is about an edited model or a router policy; give one of them.")
     texts = {"sample": sample_text.HELD_OUT} if texts is None else texts
     if tokens < 2 or not texts:
         raise UserError(f"A report needs texts of at least 2 tokens, not {tokens} tokens of {len(texts)} texts.")
@@ -230,7 +230,7 @@ def measure_edit(
 
 
 def _blueprint(original: Checkpoint, edited: Checkpoint) -> Blueprint:
-    """What became of the original's experts. Raises `UserError` where that is not known."""
+    """What became of the original's experts. Raises `UserError` if that is not known."""
     path = edited.folder / FILE_NAME
     if edited is original:
         return Blueprint.unchanged(original.config)
@@ -290,9 +290,9 @@ def _on_text(sides: tuple[Side, Side], ids: list[int], blueprint: Blueprint, pro
 
 
 def _members(blueprint: Blueprint) -> list[Tensor]:
-    """Of each layer the original's experts that each of its own is made of, (E, most), -1 for no more of them.
+    """For each layer the original experts that each of its own consists of, (E, most), padded with -1.
 
-    The last row is of no expert, to which the number -1 leads.
+    The last row is for no expert: the index -1 leads to it.
     """
     found = []
     for plan in blueprint.layers:
@@ -303,7 +303,7 @@ def _members(blueprint: Blueprint) -> list[Tensor]:
 
 
 def _were(chosen_NK: Tensor, members: Tensor) -> Tensor:
-    """Experts of an edited layer as those of the original: (N, K) -> (N, K * most)."""
+    """Experts of an edited layer as experts of the original: (N, K) -> (N, K * most)."""
     return members[chosen_NK.long()].flatten(1)
 
 
@@ -311,7 +311,7 @@ def _were(chosen_NK: Tensor, members: Tensor) -> Tensor:
 
 
 def _speeds(sides: Sequence[Side]) -> list[tuple[float, float]]:
-    """Tokens a second of a prompt and of decoding after it, of each side: medians of rounds in turn."""
+    """Tokens per second for a prompt and for decoding after it, for each side: medians of alternating rounds."""
     context = min(int(side.runner.config.max_position_embeddings * side.runner.config.rope.factor) for side in sides)
     prompt = max(1, min(PROMPT, context - STEPS))
     steps = max(1, min(STEPS, context - prompt))
@@ -352,6 +352,6 @@ def _compared(what: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with numbers to the right."""
+    """A Markdown table with numbers aligned to the right."""
     marks = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, marks, *rows))

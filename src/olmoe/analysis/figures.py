@@ -1,4 +1,4 @@
-"""The figures of an analysis, drawn from what metrics.json holds: the paper's (section 5), for any OLMoE model.
+"""The figures of an analysis, drawn from metrics.json: those of the paper (section 5), for any OLMoE model.
 
 Shapes legend: L layers, E experts.
 """
@@ -23,7 +23,7 @@ def shown_layers(metrics: Metrics) -> list[int]:
 
 
 def middle_layer(metrics: Metrics) -> int:
-    """The one whose experts are shown one by one, as the paper shows those of layer 7 of 16."""
+    """The layer whose experts are shown one by one, as the paper does for layer 7 of 16."""
     return (int(metrics["layers_count"]) - 1) // 2
 
 
@@ -92,7 +92,7 @@ def _domains(metrics: Metrics, which: str, other: Mapping[str, Any] | None = Non
 
 
 def _load(metrics: Metrics) -> Any:
-    """How often each expert of each layer is chosen, by the uniform share."""
+    """How often each expert of each layer is chosen, relative to the uniform share."""
     loads = np.asarray([metrics["layers"][str(layer)]["top_k"] for layer in range(metrics["layers_count"])])
     relative = loads * metrics["experts"] / metrics["top_k"]
     figure, axes = new_figure(1, 1, 1.2 + 0.16 * len(loads))
@@ -106,7 +106,7 @@ def _load(metrics: Metrics) -> Any:
 
 
 def _coactivation(metrics: Metrics) -> Any:
-    """Of the experts that are chosen together most often: the share of i's tokens that choose j (Fig. 21)."""
+    """For the experts most often chosen together: the share of i's tokens that choose j (Fig. 21)."""
     layers = shown_layers(metrics)
     figure, axes = new_figure(1, len(layers), 2.9)
     image = None
@@ -128,7 +128,7 @@ def _coactivation(metrics: Metrics) -> Any:
 
 
 def _vocabulary(metrics: Metrics) -> Any:
-    """How far ids decide experts, over depth (Fig. 30)."""
+    """How far ids determine experts, over depth (Fig. 30)."""
     figure, axes = new_figure(1, 2, 2.6)
     depth = range(metrics["layers_count"])
     for ax, which, title in ((axes[0, 0], "top_k", f"top {metrics['top_k']}"), (axes[0, 1], "top_1", "top 1")):
@@ -165,7 +165,7 @@ def _vocabulary_experts(metrics: Metrics) -> Any | None:
 
 
 def _token_shares(metrics: Metrics) -> Any | None:
-    """Of three experts, how much of its tokens' occurrences each takes in each domain (Fig. 32)."""
+    """For three experts, how much of its tokens' occurrences each takes in each domain (Fig. 32)."""
     experts, names = apart_experts(metrics), list(metrics["domains"])
     if not experts:
         return None
@@ -243,7 +243,7 @@ def _bands(
     other: Mapping[int, tuple[float, float]],
     triples: list[list[int]],
 ) -> None:
-    """Bands from nodes to nodes, each node's in the order of where they go, so that few cross."""
+    """Bands between nodes, sorted at each node by where they go, so that few cross."""
     leaving = {i: sum(t[2] for t in triples if t[0] == i) for i in one}
     coming = {j: sum(t[2] for t in triples if t[1] == j) for j in other}
     top_one = {i: bottom + size for i, (bottom, size) in one.items()}
@@ -337,7 +337,7 @@ def _agreement(metrics: Metrics) -> Any:
 
 
 def _revisions(metrics: Metrics) -> Any:
-    """How much of the final routing is there over training, and how load and certainty change (Fig. 20)."""
+    """How much of the final routing is reached over training, and how load and certainty change (Fig. 20)."""
     import matplotlib
 
     earlier, layers = metrics["revisions"], [str(layer) for layer in range(metrics["layers_count"])]

@@ -1,6 +1,6 @@
-"""A page of figures as one HTML file that asks for nothing else.
+"""A page of figures as one self-contained HTML file.
 
-Figures are images in it, there are no scripts, and its style reads on a phone and on paper.
+Figures are embedded as images, there are no scripts, and its style works on a phone and on paper.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ small { color: #555; }
 
 
 def document(title: str, body: str, reload: float | None = None) -> str:
-    """A page with that title above a body of HTML; a browser reads it again every `reload` seconds."""
+    """A page with this title above a body of HTML; a browser reloads it every `reload` seconds."""
     again = "" if reload is None else f'<meta http-equiv="refresh" content="{reload:g}">\n'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -38,7 +38,7 @@ def document(title: str, body: str, reload: float | None = None) -> str:
 
 
 def section(name: str, title: str, figure: Any, sentence: str) -> str:
-    """A figure under its title, and what it says below it."""
+    """A figure under its title, with a sentence below."""
     image = base64.b64encode(image_bytes(figure, "svg")).decode()
     return (
         f'<section id="{name}">\n<h2>{html.escape(title)}</h2>\n<figure>\n'

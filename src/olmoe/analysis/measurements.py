@@ -1,15 +1,15 @@
 """From a trace to numbers: what `olmoe analyze` writes as metrics.json.
 
-The schema ("olmoe-metrics-1"; every list over experts has one number an expert, every key of layers is its number):
+The schema ("olmoe-metrics-1"; lists over experts have one number per expert, keys of layers are their numbers):
 
     model, layers_count, experts, top_k, tokens
     accuracy                          share of next ids that were predicted; null without predictions
     domains.NAME.tokens
     domains.NAME.layers.L.top_k       share of tokens that choose each expert (Eq. 7); sums to top_k
-    domains.NAME.layers.L.top_1       the same of first choices; sums to 1
+    domains.NAME.layers.L.top_1       the same for first choices; sums to 1
     domains.NAME.layers.L.{entropy, max_over_mean, dead}     how evenly experts are used
     domains.NAME.layers.L.distance    how far the domain's first choices are from those of all (total variation)
-    layers.L.top_k, top_1, entropy, max_over_mean, dead      of all domains together
+    layers.L.top_k, top_1, entropy, max_over_mean, dead      for all domains together
     layers.L.{first, margin, mass}    mean probability of the first expert, its lead over the second, and of all chosen
     layers.L.{ranks, histogram}       mean probability by rank; tokens by the first one's, in 20 equal steps from 0 to 1
     layers.L.neighbours               share of experts that the token before chose too
@@ -17,11 +17,11 @@ The schema ("olmoe-metrics-1"; every list over experts has one number an expert,
     layers.L.often_together           pairs i, j of which more than half of i's tokens choose j as well
     layers.L.together.{experts, shares}   those of the strongest pairs, and of each pair of them the same share
     layers.L.vocabulary.{input, predicted, next}.{top_k, top_1}    mean best share of an id (Eq. 8, Fig. 30)
-    layers.L.vocabulary.experts       of each expert, on input ids by first choices (Fig. 23); null for none
-    layers.L.vocabulary.experts_predicted   the same on predicted ids
+    layers.L.vocabulary.experts       for each expert, on input ids by first choices (Fig. 23); null for none
+    layers.L.vocabulary.experts_predicted   the same for predicted ids
     flow.{"A-B"}                      tokens by first choices in layers A and B, the largest: [i, j, tokens] (Fig. 35)
     chance.{saturation_k, saturation_1, coactivation}        what routing at random would give
-    against.model, against.domains.NAME.{top_k, top_1}   agreement with another model by layer (Eq. 5), where given
+    against.model, against.domains.NAME.{top_k, top_1}   agreement with another model by layer (Eq. 5), if given
     against.shares.NAME.L.{top_k, top_1}    the other model's shares of tokens, as in domains (Fig. 33)
     top_tokens                        what experts of a layer take most exclusively: {layer, least, experts.E: [[text,
                                       share of its occurrences, occurrences]]} (Table 8)
@@ -51,9 +51,9 @@ from olmoe.analysis import metrics
 from olmoe.analysis.trace import Trace
 
 SCHEMA = "olmoe-metrics-1"
-# So many pairs and flows of a layer are listed, those with the highest values.
+# How many pairs and flows of a layer are listed, those with the highest values.
 _LISTED = 32
-# Experts in the map of those that are chosen together, as the paper's script shows.
+# Experts in the map of those chosen together, as in the paper's script.
 _TOGETHER = 16
 # Ids that an expert took less often say little about it (as in the paper's script).
 _TAKEN = 8
@@ -125,7 +125,7 @@ def shares(trace: Trace) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 
 def accuracy(trace: Trace) -> float | None:
-    """The share of next ids that the model predicted, within windows; None where predictions were not recorded."""
+    """The share of next ids that the model predicted, within windows; None if predictions were not recorded."""
     if trace.predicted_ids is None:
         return None
     following = metrics.next_ids(trace.input_ids, trace.starts)
@@ -134,7 +134,7 @@ def accuracy(trace: Trace) -> float | None:
 
 
 def measure_revision(trace: Trace, final: Trace) -> dict[str, Any]:
-    """How far an earlier checkpoint is on the tokens of `final`, by the schema's `revisions`."""
+    """How far an earlier checkpoint has got on the tokens of `final`, by the schema's `revisions`."""
     experts = trace.experts
     balance = metrics.balance(metrics.load(trace.expert_ids, experts))
     confidence = metrics.confidence(trace.weights)
@@ -228,7 +228,7 @@ def _token_shares(trace: Trace, domains: Mapping[str, slice]) -> dict[str, Any]:
 
 
 def _flows(trace: Trace) -> dict[str, list[list[int]]]:
-    """Between the first, a middle and the last layer, as the paper's figure."""
+    """The flows between the first, a middle and the last layer, as in the paper's figure."""
     layers = trace.expert_ids.shape[1]
     chosen = sorted({0, (layers - 1) // 2, layers - 1})
     found = {}
@@ -246,7 +246,7 @@ def _together(matrix: npt.NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _largest(matrix: npt.NDArray[Any]) -> list[tuple[int, int]]:
-    """The places of the largest values above 0, falling."""
+    """The indices of the largest values above 0, in falling order."""
     order = np.argsort(-matrix, axis=None, kind="stable")[:_LISTED]
     places = [divmod(int(at), matrix.shape[1]) for at in order]
     return [(i, j) for i, j in places if matrix[i, j] > 0]

@@ -1,10 +1,10 @@
 """What routing looks like: pure functions on arrays of chosen experts, numpy in and out.
 
 Every function takes what tokens chose as `expert_ids` (N, L, K), by falling probability, -1 where a token chose fewer
-(the largest value in unsigned arrays, such as traces have).
+(the largest value in unsigned arrays, such as in traces).
 With `top=1` only the first of them counts, as in half of the paper's figures ("OLMoE: Open Mixture-of-Experts Language
-Models", Muennighoff et al. 2024, section 5). Where the published scripts compute something else than the paper's
-equation, that is a mode with a name.
+Models", Muennighoff et al. 2024, section 5). Where the published scripts compute something other than the paper's
+equation, that is a named mode.
 
 Shapes legend: N tokens, L layers, K experts per token, E experts, V vocabulary.
 """
@@ -22,8 +22,8 @@ from olmoe.io.mapped import forget
 Ids = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
 
-# Tokens that are looked at together: what is computed of them on the way stays small, and so does what was read of a
-# mapped array. Where each part costs a pass over the vocabulary, they are more.
+# Tokens processed at a time: few, so that intermediate results and what is read of a mapped array stay small; more
+# where each part costs a pass over the vocabulary.
 _PART, _VOCABULARY_PARTS = 1 << 14, 16
 
 
@@ -44,16 +44,16 @@ def counts(expert_ids: Ids, experts: int, top: int | None = None) -> npt.NDArray
 def load(expert_ids: Ids, experts: int, top: int | None = None) -> Floats:
     """The share of tokens that choose each expert: (N, L, K) -> (L, E), whose rows sum to k.
 
-    Of the tokens of one domain this is its domain specialisation (Eq. 7); k / E is the uniform share.
+    For the tokens of one domain this is the domain specialisation (Eq. 7); k / E is the uniform share.
     """
     return counts(expert_ids, experts, top) / max(len(expert_ids), 1)
 
 
 class Balance(NamedTuple):
-    """How evenly experts are used, of each layer (L,).
+    """How evenly experts are used, for each layer (L,).
 
-    `entropy` of the shares as a part of what is possible (1: all alike); `max_over_mean`, the busiest expert's load by
-    the average; `dead`, experts that no token chose.
+    `entropy`: that of the shares over the greatest possible (1: all equal); `max_over_mean`: the busiest expert's load
+    over the average; `dead`: the number of experts that no token chose.
     """
 
     entropy: Floats
@@ -66,7 +66,7 @@ def balance(load_LE: Floats) -> Balance:
     total_L1 = load_LE.sum(axis=1, keepdims=True)
     p_LE = load_LE / np.where(total_L1 == 0, 1, total_L1)
     experts = load_LE.shape[1]
-    if experts == 1:  # which has as much as all others
+    if experts == 1:  # a single expert is always even
         entropy = (total_L1[:, 0] > 0).astype(np.float64)
     else:
         entropy = (p_LE * np.log(np.where(p_LE > 0, 1 / np.where(p_LE > 0, p_LE, 1), 1))).sum(axis=1) / np.log(experts)
@@ -75,9 +75,9 @@ def balance(load_LE: Floats) -> Balance:
 
 
 def distance(load_LE: Floats, other_LE: Floats) -> Floats:
-    """How far two loads are from each other: (L, E) twice -> (L,), total variation, 0 for alike, 1 for nothing shared.
+    """How far two loads are from each other: (L, E) twice -> (L,), total variation, 0 for equal, 1 for nothing shared.
 
-    Of a domain's and that of all domains together it says how special the domain is (of shares as in Eq. 7).
+    Between a domain and all domains together it says how special the domain is (of shares as in Eq. 7).
     """
     one, other = (load / np.maximum(load.sum(axis=1, keepdims=True), 1e-300) for load in (load_LE, other_LE))
     return np.abs(one - other).sum(axis=1) / 2
@@ -87,7 +87,7 @@ def distance(load_LE: Floats, other_LE: Floats) -> Floats:
 
 
 def saturation(expert_ids: Ids, final_ids: Ids, top: int | None = None) -> Floats:
-    """How much of the final routing is there already: (N, L, K) twice -> (L,), Eq. 5.
+    """How much of the final routing is already reached: (N, L, K) twice -> (L,), Eq. 5.
 
     The share of a token's final experts that the earlier checkpoint chooses as well, on average over tokens. Chance is
     k / E. The same number is the agreement of any two models, such as a quantized one with its original.
@@ -130,8 +130,8 @@ def _overlap(one: Ids, other: Ids) -> Floats:
 def coactivation(expert_ids: Ids, experts: int, mode: Literal["pairs", "adjacent"] = "pairs") -> Floats:
     """How often expert j is chosen when i is: (N, L, K) -> (L, E, E), Eq. 6. The diagonal is 0.
 
-    "pairs" is the equation: all pairs of a token's experts. "adjacent" is what the published script counts: pairs of
-    neighbours by rank alone, which makes chance (K-1)/K * 2/(E-1) instead of (K-1)/(E-1).
+    "pairs" is the equation: all pairs of a token's experts. "adjacent" is what the published script counts: only pairs
+    of neighbours by rank, which makes chance (K-1)/K * 2/(E-1) instead of (K-1)/(E-1).
     """
     n_layers, k = expert_ids.shape[1:]
     together = np.zeros((n_layers, experts, experts), dtype=np.int64)
@@ -151,9 +151,9 @@ def coactivation(expert_ids: Ids, experts: int, mode: Literal["pairs", "adjacent
 
 
 def _pairs(ids: Ids, experts: int) -> npt.NDArray[np.int64]:
-    """How many tokens choose each two experts: (n, K) -> (E, E), in fp32, which counts the tokens of a part exactly."""
+    """How many tokens choose each pair of experts: (n, K) -> (E, E), in fp32, which is exact for one part."""
     chosen = np.zeros((len(ids), experts + 1), dtype=np.float32)
-    chosen[np.arange(len(ids))[:, None], ids] = 1  # -1, for none, is the column behind all experts
+    chosen[np.arange(len(ids))[:, None], ids] = 1  # -1, for none, is the column after all experts
     found = (chosen[:, :experts].T @ chosen[:, :experts]).astype(np.int64)
     np.fill_diagonal(found, 0)
     return found
@@ -164,8 +164,8 @@ def flow(
 ) -> npt.NDArray[np.int64]:
     """How many tokens go from expert i of one layer to j of another: (N, L, K) -> (E, E), Fig. 35.
 
-    Of the `top` experts of a token "pairs" counts each with each; "ranks", as the published script, those of equal
-    rank. For `top=1`, the figure's, both are the same.
+    Of the `top` experts of a token "pairs" counts each with each; "ranks", like the published script, only those of
+    equal rank. For `top=1`, as in the figure, both are the same.
     """
     found = np.zeros(experts**2, dtype=np.int64)
     ranks = [(a, b) for a in range(top) for b in range(top) if mode == "pairs" or a == b]
@@ -183,7 +183,7 @@ def flow(
 class Vocabulary(NamedTuple):
     """Which ids each expert of a layer takes: `ids` (X,) those that occur, `total` (X,) how often, `share` (X, E).
 
-    `share` is the vocabulary specialisation Voc (Eq. 8): the part of an id's occurrences that choose the expert.
+    `share` is the vocabulary specialisation Voc (Eq. 8): the share of an id's occurrences that choose the expert.
     """
 
     ids: npt.NDArray[np.int64]
@@ -192,7 +192,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def mean_of_best(self) -> float:
-        """How specialised a layer is (Fig. 30): of every id the largest share, on average over ids."""
+        """How specialised a layer is (Fig. 30): the largest share of every id, averaged over ids."""
         return float(self.share.max(axis=1).mean()) if len(self.ids) else 0.0
 
     def of_experts(self) -> Floats:
@@ -208,7 +208,7 @@ class Vocabulary(NamedTuple):
     ) -> list[tuple[int, float]]:
         """The ids that an expert takes most of, with their shares, among those that occur `least` times (Table 8).
 
-        "favourite", as the published script, lists an id for the expert alone that takes most of it.
+        "favourite", like the published script, lists an id only for the expert that takes most of it.
         """
         known = np.flatnonzero(self.total >= least)
         if mode == "favourite":
@@ -219,8 +219,8 @@ class Vocabulary(NamedTuple):
     def histogram(self, expert: int, bins: int = 10, least: int = 8) -> npt.NDArray[np.int64]:
         """How exclusively an expert takes its ids (Fig. 32): -> (bins,) ids by their share, in equal steps to 1.
 
-        Of ids that the expert took `least` times at least. Of one domain's tokens against another's it shows whether
-        the expert takes the same part of an id wherever that occurs.
+        Only ids that the expert took at least `least` times count. Comparing domains shows whether the expert takes the
+        same share of an id wherever that occurs.
         """
         share = self.share[:, expert]
         share = share[np.rint(share * self.total) >= least]
@@ -231,7 +231,7 @@ class Vocabulary(NamedTuple):
 class Occurrences(NamedTuple):
     """Which ids of a vocabulary a text has: `token_ids` (N,), below 0 for "none"; `ids` (X,) and `total` (X,).
 
-    `rows` (V,) are the places of ids among `ids`. Made once by `occurrences`, it serves for every layer.
+    `rows` (V,) are the indices of ids in `ids`. Made once by `occurrences`, it serves every layer.
     """
 
     token_ids: Ids
@@ -261,7 +261,7 @@ def vocabulary(
 ) -> Vocabulary:
     """Vocabulary specialisation of a layer (Eq. 8). expert_ids (N, L, K); token_ids (N,), below 0 for "none".
 
-    `token_ids` are the input, the model's predictions, or the true next ids, as one asks what experts follow.
+    `token_ids` are the input, the model's predictions, or the true next ids, depending on the question.
     """
     known = token_ids if isinstance(token_ids, Occurrences) else occurrences(token_ids)
     return vocabularies(expert_ids, {"": known}, layer, experts, (top,))["", top]
@@ -309,10 +309,10 @@ def next_ids(token_ids: Ids, starts: Ids | None = None) -> npt.NDArray[np.int64]
 
 
 class Confidence(NamedTuple):
-    """How sure routers are, of each layer: means (L,) and histograms over tokens.
+    """How sure routers are in each layer: means (L,) and histograms over tokens.
 
-    `first` is the probability of the likeliest expert, `margin` how far it is above the second, `mass` what all k have
-    together; `histogram` (L, bins) counts `first` in equal steps from 0 to 1; `ranks` (L, K) are means by rank.
+    `first` is the probability of the likeliest expert, `margin` its lead over the second, `mass` the sum over all k;
+    `histogram` (L, bins) counts `first` in equal steps from 0 to 1; `ranks` (L, K) are means by rank.
     """
 
     first: Floats
@@ -348,7 +348,7 @@ def _checked(top: int | None, k: int) -> int | None:
 
 def _top(expert_ids: Ids, top: int | None) -> Ids:
     expert_ids = np.asarray(expert_ids[:, :, : _checked(top, expert_ids.shape[2])])
-    if expert_ids.dtype.kind == "u":  # as traces keep them: the largest value stands for none
+    if expert_ids.dtype.kind == "u":  # as in traces: the largest value means none
         none = expert_ids == np.iinfo(expert_ids.dtype).max
         expert_ids = np.where(none, np.int32(-1), expert_ids.astype(np.int32))
     return expert_ids

@@ -1,6 +1,6 @@
 """What quantization costs: perplexity, the distance of next-token distributions, and whether routers still agree.
 
-`measure` says it of weights, `measure_cache` of the keys and values that a model keeps. Both sides read the same
+`measure` is for weights, `measure_cache` for the keys and values that a model keeps. Both sides read the same
 held-out text in windows. For each predicted token, with p the distribution of the reference and q that of the
 candidate:
 
@@ -8,8 +8,8 @@ candidate:
     KL            sum over the vocabulary of p (log p - log q), in nats: its mean and its 99th percentile
     routing       the share of the reference's top-k experts that the candidate chose too, by layer
 
-Every number comes from free-running models: a layer's router sees the hidden states that the quantized layers before
-it made.
+Every number comes from free-running models: a layer's router sees the hidden states produced by the quantized layers
+before it.
 
 Shapes legend: B windows, T tokens of a window, N = B*T tokens, V vocabulary, K experts per token.
 """
@@ -38,13 +38,13 @@ from olmoe.weights.source import WeightSource, load_model, tokenizer_of
 BATCH_TOKENS = 2048
 # Tokens whose logits of both models exist at a time: 256 x 50304 fp32 are 51 MB.
 LOGIT_TOKENS = 256
-# Tokens of a window of text, if positions reach that far.
+# Tokens per window of text, if the model's positions reach that far.
 WINDOW = 512
 
 
 @dataclass(frozen=True)
 class Report:
-    """The quality of a candidate beside its reference on `tokens` predicted tokens."""
+    """The quality of a candidate against its reference on `tokens` predicted tokens."""
 
     tokens: int
     reference_perplexity: float
@@ -89,10 +89,10 @@ def measure(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Report:
-    """What `olmoe.quantize(source, target)` cost: both models on at most `tokens` tokens of held-out text.
+    """What `olmoe.quantize(source, target)` cost: compares both models on at most `tokens` tokens of held-out text.
 
-    Each is a checkpoint folder, a hub id or a .gguf file, and computes in fp32 if the memory suffices, else in the
-    dtype that it is stored in. `progress(done, total)` is called in tokens.
+    Each is a checkpoint folder, a hub id or a .gguf file, and computes in fp32 if memory suffices, else in the dtype
+    that it is stored in. `progress(done, total)` is called in tokens.
     """
     reference, candidate = (
         open_source(name, revision=revision, token=token, local_files_only=local_files_only)
@@ -108,7 +108,7 @@ def _model(source: WeightSource) -> CausalLM:
     free = available_memory_bytes()
     fits = free is None or 4 * source.config.num_parameters < 0.8 * free
     if not fits:
-        log.warning("%s does not fit the memory in fp32, so it is measured as it is stored", source.path)
+        log.warning("%s does not fit into memory in fp32, so it is measured as stored", source.path)
     if source.path.is_dir():
         return checkpoint.load(source.path, dtype=torch.float32 if fits else None)
     return load_model(source, torch.float32 if fits else torch.bfloat16)
@@ -154,9 +154,9 @@ def measure_cache(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Report:
-    """What a KV cache of `cache_dtype` costs beside one of `reference`, each any that `LLM` takes.
+    """What a KV cache of `cache_dtype` costs compared with one of `reference`; both may be any dtype that `LLM` takes.
 
-    The model is read as `measure` reads it, and so are the other arguments.
+    The model and the other arguments are those of `measure`.
     """
     found = open_source(source, revision=revision, token=token, local_files_only=local_files_only)
     dtypes = [to_cache_dtype(name) for name in (reference, cache_dtype)]
@@ -174,13 +174,13 @@ def compare_caches(
     candidate: torch.dtype | None = torch.int8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """As `compare`, one model with its keys and values in two dtypes; None is the runner's own."""
+    """Like `compare`, for one model with its keys and values in two dtypes; None is the runner's own."""
     return compare_sides(Side(runner, reference), Side(runner, candidate), token_ids, length, progress=progress)
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model as `compare_sides` runs it: None of a cache's dtype or a router policy is the model's own."""
+    """A model as `compare_sides` runs it: None as cache dtype or router policy means the model's own."""
 
     runner: Runner
     cache_dtype: torch.dtype | None = None
@@ -202,10 +202,10 @@ def compare_sides(
     pairs: Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor]]] = by_layer,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """As `compare`, of models in runners.
+    """Like `compare`, for models in runners.
 
-    `pairs` is given the expert ids (N, L, K) of tokens of both sides, and says which of them to compare for the routing
-    of each of the candidate's layers: of models whose layers or experts are not those of the reference.
+    `pairs` is given the expert ids (N, L, K) of both sides, and says which of them to compare for the routing of each
+    of the candidate's layers, for models whose layers or experts are not those of the reference.
     """
     tally = _Tally(len(token_ids) - 1, candidate.runner.config.num_hidden_layers, progress)
     views = []
@@ -235,7 +235,7 @@ def compare_sides(
 
 
 class _Tally:
-    """The sums of a report over the tokens so far. Raises `UserError` if there are to be none."""
+    """The sums of a report over the tokens so far. Raises `UserError` if there are no tokens at all."""
 
     def __init__(self, total: int, layers: int, progress: Callable[[int, int], None] | None) -> None:
         if total < 1:
@@ -277,7 +277,7 @@ class _Tally:
 
 
 def _batches(token_ids: list[int], length: int) -> list[Tensor]:
-    """Windows of `length` + 1 ids that overlap by one, several to a batch; a shorter last one goes alone."""
+    """Windows of `length` + 1 ids that overlap by one, several per batch; a shorter last one comes alone."""
     ids = torch.tensor(token_ids, dtype=torch.long)
     full = (len(ids) - 1) // length
     windows = ids[: full * length + 1].unfold(0, length + 1, length) if full else ids.new_empty(0, length + 1)

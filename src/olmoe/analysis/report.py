@@ -1,6 +1,6 @@
-"""The page of an analysis: each figure with one sentence of what it says, computed from the numbers.
+"""The page of an analysis: each figure with one sentence about what it shows, computed from the numbers.
 
-See `html_page` for what the file is.
+See `html_page` for the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TITLES = {
 
 
 def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
-    """The page, of numbers as in metrics.json and of figures by name (`olmoe.analysis.figures.draw`)."""
+    """The page, from numbers as in metrics.json and figures by name (`olmoe.analysis.figures.draw`)."""
     title = f"Routing of {metrics['model']}"
     sentences = findings(metrics)
     sections = "".join(section(name, _TITLES[name], figure, sentences[name]) for name, figure in figures.items())
@@ -47,7 +47,7 @@ def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
 
 
 def findings(metrics: Metrics) -> dict[str, str]:
-    """What each figure says, in one sentence."""
+    """What each figure shows, in one sentence."""
     sentences: dict[str, Callable[[Metrics], str]] = {
         "domains-top-k": lambda m: _say_domains(m, "top_k"),
         "domains-top-1": lambda m: _say_domains(m, "top_1"),
@@ -124,7 +124,7 @@ def _token_table(metrics: Metrics) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token whose spaces and line ends can be seen."""
+    """A token with its spaces and newlines made visible."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(marks.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"
 

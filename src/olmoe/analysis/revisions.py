@@ -1,7 +1,7 @@
 """Which checkpoints of a training run an analysis compares with the last one (router saturation, Eq. 5, Fig. 20).
 
 They are revisions of the model's repository on the hub ("step5000-tokens20B"), or folders: checkpoints themselves, or
-folders of them, such as what `olmoe train` writes with `[checkpoint] keep`. Nothing is loaded here.
+folders that contain some, such as those written by `olmoe train` with `[checkpoint] keep`. Nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STEP = re.compile(r"(?<![a-z])(?:step|checkpoint|ckpt|iter)[-_]?(\d{1,18})(?![a
 
 @dataclass(frozen=True)
 class Revision:
-    """A checkpoint of a run: what figures call it, where it is, and after how many steps, if its name says so."""
+    """A checkpoint of a run: its name in figures, its location, and its number of steps, if its name says so."""
 
     name: str
     place: str
@@ -57,15 +57,15 @@ class Revision:
 
 
 def find(model: str | None, revision: str | None, given: Iterable[str | os.PathLike[str]]) -> list[Revision]:
-    """The checkpoints that were given, by their steps if the names of all have one, else in their order.
+    """The checkpoints that were given, sorted by step if all their names have one, else in the given order.
 
     A folder without a config.json stands for the checkpoints in it (or in its `checkpoints`). The model itself is left
-    out. Raises `UserError` for what is neither a folder of either kind nor can be a revision of the model.
+    out. Raises `UserError` for anything but a folder of either kind or a possible revision of the model.
     """
     listed = [found for each in given for found in _of(os.fspath(each), model)]
     listed = [each for each in listed if not each.is_model(model, revision)]
     names = Counter(each.name for each in listed)
-    # Of several runs: their whole paths tell checkpoints of the same step apart.
+    # From several runs: whole paths distinguish checkpoints of the same step.
     listed = [
         replace(each, name=each.place) if names[each.name] > 1 and each.revision is None else each for each in listed
     ]
@@ -79,7 +79,7 @@ def find(model: str | None, revision: str | None, given: Iterable[str | os.PathL
 
 
 def require_alike(model: ModelConfig, listed: Sequence[Revision], **options: Any) -> None:
-    """Raise `UserError` unless the model and its revisions have the same routers; `options` as of `Revision.config`."""
+    """Raise `UserError` unless model and revisions have routers of one shape; `options` as for `Revision.config`."""
     for each in listed:
         config = each.config(**options)
         for name in ("num_hidden_layers", "num_experts"):
@@ -98,18 +98,18 @@ def _of(given: str, model: str | None) -> list[Revision]:
         return _in_folder(folder)
     if model is None:
         raise UserError(
-            f"The revision {shown(given)} is no folder, and no MODEL is given that could have it; give its hub id."
+            f"The revision {shown(given)} is not a folder, and no MODEL is given that could have it; give its hub id."
         )
     if hub.is_shipped(model) or os.path.isdir(os.path.expanduser(model)):
         raise UserError(
-            f"The revision {shown(given)} is no folder, and {model} has no revisions, since it is a folder itself; "
+            f"The revision {shown(given)} is not a folder, and {model} has no revisions, since it is a folder itself; "
             "give folders of checkpoints, or a hub id as MODEL."
         )
     return [Revision(given, model, given)]
 
 
 def _in_folder(folder: Path) -> list[Revision]:
-    """The checkpoints of a training run, by step; what a killed run left unfinished has a name with a dot in front."""
+    """The checkpoints of a training run, by step; unfinished ones of a killed run have names that start with a dot."""
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     try:
         names = [entry.name for entry in inside.iterdir() if (entry / "config.json").is_file()]

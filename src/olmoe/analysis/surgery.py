@@ -1,10 +1,10 @@
-"""Edits of a model's weights, saved as an ordinary checkpoint: experts pruned, merged or moved, layers copied, other k.
+"""Edits of a model's weights, saved as an ordinary checkpoint: prune, merge or move experts, copy layers, change k.
 
     >>> edit("allenai/OLMoE-1B-7B-0924", "pruned", Edits(prune=16))                   # doctest: +SKIP
     >>> edit("olmoe-tiny", "out", Edits(merge=8, top_k=4), calibration=["a.txt"])     # doctest: +SKIP
 
-What is chosen by what experts do is chosen on calibration text that runs through the original once. Edits of one call
-apply in the order of the fields of `Edits`, whatever order they are named in.
+Choices that depend on what experts do are made on calibration text, which runs through the original once. Edits of one
+call apply in the order of the fields of `Edits`, whatever order they are named in.
 
 Shapes legend: L layers, E experts.
 """
@@ -35,28 +35,28 @@ from olmoe.weights.hf_folder import HFFolder
 from olmoe.weights.packed_file import PackedFile
 from olmoe.weights.source import WeightSource, tokenizer_of
 
-# Numbers of experts: the same for all layers, or by layer, all of which are then to be named.
+# Numbers of experts: the same for all layers, or by layer, in which case every layer must be named.
 Lists = Sequence[int] | Sequence[Sequence[int]] | Mapping[int, Sequence[int]]
 Texts = Sequence[str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
 
 CRITERIA = ("reap", "load", "random")
-# Tokens of calibration text, and those that the model reads together.
+# Tokens of calibration text, and tokens that the model reads at once.
 TOKENS, WINDOW = 8192, 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
-    """What is to be changed; the fields apply in this order, and what is None or empty is left as it is.
+    """What to change; the fields apply in this order, and those that are None or empty change nothing.
 
-    - `prune`: so many experts are left out of each layer, the least useful by `by`; or lists of those to leave out.
+    - `prune`: the number of experts to remove from each layer, the least useful ones by `by`; or lists of experts.
     - `by`: "reap" (by the mean of weight times norm of output over the tokens that choose an expert), "load" (by the
-      share of tokens that do), or "random" (a control; `seed` says which).
-    - `merge`: so many fewer experts in each layer, the most alike being averaged into one.
-    - `reorder`: "load" puts the busiest first; lists say the order.
-    - `layers`: the layers, by their numbers, in this order; leaves out, moves, and repeats them.
-    - `duplicate_layers`: each of these stands twice, its copy after it. Numbers count what `layers` left.
-    - `top_k`, `normalize_top_k`: experts a token, and whether their probabilities are divided by their sum.
+      share of tokens that do), or "random" (a control, drawn with `seed`).
+    - `merge`: the number by which the experts of each layer are reduced, by averaging the most similar ones.
+    - `reorder`: "load" puts the busiest first; lists give the order.
+    - `layers`: the numbers of the layers in their new order; omits, moves and repeats layers.
+    - `duplicate_layers`: each of these is followed by a copy. Numbers are those after `layers`.
+    - `top_k`, `normalize_top_k`: experts per token, and whether their probabilities are divided by their sum.
     """
 
     prune: int | Lists | None = None
@@ -77,11 +77,11 @@ class Edits:
 
     @property
     def needs_text(self) -> bool:
-        """Whether something is chosen by what experts do on text, and by nothing else."""
+        """Whether any choice depends on what experts do on text, and cannot be made without it."""
         return (isinstance(self.prune, int) and self.by != "random") or self.reorder == "load"
 
     def named(self) -> dict[str, Any]:
-        """Those that change something, for JSON."""
+        """The fields that change something, for JSON."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if not isinstance(self.prune, int):
             del given["by"]
@@ -105,17 +105,17 @@ def edit(
 ) -> Blueprint:
     """Write the edited model to the folder `target`, and return what it is made of.
 
-    `model` is a checkpoint folder or a hub id, packed or not. `calibration` are files of text (UTF-8, or .jsonl with
-    text or messages), of which `tokens` are read, as many of each; default is a short public-domain sample, and None
-    does without: nothing can then be chosen by load or output, and experts are merged by the similarity of their
-    weights. `progress(done, total)` is called in steps of the work in hand, which is first calibration, then writing.
+    `model` is a checkpoint folder or a hub id, packed or not. `calibration` is a list of text files (UTF-8, or .jsonl
+    with text or messages), from which `tokens` are read in equal parts; the default is a short public-domain sample.
+    None does without: nothing can then be chosen by load or output, and experts are merged by the similarity of their
+    weights. `progress(done, total)` is called first for calibration, then for writing.
 
     An ordinary checkpoint gives an ordinary one and a packed one a packed one (see `olmoe.weights.edited.write`). The
-    folder is written whole or not at all. Raises `UserError` subclasses for what is wrong with model, target, text or
-    edits; what can be told without reading weights, before any are read.
+    folder is written whole or not at all. Raises `UserError` subclasses for errors in model, target, text or edits;
+    those that can be found without reading weights are raised before any are read.
     """
     target = Path(os.path.expanduser(target))
-    if not overwrite:  # before a model is fetched
+    if not overwrite:  # before a model is downloaded
         targets.check_folder(target, (), overwrite=False)
     checkpoint = Checkpoint.open(os.fspath(model), revision=revision, token=token, local_files_only=local_files_only)
     source = cast(HFFolder | PackedFile, checkpoint.source())
@@ -134,7 +134,7 @@ def plan(
     tokens: int = TOKENS,
     progress: Progress | None = None,
 ) -> Blueprint:
-    """What the edited model is made of; see `edit`."""
+    """The blueprint of the edited model; see `edit`."""
     if not edits.named():
         raise UserError("Nothing is to be edited; say what: prune, merge, reorder, layers, duplicate-layers or top-k.")
     _rehearse(source, edits)
@@ -154,7 +154,7 @@ def plan(
 
 
 def _rehearse(source: WeightSource, edits: Edits) -> None:
-    """Raise what the edits will raise, before anything is computed: they are applied to meaningless numbers."""
+    """Raise what the edits would raise, before anything is computed, by applying them to meaningless numbers."""
     config = source.config
     shape = (config.num_hidden_layers, config.num_experts)
     zeros = np.zeros((*shape, config.num_experts))
@@ -162,7 +162,7 @@ def _rehearse(source: WeightSource, edits: Edits) -> None:
 
 
 def apply(blueprint: Blueprint, edits: Edits, found: Contributions | None) -> Blueprint:
-    """Edits applied in their order, with what is known of the original's experts where they ask for it."""
+    """Apply edits in their order, with what is known about the original's experts if they need it."""
     if edits.prune is not None:
         blueprint = blueprint.without(_pruned(blueprint, edits, found))
     if edits.merge is not None:
@@ -183,7 +183,7 @@ def apply(blueprint: Blueprint, edits: Edits, found: Contributions | None) -> Bl
 
 
 def calibration_windows(source: WeightSource, texts: Texts, tokens: int = TOKENS) -> torch.Tensor:
-    """Windows of token ids (B, T) of files of text, about as many of each file, `tokens` at most.
+    """Windows of token ids (B, T) from text files, about as many from each file, at most `tokens`.
 
     Raises `UserError` for a text that cannot be read or is empty.
     """
@@ -206,7 +206,7 @@ def calibration_windows(source: WeightSource, texts: Texts, tokens: int = TOKENS
 
 
 def read_lists(path: str | os.PathLike[str]) -> Lists:
-    """`Lists` of a JSON file: `[3, 7]` for all layers, `[[3, 7], [1, 2]]` or `{"0": [3, 7], "1": [1, 2]}` by layer."""
+    """`Lists` in a JSON file: `[3, 7]` for all layers, `[[3, 7], [1, 2]]` or `{"0": [3, 7], "1": [1, 2]}` by layer."""
     path = Path(os.path.expanduser(path))
     try:
         found = json.loads(read_text(path))
@@ -238,7 +238,7 @@ def _pruned(blueprint: Blueprint, edits: Edits, found: Contributions | None) -> 
 
 
 def least(scores_LE: npt.NDArray[np.floating[Any]], count: int) -> list[list[int]]:
-    """The `count` experts of each layer with the lowest scores; of equal ones those with the highest numbers."""
+    """The `count` experts of each layer with the lowest scores; among equal ones, those with the highest numbers."""
     order = np.argsort(scores_LE[:, ::-1], axis=1, kind="stable")[:, :count]
     return [sorted((scores_LE.shape[1] - 1 - row).tolist()) for row in order]
 
@@ -246,15 +246,15 @@ def least(scores_LE: npt.NDArray[np.floating[Any]], count: int) -> list[list[int
 def group_alike(
     similarity_EE: npt.NDArray[np.floating[Any]], members: Sequence[Sequence[int]], fewer: int
 ) -> list[list[int]]:
-    """Groups of two or more of the `members`, after whose merging there are `fewer`.
+    """Groups of two or more `members`, such that merging each group reduces their number by `fewer`.
 
-    Members are experts, or sets of those that were merged already, by their rows of `similarity_EE`. The two groups
-    that are most alike on average over their pairs are joined, again and again (hierarchical clustering with average
-    linkage); of equal pairs those with the lowest numbers.
+    Members are experts, or sets of already merged ones, by their rows of `similarity_EE`. The two groups that are most
+    similar on average over their pairs are joined repeatedly (hierarchical clustering with average linkage); among
+    equal pairs, those with the lowest numbers.
     """
     groups = [[i] for i in range(len(members))]
     experts = [list(each) for each in members]
-    # Sums over pairs, which those of a joined group are the sums of.
+    # Sums over pairs, since those of a joined group are the sums of its parts.
     sums = np.array([[similarity_EE[np.ix_(a, b)].sum() for b in experts] for a in experts], dtype=np.float64)
     sizes = np.array([len(each) for each in experts], dtype=np.float64)
     for _ in range(fewer):
@@ -301,9 +301,9 @@ def by_layer(lists: Any, blueprint: Blueprint) -> list[list[int]]:
     if not isinstance(lists, Sequence) or not all(
         isinstance(each, Sequence) and all(map(_is_number, each)) for each in lists
     ):
-        raise UserError(f"Experts are named in lists of numbers, one a layer or one for all, not as {shown(lists)}.")
+        raise UserError(f"Experts are named in lists of numbers, one for each layer or for all, not as {shown(lists)}.")
     if len(lists) != count:
-        raise UserError(f"There are {len(lists)} lists of experts, but the model has {count} layers; give one a layer.")
+        raise UserError(f"There are {len(lists)} lists of experts, but {count} layers; give one per layer.")
     return [list(each) for each in lists]
 
 
@@ -320,7 +320,7 @@ def _check_count(count: int, blueprint: Blueprint, what: str) -> None:
 
 
 def _size(value: Any) -> int | None:
-    """The length of what has one."""
+    """The length of anything that has one."""
     return len(value) if isinstance(value, Sized) else None
 
 

@@ -1,4 +1,4 @@
-"""Texts through a model into a trace (a file of `olmoe.runner.trace_file`), window by window."""
+"""Runs texts through a model into a trace (a file of `olmoe.runner.trace_file`), window by window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from olmoe.runner.trace_file import SCHEMA
 
 __all__ = ["SCHEMA", "WINDOW", "Document", "Trace", "TraceWriter", "record"]
 
-# Tokens that the model reads together, as in the paper's analysis (App. G), if its positions reach that far.
+# Tokens that the model reads at once, as in the paper's analysis (App. G), if its positions reach that far.
 WINDOW = 2048
 
 # Token ids; an array of them takes a tenth of the memory of a list.
@@ -25,8 +25,8 @@ def record(
 ) -> Iterator[int]:
     """Run documents (token ids) through a model and write what they choose; yields the tokens of every step.
 
-    A document is read in windows of at most `window` tokens, each with nothing before it, as the paper's analysis does.
-    Short ones go through the network together. Predicted ids are recorded if the writer takes them.
+    A document is read in windows of at most `window` tokens, each with nothing before it, as in the paper's analysis.
+    Short ones run through the network together. Predicted ids are recorded if the writer takes them.
     """
     window = min(window, int(runner.config.max_position_embeddings * runner.config.rope.factor))
     group: list[list[int]] = []
@@ -43,7 +43,7 @@ def record(
 
 @torch.inference_mode()
 def _record_group(runner: Runner, windows: Sequence[list[int]], writer: TraceWriter) -> Iterator[int]:
-    """Windows that fit into one step, or a single longer one in several."""
+    """Record windows that fit into one step together, or a single longer one in several steps."""
     blocks = runner.new_cache(len(windows), max(map(len, windows)))
     step = runner.chunk_tokens
     table = np.arange(blocks.blocks, dtype=np.int32).reshape(len(windows), -1)

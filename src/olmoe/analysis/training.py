@@ -1,4 +1,4 @@
-"""A run of `olmoe train` from its metrics.jsonl, as arrays for plots: losses, rates, speed, and how experts are used.
+"""A run of `olmoe train` from its metrics.jsonl, as arrays for plots: losses, rates, speed, and expert load.
 
 Shapes legend: S steps, C columns of some steps each, L layers, E experts.
 """
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from olmoe.errors import UserError
 
 Floats = npt.NDArray[np.float64]
-# Numbers of a step: one, or one a layer.
+# Numbers of a step: one, or one per layer.
 SCALARS = (
     "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
     "peak_memory_bytes", "peak_device_memory_bytes",
@@ -31,8 +31,8 @@ BY_LAYER = ("expert_entropy", "dead_experts", "router_margin", "router_cutoff_ma
 class TrainingLoad(NamedTuple):
     """How many tokens each expert of each layer received in each step, `counts` (S, L, E).
 
-    `steps` (S,) are the numbers of the steps, `tokens` (S,) those that training had seen after each.
-    `metrics.balance(counts[i])` says how evenly a step used its experts; sums over steps are loads as well.
+    `steps` (S,) are the numbers of the steps, `tokens` (S,) the tokens that training had seen after each.
+    `metrics.balance(counts[i])` says how evenly a step used its experts; sums over steps are loads too.
     """
 
     steps: npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ class TrainingLoad(NamedTuple):
 
 
 def read_load(path: str | Path, every: int = 1) -> TrainingLoad:
-    """The loads that `olmoe train` recorded, of every so many steps.
+    """The loads that `olmoe train` recorded, once every `every` steps.
 
     `path` is a run's folder, or its metrics.jsonl, which may still grow. Raises `UserError` for a file without such
     records.
@@ -61,12 +61,12 @@ def read_load(path: str | Path, every: int = 1) -> TrainingLoad:
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """A run in columns of `stride` steps (the last may have fewer), so that long runs are not larger than short ones.
+    """A run in columns of `stride` steps (the last may have fewer), so that long runs are no larger than short ones.
 
     `steps` and `tokens` (C,) are those after each column. `mean`, `low` and `high` hold the `SCALARS` (C,) that were
-    recorded, `by_layer` the means of `BY_LAYER` (C, L), and `load` the tokens of each expert (C, L, E); NaN stands for
-    what a column does not know. `held_out` has, by file, tokens, loss and bits per byte (NaN if unknown) of each
-    evaluation, `skipped` the numbers of steps that changed no weight.
+    recorded, `by_layer` the means of `BY_LAYER` (C, L), and `load` the tokens of each expert (C, L, E); NaN means that
+    a value was not recorded. `held_out` has, by file, tokens, loss and bits per byte (NaN if unknown) of each
+    evaluation, `skipped` the numbers of steps that changed no weights.
     """
 
     stride: int
@@ -122,11 +122,11 @@ def metrics_path(path: str | Path) -> Path:
 
 @contextmanager
 def _records(path: str | Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """The records of a run, one after the other; what is wrong with them is one sentence."""
+    """The records of a run, one after another; errors in them are one sentence."""
     path = metrics_path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            whole = itertools.takewhile(lambda line: line.endswith("\n"), file)  # the last one may be being written
+            whole = itertools.takewhile(lambda line: line.endswith("\n"), file)  # the last one may be incomplete
             yield map(json.loads, whole)
     except OSError as error:
         raise UserError(f"The metrics {path} cannot be read ({error.strerror}); give the folder of a run.") from None
@@ -136,7 +136,7 @@ def _records(path: str | Path) -> Iterator[Iterator[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class _Column:
-    """Some steps as one; see `TrainingCurves`."""
+    """Several steps combined; see `TrainingCurves`."""
 
     count: int
     step: int
@@ -183,7 +183,7 @@ def _joined(a: _Column, b: _Column) -> _Column:
 
 
 def _mean_of_known(rows: Floats) -> Floats:
-    """The mean over rows of what is a number in each column; NaN where none is."""
+    """The mean over rows of the numbers in each column; NaN if it has none."""
     known = np.isfinite(rows)
     count = known.sum(axis=0)
     return np.where(count > 0, np.where(known, rows, 0).sum(axis=0) / np.maximum(count, 1), np.nan)

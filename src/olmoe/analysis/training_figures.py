@@ -14,7 +14,7 @@ from olmoe.analysis.drawing import COLOUR_MAP, COLOURS, GREY, STYLE, new_figure,
 from olmoe.analysis.training import Floats, TrainingCurves
 
 _LINES = ("-", "--", ":", "-.")
-# What is brighter than this many times the uniform load is as bright.
+# Loads above this many times the uniform load all have the brightest colour.
 _BRIGHTEST = 3.0
 
 
@@ -49,7 +49,7 @@ def _loss(curves: TrainingCurves) -> Any:
     _band(ax, curves, "cross_entropy", COLOURS[-1])
     ax.plot(_millions(curves), curves.mean["cross_entropy"], color=COLOURS[-1], linewidth=1.2, label="training")
     _by_file(ax, curves, 1)
-    ax.set(xlabel=_TOKENS, ylabel="nats a token")
+    ax.set(xlabel=_TOKENS, ylabel="nats per token")
     _legend(ax, 1 + len(curves.held_out))
     return figure
 
@@ -82,7 +82,7 @@ def _schedule(curves: TrainingCurves) -> Any:
 
 
 def _load(curves: TrainingCurves) -> Any | None:
-    """The load of every expert of every layer over training, by the uniform load."""
+    """The load of every expert of every layer over training, relative to the uniform load."""
     if curves.load is None:
         return None
     _, layers, experts = curves.load.shape
@@ -114,7 +114,7 @@ def _balance(curves: TrainingCurves) -> Any | None:
 
 
 def _margins(curves: TrainingCurves) -> Any | None:
-    """How far routers are from other choices."""
+    """How close routers are to other choices."""
     titles = {"router_margin": "first expert above the second", "router_cutoff_margin": "last chosen above the next"}
     panels = {title: curves.by_layer[name] for name, title in titles.items() if name in curves.by_layer}
     figure = _layered(curves, panels)
@@ -141,9 +141,9 @@ def _layered(curves: TrainingCurves, panels: dict[str, Floats]) -> Any | None:
 
 
 def _speed(curves: TrainingCurves) -> Any | None:
-    """Tokens a second, the part of the device that they use, and memory."""
+    """Tokens per second, utilisation of the device, and memory."""
     panels = {
-        "tokens_per_second": ("tokens a second", 1.0),
+        "tokens_per_second": ("tokens/s", 1.0),
         "mfu": ("MFU, %", 100.0),
         "peak_memory_bytes": ("peak memory, GB", 1e-9),
         "peak_device_memory_bytes": ("peak memory of the device, GB", 1e-9),
@@ -168,7 +168,7 @@ def _millions(curves: TrainingCurves) -> Floats:
 
 
 def _band(ax: Any, curves: TrainingCurves, name: str, colour: str, scale: float = 1.0) -> None:
-    """From the least to the greatest of the steps that a point is the mean of."""
+    """A band from the least to the greatest of the steps that a point averages."""
     if curves.stride > 1:
         low, high = scale * curves.low[name], scale * curves.high[name]
         ax.fill_between(_millions(curves), low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,4 +1,4 @@
-"""The page of a training run, which may still go on: figures of `training_figures`, each with what it says."""
+"""The page of a training run, even one in progress: the figures of `training_figures`, each with a sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def training_page(name: str, curves: TrainingCurves, reload: float | None = None) -> str:
-    """The page of the run called `name`; a browser reads it again every `reload` seconds."""
+    """The page of the run called `name`; a browser reloads it every `reload` seconds."""
     sentences = training_findings(curves)
     figures = draw_training(curves)
     sections = "".join(section(key, _TITLES[key], figure, sentences[key]) for key, figure in figures.items())
@@ -38,7 +38,7 @@ def training_page(name: str, curves: TrainingCurves, reload: float | None = None
 
 
 def training_findings(curves: TrainingCurves) -> dict[str, str]:
-    """What each figure says, in one sentence."""
+    """What each figure shows, in one sentence."""
     say: Mapping[str, Callable[[TrainingCurves], str]] = {
         "loss": _say_loss,
         "bits": _say_bits,

@@ -1,4 +1,4 @@
-"""How fast decoding can be at most: the bytes that a step must read, and the bandwidth of the memory they come from.
+"""An upper bound on decoding speed: the bytes that a step must read, and the bandwidth of the memory they come from.
 
 Shapes legend: B sequences, E experts, K experts per token, D hidden.
 """
@@ -19,20 +19,20 @@ from olmoe.runner.base import default_cache_dtype, position_bytes
 
 
 class StepBytes(NamedTuple):
-    """Bytes that one decoding step of B sequences reads at least."""
+    """The least number of bytes that one decoding step of B sequences reads."""
 
     weights: int
     cache: int
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The sum of both."""
         return self.weights + self.cache
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What memory allows: at `bytes_per_second`, reads deliver the `step` of a batch this many times a second."""
+    """What memory allows: how many times per second the `step` of a batch can be read at `bytes_per_second`."""
 
     bytes_per_second: float
     step: StepBytes
@@ -40,7 +40,7 @@ class Ceiling:
 
     @property
     def tokens_per_second(self) -> float:
-        """At most."""
+        """The upper bound on decoding speed."""
         return self.batch * self.bytes_per_second / self.step.total
 
     def to_dict(self) -> dict[str, float]:
@@ -56,7 +56,7 @@ class Ceiling:
 def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch.dtype | None = None) -> StepBytes:
     """What a decoding step of `batch` sequences reads after `context` tokens each.
 
-    Weights are all but the embeddings; of the experts K of E for one sequence, and for several as many as they choose
+    Weights are all but the embeddings; K of the E experts for one sequence, and for several as many as they choose
     together if each chooses evenly. `cache_dtype` is by default that of `LLM`. `model` may be on the meta device.
     """
     config, weights = model.config, 0.0
@@ -71,11 +71,11 @@ def step_bytes(model: CausalLM, context: int, batch: int = 1, cache_dtype: torch
 
 
 def read_bandwidth(repeats: int = 5, size: int = 2**30) -> float:
-    """Bytes a second that plain reads of `size` bytes reach at best, with as many threads as torch has.
+    """The best rate, in bytes per second, of plain reads of `size` bytes, with as many threads as torch has.
 
-    `size` is a multiple of 2^20, and more than any cache holds.
+    `size` is a multiple of 2^20, and larger than any cache.
     """
-    # No two pages alike: a host of virtual machines may keep one of many equal ones, and reads then come from caches.
+    # No two equal pages: a host of virtual machines may merge equal ones, and reads then come from caches.
     block = torch.arange(size // 4, dtype=torch.int32)
     compiled = cpu.available()
     times = []

@@ -16,7 +16,7 @@ from olmoe.ops import cpu
 
 
 def reset_peak_memory() -> None:
-    """Let `runtime.peak_memory_bytes` start anew from what is resident now, where the system can do that (Linux)."""
+    """Reset `runtime.peak_memory_bytes` to what is resident now, if the system supports it (Linux)."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -46,7 +46,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit that this file belongs to; None for an installed package, though it may lie in someone's checkout."""
+    """The commit that this file belongs to; None for an installed package, even one inside somebody's checkout."""
     here = Path(__file__)
     for command in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "--short", "HEAD")):
         try:

@@ -1,4 +1,4 @@
-"""Models of random weights, which stand in for checkpoints: speed does not depend on what weights hold."""
+"""Models with random weights, which stand in for checkpoints: speed does not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from olmoe.weights.packed_file import build
 from olmoe.weights.recipes import RECIPES
 
 PLAIN_FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # that the command line names; all of `RECIPES` work too
+FORMATS = ("int4", "int8", *PLAIN_FORMATS)  # named by the command line; all of `RECIPES` work too
 _NOISE = 2**22 - 3  # odd, so that matrices, whose sizes are powers of two, start at different offsets of the block
 _SCALE = 0x1000  # 2^-11 as fp16: products of random codes stay small
 # Embeddings are this much larger, so that tokens stay different through all layers and choose different experts.
@@ -38,9 +38,9 @@ def skeleton(config: ModelConfig, format: str, overrides: dict[str, str] | None 
 def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | None = None) -> CausalLM:
     """A model of the given shapes with random weights, packed or plain, ready for inference.
 
-    `format` is a recipe of `olmoe.weights.recipes`, "bf16" or "fp32"; `overrides` are further ones of `PackedLayout`.
+    `format` is a recipe of `olmoe.weights.recipes`, "bf16" or "fp32"; `overrides` are further ones for `PackedLayout`.
     Each matrix is allocated once and filled with copies of a block of noise. Raises `UserError` for an unknown format,
-    and where the memory does not suffice.
+    and if memory does not suffice.
     """
     model = skeleton(config, format, overrides)
     require_memory(sum(p.numel() * p.element_size() for p in model.parameters()), format)
@@ -49,7 +49,7 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
         model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_NOISE, generator=generator) * config.initializer_range
-    # Codes spread evenly around that of zero: weights with a mean would make all tokens alike after a layer.
+    # Codes are spread evenly around that of zero: weights with a nonzero mean would make all tokens alike.
     low, high = torch.randint(1, 16, (2, _NOISE), generator=generator, dtype=torch.uint8)
     nibbles, whole = low | high << 4, torch.randint(1, 256, (_NOISE,), generator=generator, dtype=torch.uint8)
     start = 0
@@ -65,14 +65,14 @@ def random_model(config: ModelConfig, format: str, overrides: dict[str, str] | N
             else:
                 assert isinstance(module, PackedModule)
                 start = _fill(parameter, whole if module.formats[name].bits == 8 else nibbles, start)
-                scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # they end each group of rows
+                scale_bytes = module.shapes[name][1] // BLOCK * GROUP * SCALE_BYTES  # at the end of a group of rows
                 parameter[..., -scale_bytes:].view(torch.int16).fill_(_EMBEDDING_SCALE if embedding else _SCALE)
     set_compute_dtype(model, torch.float32)
     return model.eval()
 
 
 def _fill(out: Tensor, values: Tensor, start: int) -> int:
-    """Copy `values`, over and over from `start` on, to all of `out`; where the next tensor should start."""
+    """Fill `out` with `values`, repeated from `start` on; returns where the next tensor should start."""
     flat, done = out.view(-1), 0
     while done < flat.numel():
         part = values[start : start + flat.numel() - done]
@@ -82,7 +82,7 @@ def _fill(out: Tensor, values: Tensor, start: int) -> int:
 
 
 def require_memory(size: int, format: str) -> None:
-    """Raise `UserError` if `size` bytes of weights do not fit the memory, where the system says how much is free.
+    """Raise `UserError` if `size` bytes of weights do not fit into free memory, as far as the system reports it.
 
     Otherwise it would kill a process, not always this one. `format` names the weights in the message.
     """

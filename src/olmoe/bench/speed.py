@@ -1,4 +1,4 @@
-"""Prompts and decoding steps of the runner, timed on random ids: what `olmoe bench` reports beside the ceiling."""
+"""Prompts and decoding steps of the runner, timed on random ids: what `olmoe bench` reports next to the ceiling."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Measured:
         return torch.randint(0, self.model.config.vocab_size, (count,), generator=self._generator).tolist()
 
     def prefill(self, running: RunningSequences, length: int) -> float:
-        """Seconds for a prompt of `length` random ids for every one of empty sequences, to the last logits."""
+        """Seconds for a prompt of `length` random ids in each of the empty sequences, up to the last logits."""
         prompts = [self._ids(length) for _ in running.lengths]
         started = time.perf_counter()
         running.prefill(prompts)
         return time.perf_counter() - started
 
     def decode(self, running: RunningSequences) -> float:
-        """Seconds for one new token of every sequence, the choice of the likeliest included."""
+        """Seconds for one new token of every sequence, including the choice of the likeliest."""
         ids = self._ids(len(running.lengths))
         started = time.perf_counter()
-        running.step(ids).numpy().argmax(-1)  # torch would start its threads for it, which then spin beside ours
+        running.step(ids).numpy().argmax(-1)  # torch would start its own threads, which then compete with ours
         return time.perf_counter() - started
 
 
@@ -58,10 +58,10 @@ def measure(
     repeats: int = 3,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Tokens a second: medians of `repeats` prefills of `prefill` tokens, and of `decode` steps after `context`.
+    """Tokens per second: medians of `repeats` prefills of `prefill` tokens, and of `decode` steps after `context`.
 
-    Decoding steps all `batch` sequences at once, and counts the tokens of all. `progress(done, total)` is called after
-    each prompt and each step. Raises `UserError` for numbers below 1.
+    All `batch` sequences are decoded at once, and the tokens of all are counted. `progress(done, total)` is called
+    after each prompt and each step. Raises `UserError` for numbers below 1.
     """
     if min(prefill, decode, context, batch, repeats) < 1:
         raise UserError("Prefill, decode, context, batch and repeats must be at least 1.")

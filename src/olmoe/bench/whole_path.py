@@ -1,6 +1,6 @@
-"""Decoding as users get it, beside bare steps: from a text through tokenizer, network and sampling back to text.
+"""Decoding as users get it, next to bare steps: from a text through tokenizer, network and sampling back to text.
 
-Both take turns in one process, so that what else the machine does falls on both.
+The two alternate in one process, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WARM_UP = 4
 
 
 def stand_in_tokenizer(vocab_size: int, eos_ids: Sequence[int] = ()) -> Tokenizer:
-    """A byte-level tokenizer of that many ids for a model that has none: single bytes, then short words."""
+    """A byte-level tokenizer with that many ids for a model without one: single bytes, then short words."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -40,7 +40,7 @@ def stand_in_tokenizer(vocab_size: int, eos_ids: Sequence[int] = ()) -> Tokenize
 
 
 class WholePath:
-    """An `LLM` that is timed as its reader sees it, on prompts of `context` tokens."""
+    """An `LLM` timed as its user sees it, on prompts of `context` tokens."""
 
     def __init__(self, llm: LLM, context: int, params: SamplingParams) -> None:
         self._llm, self._params = llm, params
@@ -54,7 +54,7 @@ class WholePath:
         return list(itertools.islice(itertools.cycle(ids), self._context))
 
     def decode(self, steps: int) -> float:
-        """Tokens a second of `steps` steps after the prompt, everything but the prompt's own time counted."""
+        """Tokens per second of `steps` steps after the prompt; all time except the prompt's own counts."""
         values = {**vars(self._params), "max_new_tokens": steps + 1, "ignore_eos": True, "stop": ()}
         prompt, params = self.prompt(), SamplingParams(**values)
         started = time.perf_counter()
@@ -75,10 +75,10 @@ def measure_whole_path(
     rounds: int,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Tokens a second of `decode` steps after `context` tokens, bare and through the whole path, in turn.
+    """Tokens per second of `decode` steps after `context` tokens, bare and through the whole path, in turn.
 
-    They are medians of `rounds`; the ratio is the median of the rounds' ratios. `progress(done, total)` is called after
-    each turn. Raises `UserError` for numbers below 1.
+    They are medians over `rounds`; the ratio is the median of the rounds' ratios. `progress(done, total)` is called
+    after each turn. Raises `UserError` for numbers below 1.
     """
     if min(context, decode, rounds) < 1:
         raise UserError("Context, decode and rounds must be at least 1.")

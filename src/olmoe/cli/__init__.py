@@ -1,1 +1,1 @@
-"""The command line: `olmoe <command>`, one module a command, heavy imports inside `run`."""
+"""The command line: `olmoe <command>`, one module per command, heavy imports inside `run`."""

@@ -1,7 +1,7 @@
-"""Trace which experts a model chooses on texts of several domains, and write the numbers and a page of figures.
+"""Trace which experts a model chooses on texts from several domains; write the numbers and a page of figures.
 
-The folder DIR gets trace.safetensors (the experts of every token), metrics.json (the numbers) and report.html. A run
-that is interrupted keeps the domains and revisions that it has finished: the same command goes on from there.
+DIR receives trace.safetensors (the experts of every token), metrics.json (the numbers) and report.html. An interrupted
+run keeps the domains and revisions it has finished; the same command continues from there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="NAME=FILE",
-        help="a domain and its text: UTF-8, or .jsonl with text or messages",
+        help="a domain and its text: a UTF-8 file, or .jsonl with text or messages",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a DIR that holds nothing but an analysis")
-    parser.add_argument("--against", metavar="MODEL2", help="a model to compare the routing with, on the same tokens")
+    parser.add_argument("--against", metavar="MODEL2", help="another model to compare routing with, on the same tokens")
     parser.add_argument(
         "--revisions",
         nargs="+",
@@ -40,11 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=204_800, metavar="N", help="at most N tokens of each domain (%(default)s)"
     )
     parser.add_argument(
-        "--window", type=int, default=2048, metavar="N", help="tokens that the model reads together (%(default)s)"
+        "--window", type=int, default=2048, metavar="N", help="tokens the model reads at once (%(default)s)"
     )
     parser.add_argument("--figures", action="store_true", help="write each figure as PNG and SVG as well")
     parser.add_argument(
-        "--no-report", dest="report", action="store_false", help="no report.html, which takes matplotlib"
+        "--no-report", dest="report", action="store_false", help="write no report.html, which needs matplotlib"
     )
     model = parser.add_argument_group("model")
     model.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Analyse, and say where the results are."""
+    """Analyse, and print where the results are."""
     from pathlib import Path
 
     texts = _texts(arguments.text)
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _texts(given: list[str]) -> dict[str, str]:
-    """The file of each domain. Raises `UserError` for what is no NAME=FILE, or a name that is given twice."""
+    """The file of each domain. Raises `UserError` if one is not NAME=FILE, or a name is given twice."""
     from olmoe.errors import UserError
 
     texts: dict[str, str] = {}

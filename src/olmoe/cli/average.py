@@ -12,10 +12,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints", metavar="CHECKPOINT", nargs="+", help="two or more checkpoint folders or hub ids"
     )
-    parser.add_argument("target", metavar="OUT", help="a new folder, which transformers and vLLM read")
+    parser.add_argument("target", metavar="OUT", help="a new folder, which transformers and vLLM can read")
     parser.add_argument("--type", choices=TYPES, help="how the means are stored (default: as the checkpoints are)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an OUT that is a folder with nothing but a model"
+        "--overwrite", action="store_true", help="replace OUT if it is a folder that holds nothing but a model"
     )
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

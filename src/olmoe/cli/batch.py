@@ -1,7 +1,7 @@
-"""Run a file of requests in OpenAI's batch format; answers are appended to OUT as they come.
+"""Run a file of requests in OpenAI's batch format; responses are appended to OUT as they complete.
 
-A run that was interrupted goes on where it was when the same command is given again. Requests run together in
-continuous batches. The exit code is 0 if all succeeded, and 1 if some have an error, which their lines tell.
+An interrupted run continues where it stopped when the same command is given again. Requests run together in
+continuous batches. The exit code is 0 if all succeeded and 1 if any failed; the line of a failed request says why.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 130
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe batch`."""
     parser.add_argument("input", metavar="IN.jsonl", help="requests with custom_id, url and body; - reads stdin")
-    parser.add_argument("output", metavar="OUT.jsonl", help="answers; a file is added to; - writes stdout")
-    parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on with OUT")
+    parser.add_argument("output", metavar="OUT.jsonl", help="responses, appended if the file exists; - writes stdout")
+    parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing OUT")
     parser.add_argument(
-        "--in-flight", type=int, metavar="N", help="requests in progress at most (default: twice --max-rows)"
+        "--in-flight", type=int, metavar="N", help="at most N requests in progress (default: twice --max-rows)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, and nothing on stderr but errors")
     add_engine_arguments(parser.add_argument_group("engine"))
@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
     source, target = (name if name == "-" else os.path.expanduser(name) for name in (arguments.input, arguments.output))
     if source != "-" and target != "-" and os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"IN and OUT are both {target}; choose another OUT.")
-    # All that is wrong with the files is said before gigabytes are loaded.
+    # Everything wrong with the files is reported before gigabytes are loaded.
     with (
         contextlib.closing(BatchInput(source)) as batch,
         BatchOutput(target, batch.custom_ids, overwrite=arguments.overwrite) as output,
     ):
         if output.finished and not arguments.quiet:
-            print(f"olmoe: {len(output.finished)} of {len(batch)} requests have answers already", file=sys.stderr)
+            print(f"olmoe: {len(output.finished)} of {len(batch)} requests are answered already", file=sys.stderr)
         if len(output.finished) == len(batch):
             return EXIT_SOME_FAILED if any(status != 200 for status in output.finished.values()) else 0
         with contextlib.closing(_load(arguments, in_flight)) as state:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, in_flight: int) -> ServerState:
-    """An engine whose queue takes all that is in flight: the number of choices of a request is bounded."""
+    """An engine whose queue holds everything in flight: the number of choices per request is bounded."""
     from olmoe.serve.protocol import MOST_CHOICES
     from olmoe.serve.state import ServeSettings
 
@@ -107,8 +107,8 @@ def _run(state: ServerState, batch: BatchInput, output: BatchOutput, in_flight: 
 def _how_to_go_on(work: BatchRun, batch: BatchInput, output: BatchOutput) -> str:
     done = len(output.finished) + work.succeeded + work.failed
     if output.name == "-":
-        return f"{done} of {len(batch)} requests have answers"
-    return f"{done} of {len(batch)} requests have answers in {output.name}; the same command goes on"
+        return f"{done} of {len(batch)} requests are answered"
+    return f"{done} of {len(batch)} requests are answered in {output.name}; the same command continues"
 
 
 async def _until_stopped(work: BatchRun, batch: BatchInput, output: BatchOutput) -> bool:

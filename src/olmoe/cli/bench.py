@@ -1,4 +1,4 @@
-"""Measure prompt processing and decoding on this CPU, beside the ceiling that its memory sets."""
+"""Measure prompt processing and decoding on this CPU, next to the ceiling set by its memory."""
 
 from __future__ import annotations
 
@@ -27,29 +27,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--random-weights",
         metavar=f"{RELEASED}|CONFIG.json",
-        help="no checkpoint, but random weights of these shapes, which take as long",
+        help="not a checkpoint, but random weights of these shapes, which run as fast",
     )
     parser.add_argument(
         "--format",
         metavar="FORMAT",
-        help="of random weights: int4, int8, bf16 or fp32 (default: int4); of a checkpoint that is not packed: bf16 or "
-        "fp32 (default: as stored)",
+        help="for random weights: int4, int8, bf16 or fp32 (default: int4); for a checkpoint that is not packed: bf16 "
+        "or fp32 (default: as stored)",
     )
     parser.add_argument("--prefill", type=int, metavar="N", help="prompt length (default: 512, or the whole context)")
     parser.add_argument("--decode", type=int, default=64, metavar="N", help="decoding steps (%(default)s)")
-    parser.add_argument("--context", type=int, default=64, metavar="N", help="tokens before them (%(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=64, metavar="N", help="tokens before them in the cache (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded at once (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="prompts; the median counts (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="prompts timed; the median is reported (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference (%(default)s)")
     parser.add_argument("--isa", help="instruction set of the C++ kernels (default: the best that this CPU has)")
-    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     whole = parser.add_argument_group("what users get")
     whole.add_argument(
         "--whole-path",
         action="store_true",
-        help="decode in turn through all that `olmoe generate` does as well: tokenizer, sampling, text; and print the "
-        "ratio to bare steps. Sampling is greedy unless the options below say otherwise",
+        help="also decode, in turn, through everything that `olmoe generate` does (tokenizer, sampling, text), and "
+        "print the ratio to bare steps. Sampling is greedy unless the options below say otherwise",
     )
     whole.add_argument("--temperature", type=float, help="with --whole-path: as for `olmoe generate`")
     whole.add_argument("--top-k", type=int, metavar="K", help="the same")
@@ -118,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     whole = {} if params is None else _whole_path(runner, stored, arguments, params)
     peak, decoded = peak_memory_bytes(), measured["decode_tokens_per_second"]
-    # Once more, in case others used the memory before; a smaller block, because the model takes its room now.
+    # Again, in case others used the memory before; a smaller block, because the model occupies some of it now.
     ceiling = ceilings.Ceiling(max(bandwidth, ceilings.read_bandwidth(size=2**28)), step, arguments.batch)
     share = decoded / ceiling.tokens_per_second
     achieved = share * ceiling.bytes_per_second / 1e9
@@ -154,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Checkpoint | None]:
-    """Name, architecture and checkpoint (None: random weights) of what is to be measured."""
+    """Name, architecture and checkpoint (None: random weights) of the model to measure."""
     from pathlib import Path
 
     from olmoe.config import ModelConfig
@@ -167,7 +171,7 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Checkpoint
         if hub.is_released(wanted):
             return wanted, ModelConfig(), None
         if not Path(wanted).is_file():
-            raise UserError(f"--random-weights takes {RELEASED} or a config.json, and {wanted!r} is neither.")
+            raise UserError(f"--random-weights takes {RELEASED} or a config.json, not {wanted!r}.")
         return wanted, ModelConfig.from_file(wanted), None
     stored = Checkpoint.open(hub.SHIPPED if arguments.model is None else arguments.model)
     if stored.layout is not None and arguments.format is not None:
@@ -181,7 +185,7 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Checkpoint
 
 
 def _fit(arguments: argparse.Namespace, config: ModelConfig) -> int:
-    """The prompt length to measure. Raises `UserError` for what the model's context cannot hold."""
+    """The prompt length to measure. Raises `UserError` for a length that the model's context cannot hold."""
     from olmoe.errors import UserError
 
     room = int(config.max_position_embeddings * config.rope.factor)
@@ -201,14 +205,14 @@ def _load(stored: Checkpoint | None, config: ModelConfig, format: str | None) ->
 
     if stored is None:
         return random_model(config, format or DEFAULT_FORMAT), format or DEFAULT_FORMAT
-    # Opened anew, so that what is timed is all that loading reads.
+    # Opened again, so that the time covers everything that loading reads.
     model = Checkpoint(stored.folder).load(dtype=None if format is None else PLAIN_FORMATS[format])
     names = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_FORMATS.items()}
     return model, format or names.get(stored.format, stored.format)
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
-    """How the whole path samples; None if it is not asked for. Raises `UserError` for what does not go together."""
+    """How the whole path samples; None if it is not asked for. Raises `UserError` for options that conflict."""
     from olmoe.engine.sampling_params import SamplingParams
     from olmoe.errors import UserError
 
@@ -225,7 +229,7 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams | None:
 def _whole_path(
     runner: Measured, stored: Checkpoint | None, arguments: argparse.Namespace, params: SamplingParams
 ) -> dict[str, Any]:
-    """What decoding through the whole path yields beside bare steps, and how it sampled; for JSON."""
+    """The speed of decoding through the whole path next to bare steps, and how it sampled; for JSON."""
     from tqdm import tqdm
 
     from olmoe.bench.whole_path import WholePath, measure_whole_path, stand_in_tokenizer

@@ -1,7 +1,7 @@
 """Chat with a model in the terminal: answers stream, Ctrl-C stops one, /help lists the commands.
 
-Without a terminal each line of stdin is a message, and stdout has the answers and nothing else. Sampling has the
-defaults of `SamplingParams` in Python, greedy; --temperature 0.7 --top-p 0.95 makes for livelier chats.
+Without a terminal each line of stdin is a message, and stdout has only the answers. Sampling has the defaults of
+`SamplingParams` in Python, which are greedy; --temperature 0.7 --top-p 0.95 makes for livelier chats.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from olmoe.cli.chat_commands import Commands
     from olmoe.engine.conversation import Conversation
 
-# Below this share of the context, what is left is said after each answer.
+# When less than this share of the context is left, a remark after each answer says so.
 _LITTLE = 0.25
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe chat`."""
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
-    parser.add_argument("--load", metavar="FILE", help="go on from messages in JSON, as /save writes them")
-    parser.add_argument("--no-history", action="store_true", help="do not remember messages for the next time")
+    parser.add_argument("--load", metavar="FILE", help="continue from messages in JSON, as /save writes them")
+    parser.add_argument("--no-history", action="store_true", help="do not keep the messages typed for the next chat")
     parser.add_argument("--quiet", action="store_true", help="no remarks, only answers and errors")
     add_model_arguments(parser)
     add_sampling_arguments(parser.add_argument_group("sampling"))
@@ -50,20 +50,20 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in SAMPLING if name != "logprobs"}
     policy = router_policy(arguments)
     params = SamplingParams(**given, ignore_eos=arguments.ignore_eos, routing=True, router_policy=policy)
-    # What is wrong with a file must not wait for gigabytes of weights.
+    # A mistake in a file must be reported before gigabytes of weights are loaded.
     messages = [] if arguments.load is None else read_messages(Path(os.path.expanduser(arguments.load)))
 
     from olmoe.runtime import keep_freed_memory
 
     keep_freed_memory()
     llm = load_model(arguments, prefix_cache=True)
-    # One chat: all of it, and what was taken back.
+    # The cache is for one chat: all of it, and what was taken back.
     llm.cache_bytes = min(llm.cache_bytes, 2 * llm.context_length * llm.runner.position_bytes)
     conversation = Conversation(llm, params, system=arguments.system, messages=messages)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     remark = _silent if arguments.quiet else _to_stderr
     if conversation.default_template:
-        remark("The chat template is OLMoE-Instruct's, the default; a base model may just go on writing.")
+        remark("The chat template is OLMoE-Instruct's, the default; a base model may simply continue the text.")
     commands = Commands(conversation, print if terminal else _to_stderr, _draw)
     if not terminal:
         return _answer_lines(conversation, commands, remark)
@@ -79,7 +79,7 @@ def _silent(text: str) -> None:
 
 
 def _draw(use: npt.NDArray[np.float64]) -> str:
-    """A heat map that fits the terminal, in characters that it has."""
+    """A heat map that fits the terminal, in characters it can show."""
     from olmoe.cli.expert_map import PLAIN_SHADES, SHADES, expert_map
 
     try:
@@ -112,7 +112,7 @@ def _talk(conversation: Conversation, commands: Commands, remark: Callable[[str]
                 _show(pieces, conversation, remark)
         except Leave:
             return 0
-        except KeyboardInterrupt:  # before the answer was under way
+        except KeyboardInterrupt:  # before the answer had started
             remark("Stopped; nothing was sent.")
         except UserError as error:
             _to_stderr(str(error))
@@ -140,7 +140,7 @@ def _show(pieces: Iterator[str], conversation: Conversation, remark: Callable[[s
 
 
 def _answer_lines(conversation: Conversation, commands: Commands, remark: Callable[[str], None]) -> int:
-    """Each line of stdin is a message or a command. The first error ends the run: what follows may build on it."""
+    """Each line of stdin is a message or a command. The first error ends the run: later lines may depend on it."""
     from olmoe.cli.chat_commands import Leave
 
     try:
@@ -160,7 +160,7 @@ def _answer_lines(conversation: Conversation, commands: Commands, remark: Callab
 
 
 def _read_lines() -> Iterator[str]:
-    r"""The messages on stdin; a \ at a line's end joins it to the next one. Raises `UserError` for other than UTF-8."""
+    r"""The messages on stdin; a \ at a line's end joins it to the next. Raises `UserError` if they are not UTF-8."""
     from olmoe.errors import UserError
 
     begun: list[str] = []
@@ -196,13 +196,13 @@ def _remark(conversation: Conversation) -> str:
     if answer is None:
         return ""
     if conversation.cut_by_context:
-        return f"The answer was cut by the end of the context of {whole} tokens; /reset starts anew."
+        return f"The answer was cut by the end of the context of {whole} tokens; /reset starts again."
     said = []
     if not answer.text.strip():
-        said.append("The answer is empty: the model ended it at once; another temperature and /retry draw others.")
+        said.append("The answer is empty: the model ended it at once; set another temperature and /retry.")
     elif answer.finish_reason == "length":
         tokens = len(answer.token_ids)
         said.append(f"The answer was cut after {tokens} tokens; /set max_new_tokens {2 * tokens} allows more.")
     if (left := conversation.left) < _LITTLE * whole:
-        said.append(f"{left} of {whole} tokens of the context are left; /reset starts anew.")
+        said.append(f"{left} of {whole} tokens of the context are left; /reset starts again.")
     return "\n".join(said)

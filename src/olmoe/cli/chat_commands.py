@@ -1,4 +1,4 @@
-"""The commands of `olmoe chat`, lines that begin with a slash: what each does to the conversation, and what it says."""
+"""The commands of `olmoe chat`, lines that start with a slash: what each does to the conversation, and its reply."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SETTINGS = (
 )
 
 HELP = """\
-/system TEXT      set the system prompt; alone it shows it, and /system - removes it
-/set NAME VALUE   change a sampling setting, such as temperature 0.7; alone it lists them; "default" as VALUE resets
+/system TEXT      set the system prompt; without TEXT it shows the prompt, and /system - removes it
+/set NAME VALUE   change a sampling setting, such as temperature 0.7; /set alone lists them; VALUE "default" resets
 /experts          which experts each layer used for the last answer
 /retry            another answer to the last message
 /undo             take back the last message and its answer
 /reset            forget everything but the system prompt
 /save FILE        write the messages as JSON; /save --overwrite FILE replaces a file
-/load FILE        go on from messages in JSON
+/load FILE        continue from messages in JSON
 /exit             leave; Ctrl-D does as well
-A message may have several lines: Alt-Enter, or \\ at a line's end. Ctrl-C stops an answer.
-A message that begins with a slash is written with two."""
+A message may have several lines: press Alt-Enter, or end a line with \\. Ctrl-C stops an answer.
+To send a message that starts with a slash, type two."""
 
 
 class Leave(Exception):
@@ -72,11 +72,11 @@ class Commands:
 
     @property
     def names(self) -> list[str]:
-        """Of all commands, slash included."""
+        """The names of all commands, slash included."""
         return [f"/{name}" for name in self._names]
 
     def run(self, line: str) -> Iterator[str] | None:
-        """Do what `line` says; a new answer to show, if it asks for one. Raises `UserError`, or `Leave` for /exit."""
+        """Run the command in `line`; returns the answer it asks for, if any. Raises `UserError`, `Leave` for /exit."""
         name, _, rest = line[1:].partition(" ")
         command = self._names.get(name.strip())
         if command is None:
@@ -121,7 +121,7 @@ class Commands:
         if params.temperature == 0 or params.seed is not None:
             cause, remedy = ("seed", "default") if params.temperature else ("temperature", "0.7")
             value = _written(getattr(params, cause))
-            self._say(f"With {cause} {value} the answer stays the same; /set {cause} {remedy} draws others.")
+            self._say(f"With {cause} {value} the answer stays the same; /set {cause} {remedy} gives others.")
         return pieces
 
     def _undo(self, _: str) -> None:
@@ -132,7 +132,7 @@ class Commands:
     def _reset(self, _: str) -> None:
         self._conversation.reset()
         kept = " The system prompt stays." if self._conversation.system is not None else ""
-        self._say(f"The chat starts anew.{kept}")
+        self._say(f"The chat starts again.{kept}")
 
     def _save(self, text: str) -> None:
         from olmoe.io import atomic, targets
@@ -156,12 +156,14 @@ class Commands:
         if not words and self._file is not None and command == "/save":
             return self._file
         if len(words) != 1:
-            raise UserError(f"{command} needs the name of one file, not {len(words)}; put quotes around blanks.")
+            raise UserError(
+                f"{command} needs the name of one file, not {len(words)}; put quotes around a name with spaces."
+            )
         return Path(os.path.expanduser(words[0]))
 
 
 def read_messages(path: Path) -> list[dict[str, Any]]:
-    """The messages of a file that /save wrote, or of any in OpenAI's format."""
+    """The messages in a file that /save wrote, or in any file in OpenAI's format."""
     from olmoe.io.text_file import read_text
 
     if path.is_char_device():  # which may have no end
@@ -179,7 +181,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
 
 
 def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """`params` with one value as it was typed: JSON, True and False, "default", or a text. Raises `UserError`."""
+    """`params` with one value changed as typed: JSON, True or False, "default", or plain text. Raises `UserError`."""
     if text.lower() in ("default", "none", "null"):
         value: Any = getattr(SamplingParams(), name)
     elif text.lower() in ("true", "false"):
@@ -202,7 +204,7 @@ def _written(value: object) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a command, as a shell splits them."""
+    """The words of a command, split as a shell splits them."""
     try:
         return shlex.split(text)
     except ValueError as error:

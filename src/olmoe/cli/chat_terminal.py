@@ -1,4 +1,4 @@
-"""The terminal of `olmoe chat`: reads messages with editing, history and several lines, and stops answers at Ctrl-C."""
+"""The terminal of `olmoe chat`: reads messages with editing, history and line breaks; Ctrl-C stops an answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Reader:
 
 
 def _key_bindings() -> Any:
-    """Enter sends, unless a backslash ends the line; Alt-Enter begins another one."""
+    """Enter sends, unless a backslash ends the line; Alt-Enter starts another line."""
     from prompt_toolkit.key_binding import KeyBindings
 
     bindings = KeyBindings()
@@ -64,7 +64,7 @@ def _key_bindings() -> Any:
 
 
 def history_file() -> Path | None:
-    """The file of messages typed earlier, which only its owner may read; None where none can be written."""
+    """The file of messages typed earlier, readable by its owner only; None if it cannot be written."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~")
     else:
@@ -79,7 +79,7 @@ def history_file() -> Path | None:
 
 
 class Interruptible:
-    """While it is entered, Ctrl-C sets `stopped` and lets the model finish its step, which keeps what it knows.
+    """A context in which Ctrl-C sets `stopped` and lets the model finish its step, so that its cache stays valid.
 
     A second one interrupts the model, and so does the first as long as nothing of the answer is there: a long prompt
     may take a while.
@@ -103,7 +103,7 @@ class Interruptible:
 
 
 def show_answer(pieces: Iterator[str], write: Callable[[str], None]) -> bool:
-    """Write an answer as it comes; whether it came to its end, and was not stopped by Ctrl-C."""
+    """Write an answer as it comes; return whether it was finished, and not stopped by Ctrl-C."""
     with Interruptible() as interrupt:
         try:
             for piece in pieces:
@@ -120,5 +120,5 @@ def show_answer(pieces: Iterator[str], write: Callable[[str], None]) -> bool:
 
 
 def harmless(text: str) -> str:
-    """`text` without what a terminal would obey: a model may write escape sequences."""
+    """`text` without characters that control a terminal: a model may write escape sequences."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)

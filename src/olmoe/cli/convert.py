@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SRC", help="a checkpoint folder, a packed one, a hub id, a .gguf file, or an adapter"
     )
     parser.add_argument(
-        "target", metavar="DST", help="a new .gguf file, or a new folder, which transformers and vLLM read"
+        "target", metavar="DST", help="a new .gguf file, or a new folder, which transformers and vLLM can read"
     )
     parser.add_argument(
         "--type",
@@ -23,21 +23,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how matrices are stored (default: a packed checkpoint's as they are, otherwise bf16)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a DST that is a file, or a folder with nothing but a model"
+        "--overwrite",
+        action="store_true",
+        help="replace DST if it is a file, or a folder that holds nothing but a model",
     )
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--merge", action="store_true", help="write the model with the adapter added to its weights")
     adapter.add_argument(
         "--layout", choices=LAYOUTS, help="how PEFT's file stores experts: fused, or a module for each matrix"
     )
-    adapter.add_argument("--base", metavar="DIR|HUB_ID", help="the adapter's model (default: the one that it names)")
+    adapter.add_argument("--base", metavar="DIR|HUB_ID", help="the adapter's model (default: the one it names)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert in the direction that the suffixes say."""
+    """Convert in the direction that the suffixes imply."""
     import os
 
     from tqdm import tqdm
@@ -53,16 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{option} is for adapters, but {source} holds no adapter_config.json; leave it out.")
     to_gguf, from_gguf = _is_gguf(str(target)), _is_gguf(source)
     if to_gguf and from_gguf:
-        raise UserError("One of SRC and DST may end in .gguf, but both end so; rename one.")
+        raise UserError("Only one of SRC and DST may end in .gguf, but both do; rename one.")
     overwrite = arguments.overwrite
     if to_gguf:
         targets.check_file(target, overwrite=overwrite)
     elif not overwrite:  # before anything is read
         targets.check_folder(target, (), overwrite=False)
     if not to_gguf and arguments.type in ("q8_0", "q4_0"):
-        raise UserError(
-            f"A checkpoint folder holds no {arguments.type} from here; leave --type out and use `olmoe quantize`."
-        )
+        raise UserError(f"A checkpoint folder cannot hold {arguments.type}; leave --type out and use `olmoe quantize`.")
 
     with tqdm(unit="B", unit_scale=True, desc=target.name, disable=arguments.quiet or None) as bar:
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _convert_adapter(arguments: argparse.Namespace, source: Path, target: Path) -> int:
-    """Convert an adapter to what the options say: a merged model, PEFT's files, or a GGUF file."""
+    """Convert an adapter as the options say: to a merged model, PEFT's files, or a GGUF file."""
     from olmoe.adapters import convert
     from olmoe.errors import UserError
     from olmoe.io import targets
@@ -98,7 +98,7 @@ def _convert_adapter(arguments: argparse.Namespace, source: Path, target: Path) 
         raise UserError("A GGUF file holds the adapter by itself; leave --merge and --layout out.")
     if not to_gguf and not arguments.merge and arguments.layout is None:
         raise UserError(
-            "An adapter becomes a folder by --merge or by --layout, or a file that ends in .gguf; say which."
+            "An adapter converts to a folder with --merge or --layout, or to a file that ends in .gguf; choose one."
         )
     if not to_gguf and not overwrite:  # before anything is read
         targets.check_folder(target, (), overwrite=False)

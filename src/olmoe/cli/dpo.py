@@ -11,10 +11,10 @@ __all__ = ["configure", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Learn; Ctrl-C finishes the step, saves, and says how to go on."""
+    """Learn; Ctrl-C finishes the step, saves, and says how to continue."""
     from olmoe.train.finetune.config import PreferenceConfig, load_config
 
-    config = load_config(arguments.config, PreferenceConfig)  # before torch is imported: mistakes answer at once
+    config = load_config(arguments.config, PreferenceConfig)  # before torch is imported: mistakes are reported at once
     from olmoe.train.finetune.dpo import dpo
 
     return follow(arguments, functools.partial(dpo, config), resume=arguments.resume, overwrite=arguments.overwrite)

@@ -1,8 +1,8 @@
 """Edit a model's weights and save it as an ordinary checkpoint; see what the edit costs, or what a router policy does.
 
-Edits of one call apply in the order in which they are listed here: experts are pruned, then merged, then reordered,
-then layers are chosen and copied, then the routing is changed. What is chosen by what experts do is chosen on
---calibration text; the report reads other text.
+The edits of one call apply in the order listed here: experts are pruned, then merged, then reordered, then layers are
+chosen and copied, then the routing is changed. Edits that depend on what experts do measure it on --calibration text;
+the report reads other text.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe edit`."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or hub id, packed or not")
     parser.add_argument(
-        "target", nargs="?", metavar="OUT", help="the folder to write; without edits, one that was written before"
+        "target", nargs="?", metavar="OUT", help="the folder to write; without edits, one written earlier"
     )
     edits = parser.add_argument_group("edits", "applied in this order")
     edits.add_argument(
         "--prune",
         metavar="N|FILE",
-        help="leave N experts out of each layer, or those that a JSON file lists: [3, 7] for all layers, or "
+        help="remove N experts from each layer, or those listed in a JSON file: [3, 7] for all layers, or "
         '{"0": [3, 7], "1": [1, 2], ...}',
     )
     edits.add_argument(
         "--by",
         choices=("reap", "load", "random"),
-        help="which N: the least by router weight times norm of output (reap, the default), by the share of tokens "
-        "that choose them (load), or any (random, a control)",
+        help="which N: those with the least router weight times output norm (reap, the default), the least share of "
+        "tokens (load), or random ones (random, a control)",
     )
     edits.add_argument(
-        "--merge", type=int, metavar="N", help="average the experts that are most alike until each layer has N fewer"
+        "--merge", type=int, metavar="N", help="average the most similar experts until each layer has N fewer"
     )
     edits.add_argument(
-        "--reorder", metavar="load|FILE", help="the busiest first, or in the order that a JSON file lists"
+        "--reorder", metavar="load|FILE", help="put the busiest experts first, or take the order from a JSON file"
     )
-    edits.add_argument("--layers", metavar="LIST", help="these layers in this order, such as 0-3,2,3,4-15")
-    edits.add_argument("--duplicate-layers", metavar="LIST", help="each of these twice, its copy after it")
-    edits.add_argument("--top-k", type=int, metavar="K", help="experts that a token chooses")
+    edits.add_argument("--layers", metavar="LIST", help="keep these layers in this order, such as 0-3,2,3,4-15")
+    edits.add_argument("--duplicate-layers", metavar="LIST", help="put a copy of each of these layers after it")
+    edits.add_argument("--top-k", type=int, metavar="K", help="experts per token")
     edits.add_argument(
         "--normalize-top-k",
         action=argparse.BooleanOptionalAction,
         help="whether the probabilities of the chosen experts are divided by their sum (norm_topk_prob)",
     )
-    edits.add_argument("--seed", type=int, default=0, help="of --by random (%(default)s)")
+    edits.add_argument("--seed", type=int, default=0, help="for --by random (%(default)s)")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibration",
         nargs="+",
         metavar="FILE|none",
-        help="text like that the model will meet, UTF-8 or .jsonl with text or messages (default: a short "
+        help="text like what the model will be used on, UTF-8 or .jsonl with text or messages (default: a short "
         "public-domain sample; none: merge by the similarity of weights)",
     )
     calibration.add_argument(
         "--calibration-tokens", type=int, default=8192, metavar="N", help="at most N tokens of it (%(default)s)"
     )
-    report = parser.add_argument_group("report", "OUT beside MODEL on held-out text")
+    report = parser.add_argument_group("report", "OUT against MODEL on held-out text")
     report.add_argument(
         "--report",
         action="store_true",
-        help="perplexity, KL, routing, load of experts, bytes and speed; without edits, of an OUT that exists already",
+        help="perplexity, KL, routing, expert load, bytes and speed; without edits, measure an OUT that exists already",
     )
     report.add_argument("--policy", metavar="FILE", help="report on MODEL under a router policy; nothing is written")
     report.add_argument(
@@ -76,19 +76,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=16384, metavar="N", help="at most N tokens of each text (%(default)s)"
     )
     report.add_argument("--no-speed", dest="speed", action="store_false", help="no timings")
-    report.add_argument("--json", metavar="FILE", help="write the report's numbers there, not to standard output")
+    report.add_argument("--json", metavar="FILE", help="write the report's numbers to FILE, not to stdout")
     model = parser.add_argument_group("model")
-    model.add_argument("--overwrite", action="store_true", help="replace an OUT, or a --json FILE, that exists")
+    model.add_argument("--overwrite", action="store_true", help="replace OUT, or the --json FILE, if it exists")
     model.add_argument("--revision", help="branch, tag or commit of a hub model")
     model.add_argument("--offline", action="store_true", help="use only what is on this machine")
-    model.add_argument("--dtype", default="auto", help="of the report: auto (as stored), float32, bfloat16 or float16")
-    model.add_argument("--backend", default="auto", help="of the report: auto, cpu, torch or reference (%(default)s)")
+    model.add_argument("--dtype", default="auto", help="for the report: auto (as stored), float32, bfloat16 or float16")
+    model.add_argument("--backend", default="auto", help="for the report: auto, cpu, torch or reference (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Edit, say what was written, and report."""
+    """Edit, print what was written, and report."""
     import os
     from pathlib import Path
 
@@ -137,7 +137,7 @@ def _check(arguments: argparse.Namespace, wanted: bool) -> None:
     from olmoe.errors import UserError
 
     if arguments.by is not None and not (arguments.prune or "").isdigit():
-        raise UserError(f"--by {arguments.by} says which experts --prune N leaves out; give a number N.")
+        raise UserError(f"--by {arguments.by} chooses the experts that --prune N removes; give a number N.")
     if arguments.policy is not None:
         if wanted or arguments.target is not None:
             raise UserError("--policy is measured on MODEL and nothing is written; leave OUT and the edits out.")
@@ -147,7 +147,7 @@ def _check(arguments: argparse.Namespace, wanted: bool) -> None:
     elif not wanted and not arguments.report:
         raise UserError("Give an edit, such as --prune 8, or --report to measure an OUT that exists already.")
     if arguments.text and not arguments.report:
-        raise UserError("--text is what --report reads; add it, or name text to choose experts by as --calibration.")
+        raise UserError("--text is what --report reads; add it, or give text to choose experts by as --calibration.")
     if arguments.json is not None and not arguments.report:
         raise UserError("--json takes the numbers of a report; add --report.")
 
@@ -174,7 +174,7 @@ def _edits(arguments: argparse.Namespace) -> Edits:
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """Numbers and ranges of them with commas between."""
+    """Comma-separated numbers and ranges of numbers."""
     from olmoe.errors import UserError, shown
 
     found: list[int] = []
@@ -188,7 +188,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _texts(given: list[str] | None) -> dict[str, str] | None:
-    """Files by name; the name of a file alone is its own without the suffix."""
+    """Files by name; a file given without a name is named after itself, without its suffix."""
     import os
     from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Score a model on tasks of lm-evaluation-harness; the table of scores goes to stdout.
 
-Tasks are the harness' own, by name or pattern, or YAML files of yours. Several scores of one context cost little more
-than one: whatever requests have in common is computed once.
+Tasks are the harness's own, by name or pattern, or your own YAML files. Several scores for one context cost little
+more than one: whatever requests have in common is computed once.
 """
 
 from __future__ import annotations
@@ -26,45 +26,57 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         metavar="A,B",
-        help="names, patterns such as mmlu_*, or YAML files; list shows all that there are",
+        help="names, patterns such as mmlu_*, or YAML files; `list` prints all of them",
     )
     tasks.add_argument(
         "--include-path",
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder with tasks of yours; may be repeated",
+        help="a folder with your own tasks; may be repeated",
     )
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples in each prompt (the task's own)")
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="solved examples in each prompt (default: the task's)"
+    )
     tasks.add_argument(
         "--limit", type=float, metavar="N", help="only the first N examples of each task; below 1, that share of them"
     )
-    tasks.add_argument("--apply-chat-template", action="store_true", help="prompts go through the chat template")
-    tasks.add_argument("--system-instruction", metavar="TEXT", help="what the system says before each prompt")
+    tasks.add_argument("--apply-chat-template", action="store_true", help="put prompts through the chat template")
+    tasks.add_argument("--system-instruction", metavar="TEXT", help="a system prompt before each prompt")
     tasks.add_argument(
-        "--gen-kwargs", metavar="K=V,…", help="how texts are generated, over what tasks say, such as temperature=0.7"
+        "--gen-kwargs",
+        metavar="K=V,…",
+        help="how texts are generated, in place of the tasks' settings, such as temperature=0.7",
     )
-    tasks.add_argument("--seed", type=int, metavar="N", help="of few-shot examples and samples (the harness' own)")
     tasks.add_argument(
-        "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run what the model has written"
+        "--seed", type=int, metavar="N", help="for few-shot examples and samples (default: the harness's)"
+    )
+    tasks.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run code written by the model"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE.json", help="write the results to a new file")
     output.add_argument(
-        "--log-samples", action="store_true", help="with --output: each example, to FILE.samples.TASK.jsonl"
+        "--log-samples", action="store_true", help="with --output: write each example to FILE.samples.TASK.jsonl"
     )
     output.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
     output.add_argument(
-        "--bootstrap-iters", type=int, default=100_000, metavar="N", help="for standard errors; 0: none (%(default)s)"
+        "--bootstrap-iters",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="resamples for standard errors; 0: none (%(default)s)",
     )
     output.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stderr but errors")
     run = parser.add_argument_group("running")
-    run.add_argument("--batch-size", default="auto", metavar="N", help="texts in progress at most (%(default)s)")
-    run.add_argument("--max-length", type=int, metavar="N", help="cut contexts to N tokens (the model's own)")
-    run.add_argument("--cache-mib", type=int, default=2048, metavar="N", help="for keys and values (%(default)s)")
+    run.add_argument("--batch-size", default="auto", metavar="N", help="at most N texts in progress (%(default)s)")
     run.add_argument(
-        "--use-cache", metavar="FILE", help="keep answers in FILE_rank0.db, and take those that are there already"
+        "--max-length", type=int, metavar="N", help="cut contexts to N tokens (default: the model's context)"
     )
+    run.add_argument(
+        "--cache-mib", type=int, default=2048, metavar="N", help="memory for keys and values (%(default)s)"
+    )
+    run.add_argument("--use-cache", metavar="FILE", help="keep answers in FILE_rank0.db, and reuse those already there")
     run.add_argument(
         "--router-policy",
         metavar="FILE",
@@ -84,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.evaluate import results
 
     limit = _limit(arguments.limit)
-    # All that is wrong with files and names is said before gigabytes are loaded.
+    # Everything wrong with files and names is reported before gigabytes are loaded.
     if arguments.output is not None:
         results.check(arguments.output, overwrite=arguments.overwrite)
     manager, names = tasks.find(arguments.tasks.split(","), arguments.include_path)
@@ -120,7 +132,7 @@ def _check_extra() -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    """What other packages must know before they are imported, and what cannot be."""
+    """Settings that other packages read at import, and checks of options that conflict."""
     from olmoe.engine.sampling_params import whole_number
     from olmoe.errors import UserError
 
@@ -128,8 +140,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.offline:
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # the harness' own bars, which are shown everywhere
-    # It warns of every task that leaves a default as it is.
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars, which it shows everywhere
+    # It warns about every task that leaves a default unchanged.
     logging.getLogger("lm_eval").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
     whole_number("--cache-mib", arguments.cache_mib, least=1)
     whole_number("--bootstrap-iters", arguments.bootstrap_iters, least=0)

@@ -11,14 +11,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="NAME|FILE", help="a TOML file, or the name of one in experiments/")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
-    parser.add_argument("--output", metavar="DIR", help="where runs and results are kept (run.output/NAME)")
+    parser.add_argument("--output", metavar="DIR", help="where runs and results are kept (default: run.output/NAME)")
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="train on so many times the tokens (%(default)s)"
+        "--scale", type=float, default=1.0, metavar="X", help="train on X times as many tokens (%(default)s)"
     )
     parser.add_argument(
         "--report", action="store_true", help="train nothing: write the results of what is finished already"
     )
-    parser.add_argument("--no-figure", dest="figure", action="store_false", help="no figure, which takes matplotlib")
+    parser.add_argument("--no-figure", dest="figure", action="store_false", help="no figure, which needs matplotlib")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             finished = sum(each.is_finished for each in runs)
             print(
-                f"olmoe: interrupted and saved; {finished} of {len(runs)} runs are finished. The same command goes on.",
+                f"olmoe: interrupted, saved; {finished} of {len(runs)} runs are finished. The same command continues.",
                 file=sys.stderr,
             )
             return EXIT_INTERRUPTED

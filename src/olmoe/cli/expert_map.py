@@ -1,22 +1,22 @@
-"""Which experts an answer used, as text: a row a layer, a cell an expert, shaded by its share of the tokens."""
+"""Which experts an answer used, as text: one row per layer, one cell per expert, shaded by its share of tokens."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-# From a quarter of an even share up, each twice the one before.
+# In even shares: from a quarter upwards, each step twice the one before.
 SHADES = " ░▒▓█"
-PLAIN_SHADES = " .:+#"  # for terminals that have no blocks
+PLAIN_SHADES = " .:+#"  # for terminals that cannot show block characters
 _STEPS = (0.25, 0.75, 1.5, 3.0)
 _MARGIN = 4  # "15  " before the cells
-_NAMED = 11  # "63: 100%" behind them, and blanks
+_NAMED = 11  # "63: 100%" after them, and spaces
 
 
 def expert_map(use: npt.NDArray[np.float64], width: int = 80, shades: str = SHADES) -> str:
-    """`use` (L, E) holds the share of tokens of each expert. No line is wider than `width`, nor than it needs to be.
+    """A heat map of `use` (L, E), each expert's share of tokens. No line is wider than `width`, or than it needs to be.
 
-    Where a terminal is too narrow for a cell each, neighbours share one, shaded by their mean. Behind the cells stand
+    Where a terminal is too narrow for a cell each, neighbours share one, shaded by their mean. After the cells come
     the experts used most, as many as there is room for.
     """
     layers, experts = use.shape

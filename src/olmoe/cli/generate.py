@@ -1,7 +1,7 @@
 """Continue a prompt: the text streams to stdout; speed, load time and memory go to stderr.
 
-Sampling has the defaults of `SamplingParams` in Python: greedy, so that the same prompt gives the same text. Stories
-become livelier with --temperature 0.7 --top-p 0.95.
+Sampling has the defaults of `SamplingParams` in Python: greedy, so that the same prompt gives the same text. For
+livelier stories, try --temperature 0.7 --top-p 0.95.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from olmoe.engine.stream import Stream
     from olmoe.runner.policy_file import NamedPolicy
 
-# Options that are fields of `SamplingParams`; what is not given is its default.
+# Options that are fields of `SamplingParams`; those not given keep their defaults.
 SAMPLING = (
     "max_new_tokens",
     "temperature",
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a message to the assistant: it goes through the chat template; only the answer is shown",
+        help="treat the prompt as a message to the assistant: put it through the chat template; show only the answer",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write what would go to stdout to a new file, once complete")
@@ -60,19 +60,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     add_sampling_arguments(sampling)
     sampling.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens in each place as well (0)"
+        "--logprobs", type=int, metavar="N", help="with --json: also the N likeliest tokens at each position (0)"
     )
     parser.set_defaults(usage_error=parser.error)
 
 
 def add_sampling_arguments(group: Any) -> None:
-    """Declare how tokens are chosen and when a text ends."""
+    """Declare the options for how tokens are chosen and when a text ends."""
     default = SamplingParams()
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"at most N tokens ({default.max_new_tokens})")
-    group.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({default.temperature})")
+    group.add_argument("--temperature", type=float, help=f"0 chooses the likeliest token ({default.temperature})")
     group.add_argument("--top-k", type=int, metavar="K", help=f"only the K likeliest tokens; 0: all ({default.top_k})")
     group.add_argument(
-        "--top-p", type=float, metavar="P", help=f"the fewest tokens of total probability P ({default.top_p})"
+        "--top-p", type=float, metavar="P", help=f"the fewest tokens with total probability P ({default.top_p})"
     )
     group.add_argument(
         "--min-p", type=float, metavar="P", help=f"tokens at least P times as likely as the likeliest ({default.min_p})"
@@ -87,13 +87,13 @@ def add_sampling_arguments(group: Any) -> None:
         "--presence-penalty",
         type=float,
         metavar="X",
-        help=f"lowers the logits of tokens in the text ({default.presence_penalty})",
+        help=f"lowers the logits of tokens already in the text ({default.presence_penalty})",
     )
     group.add_argument(
         "--frequency-penalty",
         type=float,
         metavar="X",
-        help=f"the same for each time that they occur ({default.frequency_penalty})",
+        help=f"the same, once for each time they occur ({default.frequency_penalty})",
     )
     group.add_argument("--seed", type=int, help="the same seed gives the same text (a new one each time)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
@@ -107,7 +107,7 @@ def add_sampling_arguments(group: Any) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
-    """Declare where a model comes from and what it runs on; `positional` names it without an option."""
+    """Declare where a model comes from and what it runs on; with `positional` it is named without an option."""
     what = "a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
     if positional:
         parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
@@ -115,7 +115,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     if not positional:
         group.add_argument("--model", metavar="DIR|HUB_ID", help=what)
     group.add_argument(
-        "--adapter", metavar="DIR", help="a folder with a LoRA adapter of the model (default model: the one it names)"
+        "--adapter", metavar="DIR", help="a folder with a LoRA adapter for the model (default model: the one it names)"
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
@@ -168,9 +168,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load_model(arguments: argparse.Namespace, **options: Any) -> LLM:
-    """The model that the options of `add_model_arguments` name; `options` are further ones of `LLM`.
+    """The model that the options of `add_model_arguments` name; `options` are further arguments of `LLM`.
 
-    On a terminal a bar shows how far it is, if it takes longer than a second.
+    On a terminal a bar shows progress if loading takes longer than a second.
     """
     from tqdm import tqdm
 
@@ -227,7 +227,7 @@ def _targets(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
     output = _target(arguments, "output") if arguments.output != "-" else None
     trace = _target(arguments, "trace")
     if arguments.overwrite and output is None and trace is None:
-        raise UserError("--overwrite is about the file of --output, which was not given; add it.")
+        raise UserError("--overwrite is for the file of --output, which was not given; add it.")
     if output is not None and output == trace:
         raise UserError(f"--output and --trace are both {output}; give each a file of its own.")
     return output, trace
@@ -272,7 +272,9 @@ def _read_file(name: str) -> str:
         with open(path, "rb") as file:
             return _decode(file.read(), f"in {path}")
     except FileNotFoundError:
-        raise UserError(f"There is no prompt file {shown(path)}; check its name, or give a text by itself.") from None
+        raise UserError(
+            f"There is no prompt file {shown(path)}; check its name, or give the text itself as PROMPT."
+        ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -290,7 +292,7 @@ def _read_stdin() -> str:
 
 
 def _decode(content: bytes, where: str) -> str:
-    """UTF-8, as it is but for a byte order mark, which editors put before a text and which is none of it."""
+    """UTF-8, unchanged but for a byte order mark, which editors put before a text and which is not part of it."""
     from olmoe.errors import UserError
     from olmoe.io.text_file import decode
 
@@ -304,7 +306,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def _generate(stream: Stream, prompt: str, *, show: bool) -> Completion:
-    """The whole text; on stdout as it comes, after the prompt, if it is to be shown."""
+    """The whole text; if `show`, also written to stdout as it comes, after the prompt."""
     try:
         if show:
             print(prompt, end="", flush=True)
@@ -331,7 +333,7 @@ def _deliver(text: str, target: Path | None) -> None:
 
 
 def _facts(llm: LLM, prompt: str, completion: Completion, seconds: dict[str, float]) -> dict[str, Any]:
-    """All about a completion, for JSON."""
+    """Everything about a completion, for JSON."""
 
     def token(token_id: int, logprob: float) -> dict[str, Any]:
         text = llm.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -359,7 +361,7 @@ def _explain_empty(completion: Completion, what: str) -> None:
     if completion.text.strip():
         return
     reasons = {
-        "eos": "the model ended the text with its end-of-text token; --ignore-eos goes on, a temperature draws others",
+        "eos": "the model ended the text with its end-of-text token; --ignore-eos continues, a temperature may help",
         "stop": "it began with a --stop text",
         "length": f"its {len(completion.token_ids)} tokens hold no visible text; allow more with --max-new-tokens",
     }

@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `config.json` and the tensor headers say; no weight is read."""
+    """Print what `config.json` and the tensor headers say; no weights are read."""
     import json
 
     name, config, stored_bytes, stored_dtypes, contents = _read(arguments)
@@ -114,11 +114,11 @@ def _read(
 
 
 def _is_cached(name: str) -> bool:
-    """Whether the weights of a hub model lie in the local cache."""
+    """Whether the weights of a hub model are in the local cache."""
     from olmoe.errors import CheckpointError
     from olmoe.io import hub
 
-    if "/" not in name:  # a short name of ours, which the hub does not know
+    if "/" not in name:  # one of our short names, which the hub does not know
         return False
     try:
         return any(hub.resolve(name, local_files_only=True).glob("*.safetensors"))
@@ -127,7 +127,7 @@ def _is_cached(name: str) -> bool:
 
 
 def _gigabytes(config: ModelConfig) -> dict[str, dict[str, float]]:
-    """What a model takes in every format: its weights, and the keys and values of a whole context."""
+    """The size of a model in every format: its weights, and the keys and values of a whole context."""
     from olmoe.weights.sizes import sizes
 
     found: dict[str, dict[str, float]] = {}
@@ -152,7 +152,7 @@ def _table(gigabytes: dict[str, dict[str, float]], config: ModelConfig) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        # Ids and sizes of four digits read better without separators.
+        # Ids, and sizes of four digits, read better without separators.
         return f"{value:,}" if value >= 10_000 else str(value)
     if isinstance(value, dict):  # one kind of packed tensors
         return f"{value['bytes']:,} bytes of {value['weights']:,} weights in {value['format']}"

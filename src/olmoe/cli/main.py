@@ -15,21 +15,21 @@ from typing import Any
 
 from olmoe.errors import UserError
 
-# Module of this package -> the line `olmoe --help` shows. Each has `configure(parser)` and `run(arguments)`.
+# Module of this package -> its line in `olmoe --help`. Each has `configure(parser)` and `run(arguments)`.
 COMMANDS = {
     "generate": "continue a prompt and stream the text",
     "chat": "chat with a model in the terminal",
-    "serve": "serve a model over HTTP, as OpenAI and Anthropic do; a chat page",
+    "serve": "serve a model over HTTP, as OpenAI and Anthropic do, with a chat page",
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
-    "plot": "draw a training run as an HTML page, also while it goes on",
+    "plot": "draw a training run as an HTML page, even while it runs",
     "experiment": "train and compare the arms of an experiment, with several seeds",
-    "sft": "fine-tune a model on chats, whole or by adapters",
+    "sft": "fine-tune a model on chats, all weights or adapters",
     "dpo": "teach a model preferences between answers: DPO, KTO",
-    "upcycle": "make a mixture of experts of a dense model",
+    "upcycle": "turn a dense model into a mixture of experts",
     "convert": "convert a checkpoint to GGUF or back",
     "average": "average checkpoints of one architecture into a new one",
-    "quantize": "pack a model into 8 or 4 bits a weight, and measure its quality",
+    "quantize": "pack a model into 8 or 4 bits per weight, and measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
     "policy": "make a router policy that favours the experts of a domain",
     "edit": "prune, merge or reorder experts; measure what it costs",
@@ -40,16 +40,16 @@ COMMANDS = {
 
 _VERBOSE = "log what was chosen automatically, to stderr"
 _QUIET = "no progress bar and no statistics on stderr"
-# A full disk, a user's share of it, and the largest file that is allowed.
+# A full disk, an exhausted quota, and a file beyond the size limit.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-# What the file system answers where a file is there, but not for us.
+# Errors of the file system for files that exist but that we may not use.
 _DENIALS = (errno.EACCES, errno.EPERM, errno.EIO)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    """Run a command line and return its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
     try:
         code = _run(argv)
         if sys.stdout is not None:  # None: the caller closed it
@@ -106,7 +106,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
     parser.add_argument(
         "--version", action=_ShowVersion, nargs=0, help="show the versions of olmoe and torch, and the kernels in use"
     )
-    # Both may stand before the command or after it. A command's own values would hide those of the same name here.
+    # Both may come before the command or after it. A command's own values would hide those of the same name here.
     parser.add_argument("--verbose", dest="verbose_first", action="store_true", help=_VERBOSE)
     parser.add_argument("--quiet", dest="quiet_first", action="store_true", help=_QUIET)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -116,13 +116,13 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
         commands[name] = subparsers.add_parser(name, help=summary, description=module.__doc__)
         module.configure(commands[name])
         commands[name].add_argument("--verbose", action="store_true", help=_VERBOSE)
-        with contextlib.suppress(argparse.ArgumentError):  # most say themselves what they leave out
+        with contextlib.suppress(argparse.ArgumentError):  # most declare --quiet themselves, to say what it leaves out
             commands[name].add_argument("--quiet", action="store_true", help=_QUIET)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         chosen = commands.get(arguments.command, parser)
         if chosen is not parser and unknown[0] in argv[: argv.index(arguments.command)]:
-            chosen = parser  # it stands before the command
+            chosen = parser  # it comes before the command
         chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
         parser.print_help()
@@ -144,7 +144,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _discard_stdout() -> None:
-    """Send what is still buffered nowhere, so that Python's own flush at exit cannot fail as well."""
+    """Discard what is still buffered, so that Python's own flush at exit cannot fail as well."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

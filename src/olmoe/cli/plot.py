@@ -1,4 +1,4 @@
-"""Draw a training run as one HTML page: losses, learning rate, load of experts, speed; also while it goes on."""
+"""Draw a training run as one HTML page: losses, learning rate, expert load, speed; even while it runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--follow", metavar="SECONDS", nargs="?", type=float, const=30.0,
-        help="draw it anew every so many seconds (30) until the run has ended; a browser reads it again by itself",
+        help="redraw it every S seconds (30) until the run has ended; a browser reloads it by itself",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, and go on if the run is to be followed."""
+    """Draw, and keep drawing if the run is to be followed."""
     import time
 
     from olmoe.analysis.drawing import require_matplotlib
@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     metrics = metrics_path(arguments.run)
     output = Path(arguments.output).expanduser() if arguments.output else metrics.with_name("training.html")
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"--output {str(output)!r} is a folder or lies in none; name a file in a folder that exists.")
+        raise UserError(
+            f"--output {str(output)!r} is a folder, or its folder does not exist; name a file in a folder that exists."
+        )
     told = False
     while True:
         goes_on = every is not None and not _has_ended(metrics)  # before reading, so that its last steps are drawn

@@ -1,4 +1,4 @@
-"""Make a router policy from an analysis: force the experts of one domain, to see what becomes of any text.
+"""Make a router policy from an analysis: force the experts of one domain, to see how that changes any text.
 
 METRICS is metrics.json of `olmoe analyze`, or its folder. The policy is JSON for --router-policy of generate, chat,
 serve and batch, and for `router_policy` in Python and in requests.
@@ -12,27 +12,27 @@ import argparse
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe policy`."""
     parser.add_argument("metrics", metavar="METRICS", help="metrics.json of olmoe analyze, or the folder it is in")
-    parser.add_argument("--domain", required=True, metavar="NAME", help="whose experts: a name that METRICS has")
+    parser.add_argument("--domain", required=True, metavar="NAME", help="whose experts: a domain in METRICS")
     parser.add_argument(
         "--how",
         choices=("only", "boost", "pin"),
         default="only",
-        help="choose no others; add to their logits; have every token choose them (%(default)s)",
+        help="allow: choose no others; boost: add to their logits; pin: every token chooses them (%(default)s)",
     )
     parser.add_argument(
         "--experts",
         type=int,
         metavar="N",
-        help="N in each layer (those with more than an even share; with pin, half of what a token chooses)",
+        help="N experts in each layer (default: those with more than an even share; with pin, half of top-k)",
     )
     parser.add_argument(
         "--by",
         choices=("share", "contrast"),
         default="share",
-        help="rank experts by their share of the domain's tokens, or by that less the share of all (%(default)s)",
+        help="rank experts by their share of the domain's tokens, or by that minus their share of all (%(default)s)",
     )
     parser.add_argument(
-        "--strength", type=float, default=2.0, metavar="X", help="with boost: added to logits (%(default)s)"
+        "--strength", type=float, default=2.0, metavar="X", help="with boost: what is added to logits (%(default)s)"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: stdout)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")

@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def progress_bar(arguments: argparse.Namespace, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar, as the function that moves it; there is none before its first call, so mistakes stand alone.
+    """A bar, as the function that moves it; none is drawn before its first call, so errors stand alone.
 
     On a terminal only, and not with `--quiet`.
     """

@@ -1,4 +1,4 @@
-"""Pack a model into 8 or 4 bits a weight, and report what that costs in quality."""
+"""Pack a model into 8 or 4 bits per weight, and report what that costs in quality."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmoe.cli.progress import progress_bar
-from olmoe.weights.recipes import RECIPES
+from olmoe.weights.recipes import BASE_RECIPES, RECIPES
 
 if TYPE_CHECKING:
     from olmoe.analysis.quality import Report
     from olmoe.weights.contents import Packed
 
-FORMATS = {name: recipe.summary for name, recipe in RECIPES.items()}
+FORMATS = {name: recipe.summary for name, recipe in (RECIPES | BASE_RECIPES).items()}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +23,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, help="; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a DST that holds nothing but a model")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it holds nothing but a model")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument(
         "--calibration",
         metavar="FILE|none",
-        help="text like that the model will meet, or .jsonl with text or messages, for int4 (default: a short "
+        help="text like what the model will be used on, or .jsonl with text or messages, for int4 (default: a short "
         "public-domain sample; none: do without)",
     )
-    report = parser.add_argument_group("quality", "DST beside SRC on held-out text: perplexity, KL, routing agreement")
+    report = parser.add_argument_group("quality", "DST against SRC on held-out text: perplexity, KL, routing agreement")
     report.add_argument(
         "--report", action="store_true", help="measure what was written; without --format, a DST that exists already"
     )

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: OpenAI's and Anthropic's protocols, a chat page that shows the experts, metrics.
+"""Serve a model over HTTP: OpenAI's and Anthropic's protocols, metrics, and a chat page that shows the experts.
 
 Only this machine can reach the server unless --host says otherwise. Ctrl-C or SIGTERM lets running requests finish; a
 second one ends them.
@@ -34,15 +34,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve TLS with this PEM certificate")
     network.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if the certificate file has none")
     network.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin call; * for all"
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="allow calls from pages of this origin; * for all",
     )
     network.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="answer requests for this host name, and for no other; * for any (localhost, if that is all that reaches "
-        "the server and it has no keys)",
+        help="answer only requests for this host name; * for any (default: localhost, if the server listens only there "
+        "and has no keys)",
     )
     access = parser.add_argument_group("access")
     access.add_argument(
@@ -50,9 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="ask for this key; may be repeated (OLMOE_API_KEY)",
+        help="require this key; may be repeated (OLMOE_API_KEY)",
     )
-    access.add_argument("--api-key-file", type=Path, metavar="FILE", help="ask for one of these keys, one a line")
+    access.add_argument("--api-key-file", type=Path, metavar="FILE", help="require one of these keys, one per line")
     access.add_argument(
         "--share-prefix-cache", action="store_true", help="one prefix cache for all keys, instead of one for each"
     )
@@ -63,29 +67,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(group: Any) -> None:
-    """Declare the memory and the limits of the engine."""
+    """Declare the options for the engine's memory and limits."""
     group.add_argument(
-        "--served-model-name", action="append", default=[], metavar="NAME", help="name in the API; more are aliases"
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name in the API; further ones are aliases",
     )
     group.add_argument(
         "--cache-mib", type=int, default=2048, metavar="N", help="memory for keys and values, fixed (%(default)s)"
     )
     group.add_argument("--max-rows", type=int, default=64, metavar="N", help="requests that run at once (%(default)s)")
     group.add_argument(
-        "--token-budget", type=int, metavar="N", help="most tokens of a step (what the kernels like best)"
+        "--token-budget",
+        type=int,
+        metavar="N",
+        help="at most N tokens in a step (default: what suits the kernels best)",
     )
     group.add_argument("--context-length", type=int, metavar="N", help="longest text, if shorter than the model's own")
-    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its start")
     group.add_argument(
         "--router-policy",
         metavar="FILE",
-        help="JSON that changes the routers' choices for requests without one of theirs",
+        help="JSON that changes the routers' choices, for requests without a policy of their own",
     )
 
 
 def _add_limits(group: Any) -> None:
     group.add_argument(
-        "--max-queued-requests", type=int, default=512, metavar="N", help="more that wait get 503 (%(default)s)"
+        "--max-queued-requests",
+        type=int,
+        default=512,
+        metavar="N",
+        help="refuse with 503 when more are waiting (%(default)s)",
     )
     group.add_argument(
         "--max-queued-tokens", type=int, default=2**20, metavar="N", help="the same for their tokens (%(default)s)"
@@ -117,10 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _keep_what_is_loaded() -> None:
-    """Take what was loaded out of the collector's way.
+    """Exempt what was loaded from garbage collection.
 
-    Full collections are then short, and come often enough that what requests leave in cycles (errors, most of all) does
-    not add up: it had grown by 300 bytes a refused request.
+    Full collections are then short, and run often enough that cyclic garbage from requests (errors, most of all) does
+    not pile up: it used to grow by 300 bytes per refused request.
     """
     import gc
 
@@ -142,7 +157,7 @@ def check_extra(command: str) -> None:
 
 
 def check_values(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise `UserError` for a number below 1 among `options` and those of `add_engine_arguments`, and for odd names."""
+    """Raise `UserError` for a number below 1 in `options` or those of `add_engine_arguments`, and for odd names."""
     from olmoe.engine.sampling_params import whole_number
     from olmoe.errors import UserError, shown
 
@@ -179,7 +194,7 @@ def _settings(arguments: argparse.Namespace) -> ServeSettings:
 
 
 def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> ServerState:
-    """The model, its engine and their state, as the options of `add_engine_arguments` say."""
+    """The model, its engine and their state, from the options of `add_engine_arguments`."""
     from olmoe.engine.engine import Engine
     from olmoe.io import hub
     from olmoe.runner import to_cache_dtype
@@ -215,7 +230,7 @@ def load_state(arguments: argparse.Namespace, settings: ServeSettings) -> Server
 
 
 def _check_memory(cache_mib: int, device: torch.device) -> None:
-    """Say that the cache is larger than the memory: the system promises that too, and later ends who asks for it.
+    """Warn if the cache is larger than free memory: the system grants that too, and later kills the process.
 
     Raises `UserError` for one that would never fit.
     """
@@ -227,12 +242,12 @@ def _check_memory(cache_mib: int, device: torch.device) -> None:
         return
     if cache_mib * _MIB > total:
         raise UserError(
-            f"There is no memory for a cache of {cache_mib} MiB: all there is are {total // _MIB} MiB; give a smaller "
+            f"There is no memory for a cache of {cache_mib} MiB: this machine has {total // _MIB} MiB; give a smaller "
             "--cache-mib."
         )
     if cache_mib * _MIB > free:
         logging.getLogger("olmoe").warning(
-            "the cache may grow to %d MiB, but only %d MiB of memory are free: the system may end this process; "
+            "the cache may grow to %d MiB, but only %d MiB of memory are free: the system may kill this process; "
             "give a smaller --cache-mib",
             cache_mib,
             free // _MIB,
@@ -245,19 +260,19 @@ def _name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
-# ---- stderr, which may be full or gone: that is no reason to stop ----
+# ---- stderr, which may be full or closed: that is no reason to stop ----
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Nobody is left to be told."""
+        """There is nobody left to tell."""
 
 
 def _log_to_stderr() -> None:
     handler = _Stderr(sys.stderr)
     handler.setFormatter(logging.Formatter("olmoe: %(message)s"))
     logging.getLogger().handlers = [handler]
-    # A warning for what is sent behind a client that has just hung up, which happens all day.
+    # A warning for data sent after a client has hung up, which happens all day.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 

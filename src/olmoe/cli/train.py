@@ -18,16 +18,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="see configs/ for examples")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.output from its last checkpoint")
     parser.add_argument(
-        "--resume-or-start", action="store_true", help="continue it if it has a checkpoint, else begin; for job queues"
+        "--resume-or-start", action="store_true", help="continue it if it has a checkpoint, else start; for job queues"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew where run.output holds a run, whose files are deleted"
+        "--overwrite", action="store_true", help="start again if run.output holds a run, whose files are deleted"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; Ctrl-C finishes the step, saves, and says how to go on."""
+    """Train; Ctrl-C finishes the step, saves, and says how to continue."""
     from olmoe.cli.main import EXIT_USER_ERROR
     from olmoe.errors import UserError
     from olmoe.train.config import load_config
@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--resume-or-start decides by itself; leave out --resume and --overwrite.")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
     try:
-        # Before torch is imported: mistakes answer at once.
+        # Before torch is imported: mistakes are reported at once.
         config = load_config(arguments.config, resume=arguments.resume or arguments.resume_or_start or restarted)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of each machine tells it
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # one process on each machine tells it
             return EXIT_USER_ERROR
         raise
     resume, overwrite = arguments.resume, arguments.overwrite
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def follow(arguments: argparse.Namespace, train: Callable[..., Path], *, resume: bool, overwrite: bool) -> int:
-    """Train by the options of the command line, and print where the result is, or how an interrupted run goes on."""
+    """Train by the options of the command line, and print where the result is, or how to continue if interrupted."""
     from olmoe.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
     from olmoe.train.loop import Interrupted
     from olmoe.train.ranks import ToldByAnother

@@ -1,4 +1,4 @@
-"""Make a mixture of experts of a dense model, for training to go on with."""
+"""Turn a dense model into a mixture of experts, from which training can continue."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ DTYPES = ("bf16", "f16", "f32")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `olmoe upcycle`."""
     parser.add_argument(
-        "dense", metavar="DENSE", help="a folder or hub id: an OLMo (as OLMo-1B-hf), or an OLMoE with one expert"
+        "dense", metavar="DENSE", help="a folder or hub id: an OLMo (such as OLMo-1B-hf), or an OLMoE with one expert"
     )
     parser.add_argument("target", metavar="OUT", help="a new folder, which `olmoe train` can start from")
-    parser.add_argument("--experts", type=int, default=8, metavar="E", help="experts of a layer (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token (%(default)s)")
+    parser.add_argument("--experts", type=int, default=8, metavar="E", help="experts per layer (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
     parser.add_argument(
-        "--split", type=int, default=1, metavar="N", help="experts are parts of the MLP, one of N each (%(default)s)"
+        "--split", type=int, default=1, metavar="N", help="make each expert one of N parts of the MLP (%(default)s)"
     )
     parser.add_argument(
         "--form",
         choices=FORMS,
         default="normalized",
-        help="how the dense model's outputs are kept: by dividing probabilities by their sum, by larger down matrices, "
-        "or not, as in the paper's script (%(default)s)",
+        help="how the dense model's outputs are kept: by dividing probabilities by their sum, by scaling the down "
+        "matrices, or not at all, as in the paper's script (%(default)s)",
     )
-    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="of weights that get noise (0)")
-    parser.add_argument("--noise-std", type=float, default=0.02, metavar="X", help="its deviation (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of routers and noise (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the written weights (%(default)s)")
-    parser.add_argument("--text", metavar="FILE", help="the loss is measured on it (default: held-out text)")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="share of weights that get noise (0)")
     parser.add_argument(
-        "--tokens", type=int, default=16384, metavar="N", help="of it; 0 measures no loss (%(default)s)"
+        "--noise-std", type=float, default=0.02, metavar="X", help="its standard deviation (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for routers and noise (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the written weights (%(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="text to measure the loss on (default: a held-out text)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="at most N tokens of it; 0 measures no loss (%(default)s)",
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="an OLMo's queries and keys are measured on it (default: a shipped text)"
+        "--calibration", metavar="FILE", help="text to measure an OLMo's queries and keys on (default: a shipped text)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an OUT with nothing but a model")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds nothing but a model")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
     parser.add_argument("--json", action="store_true", help="print the losses as a line of JSON")
@@ -45,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the model, and say what became of the loss."""
+    """Write the model, and print how the loss changed."""
     import json
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `olmoe --version` prints: all that decides how this installation computes."""
+"""What `olmoe --version` prints: everything that decides how this installation computes."""
 
 from __future__ import annotations
 

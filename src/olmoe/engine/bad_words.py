@@ -1,6 +1,6 @@
-"""Words that a text may not contain: sequences of tokens whose last one is banned behind the others.
+"""Words that a text may not contain: sequences of tokens whose last one is banned after the others.
 
-As in vLLM, a word is banned as the tokenizer writes it by itself and behind a blank. In other tokens it can come.
+As in vLLM, a word is banned as the tokenizer writes it alone and after a space; in other tokens it can still appear.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from olmoe.tokenizer import Tokenizer
 
 
 class BadWords:
-    """A `Grammar` of all texts without the sequences, or of those that another one allows besides."""
+    """A `Grammar` of all texts without the sequences, or of those among them that another grammar allows."""
 
     def __init__(self, sequences: Iterable[Sequence[int]], within: Grammar | None = None) -> None:
         self.sequences = tuple(dict.fromkeys(tuple(sequence) for sequence in sequences if sequence))
@@ -24,7 +24,7 @@ class BadWords:
 
     @classmethod
     def of_words(cls, words: Sequence[str], tokenizer: Tokenizer, within: Grammar | None = None) -> BadWords:
-        """Those of some words. Raises `UserError` for one without a visible character."""
+        """Ban these words. Raises `UserError` for one without a visible character."""
         blank = [word for word in words if not word.strip()]
         if blank:
             raise UserError(f"bad_words must be made of words, not {blank[0]!r}.")
@@ -37,7 +37,7 @@ class BadWords:
 
 
 class _State:
-    """What has been generated, as far as a sequence can reach back."""
+    """The end of what has been generated, as long as the longest banned sequence."""
 
     def __init__(self, sequences: Sequence[tuple[int, ...]], within: GrammarState | None) -> None:
         self._sequences, self._within = sequences, within
@@ -57,7 +57,7 @@ class _State:
                 words[last >> 5] &= np.uint32(~(1 << (last & 31)) & 0xFFFFFFFF)
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a token that the mask allowed."""
+        """Continue after a token that the mask allowed."""
         if self._within is not None:
             self._within.accept(token_id)
             self.finished = self._within.finished

@@ -1,8 +1,8 @@
-"""Blocks of the cache: who has them, and which can be shared because of what they hold. No torch.
+"""Blocks of the cache: which sequences hold them, and which can be shared because of their contents. No torch.
 
-A block that is full can be published under a hash of all tokens up to its end. It then serves every sequence that
-begins with these, also after its last reader has left, until its memory is needed. Blocks are never copied, and only
-full ones are shared, so nobody writes into a block that another sequence reads.
+A full block can be published under a hash of all tokens up to its end. It then serves every sequence that starts with
+these, even after its last reader has left, until its memory is needed. Blocks are never copied, and only full ones are
+shared, so nobody writes into a block that another sequence reads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 
 def next_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """The hash of a block that follows the one of hash `previous` (or the root of the chain) and holds these tokens."""
+    """The hash of a block that holds these tokens and follows the block hashed `previous` (or the chain's root)."""
     return hashlib.sha256(previous + array("i", token_ids).tobytes()).digest()
 
 
 class BlockPool:
-    """A fixed number of blocks of `size` positions, each free or held by one sequence or more."""
+    """A fixed number of blocks of `size` positions, each free or held by one or more sequences."""
 
     def __init__(self, blocks: int, size: int) -> None:
         self.blocks, self.size = blocks, size
-        # The oldest first: whoever left last is the likeliest to come back.
+        # Oldest first: the sequence that left last is the likeliest to come back.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))
         self._holders = [0] * blocks
         self._hash_of: list[bytes | None] = [None] * blocks
@@ -40,7 +40,7 @@ class BlockPool:
         return self.blocks - len(self._free)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks published under the first of these hashes, as many as there are without a gap."""
+        """The blocks published under these hashes, up to the first hash that has none."""
         found = []
         for each in hashes:
             block = self._block_of.get(each)
@@ -50,7 +50,7 @@ class BlockPool:
         return found
 
     def take(self, blocks: Sequence[int]) -> None:
-        """One more sequence holds these published blocks."""
+        """Let one more sequence hold these published blocks."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._free[block]
@@ -61,7 +61,7 @@ class BlockPool:
         return len(self._free) - sum(self._holders[block] == 0 for block in matched)
 
     def allocate(self, count: int) -> list[int] | None:
-        """So many blocks for one sequence, or None if there are not as many; what they were published as is gone."""
+        """`count` blocks for one sequence, or None if there are fewer; they are no longer published."""
         if count > len(self._free):
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -71,28 +71,28 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """A sequence leaves its blocks, given in order. Its end is reused first: beginnings are shared more often."""
+        """A sequence releases its blocks, given in order. The last are reused first: early ones are shared more."""
         for block in reversed(blocks):
             assert self._holders[block] > 0, block
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free[block] = None
-                if self._hash_of[block] is None:  # nobody can come back to it
+                if self._hash_of[block] is None:  # no sequence can find it again
                     self._free.move_to_end(block, last=False)
 
     def publish(self, block: int, name: bytes) -> None:
-        """Let others find a held, full block under its hash, unless another block has it already."""
+        """Let others find a held, full block under its hash, unless another block already has that hash."""
         assert self._holders[block] > 0, block
         if name not in self._block_of and self._hash_of[block] is None:
             self._block_of[name], self._hash_of[block] = block, name
 
     def forget(self) -> None:
-        """Nothing published is found any more: the weights have changed."""
+        """Unpublish every block: the weights have changed."""
         self._block_of.clear()
         self._hash_of = [None] * self.blocks
 
     def check(self) -> None:
-        """Assert that numbers belong together."""
+        """Assert that the books balance."""
         assert len(self._free) == self._holders.count(0)
         assert all(self._holders[block] == 0 for block in self._free)
         assert all(self._hash_of[block] == name for name, block in self._block_of.items())

@@ -1,6 +1,6 @@
 """`Conversation`: a chat that remembers what was said, for terminals and notebooks. Neither torch nor a terminal.
 
-It holds the messages and the sampling parameters, streams answers, takes exchanges back, and keeps account of the
+It holds the messages and the sampling parameters, streams answers, takes exchanges back, and keeps track of the
 context: nothing is ever dropped from a chat that has grown too long; it is refused, and the caller decides.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")
-# How the default template begins turns. A base model goes on writing them, for others as well.
+# How turns start in the default template. A base model keeps writing them, for other speakers as well.
 _TURNS = ("<|user|>", "<|system|>", "<|assistant|>")
 
 
@@ -47,7 +47,7 @@ class Conversation:
         system: str | None = None,
         messages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Begin with `messages`, those of an earlier chat; `system` replaces their system prompt."""
+        """Start with `messages`, from an earlier chat; `system` replaces their system prompt."""
         self.llm, self.params = llm, params or SamplingParams()
         self.last: Completion | None = None
         self.cut_by_context = False  # the last answer ended because the context did
@@ -64,7 +64,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt; None if there is none. It may be set, and removed, at any time."""
+        """The system prompt; None if there is none. It may be set or removed at any time."""
         first = self._messages[0] if self._messages else None
         return str(first["content"]) if first is not None and first["role"] == "system" else None
 
@@ -74,7 +74,7 @@ class Conversation:
         self._messages = ([] if text is None else [{"role": "system", "content": text}]) + rest
 
     def replace(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from other messages than those so far. Raises `UserError` for what is no chat."""
+        """Continue from these messages instead of those so far. Raises `UserError` if they are not a chat."""
         self._messages, self.last, self.cut_by_context = checked_messages(messages), None, False
 
     def reset(self) -> None:
@@ -99,15 +99,15 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """The answer to `text`, piece by piece. Both are in `messages` once the iterator has ended or was closed.
 
-        What an answer that was left had said stays. Raises `UserError`, at once and with nothing changed, for an empty
-        text and where the context has no room.
+        If the iterator is closed early, the answer so far is kept. Raises `UserError`, at once and with nothing
+        changed, for an empty text and if the context has no room.
         """
         if not text.strip():
             raise UserError("The message is empty; write at least one character.")
         return self._answer([*self._messages, {"role": "user", "content": text}])
 
     def retry(self) -> Iterator[str]:
-        """Another answer to the last question; the old one stays if this raises. Otherwise as `ask`."""
+        """Another answer to the last question; the old one is kept if this raises. Otherwise like `ask`."""
         return self._answer(self._messages[: self._last_question() + 1])
 
     @property
@@ -134,7 +134,7 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"The chat would have {len(prompt)} tokens, but the model's context ends at {self.context_length}, so "
-                "nothing was sent; start anew with /reset or take messages back with /undo (in Python, reset and undo)."
+                "nothing was sent; start again with /reset or take messages back by /undo (in Python, reset and undo)."
             )
         params = self.params
         if self.default_template:
@@ -146,10 +146,10 @@ class Conversation:
     def _pieces(self, messages: list[Message], stream: Stream, short: bool) -> Iterator[str]:
         try:
             yield from stream
-        except UserError:  # the model's numbers are no probabilities: there is no answer
+        except UserError:  # the model's outputs are not finite: there is no answer
             stream.close()
             raise
-        except BaseException:  # left by its reader, or interrupted
+        except BaseException:  # closed by its reader, or interrupted
             stream.close()
             self._settle(messages, stream, short)
             raise
@@ -162,18 +162,18 @@ class Conversation:
         self._messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
     def expert_use(self) -> npt.NDArray[np.float64]:
-        """For each layer and expert (L, E), the share of the last answer's tokens that it worked on.
+        """For each layer and expert (L, E), the share of the last answer's tokens that the expert worked on.
 
-        Needs `params.routing` to have been on. Raises `UserError` where nothing is known.
+        Needs `params.routing` to have been on. Raises `UserError` if nothing was recorded.
         """
         routing = self.last.routing if self.last is not None else None
         if not routing:
-            raise UserError("No answer is there whose experts are known; ask something first.")
+            raise UserError("There is no answer whose experts are known; ask something first.")
         return expert_use(routing, self.llm.config.num_experts)
 
 
 def expert_use(routing: Sequence[Routing], num_experts: int) -> npt.NDArray[np.float64]:
-    """For each layer and expert (L, E), the share of the tokens that it worked on."""
+    """For each layer and expert (L, E), the share of the tokens that the expert worked on."""
     ids = np.stack([each.expert_ids for each in routing])  # (T, L, K)
     counts = np.zeros((ids.shape[1], num_experts))
     for layer in range(ids.shape[1]):
@@ -186,7 +186,7 @@ def expert_use(routing: Sequence[Routing], num_experts: int) -> npt.NDArray[np.f
 
 
 def dump_messages(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Messages as a JSON list, which OpenAI's clients take as `messages`."""
+    """Messages as a JSON list, in the format of `messages` in OpenAI's clients."""
     text = json.dumps(list(messages), indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates, as JSON escapes them
 

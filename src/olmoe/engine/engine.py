@@ -1,7 +1,7 @@
 """`Engine`: many requests at once over one runner and one pool of blocks, step by step.
 
 A request's text depends on nothing but the request: not on what else is in progress, how its prompt was split, what the
-prefix cache had, or whether it was preempted. With the kernels' runner this holds to the bit.
+prefix cache held, or whether it was preempted. With the kernels' runner this is exact to the bit.
 
 Shapes legend: L layers, K experts per token, V vocabulary.
 """
@@ -38,18 +38,18 @@ from olmoe.tokenizer import Tokenizer
 
 
 class _Text:
-    """A request in progress, with all that the engine keeps for it."""
+    """A request in progress, with everything the engine keeps for it."""
 
     __slots__ = ("mask", "reported", "request", "scheduled", "stream", "traced")
 
     def __init__(self, request: Request, scheduled: Scheduled, stream: TextStream, mask: TokenMask | None) -> None:
         self.request, self.scheduled, self.stream, self.mask = request, scheduled, stream, mask
         self.reported = 0  # tokens of the prompt whose log-probabilities and routing have been noted
-        self.traced = 0  # tokens that `on_trace` was told of, or that the prefix cache had
+        self.traced = 0  # tokens passed to `on_trace`, or found in the prefix cache
 
 
 class _Prompt(NamedTuple):
-    """What a step computed of a prompt for the first time: rows of the batch, the first `scored` of them scored."""
+    """What a step computed of a prompt for the first time: rows of the batch; the first `scored` of them are scored."""
 
     text: _Text
     rows: range
@@ -59,7 +59,7 @@ class _Prompt(NamedTuple):
 class _Rows(NamedTuple):
     """Which rows of a batch need logits and routing, and for whom."""
 
-    ends: list[int]  # rows behind which a token is chosen for the text at the same place in `choosing`
+    ends: list[int]  # rows after which a token is chosen, for the text at the same index in `choosing`
     choosing: list[_Text]
     prompts: list[_Prompt]
     scored: list[int]  # rows of `prompts` that need logits
@@ -69,7 +69,7 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """What an engine holds now, and has done so far. Queries and hits of the prefix cache count tokens."""
+    """What an engine holds now and has done so far. Queries and hits of the prefix cache are counted in tokens."""
 
     running: int
     waiting: int
@@ -86,14 +86,14 @@ class EngineStatistics:
 
 
 class Engine:
-    """Requests over a runner: `add` them, call `step` while there is `has_work`, `abort` those nobody waits for.
+    """Runs requests: `add` them, call `step` while it `has_work`, `abort` those that nobody waits for.
 
-    All of it belongs to one thread, but for `request` and `statistics`. The cache has a fixed number of blocks of
-    `block_size` positions, what `cache_bytes` have room for; `max_rows` is the most requests that run at once, and
-    `token_budget` the most tokens of a step (None: what the runner is fastest with). `token_bytes` is what the keys and
-    values of a token take in it. `weights_id` keeps the prefix caches of different weights apart, should they ever be
+    All of it belongs to one thread, except `request` and `statistics`. The cache has a fixed number of blocks of
+    `block_size` positions, as many as fit into `cache_bytes`; `max_rows` is the most requests that run at once, and
+    `token_budget` the most tokens in a step (None: what the runner is fastest with). `token_bytes` is the size of a
+    token's keys and values in it. `weights_id` keeps the prefix caches of different weights apart, should they ever be
     shared. `router_policy` is for requests that have none. `on_trace` is called in every step with what the routers
-    chose for each token that was computed in it, each once; `RequestTraces` writes a file of that.
+    chose for each token computed in it, once per token; `RequestTraces` writes that to a file.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Engine:
             )
         self._cache = runner.new_cache(blocks, block_size, cache_dtype, block_size)
         budget = token_budget or runner.chunk_tokens
-        dynamic = runner.config.rope.rope_type == "dynamic"  # keys depend on how long a text is meanwhile
+        dynamic = runner.config.rope.rope_type == "dynamic"  # keys depend on the current length of a text
         self._scheduler = Scheduler(
             BlockPool(blocks, block_size),
-            max_rows=min(max_rows, budget),  # so that everyone who decodes has a turn in every step
+            max_rows=min(max_rows, budget),  # so that every decoding text has a turn in every step
             token_budget=budget,
             prefix_cache=prefix_cache and not dynamic,
             stepwise=dynamic,
@@ -151,7 +151,7 @@ class Engine:
     ) -> Request:
         """A request for `add`, by `new_request`. Changes nothing, and may be called from any thread.
 
-        Raises `UserError` for what can never run, which includes texts that are longer than the whole cache.
+        Raises `UserError` for a request that can never run, such as a text longer than the whole cache.
         """
         request = new_request(
             prompt_ids,
@@ -172,9 +172,9 @@ class Engine:
         return request
 
     def add(self, request: Request) -> None:
-        """A request made by `request` waits for its turn.
+        """Queue a request made by `request`.
 
-        Raises `UserError` for one that is in progress or has finished; nothing has changed after any error.
+        Raises `UserError` for one that is in progress or has finished; an error leaves everything unchanged.
         """
         if request in self._texts or request.finish_reason is not None:
             raise UserError("This request was added before; make another.")
@@ -190,7 +190,7 @@ class Engine:
             request.prompt_logprobs.append(None)  # nothing comes before the first token
 
     def abort(self, request: Request) -> None:
-        """Give a request up: its blocks are free at once, and `step` reports its end as "cancelled"."""
+        """Give up a request: its blocks are free at once, and `step` reports its end as "cancelled"."""
         text = self._texts.get(request)
         if text is not None:
             self._news.append(self._end(text, "cancelled", "", []))
@@ -201,11 +201,11 @@ class Engine:
         return bool(self._texts or self._news)
 
     def __contains__(self, request: Request) -> bool:
-        """Whether a request is in progress or waits."""
+        """Whether a request is in progress or waiting."""
         return request in self._texts
 
     def requests(self) -> list[Request]:
-        """Those that have not finished."""
+        """The requests that have not finished."""
         return list(self._texts)
 
     def forget_prefixes(self) -> None:
@@ -213,7 +213,7 @@ class Engine:
         self._scheduler.pool.forget()
 
     def statistics(self) -> EngineStatistics:
-        """Numbers of this moment."""
+        """The current numbers."""
         scheduler = self._scheduler
         return EngineStatistics(
             running=len(scheduler.running),
@@ -238,7 +238,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """The next tokens through the network, and one more token of each text that has caught up -> what is new."""
+        """Run the next tokens through the network, and choose one for each text that has caught up -> what is new."""
         started = time.perf_counter()
         chunks = self._scheduler.schedule()
         if not chunks:
@@ -258,7 +258,7 @@ class Engine:
         return self.unreported()
 
     def unreported(self) -> list[Delta]:
-        """What is new and no `step` has returned: all of it where a step has raised."""
+        """What is new but was not returned by `step`: everything new, if a step has raised."""
         news, self._news = self._news, []
         return news
 
@@ -270,7 +270,7 @@ class Engine:
             ids,
             [chunk.tokens for chunk in chunks],
             [chunk.start for chunk in chunks],
-            # A prompt's length is known before its last chunk; that of a text grows with every token.
+            # The length of a prompt is known before its last chunk; the length of a text grows with every token.
             [max(chunk.sequence.prompt_length, chunk.start + chunk.tokens) for chunk in chunks],
             [chunk.sequence.request.policy for chunk in chunks],
         )
@@ -291,7 +291,7 @@ class Engine:
             end = min(chunk.start + chunk.tokens, prompt_length)
             if text.reported < end and (params.prompt_logprobs is not None or params.prompt_routing):
                 new = range(first + max(text.reported - chunk.start, 0), first + end - chunk.start)
-                # The row of its last token predicts what is no longer prompt.
+                # The row of its last token predicts the first token after the prompt.
                 scored = 0 if params.prompt_logprobs is None else len(new) - (end == prompt_length)
                 rows.prompts.append(_Prompt(text, new, scored))
                 rows.scored.extend(new[:scored])
@@ -334,7 +334,7 @@ class Engine:
         for text in rows.choosing:
             try:
                 masks.append(None if text.mask is None else text.mask.next(len(text.request.token_ids)))
-            except Exception as error:  # a grammar's trouble is its own request's alone
+            except Exception as error:  # a failing grammar must end only its own request
                 masks.append(None)
                 errors[text] = _sentence(error, "grammar")
         choices = self._sampler.choose_rows(logits, [text.request for text in rows.choosing], masks)
@@ -347,7 +347,7 @@ class Engine:
             self._news.append(self._take(text, choice, routing))
 
     def _take(self, text: _Text, choice: Choice, routing: list[Routing]) -> Delta:
-        """Add what was chosen for a text -> what is new of it."""
+        """Add the chosen token to a text -> what is new."""
         request = text.request
         if choice.error is not None:
             request.error = choice.error
@@ -364,7 +364,7 @@ class Engine:
             request.times.first_token = time.perf_counter()
         try:
             new, reason = self._read(text, choice.token_id)
-        except Exception as error:  # trouble with a grammar or with characters is its own request's alone
+        except Exception as error:  # a failing grammar or detokenizer must end only its own request
             request.error = _sentence(error, "text")
             return self._end(text, "error", "", [choice.token_id], logprobs, routing)
         request.text += new
@@ -407,7 +407,7 @@ class Engine:
         return Delta(request, new, token_ids, list(logprobs), list(routing), reason, request.error)
 
     def _chain(self, request: Request) -> bytes:
-        """Where the request's chain of block hashes begins: what else than tokens its keys and values depend on."""
+        """The root of the request's chain of block hashes: whatever its keys and values depend on other than tokens."""
         policy = request.policy
         parts = [self._root, request.cache_salt.encode("utf-8", "surrogatepass")]
         if policy is not None:
@@ -432,12 +432,12 @@ class Engine:
 
 
 def _sentence(error: Exception, what: str) -> str:
-    """Why a text ends with an error, for whoever asked for it."""
-    return str(error) if isinstance(error, UserError) else f"The {what} cannot go on ({error})."
+    """Why a text ends with an error, in a sentence for the client."""
+    return str(error) if isinstance(error, UserError) else f"The {what} cannot continue ({error})."
 
 
 def _traced(chunks: Sequence[Chunk], texts: Sequence[_Text], trace: RouterTrace) -> Iterator[Traced]:
-    """What a step computed of each text, but for tokens that it had before it was preempted. All rows are traced."""
+    """What a step computed of each text, except tokens computed before it was preempted. All rows are traced."""
     end = 0
     for (sequence, start, tokens), text in zip(chunks, texts, strict=True):
         end += tokens

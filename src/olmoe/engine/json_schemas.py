@@ -1,4 +1,4 @@
-"""JSON schemas made ready for a grammar: bounded whitespace, formats that are only remarks left out. No torch."""
+"""JSON schemas prepared for a grammar: bounded whitespace, and no formats that are mere annotations. No torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from olmoe.errors import UserError, shown
 
 LARGEST_SCHEMA = 2**17  # characters of JSON
 LARGEST_REGEX, _LARGEST_REGEXES = 2**12, 2**14  # characters of one regular expression, and of all in a schema
-_DEEPEST = 60  # levels; the compiler's own JSON reader refuses 128, and a schema nests two for each of an array
+_DEEPEST = 60  # levels; the compiler's own JSON reader refuses 128, and every array in a schema nests two
 
 # Without a bound, a model that likes spaces writes them until its tokens run out.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 
-# `format` is a remark unless a validator is told otherwise; these, OpenAPI's, say nothing about the text.
+# `format` is an annotation unless a validator is told otherwise; these, OpenAPI's, do not constrain the text.
 _REMARKS = frozenset("int32 int64 float double decimal byte binary password".split())
 _ONE = frozenset("additionalProperties additionalItems items contains not if then else propertyNames".split())
 _MANY = frozenset("anyOf oneOf allOf prefixItems items".split())
@@ -26,10 +26,10 @@ _OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
 
 
 def prepared(schema: object, *, strict: bool = True, name: str = "The JSON schema") -> str:
-    """The text of a schema as the grammar compiler takes it. Raises `UserError` for what is no JSON schema.
+    """The text of a schema as the grammar compiler takes it. Raises `UserError` if it is not a JSON schema.
 
-    `schema` is an object, a boolean, or a text that holds one. Where it is not `strict`, keywords that the compiler
-    lacks are left out, so that a text may break them; where it is, compiling refuses them.
+    `schema` is an object, a boolean, or a text that holds one. Unless `strict`, keywords that the compiler lacks are
+    left out, so that a text may violate them; if `strict`, compiling refuses them.
     """
     if isinstance(schema, str | bytes):
         try:
@@ -39,7 +39,7 @@ def prepared(schema: object, *, strict: bool = True, name: str = "The JSON schem
     if not isinstance(schema, Mapping | bool):
         raise UserError(f"{name} must be an object, not {shown(schema)}.")
     if schema is False:
-        raise UserError(f"{name} is false: nothing fits it.")
+        raise UserError(f"{name} is false: nothing satisfies it.")
     given: Mapping[str, Any] = {} if schema is True else schema
     plain = _Walk(name).copy(given, 0)
     options = given.get("x-guidance")
@@ -61,7 +61,7 @@ def prepared(schema: object, *, strict: bool = True, name: str = "The JSON schem
 
 
 def patterns(text: str) -> list[str]:
-    """The regular expressions that may stand in a schema that is `prepared`, each once."""
+    """The regular expressions in a `prepared` schema, each once."""
     found: dict[str, None] = {}
     open_values = [json.loads(text)]
     while open_values:
@@ -77,15 +77,15 @@ def patterns(text: str) -> list[str]:
 
 
 def _exact(key: object, value: Any, name: str) -> Any:
-    """A keyword's value, where the compiler's numbers hold it: they are float64, or int64.
+    """A keyword's value, if the compiler's numbers, float64 or int64, can hold it.
 
-    Bounds farther out than 2^53 become 2^53. Raises `UserError` where only numbers beyond it would do.
+    Bounds beyond 2^53 become 2^53. Raises `UserError` if only numbers beyond it would satisfy the schema.
     """
     if key in ("const", "enum") and (large := _inexact(value)) is not None:
         raise UserError(f"{name} asks for {shown(large)}; whole numbers beyond 2^53 are not supported there.")
     if not isinstance(key, str) or key.lower() not in _BOUNDS or isinstance(value, bool):
         return value
-    if not isinstance(value, int | float) or not abs(value) > _EXACT:  # as NaN is not, which is refused later
+    if not isinstance(value, int | float) or not abs(value) > _EXACT:  # NaN too, which is refused later
         return value
     if (value > 0) is key.lower().endswith("minimum"):
         raise UserError(f"{name} has a {key} of {shown(value)}; beyond 2^53 there are no exact numbers.")
@@ -93,7 +93,7 @@ def _exact(key: object, value: Any, name: str) -> Any:
 
 
 def _inexact(value: Any) -> int | None:
-    """A whole number in a JSON value that a float64 does not hold."""
+    """A whole number in a JSON value that a float64 cannot hold exactly."""
     if isinstance(value, int):
         return value if abs(value) > _EXACT else None
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -101,13 +101,13 @@ def _inexact(value: Any) -> int | None:
 
 
 class _Walk:
-    """Copies a schema without what only comments on it. Raises `UserError` where it is too deep or too complex."""
+    """Copies a schema without mere annotations. Raises `UserError` if it is too deep or too complex."""
 
     def __init__(self, name: str) -> None:
         self._name, self._regexes = name, 0
 
     def copy(self, schema: Any, depth: int) -> Any:
-        """A schema, `depth` levels below the outermost one."""
+        """A copy of a schema that is `depth` levels below the outermost one."""
         if depth > _DEEPEST:
             raise UserError(f"{self._name} is nested more than {_DEEPEST} levels deep; make it flatter, or use $ref.")
         if not isinstance(schema, Mapping):

@@ -37,7 +37,7 @@ from olmoe.weights.generation import end_ids
 # them are hardly faster, and each needs its logits.
 CACHE_BYTES = 2**31
 MOST_SEQUENCES = 256
-# So many prompts take long enough for a bar.
+# More prompts than this take long enough for a progress bar.
 _MANY = 32
 
 
@@ -66,17 +66,17 @@ class LLM:
         router_policy: AnyPolicy | None = None,
         adapter: str | Path | None = None,
     ) -> None:
-        """Load a checkpoint; None is the shipped one. See `checkpoint.load` for the arguments and errors.
+        """Load a checkpoint; None means the shipped one. See `checkpoint.load` for the arguments and errors.
 
         `backend` is how operations are computed: "auto" (C++ kernels where they fit, else torch), "cpu" (the kernels,
         or an error where they are not installed), "torch" or "reference". `threads` is the number of CPU threads of
-        the whole process, torch's included (None: as it is, which is all cores unless something chose otherwise).
-        `cache_bytes` bounds the keys and values that are held at once. With `prefix_cache` they are kept between
-        calls, and what a prompt has in common with earlier ones is not computed again: for conversations. `cache_dtype`
-        is that of keys and values: "int8" takes half the memory of fp16, which packed models have by default.
-        `router_policy` changes what routers choose wherever `SamplingParams` do not say otherwise.
-        `adapter` is a folder with a LoRA adapter of the model, which may then be left out: it is the one that the
-        adapter names. It is added to plain weights; beside packed ones it is computed by torch, for chosen experts.
+        the whole process, torch's included (None: unchanged, which is all cores unless something chose otherwise).
+        `cache_bytes` bounds the keys and values held at once. With `prefix_cache` they are kept between calls, and
+        what a prompt has in common with earlier ones is not computed again: useful for conversations. `cache_dtype` is
+        the type of keys and values: "int8" takes half the memory of fp16, the default for packed models.
+        `router_policy` changes what routers choose unless `SamplingParams` have their own policy.
+        `adapter` is a folder with a LoRA adapter for the model; the model may then be left out, for the adapter names
+        it. The adapter is added to plain weights; for packed ones, torch computes it separately, for chosen experts.
         """
         self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
@@ -87,7 +87,7 @@ class LLM:
             local_files_only=local_files_only,
         )
         self.device, memory_dtype = resolve_device(device), resolve_dtype(dtype)
-        # The tokenizer comes first: what is wrong with it must not wait for gigabytes of weights.
+        # The tokenizer comes first: its errors must be reported before gigabytes of weights are loaded.
         folder, config = found.folder, found.config
         self.config, self.router_policy = config, router_policy
         own = Path(adapter).expanduser() if adapter is not None else folder
@@ -113,7 +113,7 @@ class LLM:
         cache_dtype: str | torch.dtype | None = None,
         router_policy: AnyPolicy | None = None,
     ) -> LLM:
-        """An `LLM` of a model and a tokenizer that are already in memory."""
+        """An `LLM` from a model and a tokenizer that are already in memory."""
         require_backend(backend)
         llm = cls.__new__(cls)
         llm._limit(threads, cache_bytes, prefix_cache, cache_dtype)
@@ -138,17 +138,17 @@ class LLM:
         _check_fit(tokenizer, config)
         self.backend, self.model, self.tokenizer, self.config = backend, model, tokenizer, config
         self.recompile()
-        # Scaled RoPE stretches the context that the model was trained on.
+        # Scaled RoPE stretches the context that the model was trained with.
         self.context_length = int(config.max_position_embeddings * config.rope.factor)
 
     @property
     def runner(self) -> Runner:
-        """What was compiled from the model, for an `Engine` of one's own."""
+        """What was compiled from the model, for building your own `Engine`."""
         return self._runner
 
     @property
     def router_policy(self) -> Policy | None:
-        """What changes the routers' choices by default; see `SamplingParams.router_policy`. It can be set."""
+        """The default router policy; see `SamplingParams.router_policy`. It can be set."""
         return self._policy
 
     @router_policy.setter
@@ -159,18 +159,18 @@ class LLM:
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
-        """That of keys and values, None for the runner's own."""
+        """The dtype of keys and values, None for the runner's own."""
         return self._cache_dtype
 
     def recompile(self) -> None:
-        """Take over what was changed in `model` since it was compiled: replaced weights or modules, hooks, settings.
+        """Apply changes made to `model` since it was compiled: replaced weights or modules, hooks, settings.
 
-        Generation runs what was compiled from the model when this object was made, or by the last call of this.
+        Generation runs what was compiled from the model when this object was made, or by the last call of `recompile`.
         Weights that are written in place need no call, unless they are vectors in half precision, or `prefix_cache` has
         kept what the old ones computed.
         """
         self._runner = make_runner(self.model, self.backend)
-        self._idle = []  # what they keep was computed from other weights
+        self._idle = []  # the keys and values they keep come from other weights
 
     def generate(
         self,
@@ -180,25 +180,25 @@ class LLM:
         show_progress: bool = True,
         trace: TraceTarget = None,
     ) -> list[Completion]:
-        """Complete one prompt or several, each into the text that it would get alone.
+        """Complete one prompt or several, each with the text that it would get alone.
 
         A prompt is a text; a list of integer ids, or a one-dimensional integer array of numpy or torch; a list of chat
         messages, which goes through the chat template; or an encoding of a transformers tokenizer (a dict with
         `input_ids`), whose padding is left out as its `attention_mask` says. Several prompts are a list or another
-        iterable of these, an array of two dimensions, or an encoding of such. `params` are for all prompts, or one for
-        each.
+        iterable of these, an array of two dimensions, or an encoding of several. `params` is one for all prompts, or a
+        list of one for each.
 
-        Texts are generated together, as many as have room for their keys and values in `cache_bytes` (2 GiB unless
-        chosen otherwise), 256 at most, and always one; when one ends, the next begins. Memory thus stays the same for
-        thousands of prompts, and what prompts have in common is computed once. For more than 32 a bar is shown on
-        stderr if that is a terminal, unless `show_progress` is False.
+        Texts are generated together, as many as have room for their keys and values in `cache_bytes` (2 GiB by
+        default), at most 256 and at least one; when one ends, the next starts. Memory thus stays constant for thousands
+        of prompts, and what prompts have in common is computed once. For more than 32 prompts a bar is shown on stderr
+        if that is a terminal, unless `show_progress` is False.
 
         `trace` is a file for what the routers choose for every token, written as texts grow, with a window for each
-        prompt in their order: the prompt's tokens and the new ones, but for the last, which nothing is computed of.
-        `olmoe.runner.Trace.open` reads it. Or it is an open `TraceWriter`, which takes the texts of several calls.
+        prompt in their order: the prompt's tokens and the new ones, except the last, which is never run through the
+        network. `olmoe.runner.Trace.open` reads it. It may also be an open `TraceWriter`, to record several calls.
 
         Raises `UserError` for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
-        and whatever else is no prompt, before anything is generated; it names the prompt if there are several.
+        and anything else that is not a prompt, before anything is generated; it names the prompt if there are several.
         """
         return self._complete(read_prompts(prompts), params, trace, show_progress=show_progress)
 
@@ -210,7 +210,7 @@ class LLM:
         show_progress: bool = True,
         trace: TraceTarget = None,
     ) -> list[Completion]:
-        """The assistant's answer to one conversation or to several; otherwise as `generate`.
+        """The assistant's answer to one conversation or to several; otherwise like `generate`.
 
         A conversation is a list of messages such as `{"role": "user", "content": "Hello"}`. They go through the
         checkpoint's chat template, or OLMoE-Instruct's where it has none.
@@ -220,7 +220,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, trace: TraceTarget = None) -> Stream:
         """Complete one prompt, piece by piece. Errors are those of `generate`, raised at once.
 
-        The file of `trace` is there when the text has ended, and not if it was left before.
+        The `trace` file appears when the text has ended, and not if the stream is closed before.
         """
         requests = self._requests([read_prompt(prompt)], params)
         statistics = Statistics()
@@ -234,10 +234,10 @@ class LLM:
         *,
         most_sequences: int | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """What `generate` returns, each with the number of its prompt and as soon as it has finished.
+        """What `generate` returns, each with the index of its prompt, as soon as it has finished.
 
-        At most `most_sequences` are in progress at once (None: 256). Errors of prompts and parameters are raised at
-        once. Whoever leaves the iterator gives up what has not finished.
+        At most `most_sequences` are in progress at once (None: 256). Errors in prompts and parameters are raised at
+        once. Closing the iterator cancels what has not finished.
         """
         requests = self._requests(read_prompts(prompts), params)
         number_of = {request: number for number, request in enumerate(requests)}
@@ -311,12 +311,12 @@ class LLM:
             if writer is not None:
                 traces = RequestTraces(writer)
                 traces.expect(requests)
-            # One that is traced shares nothing with other texts or calls, for which nothing would be chosen here.
+            # A traced run shares nothing with other texts or calls: routing is not computed again for what is shared.
             engine = (self._rested(requests) if traces is None else None) or self._engine(requests, on_trace=traces)
             with contextlib.closing(self._deltas(engine, requests, statistics, keep=traces is None)) as deltas:
                 for delta in deltas:
                     if delta.text:
-                        yield delta.text  # what the reader does with it is not our time
+                        yield delta.text  # what the reader does with it does not count as our time
 
     def _deltas(
         self, engine: Engine, requests: list[Request], statistics: Statistics, *, keep: bool = True
@@ -340,14 +340,14 @@ class LLM:
                         raise in_batch(UserError(delta.error), delta.request.where)
                     yield delta
             finished = True
-        except GeneratorExit:  # left between two steps: the engine is sound, and keeps its prefixes
+        except GeneratorExit:  # closed between two steps: the engine is sound, and keeps its prefixes
             finished = True
             raise
         finally:
             for request in engine.requests():
                 engine.abort(request)
             engine.unreported()
-            # Not one whose keys and values come from other weights. And only one, for `cache_bytes` hold for it.
+            # Not one whose keys and values come from other weights. And only one, since `cache_bytes` allow no more.
             if keep and finished and self._prefix_cache and engine.runner is self._runner:
                 self._idle = [engine]
 
@@ -360,14 +360,14 @@ class LLM:
     def _engine(
         self, requests: list[Request], most_sequences: int | None = None, on_trace: OnTrace | None = None
     ) -> Engine:
-        """An engine for these requests, or if prefixes are kept, for any. One that is traced computes every token."""
+        """An engine for these requests, or for any if prefixes are kept. If traced, it computes every token."""
         runner, config = self._runner, self.config
         unit, block_size, cache_bytes = runner.block_positions, KEY_BLOCK, self.cache_bytes
         token_bytes = position_bytes(config, self._cache_dtype or runner.cache_dtype)
         most = -(-max(request.most_tokens for request in requests) // unit) * unit
         if not self._prefix_cache:
             if len(requests) == 1:
-                block_size = most  # one block a sequence is read a little faster than blocks of 64
+                block_size = most  # one block per sequence is read slightly faster than blocks of 64
             needed = sum(-(-request.most_tokens // block_size) for request in requests) * block_size
             cache_bytes = min(cache_bytes, needed * token_bytes)
         # A single text always gets what it needs.
@@ -387,7 +387,7 @@ class LLM:
 
 
 def _model_of(model_id: str | Path | None, adapter: str | Path | None) -> str | Path:
-    """The model that is meant: the one that is named, by the caller or by the adapter, or the shipped one."""
+    """The model to load: the one named by the caller or by the adapter, or else the shipped one."""
     if model_id is not None:
         return model_id
     return hub.SHIPPED if adapter is None else base_of(adapter)
@@ -397,6 +397,6 @@ def _check_fit(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """A tokenizer may have fewer ids than the model has rows, which are then padding, but never more."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer has {tokenizer.vocab_size} ids, but the model only {config.vocab_size}; "
+            f"The tokenizer has {tokenizer.vocab_size} ids, but the model has only {config.vocab_size}; "
             "they do not belong together."
         )

@@ -1,4 +1,4 @@
-"""From a prompt's ids and parameters to a `Request`, or one sentence that says why there is none. No torch."""
+"""From a prompt's ids and parameters to a `Request`, or to one sentence that says why there is none. No torch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def new_request(
     cache_salt: str = "",
     router_policy: ResolvedPolicy | None = None,
 ) -> Request:
-    """A request that the model can run. Raises `UserError` for what it never can.
+    """A request that the model can run. Raises `UserError` for one that it never can.
 
-    Where the context has no room for all new tokens, the request's `limit` says how many there will be.
-    `router_policy` is for parameters without one.
+    If the context has no room for all new tokens, the request's `limit` says how many there will be.
+    `router_policy` applies if the parameters have none.
     """
     known = tokenizer.vocab_size
     if not prompt_ids:
         raise UserError("The prompt is empty; give at least one character.")
     room = context_length - len(prompt_ids)
-    if room < 1:  # before all its ids are looked at, which may be millions
+    if room < 1:  # before all its ids are checked, which may be millions
         raise UserError(
             f"The prompt has {len(prompt_ids)} tokens, but the model's context ends at {context_length}; shorten it."
         )

@@ -1,4 +1,4 @@
-"""How probable a prompt's own tokens are: scoring, as evaluation harnesses ask for it.
+"""How probable a prompt's own tokens are: scoring, as evaluation harnesses need it.
 
 Shapes legend: N tokens, V vocabulary.
 """
@@ -14,9 +14,9 @@ from olmoe.engine.request import TokenLogprob
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int, allowed: int) -> list[TokenLogprob]:
-    """The log-probability of each token, and of the `top` likeliest in its place. logits (N, V), one row before each.
+    """The log-probability of each token, and of the `top` likeliest at its position. logits (N, V) precede each token.
 
-    Only the first `allowed` of V count, as in sampling: the rest is padding. A token beyond has the logarithm of 0.
+    Only the first `allowed` of V count, as in sampling: the rest is padding. A token beyond them gets -inf.
     """
     if not token_ids:
         return []

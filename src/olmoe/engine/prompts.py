@@ -1,4 +1,4 @@
-"""Reading prompts: whatever a caller may hand to `LLM` becomes texts, lists of ids and chats, or one `UserError`."""
+"""Reading prompts: whatever a caller may pass to `LLM` becomes texts, lists of ids and chats, or a `UserError`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Read = str | list[int] | Chat
 def read_prompts(value: object) -> list[Read]:
     """One prompt or several, in any of the ways that `LLM.generate` documents.
 
-    A one-dimensional array is one prompt, a two-dimensional one has a prompt in every row. Raises `UserError` for
-    anything else, with its index if there are several.
+    A one-dimensional array is one prompt, a two-dimensional array holds one per row. Raises `UserError` for anything
+    else, with its index if there are several.
     """
     if isinstance(value, str):
         return [str(value)]
@@ -62,11 +62,11 @@ def read_prompt(value: object) -> Read:
     prompts = read_prompts(value)
     if len(prompts) > 1:
         raise UserError(f"A stream continues one prompt, not {len(prompts)}; use generate for several.")
-    return prompts[0] if prompts else []  # which is empty, and refused as such
+    return prompts[0] if prompts else []  # an empty prompt, refused as such
 
 
 def read_chats(value: object) -> list[Chat]:
-    """One conversation, or several. Raises `UserError` for what holds no messages."""
+    """One conversation, or several. Raises `UserError` for anything that holds no messages."""
     items = _items(value)
     if items and isinstance(items[0], Mapping):
         return [_chat(items)]
@@ -80,7 +80,7 @@ def read_chats(value: object) -> list[Chat]:
 
 
 def prompt_ids(prompt: Read, tokenizer: Tokenizer) -> list[int]:
-    """The ids that the network gets to see."""
+    """The ids that the network is run on."""
     if isinstance(prompt, Chat):
         return tokenizer.encode_chat(prompt.messages)
     return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -107,7 +107,7 @@ def read_params(value: object, count: int) -> list[SamplingParams]:
 
 
 def _single(value: object) -> Read:
-    """One prompt of a batch, or the batch that is one prompt."""
+    """One prompt of a batch, or a batch of one prompt."""
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def _only(rows: list[list[int]]) -> list[int]:
 
 
 def _ids(items: list[Any]) -> list[int]:
-    """Token ids, each an integer: a bool is none, nor is a float without a fraction."""
+    """Token ids, each an integer: neither a bool nor a float without a fraction is one."""
     if all(type(item) is int for item in items):
         return items
     ids = []
@@ -150,13 +150,13 @@ def _items(value: object) -> list[Any]:
         return listed if isinstance(listed, list) else [listed]
     try:
         iterator = iter(value)
-    except TypeError:  # arrays of other libraries say so late
+    except TypeError:  # other libraries' arrays raise only here
         raise UserError(f"{_WHAT}, not {_typed(value)}.") from None
     return list(iterator)
 
 
 def _is_number(item: object) -> bool:
-    """Whether it can only be meant as an id, right or wrong."""
+    """Whether it can only be meant as an id, valid or not."""
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim == 0
     return isinstance(item, numbers.Number | np.bool_)
@@ -181,7 +181,7 @@ def _chat(items: list[Any]) -> Chat:
 
 
 def _encoding_rows(encoding: Mapping[str, Any]) -> list[list[int]]:
-    """The ids of what a transformers tokenizer returns, without those that its attention_mask hides (the padding)."""
+    """The ids in what a transformers tokenizer returns, without those that its attention_mask hides (the padding)."""
     if "input_ids" not in encoding:
         hint = "; put the message into a list" if "role" in encoding else ""
         raise UserError(f"{_WHAT}, not a dict of {', '.join(map(str, encoding)) or 'nothing'}{hint}.")
@@ -236,7 +236,7 @@ def _rows(array: np.ndarray | Tensor, listed: Any) -> list[list[int]]:
 
 
 def _listed(array: np.ndarray | Tensor) -> Any:
-    """Its values as Python objects. Raises `UserError` for a tensor that has none, as on the meta device."""
+    """Its values as Python objects. Raises `UserError` for a tensor without values, such as one on the meta device."""
     try:
         return array.tolist()
     except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A prompt in progress, what is reported of it after each step, and what a caller gets back. No torch."""
+"""A prompt in progress, what is reported about it after each step, and what a caller gets back. No torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Routing(NamedTuple):
 class TokenLogprob:
     """How probable a generated token was: `logprob` is the natural logarithm of its probability.
 
-    `top` are the likeliest tokens at its position by falling probability, id to log-probability, as many as
-    `SamplingParams.logprobs` asks for. All are the model's own: before temperature, penalty and filters.
+    `top` maps the ids of the likeliest tokens at its position to log-probabilities, by falling probability, as many as
+    `SamplingParams.logprobs` asks for. All are the model's own: before temperature, penalties and filters.
     """
 
     token_id: int
@@ -40,10 +40,10 @@ class TokenLogprob:
 
 @dataclass
 class Timings:
-    """Wall seconds of one text: waiting for texts before it, its prompt, its tokens.
+    """Wall-clock seconds of one text: waiting for texts before it, its prompt, its tokens.
 
-    Prompts that went through the network together took `prefill_seconds` together. What the reader of a stream
-    does with the text is not counted.
+    Prompts that ran through the network together share one `prefill_seconds`. Time that the reader of a stream spends
+    on the text is not counted.
     """
 
     queue_seconds: float = 0.0
@@ -52,19 +52,19 @@ class Timings:
 
     @property
     def total_seconds(self) -> float:
-        """All of them."""
+        """The sum of the three."""
         return self.queue_seconds + self.prefill_seconds + self.decode_seconds
 
 
 @dataclass
 class Completion:
-    """One text, with what it took.
+    """One text, with what it took to generate.
 
     `token_ids` are all generated ids, a final EOS included; `text` ends before any stop string. `finish_reason` is
     "eos" (the model ended the text), "stop" (a stop string or id), "length" (`max_new_tokens`, or the end of the
-    context) or "cancelled" (its stream was left). `logprobs` and `routing`, if asked for, have an entry for each of
-    `token_ids`, `prompt_logprobs` one for each token of the prompt, None for the first. Two completions are equal
-    whatever time they took.
+    context) or "cancelled" (its stream was closed). `logprobs` and `routing`, if requested, have an entry for each of
+    `token_ids`, and `prompt_logprobs` one for each token of the prompt, None for the first. Timings do not count when
+    completions are compared.
     """
 
     text: str
@@ -80,17 +80,17 @@ class Completion:
 
 @dataclass
 class Statistics:
-    """What one call took: tokens and wall seconds, prompt processing and generation apart."""
+    """What one call took: tokens and wall-clock seconds, for prompt processing and generation separately."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     new_tokens: int = 0
-    decode_tokens: int = 0  # new tokens less the first of each text, which prefill yields
+    decode_tokens: int = 0  # new tokens, minus the first of each text, which prefill yields
     decode_seconds: float = 0.0
     finished: int = 0  # texts
 
     def count(self, prompt_tokens: int, step_tokens: int, seconds: float, news: Sequence[Delta]) -> None:
-        """A step of so many tokens, of prompts and in all; both share its seconds by their tokens."""
+        """Add a step of `prompt_tokens` among `step_tokens`; its seconds are divided in proportion."""
         share = prompt_tokens / step_tokens if step_tokens else 1.0
         self.prompt_tokens += prompt_tokens
         self.prefill_seconds += seconds * share
@@ -106,12 +106,12 @@ class Times:
     """When things happened to a request, by `time.perf_counter`; 0 for what has not happened yet."""
 
     arrived: float = 0.0
-    scheduled: float = 0.0  # its first tokens went through the network
+    scheduled: float = 0.0  # its first tokens ran through the network
     first_token: float = 0.0
     finished: float = 0.0
 
 
-@dataclass(eq=False)  # two that look alike are two
+@dataclass(eq=False)  # two requests are never the same, even if they look alike
 class Request:
     """A prompt in progress: its ids, its parameters, and what has been generated.
 
@@ -121,7 +121,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     limit: int  # most tokens to generate, within the model's context
-    where: str = ""  # its index in the batch for messages, as `in_batch` takes it
+    where: str = ""  # its index in the batch, for messages, as `in_batch` takes it
     priority: int = 0
     cache_salt: str = ""
     policy: ResolvedPolicy | None = None
@@ -131,7 +131,7 @@ class Request:
     routing: list[Routing] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_routing: list[Routing] = field(default_factory=list)
-    cached_tokens: int = 0  # of the prompt, whose keys and values the prefix cache had
+    cached_tokens: int = 0  # of the prompt, whose keys and values were in the prefix cache
     finish_reason: FinishReason | None = None
     error: str | None = None  # why it finished with "error", in a sentence
     stop: str | int | None = None  # the stop string or id that ended it
@@ -144,7 +144,7 @@ class Request:
         return len(self.prompt_ids) + self.limit
 
     def completion(self) -> Completion:
-        """What has become of it; "cancelled" if it has not finished."""
+        """Its result; "cancelled" if it has not finished."""
         params = self.params
         return Completion(
             self.text,
@@ -162,8 +162,8 @@ class Request:
 class Delta(NamedTuple):
     """News of one request after a step of the engine: the last one has a `finish_reason`.
 
-    `text` is what has become certain; `token_ids`, with `logprobs` and `routing` for each if asked for, are the
-    tokens chosen. `error` is the sentence of the finish reason "error".
+    `text` is what has become certain; `token_ids`, with `logprobs` and `routing` for each if requested, are the
+    tokens chosen. `error` is the sentence that goes with the finish reason "error".
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""Sequences that a runner works on together: their cache, their lengths, and what goes through the network next.
+"""Sequences that a runner works on together: their cache, their lengths, and what runs through the network next.
 
 Shapes legend: B sequences, V vocabulary.
 """
@@ -26,8 +26,8 @@ class RunningSequences:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The prompts, none of them empty, of all sequences -> logits (B, V) after each.
 
-        They go through the network in chunks of at most `Runner.chunk_tokens`: memory for activations does not grow
-        with them, and Ctrl-C is heard between two chunks.
+        They run through the network in chunks of at most `Runner.chunk_tokens`, so that memory for activations does
+        not grow with them and Ctrl-C takes effect between two chunks.
         """
         totals, start = [len(prompt) for prompt in prompts], [0] * len(prompts)
         last: list[Tensor] = []
@@ -54,13 +54,13 @@ class RunningSequences:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with only these sequences, in that order. Nothing is copied."""
+        """Keep only these sequences, in this order. Nothing is copied."""
         self._cache = CacheView(self._cache.blocks, np.ascontiguousarray(self._cache.table[list(rows)]))
         self.lengths = [self.lengths[row] for row in rows]
 
 
 def chunks(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Tokens of each sequence in each chunk: `size` in all but the last, one sequence after the other."""
+    """Tokens of each sequence in each chunk: `size` in total except in the last, one sequence after another."""
     left = list(lengths)
     while any(left):
         room, counts = size, []

@@ -1,4 +1,4 @@
-"""Choosing the next tokens of all requests in progress, so that a batch samples as its members would alone."""
+"""Chooses the next tokens of all requests in progress, so that each samples in a batch as it would alone."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ERRORS = {
 
 
 class Choice(NamedTuple):
-    """The next token of one request, or in `error` the sentence that says why there is none (then the id is -1).
+    """The next token of one request, or the sentence in `error` that says why there is none (then the id is -1).
 
     `logprob` and `top`, ids to log-probabilities by falling probability, are what `SamplingParams.logprobs` asks for:
-    those of the model itself, before temperature, penalties, biases and filters.
+    the model's own, before temperature, penalties, biases and filters.
     """
 
     token_id: int
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """Chooses for any requests, in any order and company: each token depends on nothing but its own request.
+    """Chooses for any requests, in any order and combination: each token depends only on its own request.
 
     `allowed` is the tokenizer's number of ids: rows of the output head beyond it are padding, which was
     never trained, and can never be chosen.
@@ -51,7 +51,7 @@ class Sampler:
     ) -> list[Choice]:
         """The next token of each request, which the caller adds to its `token_ids`. logits (B, V).
 
-        `masks` are the tokens that each may have, as `SamplingRow.mask` says; None allows all.
+        `masks` are the tokens that each may have, as in `SamplingRow.mask`; None allows all.
         """
         rows = [self._row(request) for request in requests]
         for row, mask in zip(rows, masks or [None] * len(rows), strict=True):
@@ -60,7 +60,7 @@ class Sampler:
         return [_choice(row, *values) for row, *values in zip(rows, *(t.tolist() for t in samples), strict=True)]
 
     def _row(self, request: Request) -> SamplingRow:
-        """What the operation has to know of a request, brought up to date."""
+        """What the operation needs to know about a request, brought up to date."""
         row = self._rows.get(request)
         if row is None:
             row = self._rows[request] = _new_row(request)
@@ -82,7 +82,7 @@ def _new_row(request: Request) -> SamplingRow:
         frequency_penalty=float(params.frequency_penalty),
         bias_ids=array("q", biases.keys()),
         biases=array("d", biases.values()),
-        # From the operating system: torch's global generator has no part in it.
+        # From the operating system: torch's global generator is not involved.
         seed=secrets.randbits(63) if params.seed is None else int(params.seed),
         logprobs=params.logprobs,
         ids=array("q", request.prompt_ids),

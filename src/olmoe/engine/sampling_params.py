@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class GrammarState(Protocol):
-    """Where one text stands in a `Grammar`."""
+    """The state of one text in a `Grammar`."""
 
-    finished: bool  # nothing may follow but the end
+    finished: bool  # only the end may follow
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
-        """Write which tokens may come next: bit i of word w is token 32 w + i. EOS ids count where the text may end."""
+        """Write which tokens may come next: bit i of word w is token 32 w + i. EOS ids count if the text may end."""
         ...
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a token that the mask allowed."""
+        """Continue after a token that the mask allowed."""
         ...
 
 
@@ -46,29 +46,29 @@ class SamplingParams:
     """How the next token is chosen and when to stop. The command line has the same defaults.
 
     - `max_new_tokens`: the most tokens to generate (256).
-    - `temperature`: 0 takes the most probable token; above, logits are divided by it and sampled.
+    - `temperature`: 0 chooses the most probable token; otherwise logits are divided by it and sampled.
     - `top_k`: only the k most probable tokens (0: all). `top_p`: the fewest tokens whose probabilities sum
       to p (1: all). `min_p`: tokens of at least p times the most probable one's probability (0: all).
     - `repetition_penalty`: above 1, logits of tokens already in prompt or text are divided (if positive) or
       multiplied (if negative) by it (Keskar et al. 2019).
     - `presence_penalty`, `frequency_penalty`: subtracted from logits of tokens already in the text (not the prompt),
-      once and for each time that they occur, as in OpenAI's interface.
+      once, or once for each occurrence, as in OpenAI's interface.
     - `logit_bias`: added to the logits of these ids; -inf bans a token.
     - `seed`: the same seed gives the same text, in a batch or alone; None draws a new one.
     - `stop`: the text ends before the first of these strings. `ignore_eos`: do not end at EOS ids.
-    - `stop_token_ids`: the text ends at one of these ids, which shows as nothing. `include_stop`: keep the stop string
-      at the end of the text. `min_tokens`: no EOS and no stop id before so many tokens.
-    - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones in its
-      place; None reports none. `prompt_logprobs`: the same for the tokens of the prompt.
+    - `stop_token_ids`: the text ends at one of these ids, which adds no text. `include_stop`: keep the stop string
+      at the end of the text. `min_tokens`: no EOS and no stop id before this many tokens.
+    - `logprobs`: report the log-probability of every generated token, and of this many of the likeliest ones at its
+      position; None reports none. `prompt_logprobs`: the same for the tokens of the prompt.
     - `allowed_token_ids`: only these can be chosen. `grammar`: the text belongs to it.
     - `router_policy`: changes what routers choose for this text: a `RouterPolicy`, the path of a JSON file, or a
-      mapping with the keys of one (see `olmoe.runner.policy_file`). Where `LLM` has another, `RouterPolicy()` is the
-      model's own.
-    - `routing`: report which experts predicted each token, with their weights; `prompt_routing`: those of the prompt's
-      tokens as well.
+      mapping with the keys of one (see `olmoe.runner.policy_file`). If `LLM` has a policy, `RouterPolicy()` restores
+      the model's own routing.
+    - `routing`: report which experts predicted each token, with their weights; `prompt_routing`: also those of the
+      prompt's tokens.
 
-    None for any of them is its default. Whole numbers and numbers may be numpy's. Raises `UserError` for values of
-    other types or outside their ranges.
+    None means the default for any of them. Numbers may be numpy's. Raises `UserError` for values of other types or
+    outside their ranges.
     """
 
     max_new_tokens: int = 256
@@ -99,19 +99,19 @@ class SamplingParams:
             value = getattr(self, each.name)
             if value is None:
                 value = each.default
-            if value is not None:  # which is the default of some
+            if value is not None:  # None is the default of some
                 value = _checked(each.name, value)
             object.__setattr__(self, each.name, value)
 
     def with_seed(self, seed: int | None) -> SamplingParams:
-        """The same with another seed. All else is shared, however much it is, and not checked again."""
+        """The same parameters with another seed. Everything else is shared, however large, and not checked again."""
         other = copy.copy(self)
         object.__setattr__(other, "seed", None if seed is None else _checked("seed", seed))
         return other
 
 
 def _checked(name: str, value: object) -> Any:
-    """The value as the parameter `name` holds it. Raises `UserError` for one of another type or out of range."""
+    """The value as the parameter `name` stores it. Raises `UserError` for one of another type or out of range."""
     kind, read, allowed, rule = _RULES[name]
     try:
         result = read(value)
@@ -123,7 +123,7 @@ def _checked(name: str, value: object) -> Any:
 
 
 def whole_number(name: str, value: object, *, least: int) -> int:
-    """The value of an argument `name`. Raises `UserError` if it is no whole number or below `least`."""
+    """The value of an argument `name`. Raises `UserError` if it is not a whole number or is below `least`."""
     try:
         number = _whole(value)
     except TypeError:
@@ -146,7 +146,7 @@ def _number(value: object) -> float:
 
 
 def _flag(value: object) -> bool:
-    numpy = sys.modules.get("numpy")  # not imported for this: whoever passes its bool has it
+    numpy = sys.modules.get("numpy")  # not imported for this: whoever passes its bool has imported it
     if not isinstance(value, bool) and (numpy is None or not isinstance(value, numpy.bool_)):
         raise TypeError
     return bool(value)
@@ -167,7 +167,7 @@ def _ids(value: object) -> Sequence[int]:
 
 
 def _having(method: str) -> Callable[[object], Any]:
-    """Takes objects that have the method."""
+    """A reader that accepts objects with this method."""
 
     def read(value: object) -> Any:
         if not callable(getattr(value, method, None)):
@@ -178,19 +178,19 @@ def _having(method: str) -> Callable[[object], Any]:
 
 
 def _policy(value: object) -> Policy:
-    from olmoe.runner.policy_file import as_policy  # on demand: torch comes with its package
+    from olmoe.runner.policy_file import as_policy  # on demand: its package imports torch
 
     return as_policy(value)
 
 
 def _biases(value: object) -> dict[int, float]:
-    """Ids, perhaps written as strings (JSON has no other keys), to numbers that may be added to a logit."""
+    """A mapping from ids, perhaps strings (JSON has no other keys), to numbers that may be added to a logit."""
     if not isinstance(value, Mapping):
         raise TypeError
     return {int(i) if isinstance(i, str) and i.isdecimal() else _whole(i): _number(x) for i, x in value.items()}
 
 
-# Of each parameter: what type it has, how that is read, which of the values read are allowed, and that in words.
+# For each parameter: its type, how it is read, which of the values read are allowed, and the same in words.
 _RULES: dict[str, tuple[str, Callable[[object], Any], Callable[[Any], bool], str]] = {
     "max_new_tokens": ("a whole number", _whole, lambda n: n >= 1, "at least 1"),
     "temperature": ("a number", _number, lambda x: 0 <= x < math.inf, "at least 0"),

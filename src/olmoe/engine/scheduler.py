@@ -1,8 +1,8 @@
-"""Which tokens of which sequences go through the network in the next step. No torch.
+"""Which tokens of which sequences run through the network in the next step. No torch.
 
-There is no phase of prompts and none of decoding: every sequence catches up with the tokens that it has, a prompt in
-chunks, a text by the token chosen last. What a sequence computed can be thrown away and computed again ("preempted"),
-since results do not depend on how they were computed.
+There are no separate prefill and decoding phases: every sequence catches up with its tokens, a prompt in chunks, a text
+by the token chosen last. What a sequence computed can be thrown away ("preempted") and computed again, since results do
+not depend on how they were computed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from olmoe.engine.request import Request
 
 
 class Sequence:
-    """A request as the scheduler sees it: its tokens, and how many of them have their keys and values in which blocks.
+    """A request as the scheduler sees it: its tokens, how many of them have keys and values, and in which blocks.
 
-    `root` begins its chain of hashes: sequences with different roots share nothing. `fresh` is the number of its first
-    tokens that must go through the network once, whatever the prefix cache has.
+    `root` starts its chain of hashes: sequences with different roots share nothing. `fresh` is the number of its first
+    tokens that must run through the network once, whatever is in the prefix cache.
     """
 
     __slots__ = ("blocks", "computed", "fresh", "hashes", "ids", "key", "prompt_length", "request", "root")
@@ -31,22 +31,22 @@ class Sequence:
         self.computed = 0
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
-        self.key = (request.priority, 0)  # in the order of which sequences get what there is
+        self.key = (request.priority, 0)  # sequences are served in this order
 
     @property
     def left(self) -> int:
-        """Tokens that have to go through the network before the next one can be chosen."""
+        """Tokens that have to run through the network before the next one can be chosen."""
         return len(self.ids) - self.computed
 
     def hashes_up_to(self, blocks: int, size: int) -> list[bytes]:
-        """Those of its first blocks, all of them full."""
+        """The hashes of its first blocks, all of them full."""
         for b in range(len(self.hashes), blocks):
             self.hashes.append(next_hash(self.hashes[-1] if b else self.root, self.ids[b * size : (b + 1) * size]))
         return self.hashes[:blocks]
 
 
 class Chunk(NamedTuple):
-    """So many `tokens` of a sequence, behind the `start` that were computed before."""
+    """The next `tokens` of a sequence, after the `start` that were computed before."""
 
     sequence: Sequence
     start: int
@@ -59,11 +59,11 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """Sequences that wait and that run, over one pool.
+    """Waiting and running sequences over one pool.
 
-    A step has at most `token_budget` tokens and `max_rows` sequences. Those that decode come first, then prompts by
-    priority and arrival, whether they have begun or wait. A sequence is admitted when the pool has room for all
-    of its tokens. With `stepwise`, generated tokens are computed one at a time even when they are computed again.
+    A step has at most `token_budget` tokens and `max_rows` sequences. Decoding sequences come first, then prompts by
+    priority and arrival, whether already started or still waiting. A sequence is admitted when the pool has room for
+    all of its tokens. With `stepwise`, generated tokens are computed one at a time even when they are computed again.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Scheduler:
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence waits."""
+        """Queue a new sequence."""
         assert self.blocks_of(sequence.request.most_tokens) <= self.pool.blocks
         self._arrivals += 1
         sequence.key = (sequence.request.priority, self._arrivals)
         _insert(self.waiting, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has finished or was given up: its blocks are free."""
+        """Remove a sequence that has finished or was given up; its blocks are freed."""
         if sequence.blocks:
             self.running.remove(sequence)
             self._leave(sequence)
@@ -92,7 +92,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks that so many tokens take."""
+        """The number of blocks that this many tokens take."""
         return -(-tokens // self.pool.size)
 
     def schedule(self) -> list[Chunk]:
@@ -102,9 +102,9 @@ class Scheduler:
         for sequence in self._by_turn():
             if room <= 0:
                 break
-            if not sequence.blocks:  # preempted by one before it
+            if not sequence.blocks:  # preempted by an earlier one
                 continue
-            if sequence.left > 1 and not preempted:  # those that came later but are more urgent do not wait for it
+            if sequence.left > 1 and not preempted:  # later but more urgent sequences do not wait for it
                 room = self._admit(chosen, room, before=sequence.key)
                 if room <= 0:
                     break
@@ -120,7 +120,7 @@ class Scheduler:
         return list(chosen.values())
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
-        """These chunks have been computed: blocks that they filled can be shared."""
+        """Note that these chunks have been computed: blocks that they filled can be shared."""
         size = self.pool.size
         for sequence, start, count in chunks:
             sequence.computed = start + count
@@ -131,7 +131,7 @@ class Scheduler:
                     self.pool.publish(sequence.blocks[b], names[b])
 
     def check(self) -> None:
-        """Assert that every block is held by those who list it, and that nobody writes into what others read."""
+        """Assert that the sequences that list a block hold it, and that nobody writes into what others read."""
         self.pool.check()
         holders: dict[int, int] = {}
         for sequence in self.running:
@@ -164,7 +164,7 @@ class Scheduler:
         return Chunk(sequence, sequence.computed, count)
 
     def _grow(self, sequence: Sequence, tokens: int) -> list[Sequence]:
-        """Blocks for so many tokens -> the sequences preempted for it, at last perhaps itself."""
+        """Get blocks for this many tokens -> the sequences preempted for it, as a last resort itself."""
         missing = self.blocks_of(tokens) - len(sequence.blocks)
         victims: list[Sequence] = []
         while missing > 0:
@@ -191,9 +191,9 @@ class Scheduler:
     # ---- sequences that wait ----
 
     def _admit(self, chosen: dict[Sequence, Chunk], room: int, before: tuple[int, int] | None = None) -> int:
-        """Let waiting sequences begin, and add their first chunks, of at most `room` tokens in all -> what is left.
+        """Admit waiting sequences, and add their first chunks, of at most `room` tokens in total -> the room left.
 
-        With `before` only those whose turn is before that key's.
+        With `before`, only those whose turn comes before that key's.
         """
         if not self.waiting or room <= 0 or (before is not None and self.waiting[0].key > before):
             return room
@@ -206,16 +206,16 @@ class Scheduler:
             names = self._sharable(sequence)
             matched = self.pool.match(names)
             if len(matched) < len(names) and names[len(matched)] in promised:
-                at += 1  # what it needs is being computed for another: it can share that soon
+                at += 1  # what it needs is being computed for another sequence: it can soon share that
                 continue
             missing = self.blocks_of(len(sequence.ids)) - len(matched)
-            # Whoever still grows will want another block before long, and must not take the newcomer's for it.
+            # Sequences that still grow will need another block before long, which must not come from the newcomer.
             reserve = sum(self.blocks_of(each.request.most_tokens) > len(each.blocks) for each in self.running)
             if missing + reserve > self.pool.available(matched):
                 break
             self.pool.take(matched)
             blocks = self.pool.allocate(missing)
-            assert blocks is not None  # a sequence that is alone fits: `add` has checked
+            assert blocks is not None  # a sequence alone always fits: `add` has checked
             del self.waiting[at]
             self._start(sequence, matched, blocks)
             promised |= self._promised([sequence]) if self._prefix_cache else set()
@@ -233,7 +233,7 @@ class Scheduler:
             sequence.request.cached_tokens = sequence.computed
 
     def _sharable(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the blocks that it may find computed: full ones, less the one of its last token."""
+        """Hashes of the blocks that it may find computed: the full ones, except that of its last token."""
         if not self._prefix_cache or sequence.fresh:
             return []
         return sequence.hashes_up_to((len(sequence.ids) - 1) // self.pool.size, self.pool.size)

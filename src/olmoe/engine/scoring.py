@@ -1,9 +1,9 @@
-"""How probable given texts are: many at once, what they have in common computed once, no logits but those asked for.
+"""How probable given texts are: many at once, with shared parts computed once, and only the logits that are needed.
 
 Evaluation harnesses score thousands of continuations, many of them of the same context. Texts are sorted into trees of
-their tokens: whatever several begin with is one run of tokens, which goes through the network once, whether it fills
-whole blocks of the cache or not. A text's score does not depend on what else is scored; with the kernels' runner this
-holds to the bit.
+tokens: a prefix that several share is one run of tokens, which runs through the network once, whether it fills whole
+blocks of the cache or not. A text's score does not depend on what else is scored; with the kernels' runner this is
+exact to the bit.
 
 Shapes legend: R rows with logits, V vocabulary.
 """
@@ -26,14 +26,14 @@ from olmoe.runner import Batch, CacheView, Runner, Want, position_bytes
 from olmoe.runner.policy import ResolvedPolicy
 
 CACHE_BYTES = 2**31
-# Runs of tokens in one step at most.
+# The most runs of tokens in one step.
 MOST_RUNS = 256
-# Rows whose exponentials are summed together: they stay in the processor's cache.
+# Rows whose exponentials are summed together: few enough to stay in the processor's cache.
 _ROWS = 16
 
 
 class Scored(NamedTuple):
-    """The natural logarithm of a text's probability behind its context, and whether greedy decoding would give it."""
+    """The natural logarithm of a text's probability given its context, and whether greedy decoding would produce it."""
 
     logprob: float
     greedy: bool
@@ -52,13 +52,13 @@ class _Text:
 
     @property
     def inputs(self) -> list[int]:
-        """What goes through the network: nothing follows the last token."""
+        """The tokens to run through the network: all but the last, which nothing follows."""
         return self.ids[:-1]
 
 
 @dataclass(eq=False)
 class _Run:
-    """Tokens `start` to `end` of all `texts` that begin alike up to there, behind those of `parent`."""
+    """Tokens `start` to `end`, shared by all `texts`, which agree up to there; they follow those of `parent`."""
 
     ids: list[int]  # of one of them
     start: int
@@ -66,14 +66,14 @@ class _Run:
     parent: _Run | None
     texts: list[int]
     children: list[_Run] = field(default_factory=list)
-    scored_from: int = 0  # the first position whose logits somebody needs
-    need: int = 0  # blocks that it and any of the longest ways through its children take
+    scored_from: int = 0  # the first position whose logits are needed
+    need: int = 0  # blocks that it and the longest path through its children take
     computed: int = 0
-    waiting: int = 0  # children that have not begun, for which its blocks are kept
+    waiting: int = 0  # children that have not started, for which its blocks are kept
     blocks: list[int] = field(default_factory=list)
 
     def own_blocks(self, size: int) -> int:
-        """Blocks that it takes for itself: those full of its ancestors' tokens are shared."""
+        """Blocks that it takes for itself: those filled by its ancestors' tokens are shared."""
         return -(-self.end // size) - self.start // size
 
 
@@ -91,7 +91,7 @@ class _Chunk(NamedTuple):
 class Scorer:
     """Scores texts with a runner, in a cache of at most `cache_bytes`, or what the longest text takes if that is more.
 
-    `max_rows` are the runs of tokens in one step at most, `token_budget` its tokens (None: what the runner is fastest
+    `max_rows` is the most runs of tokens in one step, `token_budget` the most tokens (None: what the runner is fastest
     with). `policy` changes what routers choose. `given_tokens` and `computed_tokens` count what has been scored so far:
     they differ by what texts had in common.
     """
@@ -109,14 +109,14 @@ class Scorer:
         self._runner, self._policy = runner, policy
         self._cache_bytes, self._cache_dtype = cache_bytes, cache_dtype
         self._max_rows, self._token_budget = max_rows, token_budget or runner.chunk_tokens
-        # Keys that depend on how long a text is belong to it alone.
+        # Keys that depend on the length of a text cannot be shared.
         self._share = runner.config.rope.rope_type != "dynamic"
         self.given_tokens = self.computed_tokens = 0
 
     def score(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[tuple[int, Scored]]:
-        """The score of each (ids, first): of its tokens from the index `first` on, with its number, as they come.
+        """The score of each (ids, first), with its index, as it is finished: of its tokens from index `first` on.
 
-        `first` is at least 1, for something must precede what is scored. Raises `UserError` for logits that are not
+        `first` is at least 1, since something must precede what is scored. Raises `UserError` for logits that are not
         finite.
         """
         found = [_Text(ids, first) for ids, first in texts]
@@ -141,7 +141,7 @@ class Scorer:
         return self._runner.forward(batch, view, Want(wanted)).logits
 
     def _pool(self, roots: Sequence[_Run], size: int) -> int:
-        """Blocks to hold: all that could be of use, within the memory allowed."""
+        """Blocks to hold: as many as could be useful, within the memory allowed."""
         token_bytes = position_bytes(self._runner.config, self._cache_dtype or self._runner.cache_dtype)
         allowed = self._cache_bytes // (token_bytes * size)
         return max(min(allowed, sum(run.need * (1 + len(run.texts)) for run in roots)), max(run.need for run in roots))
@@ -166,7 +166,7 @@ class _Scoring:
         """Step by step, until all are scored."""
         while self._roots or self._ready or self._running:
             chunks = self._schedule()
-            assert chunks  # what has begun can always be finished
+            assert chunks  # what has started can always be finished
             for number in self._step(chunks):
                 text = self._texts[number]
                 if not math.isfinite(text.logprob) and not text.logprob < 0:
@@ -179,7 +179,7 @@ class _Scoring:
     # ---- which tokens are next ----
 
     def _schedule(self) -> list[_Chunk]:
-        """What has begun goes on; then whoever shares what is there; then new trees."""
+        """First the runs already started, then those that share what is in the cache, then new trees."""
         room = self._scorer._token_budget
         for queue in (self._ready, self._roots):
             at = len(queue)
@@ -201,9 +201,9 @@ class _Scoring:
         return chunks
 
     def _begin(self, run: _Run) -> bool:
-        """Blocks for a run, if there is room for it and for one of its children after another.
+        """Allocate blocks for a run, if there is room for it and for its children one after another.
 
-        Without that room several runs could have begun that all wait for one another.
+        Without that room several runs could start and then all wait for one another.
         """
         pool, parent = self._pool, run.parent
         if run.need > pool.free:
@@ -226,7 +226,7 @@ class _Scoring:
 
     @torch.inference_mode()
     def _step(self, chunks: Sequence[_Chunk]) -> list[int]:
-        """Chunks through the network -> the texts that are scored with it."""
+        """Run chunks through the network -> the texts whose scores are then complete."""
         table = np.zeros((len(chunks), max(len(chunk.run.blocks) for chunk in chunks)), dtype=np.int32)
         for row, chunk in zip(table, chunks, strict=True):
             row[: len(chunk.run.blocks)] = chunk.run.blocks
@@ -242,7 +242,7 @@ class _Scoring:
         return scored
 
     def _note(self, chunks: Sequence[_Chunk], logits: Tensor) -> list[int]:
-        """Add up what the logits (R, V) say of each text -> those for which nothing is left."""
+        """Add what the logits (R, V) say to the score of each text -> the texts that are complete."""
         numbers, rows, targets = [], [], []
         at = 0
         for chunk in chunks:
@@ -276,9 +276,9 @@ class _Scoring:
 
 
 def _trees(texts: Sequence[_Text], *, share: bool) -> list[_Run]:
-    """Runs of tokens in trees: each way from a root to a run's end is the beginning of all its texts."""
+    """Runs of tokens in trees: each path from a root to a run's end is a prefix of all its texts."""
     roots: list[_Run] = []
-    path: list[_Run] = []  # of the text before, which in this order has most in common with the next
+    path: list[_Run] = []  # of the previous text, which in this order has the most in common with the next
     before: list[int] = []
     for number in sorted(range(len(texts)), key=lambda number: texts[number].ids[:-1]):
         inputs = texts[number].inputs
@@ -299,7 +299,7 @@ def _trees(texts: Sequence[_Text], *, share: bool) -> list[_Run]:
 
 
 def _split(run: _Run, at: int, roots: list[_Run]) -> _Run:
-    """Divide a run, the last of its parent's children, at a position -> its first part, the parent of the second."""
+    """Split a run, the last of its parent's children, at a position -> its first part, the parent of the second."""
     first = _Run(run.ids, run.start, at, run.parent, list(run.texts), [run])
     (roots if run.parent is None else run.parent.children)[-1] = first
     run.start, run.parent = at, first
@@ -307,7 +307,7 @@ def _split(run: _Run, at: int, roots: list[_Run]) -> _Run:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """How many items two lists begin with alike."""
+    """The length of the longest common prefix of two lists."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

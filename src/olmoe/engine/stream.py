@@ -1,4 +1,4 @@
-"""`Stream`: one text as it is generated, part by part. No torch."""
+"""`Stream`: one text as it is generated, piece by piece. No torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from olmoe.engine.request import Completion, Request, Statistics
 class Stream:
     """An iterator over the pieces of one text.
 
-    `statistics` fills as it goes. `completion` is None while the text grows, and there once it has ended: at its end,
-    or, with the finish reason "cancelled" and the text so far, after the loop over it was left, after `close`, or
-    after an error. A loop that was left can be taken up again, but not after `close`.
+    `statistics` is updated as it goes. `completion` is None while the text grows, and set once it has ended: at its
+    end or, with the finish reason "cancelled" and the text so far, after the loop over it was left, after `close`, or
+    after an error. A loop that was left can be resumed, but not after `close`.
 
     >>> with llm.stream("Once upon a time") as stream:      # doctest: +SKIP
     ...     for piece in stream:
@@ -33,7 +33,7 @@ class Stream:
         self.completion: Completion | None = None
         self._request, self._pieces = request, pieces
         self._closed = False
-        # What is left unfinished when Python ends would be closed after torch has gone, with a complaint.
+        # A stream left unfinished when Python exits would be closed after torch is gone, with an error message.
         weakref.finalize(self, _close, pieces)
 
     def __next__(self) -> str:
@@ -50,7 +50,7 @@ class Stream:
         return piece
 
     def __iter__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[str]:
-        """All pieces that are still to come."""
+        """All remaining pieces."""
         try:
             while True:
                 try:
@@ -59,11 +59,11 @@ class Stream:
                     return
                 yield piece
         finally:
-            if not _is_finalizing():  # then modules have gone already, and nobody will ask
+            if not _is_finalizing():  # else modules are gone already, and nobody will ask
                 self._settle()
 
     def close(self) -> None:
-        """Generate no more, and free what was needed for it. May be called twice, and from another thread."""
+        """Stop generating, and free the resources. May be called twice, and from another thread."""
         self._closed = True
         _close(self._pieces)
         self._settle()
@@ -81,6 +81,6 @@ class Stream:
 
 
 def _close(pieces: Generator[str, None, None]) -> None:
-    # A generator that is just running, in another thread, cannot be closed; its reader does so.
+    # A generator that is running in another thread cannot be closed; its reader closes it.
     with contextlib.suppress(ValueError):
         pieces.close()

@@ -1,11 +1,11 @@
-"""Grammars: texts that parse, because no token is chosen that would break them. No torch.
+"""Grammars: texts that are sure to parse, because tokens that would break them are never chosen. No torch.
 
     from olmoe.engine import structured
     llm.generate(prompts, SamplingParams(grammar=structured.json_schema(schema, llm.tokenizer)))
 
-`json_schema`, `json_object`, `regex`, `choice` and `grammar` compile what they are given for a tokenizer and raise
-`UserError` for what is wrong with it. Compiling takes milliseconds, hostile input up to a second: a server calls them
-in a thread. Compiled grammars are kept for the next request. The work is llguidance's (extra `serve`).
+`json_schema`, `json_object`, `regex`, `choice` and `grammar` compile their input for a tokenizer and raise `UserError`
+if something is wrong with it. Compiling takes milliseconds, hostile input up to a second: a server calls them in a
+thread. Compiled grammars are kept for the next request. The work is done by llguidance (extra `serve`).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
     from olmoe.tokenizer import Tokenizer
 
-# Characters, characters, texts. A lexer of optional letters takes time with the square of their number.
+# Characters, characters, texts. The time for a lexer of optional letters grows with the square of their number.
 LARGEST_GRAMMAR, LARGEST_CHOICE, MOST_CHOICES = 2**15, 2**17, 10_000
 
-# So much of a grammar is kept in memory, and so long may one step take: a request must not hold up the others.
+# How much of a grammar is kept in memory, and how long a step may take: a request must not hold up the others.
 _LIMITS = {
     "step_lexer_fuel": 50_000,
     "step_max_items": 10_000,
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
-# What may be built from its regular expressions: a schema has one for each property, others write their own.
+# How much may be built from its regular expressions: a schema has one for each property, others write their own.
 _FUEL = {"schema": 500_000, "regex": 200_000, "choice": 500_000, "grammar": 200_000}
-_PROBES = 2  # steps that are tried when a grammar is compiled: what is too complex shows in the first ones
-_KEPT = 16  # compiled grammars of a tokenizer, each of up to some 40 MB if it is a hostile one
+_PROBES = 2  # steps that are tried when a grammar is compiled: one that is too complex shows it in the first ones
+_KEPT = 16  # compiled grammars per tokenizer, each of up to about 40 MB if it is hostile
 
 _log = logging.getLogger("olmoe")
 _compilers: weakref.WeakKeyDictionary[Tokenizer, _Compiler] = weakref.WeakKeyDictionary()
@@ -51,14 +51,14 @@ _compilers_lock = threading.Lock()
 def json_schema(
     schema: object, tokenizer: Tokenizer, *, strict: bool = True, name: str = "The JSON schema"
 ) -> TextGrammar:
-    """JSON that a schema allows, with at most eight blanks in a row.
+    """JSON that a schema allows, with at most eight spaces in a row.
 
-    `strict` refuses keywords that cannot be kept to (`not`, `uniqueItems`, ...); without it they are left out and
-    logged, and a text may break them. `name` is what messages call the schema.
+    `strict` refuses keywords that cannot be enforced (`not`, `uniqueItems`, ...); without it they are dropped with a
+    log message, and a text may violate them. `name` is what messages call the schema.
     """
     text = prepared(schema, strict=strict, name=name)
     found = _compile(tokenizer, _library().LLMatcher.grammar_from_json_schema(text), "schema", name)
-    for pattern in patterns(text):  # a text meets them late, and finds them too complex then
+    for pattern in patterns(text):  # otherwise a text reaches them late, and only then finds them too complex
         try:
             _compiler(tokenizer).master("regex", f"start: {regex_terminal(pattern)}")
         except UserError as error:
@@ -92,18 +92,18 @@ def grammar(text: str, tokenizer: Tokenizer) -> TextGrammar:
 
 
 def assembled(text: str, tokenizer: Tokenizer) -> TextGrammar:
-    """The grammar of a Lark text that was put together by a program, of parts that users gave."""
+    """The grammar of a Lark text that a program has put together from parts that users gave."""
     return _compile(tokenizer, text, "schema", "The grammar")
 
 
 def regex_terminal(pattern: object) -> str:
-    """A regular expression as it stands in a Lark grammar. Raises `UserError` for one that is no text, or too long."""
+    """A regular expression as a terminal of a Lark grammar. Raises `UserError` if it is not a text, or too long."""
     text = _checked_text("The regex", pattern, LARGEST_REGEX)
     return f"/{_library().regex_to_lark(text or '(?:)', 'd')}/"
 
 
 def choice_rule(texts: object) -> str:
-    """Alternatives as they stand in a Lark grammar. Raises `UserError` for anything but a list of texts."""
+    """Alternatives as a rule of a Lark grammar. Raises `UserError` for anything but a list of texts."""
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"A choice must be a list of at least one text, not {shown(texts)}.")
     if len(texts) > MOST_CHOICES or sum(map(len, texts)) > LARGEST_CHOICE:
@@ -130,10 +130,10 @@ class TextGrammar:
 
 
 class TextState:
-    """Where one text stands in a `TextGrammar`.
+    """The state of one text in a `TextGrammar`.
 
     `fill` raises `UserError` if the grammar takes more work or memory than one text may have, or after a token that it
-    does not allow; the text cannot go on then.
+    does not allow; the text cannot continue then.
     """
 
     def __init__(self, compiler: _Compiler, kind: str, source: str) -> None:
@@ -144,7 +144,7 @@ class TextState:
         self.finished: bool = self._matcher.is_stopped()
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
-        """Write which tokens may come next, and EOS where the text may end; every other bit becomes 0."""
+        """Write which tokens may come next, and EOS if the text may end; every other bit becomes 0."""
         bits = self._matcher.compute_bitmask()
         if self._begun_again():
             bits = self._matcher.compute_bitmask()
@@ -155,7 +155,7 @@ class TextState:
         mask[count:] = 0
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a token that the mask allowed."""
+        """Continue after a token that the mask allowed."""
         if token_id in self._compiler.eos_ids:
             self.finished = True
             return
@@ -168,7 +168,7 @@ class TextState:
     def _begun_again(self) -> bool:
         """Whether the matcher failed for lack of room, and has read the text again with a fresh lexer.
 
-        Texts of one grammar share what its lexer has learnt, and others may have filled it.
+        Texts of one grammar share its lexer's cached states, and others may have filled it.
         """
         if not self._matcher.is_error() or "too many" not in self._matcher.get_error():
             return False
@@ -201,11 +201,11 @@ class _Compiler:
         self.eos_ids = frozenset(i for i in tokenizer.eos_ids if 0 <= i < count)
         tokens = [tokenizer.token_bytes(i) for i in range(count)]
         ends = [i for i in tokenizer.eos_ids if i in self.eos_ids]
-        if not ends:  # texts end where nothing may follow; the library wants an id all the same
+        if not ends:  # texts end where nothing may follow, but the library requires an id
             tokens.append(b"")
             special.append(count)
             ends = [count]
-        # What has no bytes could be written for ever without getting on.
+        # Tokens without bytes could be written for ever without any progress.
         banned = {i for i, content in enumerate(tokens) if not content} | set(special)
         bits = np.ones(-(-len(tokens) // 32) * 32, dtype=np.uint8)
         bits[len(tokens) :] = 0
@@ -221,7 +221,7 @@ class _Compiler:
     def master(self, kind: str, source: str) -> Any:
         """A matcher that has read nothing, to be copied. Raises `UserError` for a grammar that cannot be used."""
         key = kind, source
-        with self._lock:  # one at a time also bounds what hostile grammars take together
+        with self._lock:  # one at a time also bounds what hostile grammars use together
             found = self._masters.get(key)
             if found is None:
                 found = self._masters[key] = self._build(kind, source)
@@ -241,17 +241,17 @@ class _Compiler:
         matcher = _library().LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits[kind])
         self._probe(matcher.deep_copy())
         for warning in matcher.get_grammar_warnings():
-            _log.warning("a grammar is not kept to in full: %s", _shortened(str(warning)))
+            _log.warning("a grammar is not fully enforced: %s", _shortened(str(warning)))
         return matcher
 
     def words(self, bits: bytes) -> npt.NDArray[np.int32]:
-        """A mask of the library, which may have a word more than it needs, without what must never be chosen."""
+        """A mask from the library, which may have one word too many, without tokens that must never be chosen."""
         import numpy as np
 
         return np.frombuffer(bits, dtype=np.int32, count=len(self._allowed)) & self._allowed
 
     def _probe(self, matcher: Any) -> None:
-        """Take the first steps. Raises `UserError` if there are none, or they are too much work."""
+        """Take the first steps. Raises `UserError` if there are none, or if they are too much work."""
         import numpy as np
 
         for _ in range(_PROBES):
@@ -267,7 +267,7 @@ class _Compiler:
 
 
 class _Vocabulary:
-    """What llguidance reads a tokenizer from. It knows the tokenizer weakly, which owns its grammars."""
+    """The tokenizer as llguidance reads it. The reference to it is weak, since the tokenizer owns its grammars."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -279,7 +279,7 @@ class _Vocabulary:
         self._bytes = {content[0]: i for i, content in enumerate(tokens) if len(content) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens of a text that must come: those that the model knows it by, where they are exactly this text.
+        """The tokens of a text that must come next: as the model's tokenizer splits it, if they are exactly this text.
 
         Otherwise its bytes one by one: a tokenizer composes characters, and reads the names of special tokens as such.
         """
@@ -301,7 +301,7 @@ def _compile(tokenizer: Tokenizer, source: str, kind: str, name: str) -> TextGra
 
 
 def _compiler(tokenizer: Tokenizer) -> _Compiler:
-    """That of a tokenizer, made at its first grammar (0.2 s at OLMoE's vocabulary)."""
+    """The compiler of a tokenizer, made for its first grammar (0.2 s with OLMoE's vocabulary)."""
     with _compilers_lock:
         found = _compilers.get(tokenizer)
         if found is None:
@@ -330,22 +330,22 @@ def _checked_text(what: str, text: object, largest: int) -> str:
 
 
 def _from_gbnf(text: str) -> str:
-    """A grammar of llama.cpp's kind in Lark's syntax."""
+    """A llama.cpp grammar in Lark's syntax."""
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         return gbnf_to_lark(text)
-    except Exception as error:  # a parser that raises what it likes, IndexError and RecursionError among them
+    except Exception as error:  # the parser may raise anything, IndexError and RecursionError included
         reason = _shortened(str(error)) or type(error).__name__
         raise UserError(f"The grammar {shown(text)} is not GBNF: {reason}.") from None
 
 
-# What a Lark grammar holds besides names: texts, regular expressions, comments; and special tokens in angle brackets.
+# What is in a Lark grammar besides names: texts, regular expressions, comments, and special tokens in angle brackets.
 _LEXEMES = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/|(<[^<>\n]*>)')
 
 
 def _check_lexemes(text: str) -> None:
-    """Refuse special tokens, for they have no text and the engine itself ends texts, and regexes that are too long."""
+    """Refuse special tokens (they have no text, and the engine itself ends texts) and regexes that are too long."""
     for found in _LEXEMES.finditer(text):
         if found[0][0] == "/" != found[0][1]:
             _checked_text("A regex of the grammar", found[0], LARGEST_REGEX)

@@ -1,4 +1,4 @@
-"""Generated ids to text that may be shown: whole characters, nothing that a stop string may yet swallow. No torch."""
+"""From generated ids to text that may be shown: whole characters, nothing that may yet be a stop string. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class TextStream:
     """Feed ids with `add`; `text` grows by what each call returns; `stopped` turns true at a stop string.
 
     The text ends before the stop string that is complete first (of two complete at once, the longer), so
-    that it does not depend on how the characters were split into tokens; with `include_stop` it ends behind it.
+    that it does not depend on how the characters were split into tokens; with `include_stop` it ends after it.
     `stop_string` is the one that was found.
     """
 
@@ -51,7 +51,7 @@ class TextStream:
         return ready
 
     def _possible_stop(self) -> int:
-        """How many characters at the end of the held text could be the beginning of a stop string."""
+        """How many characters at the end of the held text could be the start of a stop string."""
         longest = max((len(s) for s in self._stop), default=0)
         for size in range(min(longest - 1, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-size:]) for s in self._stop):

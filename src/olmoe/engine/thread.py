@@ -1,4 +1,4 @@
-"""`EngineThread`: one thread around an `Engine`, for servers, where requests come from elsewhere at any time."""
+"""`EngineThread`: one thread around an `Engine`, for servers, where requests arrive from other threads at any time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from olmoe.engine.request import Delta, Request
 from olmoe.errors import UserError
 
 _log = logging.getLogger("olmoe")
-# Requests that come together are cheaper together: one that finds the engine idle waits for others, as long as this
-# part of a step takes, and never longer than these seconds.
+# Requests that arrive together are cheaper together: one that finds the engine idle waits for others, for this
+# fraction of a step's time, and never longer than these seconds.
 _GATHERING, _LONGEST_GATHERING = 0.04, 0.005
 
 
 class EngineThread:
     """Runs an engine as long as it has work, and sleeps otherwise.
 
-    `deliver` is called on the thread, once a step, with what is new of all requests. Every request that was submitted
-    gets a last delta: if the engine fails, one with the finish reason "error", and `failed` says why.
+    `deliver` is called on the thread, once per step, with what is new for all requests. Every submitted request gets a
+    last delta: if the engine fails, one with the finish reason "error", and `failed` says why.
     """
 
     def __init__(self, engine: Engine, deliver: Callable[[list[Delta]], None]) -> None:
@@ -33,23 +33,23 @@ class EngineThread:
         self._inbox: deque[tuple[bool, Request]] = deque()  # (whether it is new, else to be aborted, request)
         self._wake = threading.Condition()
         self._closing = False
-        self._ended = False  # nobody will look into the inbox any more
+        self._ended = False  # nobody will read the inbox any more
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="olmoe-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin; requests submitted before are taken up now."""
+        """Start the thread; requests submitted earlier are taken up now."""
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Requests for the next step. Returns at once; may be called from any thread.
+        """Queue requests for the next step. Returns at once; may be called from any thread.
 
-        After `close` they are cancelled, and `deliver` is told on the calling thread.
+        After `close` they are cancelled, and `deliver` is called on the calling thread.
         """
         self._put(True, requests)
 
     def abort(self, requests: Sequence[Request]) -> None:
-        """Give requests up before the next step. May be called from any thread, also for those that have finished."""
+        """Give up requests before the next step. May be called from any thread, even for those that have finished."""
         self._put(False, requests)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class EngineThread:
             self._deliver_safely(self._cancelled(late))
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # which torch keeps for each thread
+        torch.set_num_threads(self._threads)  # torch keeps this number per thread
         while True:
             with self._wake:
                 if not self._has_work():
@@ -93,7 +93,7 @@ class EngineThread:
         return bool(self._inbox or self._closing or (self.failed is None and self.engine.has_work))
 
     def _turn(self, orders: list[tuple[bool, Request]]) -> list[Delta]:
-        """What was ordered, then a step -> the news."""
+        """Carry out what was submitted, then a step -> what is new."""
         refused: list[Delta] = []
         if self.failed is None:
             try:
@@ -103,7 +103,7 @@ class EngineThread:
                     else:
                         self.engine.abort(request)
                 return refused + self.engine.step()
-            except Exception as error:  # whatever it is, nobody must wait for ever
+            except Exception as error:  # whatever it is, no client must wait for ever
                 self.failed = error
                 _log.exception("the engine has failed; restart it")
         news = refused + self.engine.unreported()
@@ -111,15 +111,15 @@ class EngineThread:
         return news + [self._failure(request) for request in requests if request.finish_reason is None]
 
     def _add(self, request: Request) -> list[Delta]:
-        """Take a request up -> its end, if that fails: the others go on."""
+        """Take up a request -> its end, if that fails: the others continue."""
         if request in self.engine or request.finish_reason is not None:  # submitted twice: it has its readers
             return []
         try:
             self.engine.add(request)
         except Exception as error:
-            _log.exception("a request could not begin")
+            _log.exception("a request could not be started")
             request.finish_reason = "error"
-            request.error = str(error) if isinstance(error, UserError) else f"The text cannot begin ({error})."
+            request.error = str(error) if isinstance(error, UserError) else f"The text cannot be started ({error})."
             return [Delta(request, finish_reason="error", error=request.error)]
         return []
 
@@ -141,5 +141,5 @@ class EngineThread:
         if news:
             try:
                 self._deliver(news)
-            except Exception:  # one reader's trouble is not the engine's
-                _log.exception("news of a step could not be delivered")
+            except Exception:  # one reader's error must not stop the engine
+                _log.exception("the results of a step could not be delivered")

@@ -1,4 +1,4 @@
-"""Which tokens a text may choose next: what it allows itself, no end before its time, and its grammar."""
+"""Which tokens may come next in a text: those its parameters allow, no end before `min_tokens`, and its grammar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TokenMask:
         return params.grammar is not None or params.allowed_token_ids is not None or params.min_tokens > 0
 
     def next(self, generated: int) -> Tensor | None:
-        """The mask behind so many generated tokens; None allows all. It is good until the next call."""
+        """The mask after `generated` tokens; None allows all. It is valid until the next call."""
         parts = []
         if self._allowed is not None:
             parts.append(self._allowed)
@@ -53,7 +53,7 @@ class TokenMask:
         return torch.from_numpy(self._words)
 
     def accept(self, token_id: int) -> bool:
-        """Go on behind a chosen token -> whether nothing may follow it."""
+        """Continue after a chosen token -> whether nothing may follow it."""
         if self.grammar is None:
             return False
         self.grammar.accept(token_id)
@@ -61,7 +61,7 @@ class TokenMask:
 
 
 def words_of(ids: Iterable[int], vocab_size: int) -> Words:
-    """A mask with the bits of these ids set; those outside the vocabulary do not count."""
+    """A mask with the bits of these ids set; those outside the vocabulary are ignored."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     bits[[i for i in ids if i < vocab_size]] = 1
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

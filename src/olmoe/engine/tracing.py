@@ -1,4 +1,4 @@
-"""What the routers chose for every token that an engine computes, step by step, and a file of it.
+"""What the routers chose for every token that an engine computes, step by step, and writing it to a file.
 
 Shapes legend: L layers, K experts per token.
 """
@@ -23,8 +23,8 @@ from olmoe.runner import TraceWriter
 class Traced(NamedTuple):
     """What a step computed of one request: the tokens from position `start` on, and what each chose in every layer.
 
-    `expert_ids` (n, L, K) are by falling probability, -1 where a token chose fewer; `weights` are those of the same
-    places. Both are the step's own arrays: nobody writes to them later.
+    `expert_ids` (n, L, K) are by falling probability, -1 where a token chose fewer; `weights` belong to the same
+    entries. Both are the step's own arrays: nobody writes to them later.
     """
 
     request: Request
@@ -35,15 +35,15 @@ class Traced(NamedTuple):
 
 
 OnTrace = Callable[[Sequence[Traced]], None]
-# Where `LLM` writes a trace: a file, or a writer that is open already and takes those of several calls.
+# Where `LLM` writes a trace: a file, or a writer that is already open and records several calls.
 TraceTarget = str | Path | TraceWriter | None
 
 
 class RequestTraces:
-    """For `Engine(on_trace=...)`: writes what each request chooses as a window of its own.
+    """For `Engine(on_trace=...)`: writes what each request chooses as its own window.
 
-    Windows have the order in which requests were expected, or else seen first. With `prefix_cache=False` they are
-    whole; what a prefix cache had was not computed, so nothing was chosen for it.
+    Windows are in the order in which requests were expected, or else first seen. With `prefix_cache=False` they are
+    complete; tokens found in a prefix cache were not computed, so nothing was chosen for them.
     """
 
     def __init__(self, writer: TraceWriter) -> None:
@@ -51,7 +51,7 @@ class RequestTraces:
         self._windows: weakref.WeakKeyDictionary[Request, int] = weakref.WeakKeyDictionary()
 
     def expect(self, requests: Sequence[Request]) -> None:
-        """Keep the order of these."""
+        """Fix the order of these requests' windows."""
         for request in requests:
             self._windows[request] = self._writer.start()
 
@@ -66,9 +66,9 @@ class RequestTraces:
 def writer_of(
     target: TraceTarget, requests: Sequence[Request], config: ModelConfig
 ) -> AbstractContextManager[TraceWriter | None]:
-    """A writer to enter, wide enough for these requests; None where there is no target.
+    """A writer to enter, wide enough for these requests; None if there is no target.
 
-    Raises `UserError` for a file that cannot be written, and a writer that is for other models.
+    Raises `UserError` for a file that cannot be written, and for a writer meant for another model.
     """
     if target is None:
         return nullcontext()
@@ -79,7 +79,7 @@ def writer_of(
     if target.layers != config.num_hidden_layers or target.top_k < most or target.predictions:
         predictions = " and predicted ids" if target.predictions else ""
         raise UserError(
-            f"The trace has {target.layers} layers and {target.top_k} experts a token{predictions}, but here are "
+            f"The trace has {target.layers} layers and {target.top_k} experts per token{predictions}, but here are "
             f"{config.num_hidden_layers} and {most}, without predicted ids; make the writer with "
             f"TraceWriter.of(config, path, top_k={most})."
         )

@@ -1,7 +1,7 @@
-"""`OlmoeLM`: an OLMoE model as lm-evaluation-harness asks for it, on the engine.
+"""`OlmoeLM`: an OLMoE model behind lm-evaluation-harness's interface, on the engine.
 
-What is encoded, cut, scored and returned is what the harness' own `hf` backend does, token for token; how it is
-computed is not: what requests have in common goes through the network once, and only tokens that count are scored.
+Encoding, truncation, scoring and results are those of the harness's own `hf` backend, token for token; the computation
+is not: what requests have in common runs through the network once, and only tokens that count are scored.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from olmoe.runner.policy_file import NamedPolicy, read_policy
 from olmoe.tokenizer import Tokenizer
 
 _log = logging.getLogger("olmoe")
-# A request of the harness that is encoded: its texts (None: they are no request of their own), context, continuation.
+# An encoded request: its texts (None: a part of another request), context ids, continuation ids.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
-# The most new tokens of tasks that do not say how many.
+# The most new tokens for tasks that do not set a limit.
 _NEW_TOKENS = 256
-# Of the generation arguments that tasks give: those of `SamplingParams` that have the same name, ...
+# Generation arguments that tasks give: those with the same name in `SamplingParams`, ...
 _SAMPLING = (
     "temperature",
     "top_k",
@@ -53,9 +53,9 @@ _SAMPLING = (
     "ignore_eos",
     "stop_token_ids",
 )
-# ... those that have another one, ...
+# ... those with another name there, ...
 _RENAMED = {"min_new_tokens": "min_tokens", "min_tokens": "min_tokens"}
-# ... those that say no more than others do, and those that may have the one value that we know.
+# ... redundant ones, and those for which only one value is supported.
 _IMPLIED = ("do_sample", "use_cache", "skip_special_tokens", "spaces_between_special_tokens")
 _SINGLE = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
 
@@ -65,19 +65,19 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
     """The model `olmoe` of lm-evaluation-harness.
 
     - `pretrained`: a checkpoint folder or hub id, packed or plain (None: the shipped olmoe-tiny), or an `LLM`.
-      `revision`, `token` and `local_files_only` are for the hub. With an `LLM`, what says how to load it has no effect.
+      `revision`, `token` and `local_files_only` are for the hub. With an `LLM`, arguments about loading have no effect.
     - `dtype`, `device`, `kernels` (the backend of `LLM`), `threads`, `cache_bytes`, `cache_dtype`: as for `LLM`.
-    - `batch_size`: texts in progress at most; "auto" takes as many as are of use. `max_batch_size` bounds "auto".
-    - `max_length`: longer contexts lose their beginning (None: the model's `max_position_embeddings`).
-    - `add_bos_token`: begin what is encoded with the prefix token, unless it does so already. `prefix_token_id`: what
-      precedes texts without a context (None: BOS if the checkpoint names one, else EOS).
-    - `truncation`: contexts to be continued lose what is beyond the model's context, before they lose their beginning.
-    - `think_end_token`: a text, or an id, behind which an answer begins; `enable_thinking` and `chat_template_args`
-      are for the chat template.
+    - `batch_size`: the most texts in progress; "auto" takes as many as are useful. `max_batch_size` bounds "auto".
+    - `max_length`: longer contexts are cut at the start (None: the model's `max_position_embeddings`).
+    - `add_bos_token`: start encoded texts with the prefix token, unless they already do. `prefix_token_id`: the token
+      before texts without a context (None: BOS if the checkpoint names one, else EOS).
+    - `truncation`: cut contexts for generation at the model's context length first, before cutting their start.
+    - `think_end_token`: a text or an id after which an answer starts; `enable_thinking` and `chat_template_args` are
+      for the chat template.
     - `router_policy`: a `RouterPolicy`, or the file of one.
     - `show_progress`: bars on a terminal.
 
-    Raises `UserError` for whatever cannot be.
+    Raises `UserError` for arguments that are impossible.
     """
 
     def __init__(
@@ -143,21 +143,21 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
         self._custom_prefix = prefix_token_id
         if not 0 <= self.prefix_token_id < self.llm.config.vocab_size:
             raise UserError(f"The prefix token {self.prefix_token_id} is outside the vocabulary; choose another.")
-        self._encoded = functools.lru_cache(maxsize=256)(self._encode)  # the context of one request after another
+        self._encoded = functools.lru_cache(maxsize=256)(self._encode)  # successive requests often share a context
 
     # ---- what the harness asks about a model ----
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """The end-of-text id."""
         named = self._special.get("eos_token")
         if named is None and not self.tokenizer.eos_ids:
-            raise UserError("The checkpoint names no end of a text; set eos_token_id in its config.json.")
+            raise UserError("The checkpoint has no end-of-text token; set eos_token_id in its config.json.")
         return self.tokenizer.eos_ids[0] if named is None else named
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text that has no context."""
         if self._custom_prefix is not None:
             return self._custom_prefix
         named = self._special.get("bos_token")
@@ -165,12 +165,12 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """The most new tokens of tasks that do not say how many."""
+        """The most new tokens for tasks that do not set a limit."""
         return _NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the harness keeps requests that were built with the chat template."""
+        """The name under which the harness caches requests that were built with the chat template."""
         return self.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt that messages become; without `add_generation_prompt` the last of them is to be continued."""
+        """The prompt made from messages; without `add_generation_prompt` the last of them is to be continued."""
         options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
@@ -209,7 +209,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text; special tokens that it spells are these tokens. Nothing is added, unless `add_bos_token`."""
+        """Ids of a text; special tokens spelled out in it become these tokens. Only `add_bos_token` adds anything."""
         ids = self._encoded(string)
         if self._add_bos and add_special_tokens is not False:
             bos = self.tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
@@ -223,7 +223,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
     # ---- log-likelihoods ----
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The logarithm of each continuation's probability, and whether greedy decoding would give it."""
+        """The logarithm of each continuation's probability, and whether greedy decoding would produce it."""
         hidden = disable_tqdm or not self._show_progress or sys.stderr is None or not sys.stderr.isatty()
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=hidden)
         return answers
@@ -231,19 +231,19 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """`loglikelihood` of requests that are encoded."""
+        """`loglikelihood` of encoded requests."""
         texts, cut = [], 0
         for asked, context, continuation in requests:
             if not context or not 1 <= len(continuation) <= self.max_length:
                 raise UserError(
-                    f"A continuation of {len(continuation)} tokens behind {len(context)} cannot be scored within a "
+                    f"A continuation of {len(continuation)} tokens after {len(context)} cannot be scored within a "
                     f"context of {self.max_length}: {shown(asked[1] if asked else continuation)}."
                 )
             whole = (context + continuation)[-(self.max_length + 1) :]
             cut += len(whole) < len(context) + len(continuation)
             texts.append((whole, len(whole) - len(continuation)))
         if cut:
-            _log.warning("%d of %d contexts lose their beginning: max_length is %d", cut, len(texts), self.max_length)
+            _log.warning("%d of %d contexts are cut at the start: max_length is %d", cut, len(texts), self.max_length)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
         scorer = Scorer(
             self.llm.runner,
@@ -259,7 +259,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
                 if asked is not None:
                     self.cache_hook.add_partial("loglikelihood", asked, answers[number])
                 bar.update()
-        _log.info("%d of %d tokens went through the network", scorer.computed_tokens, scorer.given_tokens)
+        _log.info("%d of %d tokens ran through the network", scorer.computed_tokens, scorer.given_tokens)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -287,9 +287,9 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
     # ---- texts ----
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model says behind each context, up to the first of its stop strings."""
+        """The text that the model generates after each context, up to the first of its stop strings."""
         prepared = [self._prepare(*request.args) for request in requests]
-        # Neighbours in this order have most in common, so a small cache holds what they share.
+        # Neighbours in this order have the most in common, so a small cache holds what they share.
         order = sorted(range(len(prepared)), key=lambda number: prepared[number][0])
         answers = [""] * len(requests)
         completions = self.llm.as_completed(
@@ -306,7 +306,7 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _prepare(self, context: str, arguments: Mapping[str, Any]) -> tuple[list[int], SamplingParams, list[str]]:
-        """The ids of a context, how it is continued, and all that the text ends before."""
+        """The ids of a context, its sampling parameters, and all its stop strings."""
         left = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
         until = [*left.pop("until"), self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)]
         most = left.pop("max_gen_toks")
@@ -329,14 +329,14 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
                     f"A task asks for the generation argument {name}={shown(value)}, which olmoe does not know; "
                     "change the task's generation_kwargs."
                 )
-        if given.get("seed") is None:  # the harness seeds torch, so that runs can be repeated
+        if given.get("seed") is None:  # the harness seeds torch, so that runs are reproducible
             given["seed"] = int(torch.randint(2**62, ()))
         stop = [text for text in until if text]
         params = SamplingParams(max_new_tokens=most, stop=stop, router_policy=self._policy, **given)
         return ids[-room:] or [self.prefix_token_id], params, until
 
     def _answer(self, completion: Completion, until: list[str]) -> str:
-        """The text of a completion as the harness wants it."""
+        """The text of a completion as the harness expects it."""
         ids, mark = completion.token_ids, self.think_end_token
         if isinstance(mark, int):
             if mark in ids:
@@ -349,14 +349,14 @@ class OlmoeLM(TemplateLM):  # type: ignore[misc]
 
 
 def _device(given: str | torch.device | None) -> str | torch.device:
-    """What the harness names: its command says cuda:0 whether there is one or not, which its `hf` backend lets pass."""
+    """The harness's device: its command says cuda:0 whether or not there is one, which its `hf` backend tolerates."""
     if given is None or (str(given).startswith("cuda") and not torch.cuda.is_available()):
         return "auto"
     return given
 
 
 def _rows(batch_size: int | str | None, most: int | None) -> int | None:
-    """Texts in progress at most, None for as many as are of use."""
+    """The most texts in progress, None for as many as are useful."""
     if batch_size is None or str(batch_size).startswith("auto"):
         return None if most is None else whole_number("max_batch_size", most, least=1)
     number = int(batch_size) if str(batch_size).isdecimal() else batch_size

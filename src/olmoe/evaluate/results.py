@@ -1,4 +1,4 @@
-"""Results of an evaluation as files and as a table, in lm-evaluation-harness' own shapes."""
+"""Results of an evaluation as files and as a table, in lm-evaluation-harness's own formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(target: str | Path, *, overwrite: bool) -> None:
 
 
 def write(found: Mapping[str, Any], target: str | Path, *, overwrite: bool) -> list[Path]:
-    """Results to a JSON file, the samples of each task to a file of lines beside it -> all files, the results last."""
+    """Write results to a JSON file, and samples of each task to a .jsonl file beside it -> all files, results last."""
     path = Path(os.path.expanduser(target))
     files = []
     for task, samples in found.get("samples", {}).items():

@@ -22,20 +22,20 @@ _log = logging.getLogger("olmoe")
 
 
 def listing(include_path: Sequence[str] = ()) -> str:
-    """All tasks that there are, as tables."""
+    """All available tasks, as tables."""
     return str(TaskManager(include_path=_folders(include_path)).list_all_tasks()).strip("\n") + "\n"
 
 
 def find(names: Sequence[str], include_path: Sequence[str] = ()) -> tuple[Any, list[str]]:
-    """The harness' manager of tasks, and the tasks that `names` mean: names, patterns, or YAML files.
+    """The harness's task manager, and the tasks that `names` refer to: names, patterns, or YAML files.
 
-    The harness' own thousands are looked through only if the folders of `include_path` do not have them all. Raises
-    `UserError` for a name that means nothing.
+    The harness's own thousands of tasks are searched only if the folders in `include_path` do not have them all. Raises
+    `UserError` for a name that matches nothing.
     """
     folders = _folders(include_path)
     wanted = [name.strip() for name in names if name.strip()]
     if not wanted:
-        raise UserError("No task is named; give one, or list.")
+        raise UserError("No task is named; give one, or `list`.")
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(_meant(name, manager) for name in wanted):
         manager = TaskManager(include_path=folders)
@@ -51,17 +51,18 @@ def find(names: Sequence[str], include_path: Sequence[str] = ()) -> tuple[Any, l
 
 
 def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any) -> dict[str, Any]:
-    """The harness' results of a model, with the model's name; `options` are those of its `simple_evaluate`.
+    """The harness's results for a model, with the model's name; `options` are those of its `simple_evaluate`.
 
-    Raises `UserError` if a task's data cannot be had, or its definition does not work.
+    Raises `UserError` if a task's data is not available, or if its definition does not work.
     """
     try:
         with _git_in_silence():
             found: dict[str, Any] = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
-    except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises, also for what is not on the hub
+    except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises, even for what is not on the hub
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The data of a task cannot be had ({reason}); see that it is on this machine, or that the network is."
+            f"The data of a task is not available ({reason}); make sure that it is on this machine, or that the "
+            "network is."
         ) from error
     except (OSError, MemoryError, UserError):
         raise
@@ -71,21 +72,21 @@ def evaluate(model: OlmoeLM, tasks: Sequence[str], manager: Any, **options: Any)
         _log.info("a task failed", exc_info=True)
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(
-            f"A task does not work as it is defined ({reason}); see its YAML file and its data. --verbose shows where."
+            f"A task does not work as defined ({reason}); check its YAML file and its data. --verbose shows where."
         ) from error
     found["config"] |= {"model": "olmoe", "model_args": {"pretrained": model.name}, "batch_size": model.batch_size}
     return found
 
 
 def _passed_through_us(error: Exception) -> bool:
-    """Whether the harness, or a task, called what raised this through code of ours: then it is a fault of ours."""
+    """Whether the error passed through our own code, called by the harness or a task: then the fault is ours."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.startswith("olmoe.") and name != __name__ for name in frames)
 
 
 @contextlib.contextmanager
 def _git_in_silence() -> Iterator[None]:
-    """The harness notes the commit of the folder that it runs in, and git complains on stderr where there is none."""
+    """Silence git: the harness records the commit of the current folder, and git complains if there is none."""
     ask = evaluator.get_git_commit_hash
 
     def commit() -> str | None:
@@ -110,7 +111,7 @@ def _folders(given: Sequence[str]) -> list[str]:
 
 
 def _meant(name: str, manager: Any) -> list[str]:
-    """The tasks that a name means."""
+    """The tasks that a name refers to."""
     if name.endswith((".yaml", ".yml")):
         return [name] if Path(name).is_file() else []
     return list(manager.match_tasks([name]))

@@ -1,12 +1,12 @@
 """Packed modules under PEFT's adapters.
 
-Most of PEFT's methods read `base_layer.weight`, and its LoRA on experts `base_layer.gate_up_proj`: of a packed module
-they would see codes. So PEFT wraps a view of a packed module under another class, and for as long as it does these
-attributes are what the codes stand for (`olmoe.quant.decoded`), which cannot be written. Its parameters, their names
-and the state dict stay those of a packed module.
+Most of PEFT's methods read `base_layer.weight`, and its LoRA on experts reads `base_layer.gate_up_proj`: in a packed
+module they would see codes. So PEFT wraps a view of a packed module under another class, and while it does these
+attributes are decoded values (`olmoe.quant.decoded`), which cannot be written. Its parameters, their names and the
+state dict stay those of a packed module.
 
-PEFT does not announce what it wraps, and some of its methods read weights right after that. torch does announce it:
-its hook for modules that become children of others is registered with the first packed model.
+PEFT does not announce what it wraps, and some of its methods read weights immediately. torch does announce it: its hook
+for modules that become children of others is registered with the first packed model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from olmoe.quant.decoded import DecodedWeight, decoded, refusal
 class Adapted(PackedModule):
     """Mixed into packed modules while they are wrapped: the names of packed matrices give decoded ones."""
 
-    head = False  # whether it is a language model's, whose weight training libraries read without any adapter
+    head = False  # whether it is an output head, whose weight training libraries read even without an adapter
     trained = False  # whether a direct copy is made to be trained, as for `modules_to_save`
 
     def __getattr__(self, name: str) -> Any:
@@ -78,9 +78,9 @@ _ADAPTED: dict[Any, type[Any]] = {
 _PACKED = {adapted: packed for packed, adapted in _ADAPTED.items()}
 
 
-# Methods that give their own modules the dtype of whatever parameter comes first.
+# Methods that give their own modules the dtype of the first parameter they find.
 _READING_A_DTYPE = ("ShadowModel", "XLoraModel")
-# Packed modules of models that a method of PEFT's is looking at, which may read weights before it wraps anything.
+# Packed modules of models that a PEFT method is examining; it may read weights before it wraps anything.
 _shown: weakref.WeakSet[PackedModule] = weakref.WeakSet()
 
 
@@ -91,7 +91,7 @@ def notice_adapters() -> None:
 
 
 def shown_head(head: Any) -> Any:
-    """An output head that is read decoded for good: losses that are fused with it read its weight themselves."""
+    """An output head that always reads as decoded: losses that are fused with it read its weight themselves."""
     if type(head) is PackedLinear and not _offloaded(head):
         head = view_as(AdaptedLinear, head)
         head.head = True
@@ -99,7 +99,7 @@ def shown_head(head: Any) -> Any:
 
 
 def settle(root: nn.Module) -> None:
-    """Make packed modules under `root` that PEFT looked at and did not wrap, or not to the end, ordinary ones again."""
+    """Make packed modules under `root` ordinary again that PEFT examined but did not wrap, or not to the end."""
     if not _shown:
         return
     for owner in list(root.modules()):
@@ -129,7 +129,7 @@ def _noticed(owner: nn.Module, name: str, module: Any) -> Any:
 
 
 def _placed(owner: nn.Module, name: str, module: PackedModule) -> PackedModule | None:
-    """What replaces a packed module that PEFT wraps or unwraps; None elsewhere."""
+    """The replacement of a packed module that PEFT wraps or unwraps; None for others."""
     if name in ("base_layer", "original_module", "word_embeddings") and _is_pefts(owner):
         return _adapted(owner, module)
     if not isinstance(module, Adapted):
@@ -140,7 +140,7 @@ def _placed(owner: nn.Module, name: str, module: PackedModule) -> PackedModule |
 
 
 def _show(root: nn.Module) -> None:
-    """Let all packed modules under `root` be read decoded until `settle`."""
+    """Make all packed modules under `root` read as decoded until `settle`."""
     for owner in list(root.modules()):
         for name, module in list(owner.named_children()):
             if type(module) in _ADAPTED and not _offloaded(module):
@@ -188,7 +188,7 @@ def _adapted(owner: nn.Module, module: PackedModule) -> PackedModule:
     from peft.utils.other import ModulesToSaveWrapper
 
     if _offloaded(module):
-        # accelerate brings the codes in for a call, and looks for them under their names.
+        # accelerate loads the codes for a call, and looks for them under their names.
         if isinstance(owner, LoraLayer) and not isinstance(module, PackedExperts):
             return module
         raise UserError(
@@ -210,7 +210,7 @@ def _restored(module: PackedModule) -> PackedModule:
 
 
 def plain_module(module: PackedModule, dtype: torch.dtype, trained: bool = False) -> nn.Module:
-    """The ordinary module with the decoded weights of a packed one; `trained`: of the kinds that train whole."""
+    """An ordinary module with the decoded weights of a packed one; if `trained`, one of the `Trained` classes."""
     if isinstance(module, PackedExperts):
         with torch.device("meta"):
             kind = TrainedExperts if trained else OlmoeExperts
@@ -230,7 +230,7 @@ def plain_module(module: PackedModule, dtype: torch.dtype, trained: bool = False
 
 
 def _filled(plain: Any, module: PackedModule, dtype: torch.dtype, *names: str) -> nn.Module:
-    """`plain` with the weights of `module`, which are its own where they are not packed."""
+    """`plain` with the weights of `module`, shared if they are not packed."""
     if hasattr(plain, "backend"):
         plain.backend = module.backend
     for name in names:
@@ -240,12 +240,12 @@ def _filled(plain: Any, module: PackedModule, dtype: torch.dtype, *names: str) -
 
 
 class Trained(nn.Module):
-    """Mixed into the fp32 copy of a packed module that is trained whole: outputs have the dtype that they had."""
+    """Mixed into the fp32 copy of a packed module that is trained as a whole: outputs keep their former dtype."""
 
-    given: torch.dtype | None  # of outputs for ids; None: fp32
+    given: torch.dtype | None  # dtype of outputs for ids; None: fp32
 
     def forward(self, x: Tensor, *args: Any) -> Any:
-        """Of the class it is mixed into."""
+        """`forward` of the class it is mixed into."""
         if not x.is_floating_point():
             return super().forward(x, *args).to(self.given or torch.float32)
         return super().forward(x.float(), *args).to(x.dtype)
@@ -268,6 +268,6 @@ def _trained_copy(module: PackedModule) -> nn.Module:
     if isinstance(plain, OlmoeExperts):
         plain.act_fn = copy.deepcopy(plain.act_fn)
     for name, parameter in list(plain.named_parameters(recurse=False)):
-        setattr(plain, name, nn.Parameter(parameter.detach().float().clone()))  # also what was plain, or a bias
+        setattr(plain, name, nn.Parameter(parameter.detach().float().clone()))  # including what was plain, or a bias
     plain.given = module.compute_dtype
     return plain

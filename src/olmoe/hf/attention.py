@@ -1,4 +1,4 @@
-"""Attention behind transformers' signature: its caches, masks and implementations, RoPE by its rules.
+"""Attention behind transformers' signature, with its caches, masks, implementations and rules for RoPE.
 
 Shapes legend: B batch, T sequence, S cached sequence, H heads, G KV heads, Dh head dim.
 """
@@ -26,7 +26,7 @@ from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import CachedTokens
 from olmoe.ops.transforms import plain_attention, twice_differentiable
 
-# What transformers gives to attention functions at every call, and what the kernels do without.
+# Options that transformers passes to attention functions at every call, and that the kernels do not need.
 _ORDINARY = frozenset(("position_ids", "use_cache"))
 
 
@@ -40,7 +40,7 @@ class OlmoeRMSNorm(RMSNorm):
 
     @property
     def variance_epsilon(self) -> float:
-        """What is added to the mean square."""
+        """The epsilon that is added to the mean square."""
         return self.eps
 
     @variance_epsilon.setter
@@ -59,8 +59,8 @@ class OlmoeRMSNorm(RMSNorm):
 class OlmoeRotaryEmbedding(nn.Module):
     """Angles for every kind of RoPE that transformers knows (default, linear, dynamic, yarn, llama3, ...).
 
-    Like transformers' classes it keeps `inv_freq`, which dynamic kinds replace as sequences grow, and gives each value
-    twice, for both halves of the channels; cosines and sines stay in fp32.
+    Like transformers' classes it keeps `inv_freq`, which dynamic kinds replace as sequences grow, and repeats each
+    value for both halves of the channels; cosines and sines stay in fp32.
     """
 
     def __init__(self, config: OlmoeConfig) -> None:
@@ -80,7 +80,7 @@ class OlmoeRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     def compute(self, config: OlmoeConfig) -> tuple[Tensor, float]:
-        """Inverse frequencies (Dh/2,) and the factor on cosines and sines, before any sequence is seen."""
+        """Inverse frequencies (Dh/2,) and the factor for cosines and sines, before any sequence is seen."""
         if self.rope_type == "default":
             return self.compute_default_rope_parameters(config)
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
@@ -129,7 +129,7 @@ class OlmoeAttention(Attention):
         self.layer_idx = value
 
     def follow_config(self) -> None:
-        """Take over what transformers reads from the configuration at each call, for the network and the kernels."""
+        """Update what transformers reads from the configuration at each call, for the network and the kernels."""
         if self.clip_qkv != self.config.clip_qkv:
             self.clip_qkv = self.config.clip_qkv
 
@@ -143,7 +143,7 @@ class OlmoeAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, D), position_embeddings (cos, sin) each (B or 1, T, Dh) -> (B, T, D), probabilities.
 
-        The second is None where the attention implementation does not return them.
+        Probabilities are None if the attention implementation does not return them.
         """
         self.follow_config()
         cache = one_cache(kwargs.pop("past_key_values", None), cache)
@@ -152,7 +152,7 @@ class OlmoeAttention(Attention):
 
 
 class CachedAttend:
-    """`attend` of one attention module for one call. `weights` are the probabilities, where there are any."""
+    """`attend` of one attention module for one call. `weights` are the probabilities, if there are any."""
 
     def __init__(self, module: Any, mask: Any, cache: Cache | None, options: Mapping[str, Any]) -> None:
         self._module, self._mask, self._cache, self._options = module, mask, cache, options
@@ -191,7 +191,7 @@ class CachedAttend:
         return twice_differentiable(fused, plain, q, k, v), None
 
     def _kernels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """A whole prompt, or one new token, by the C++ kernels; None where they do not fit."""
+        """A whole prompt, or one new token, by the C++ kernels; None if they do not fit."""
         module = self._module
         if module.backend not in (AUTO, "cpu") or extension.unsupported(q, k, v) is not None or torch.is_grad_enabled():
             return None
@@ -204,9 +204,9 @@ class CachedAttend:
 
 
 def _output(function: Any, module: Any, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What an attention function without probabilities gives.
+    """The output of an attention function without probabilities.
 
-    Not a method: the graph of a forward pass keeps it, and must not keep the cache, whose keys keep the graph.
+    Not a method: the graph of a forward pass keeps it alive, and must not keep the cache, whose keys keep the graph.
     """
     out: Tensor = function(module, q, k, v, mask, **options)[0]
     return out
@@ -218,7 +218,7 @@ def _plain_output(fused: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def is_plain(module: Any, mask: Any, options: Mapping[str, Any]) -> bool:
-    """Whether attention here is what the kernels compute: masks and further options are for transformers to follow."""
+    """Whether attention here is what the kernels compute; masks and further options are left to transformers."""
     return module.config._attn_implementation == "sdpa" and mask is None and options.keys() <= _ORDINARY
 
 
@@ -233,7 +233,7 @@ def step(
 ) -> tuple[Tensor, Sequence[RouterOutput]] | None:
     """One new token of each sequence through all `layers`, of type `kind`, in one call of the C++ kernels.
 
-    x (B, 1, D) -> (B, 1, D) and what each router decided; None, and nothing done, where they do not fit.
+    x (B, 1, D) -> (B, 1, D) and what each router decided; None, with nothing done, if they do not fit.
     """
     batch, count = x.shape[:2]
     if count > 1 or batch > STEP_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -246,7 +246,7 @@ def step(
             module: Any = layer.self_attn
             growing = _growing(module, cache) if is_plain(module, mask, options) else None
             if growing is None or any(growing is other for other in caches):
-                return None  # layers that share a slot of the cache see each other's keys, in turn
+                return None  # layers that share a slot of the cache see each other's keys in turn
             kv_heads = module.k_norm.weight.shape[0] // module.head_dim
             room = growing.room(batch, kv_heads, module.head_dim, x.dtype)
             if room is None or (rooms and not room.like(rooms[0])):
@@ -263,8 +263,8 @@ def step(
 
 
 def _growing(module: Any, cache: Cache | None) -> GrowingLayer | None:
-    """The layer of the cache that the kernels may extend; None where attention is not what they compute."""
-    layer = growing_layer(cache, module.layer_idx)  # also where attention is not computed here
+    """The layer of the cache that the kernels may extend; None if attention is not what they compute."""
+    layer = growing_layer(cache, module.layer_idx)  # even if attention is not computed here
     if module.scaling != module.head_dim**-0.5 or (module.training and module.attention_dropout):
         return None
     return layer

@@ -1,7 +1,7 @@
 """transformers' Auto classes and `pipeline`, with our classes behind OLMoE checkpoints and nothing changed globally.
 
 Each class here subclasses transformers' own and differs in one entry: model type "olmoe". Every other model
-type, and everything registered with transformers by other packages, is served as transformers serves it.
+type, and everything that other packages register with transformers, is left to transformers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "pipeline",
 ]
 
-# Arguments that say where a checkpoint is, for every loader of transformers.
+# Arguments about the location of a checkpoint, for every loader of transformers.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -62,7 +62,7 @@ class AutoConfig(transformers.AutoConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As transformers documents it; with `return_unused_kwargs` a pair."""
+        """As transformers documents it; a pair with `return_unused_kwargs`."""
         loaded = super().from_pretrained(folder_or_id(pretrained_model_name_or_path), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.model_type == MODEL_TYPE:
@@ -78,7 +78,7 @@ class AutoConfig(transformers.AutoConfig):
 
 
 class _Classes(Mapping[type, Any]):
-    """Configuration class -> model class: ours for OLMoE, what was registered here, else what transformers has."""
+    """Configuration class -> model class: ours for OLMoE, those registered here, else transformers' own."""
 
     def __init__(self, ours: type, theirs: Any) -> None:
         self._ours, self._theirs = ours, theirs
@@ -131,8 +131,8 @@ class AutoModelForSequenceClassification(_ByName, transformers.AutoModelForSeque
 class AutoTokenizer(transformers.AutoTokenizer):
     """`transformers.AutoTokenizer`, which knows an OLMoE checkpoint's special tokens by id, and its chat template.
 
-    transformers takes the tokens by name where a folder has no `tokenizer_config.json`, and adds the name to the
-    vocabulary where the tokenizer does not have it. A checkpoint without a template gets that of OLMoE-Instruct, whose
+    transformers identifies the tokens by name if a folder has no `tokenizer_config.json`, and adds the name to the
+    vocabulary if the tokenizer does not have it. A checkpoint without a template gets OLMoE-Instruct's, whose
     generation marks say which tokens are the assistant's; `save_pretrained` writes it.
     """
 
@@ -151,7 +151,7 @@ class AutoTokenizer(transformers.AutoTokenizer):
 
 
 def _special_tokens(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens of an OLMoE checkpoint whose `tokenizer_config.json` does not name its own; else nothing."""
+    """The special tokens for an OLMoE checkpoint whose `tokenizer_config.json` names none; otherwise nothing."""
     hub = _hub(kwargs)
     named = get_tokenizer_config(name, **hub)
     file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
@@ -164,7 +164,7 @@ def _special_tokens(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: text for key, text in tokenizer.special_tokens().items() if key not in named}
 
 
-# Tasks of transformers' pipelines that an OLMoE checkpoint serves, and with which class.
+# Tasks of transformers' pipelines that an OLMoE checkpoint supports -> the class that it uses.
 PIPELINE_CLASSES: dict[str, Any] = {
     "text-generation": AutoModelForCausalLM,
     "text-classification": AutoModelForSequenceClassification,
@@ -176,9 +176,9 @@ PIPELINE_CLASSES: dict[str, Any] = {
 def pipeline(
     task: str | None = None, model: Any = None, config: Any = None, tokenizer: Any = None, **kwargs: Any
 ) -> Any:
-    """`transformers.pipeline`, with our model class where `model` names an OLMoE checkpoint.
+    """`transformers.pipeline`, with our model class if `model` names an OLMoE checkpoint.
 
-    Arguments are transformers'. Without a task, that of the checkpoint's own architecture is taken.
+    Arguments are transformers'. Without a task, that of the checkpoint's architecture is used.
     """
     model, tokenizer, config = folder_or_id(model), folder_or_id(tokenizer), folder_or_id(config)
     name, hub = str(model), _hub(kwargs)
@@ -213,7 +213,7 @@ def _hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base(name: str, hub: Mapping[str, Any]) -> str:
-    """The checkpoint whose configuration applies: `name`, or the base model where `name` is only an adapter."""
+    """The checkpoint whose configuration applies: `name`, or the base model if `name` is only an adapter."""
     if (Path(name) / "config.json").is_file():
         return name
     file = find_adapter_config_file(name, **{k: v for k, v in hub.items() if k in ("cache_dir", "revision", "token")})
@@ -223,7 +223,7 @@ def _base(name: str, hub: Mapping[str, Any]) -> str:
 
 
 def _model_type(name: str, hub: Mapping[str, Any]) -> str | None:
-    """The model type that a checkpoint declares; None where transformers itself is left to say what is wrong."""
+    """The model type that a checkpoint declares; None if it cannot be read, so that transformers reports the error."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(_base(name, hub), **hub)
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""The only module that knows what transformers calls the key-value cache: `past_key_values`, from 5.24 on `cache`.
+"""The only module that knows transformers' name for the key-value cache: `past_key_values`, from 5.24 on `cache`.
 
 Our classes take both names in either version, keep the documented `past_key_values` at its documented position, and
-never pass a name to transformers that the installed version does not have. Like transformers, they warn of a name that
-transformers is giving up.
+never pass transformers a name that the installed version does not have. Like transformers, they warn about a name that
+it has deprecated.
 
 Shapes legend: B batch, T new tokens, S cached tokens, G KV heads, Dh head dim.
 """
@@ -41,7 +41,7 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 def warns_of_old_name(call: _Call) -> _Call:
-    """A method that says so where the cache is given to it by a name that the installed transformers is giving up."""
+    """A method that warns if the cache is passed under a name that the installed transformers has deprecated."""
 
     @functools.wraps(call)
     def warning(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,14 +72,14 @@ def updated(cache: Any, k: Tensor, v: Tensor, layer: int, options: dict[str, Any
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether this is continuous batching's cache, which brings masks of its own and is no `Cache`."""
+    """Whether this is continuous batching's cache, which has its own masks and is not a `Cache`."""
     return cache is not None and not isinstance(cache, Cache)
 
 
 class EitherNameGenerationMixin(GenerationMixin):
     """transformers' `generate`, which takes its cache by either name in every version.
 
-    Its own name must end as it does: by that transformers tells which models generate.
+    The name of this class must end in `GenerationMixin`: transformers recognises by it which models generate.
     """
 
     @warns_of_old_name

@@ -39,13 +39,13 @@ class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreT
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """See transformers' documentation of sequence classification. labels (B,), or (B, classes) of several.
+        """See transformers' documentation of sequence classification. labels (B,), or (B, classes) for several each.
 
         `cache` is what transformers calls `past_key_values` from 5.24 on.
         """
-        kept = one_cache(past_key_values, cache)  # by position, which has no name
+        kept = one_cache(past_key_values, cache)  # passed by position, under no name
         if labels is not None and use_cache is None:
-            use_cache = False  # nothing continues what a loss is taken of
+            use_cache = False  # nothing continues after a loss
         return super().forward(
             input_ids, attention_mask, position_ids, kept, inputs_embeds, labels=labels, use_cache=use_cache, **kwargs
         )

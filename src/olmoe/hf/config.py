@@ -58,10 +58,10 @@ class OlmoeConfig(TransformersOlmoeConfig):
         return getattr(self, "router_z_loss_coef", 0.0)
 
     def network(self) -> ModelConfig:
-        """The architecture as `olmoe.model` takes it.
+        """The architecture in the form that `olmoe.model` takes.
 
-        RoPE is left at its default there: this face computes its angles by transformers' own rules, which
-        know more kinds of scaling.
+        RoPE is left at its default: the angles are computed by transformers' own rules, which
+        support more kinds of scaling.
         """
         head_dim = getattr(self, "head_dim", None)
         if head_dim is not None and head_dim * self.num_attention_heads != self.hidden_size:
@@ -82,7 +82,7 @@ class OlmoeConfig(TransformersOlmoeConfig):
             initializer_range=self.initializer_range,
             rms_norm_eps=self.rms_norm_eps,
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            pad_token_id=None,  # transformers gives negative ids a meaning of its own
+            pad_token_id=None,  # negative ids have a special meaning in transformers
             tie_word_embeddings=bool(self.tie_word_embeddings),
             attention_bias=self.attention_bias,
             attention_dropout=self.attention_dropout,
@@ -115,7 +115,7 @@ class FromConfig:
 def adopt(config: Any) -> OlmoeConfig:
     """`config` as an `OlmoeConfig`: itself, or a view of transformers' own OLMoE configuration, checked.
 
-    A view, because transformers relies on changes of the object that it gave reaching `model.config`. Raises
+    A view, because transformers relies on changes to the object that it passed reaching `model.config`. Raises
     `ConfigError` for the configuration of another kind of model.
     """
     if isinstance(config, OlmoeConfig):

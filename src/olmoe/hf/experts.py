@@ -1,4 +1,4 @@
-"""The experts of transformers' face."""
+"""The routed experts behind transformers' signature."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from olmoe.ops.cpu import extension
 
 
 def present(ids_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Ids and weights of experts that there are: one that is `experts` stands for none, and gets a weight of 0.
+    """Ids and weights of existing experts only: the id `experts` means none, and gets a weight of 0.
 
-    So it is with transformers' experts, and a hook on a router may return what it likes. Raises `IndexError` for other
-    ids, with which weights would be read from wrong places.
+    transformers' experts accept it, and a hook on a router may return anything. Raises `IndexError` for other ids, with
+    which weights would be read from wrong places.
     """
-    if ids_NK.numel() == 0 or extension.unsupported(ids_NK) is not None:  # where values cannot be looked at
+    if ids_NK.numel() == 0 or extension.unsupported(ids_NK) is not None:  # values cannot be read
         return ids_NK, weights_NK
     low, high = (int(limit) for limit in ids_NK.aminmax())
     if low < 0 or high > experts:
@@ -36,7 +36,7 @@ def present(ids_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tensor, T
 
 @use_experts_implementation(experts_interface=EXPERTS)
 class OlmoeExperts(Experts):
-    """The network's experts under transformers' signature, or what its experts interface computes in their place."""
+    """The network's experts under transformers' signature, or whatever its experts interface puts in their place."""
 
     computes_as = Experts
 
@@ -46,12 +46,12 @@ class OlmoeExperts(Experts):
         accept_single_experts(self)
 
     def computes_itself(self) -> bool:
-        """Whether no function of the interface does."""
+        """Whether these experts compute, and not a function of the interface."""
         config: Any = self.config
         return is_ours(config._experts_implementation) and not self._is_expert_parallel
 
     def fitting_backend(self) -> str:
-        """`backend`, or the one that trains parameters of the activation: the others know functions of one argument."""
+        """`backend`, or one that can train the activation's parameters: others only take functions of one argument."""
         return "reference" if any(p.requires_grad for p in self.act_fn.parameters()) else self.backend
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

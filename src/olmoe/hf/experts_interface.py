@@ -23,7 +23,7 @@ NAME = "olmoe"
 
 SILU.add(SiLUActivation)
 
-# What transformers' decorator notes on an experts class, the value we compute, and what the other one means.
+# Attributes that transformers' decorator sets on an experts class -> the value we support, and what the other means.
 LAYOUT: dict[str, tuple[bool, str]] = {
     "has_gate": (True, "no gate"),
     "has_bias": (False, "biases"),
@@ -41,7 +41,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """
     check_layout(module)
     weights = (module.gate_up_proj, module.down_proj)
-    x = hidden_states.to(weights[0].dtype)  # as transformers' own: autocast may widen one and not the other
+    x = hidden_states.to(weights[0].dtype)  # as in transformers: autocast may widen only one of the two
     activation = plain_activation(module.act_fn)
     if not getattr(module, "_is_expert_parallel", False):
         return ops.moe(x, top_k_weights, top_k_index, *weights, activation).to(hidden_states.dtype)

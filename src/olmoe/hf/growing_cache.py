@@ -1,8 +1,8 @@
 """transformers' dynamic cache without its copies, and attention over it by the C++ kernels.
 
 `DynamicCache` concatenates: every new token copies all keys and values before it, in every layer. Here a layer of such
-a cache keeps room behind them, writes new ones in place and shows the filled part. What it holds, and every method,
-stay those of transformers; tensors that other methods put there (cropping, beams) are taken over at the next token.
+a cache keeps room after them, writes new ones in place and shows the filled part. Its contents and methods stay those
+of transformers; tensors that other methods put there (cropping, beams) are adopted at the next token.
 
 Shapes legend: B batch, T new tokens, S cached tokens, H heads, G KV heads, Dh head dim.
 """
@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Add new tokens, k and v (B, T, G, Dh), and attend causally to all: q (B, T, H, Dh) -> (B, T, H, Dh).
 
-        None, and nothing added, where this layer cannot grow.
+        None, with nothing added, if this layer cannot grow.
         """
         batch, count = q.shape[:2]
         heads_first = k.transpose(1, 2)
@@ -57,7 +57,7 @@ class GrowingLayer(DynamicLayer):
     def room(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> CachedTokens | None:
         """Room for one more token of each sequence, which `filled` then shows.
 
-        None where this layer is empty, or holds something else than keys and values of those shapes.
+        None if this layer is empty, or holds anything but keys and values of these shapes.
         """
         token = torch.empty((batch, kv_heads, 1, head_dim), dtype=dtype)
         if self.get_seq_length() == 0 or not self._can_grow(token, token):
@@ -66,7 +66,7 @@ class GrowingLayer(DynamicLayer):
         return CachedTokens(keys, values, [1] * batch, [length] * batch)
 
     def filled(self) -> None:
-        """The token that `room` was for has been written there."""
+        """Show the token that has been written into `room`."""
         self._show(self.get_seq_length() + 1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class GrowingLayer(DynamicLayer):
         return {name: value for name, value in self.__dict__.items() if name not in ("_room", "_shown")}
 
     def _can_grow(self, k: Tensor, v: Tensor) -> bool:
-        """Whether k and v (B, G, T, Dh) continue what is here as values of a tensor, with no graph to keep intact."""
+        """Whether k and v (B, G, T, Dh) can be appended in place, with no autograd graph to preserve."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or k.device.type != "cpu":
             return False
         if k.shape != v.shape or k.dtype != v.dtype:
@@ -94,7 +94,7 @@ class GrowingLayer(DynamicLayer):
             return start, self._room
         needed = start + k.shape[2]
         shape = (*k.shape[:2], needed + max(needed // 4, _LEAST_ROOM), k.shape[3])
-        with torch.inference_mode(False):  # so that it can be written in any mode
+        with torch.inference_mode(False):  # so that it can be written to in any mode
             room = (torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=k.dtype))
         if start:
             room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
@@ -109,7 +109,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_layer(cache: Any, index: int | None) -> GrowingLayer | None:
-    """The growing layer in place of one of a plain `DynamicCache`; None of other caches and of layers not there yet."""
+    """The growing layer of a plain `DynamicCache`, put there if needed; None for other caches and missing layers."""
     if type(cache) is not DynamicCache or cache.offloading or index is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]

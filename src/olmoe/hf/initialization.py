@@ -1,4 +1,4 @@
-"""How new weights of our models start: as OLMoE's training did."""
+"""How new weights of our models are initialised: as in OLMoE's training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward pass makes of its inputs before the first layer: positions and masks, and what it keeps at the end.
+"""What a forward pass derives from its inputs before the first layer: positions, masks; and what it keeps at the end.
 
 Shapes legend: B batch, T sequence, D hidden.
 """
@@ -37,12 +37,12 @@ def causal_mask(
     made: bool,
     given: bool,
 ) -> Any:
-    """The mask of this pass as the attention implementation of `config` takes it; None for a plain causal one.
+    """The mask of this pass in the form that `config`'s attention implementation takes; None for a plain causal one.
 
-    x (B, T, D); `mask` and `options` are the caller's, so are `positions` (B or 1, T) if `given`, and the cache unless
+    x (B, T, D); `mask` and `options` are the caller's, as are `positions` (B or 1, T) if `given`, and the cache unless
     it was `made` for this pass.
     Texts that share a row, with positions that start again, do not see each other, whatever cache or mask there is.
-    Raises `UserError` where they cannot be kept apart.
+    Raises `UserError` if they cannot be kept apart.
     """
     if is_paged(cache):
         return mask
@@ -50,7 +50,7 @@ def causal_mask(
         return create_bidirectional_mask(config, x, mask, **{CACHE: cache})
     flash = "flash" in str(config._attn_implementation)
     texts = texts_of(x, mask, cache, positions if given else None, options, made)
-    if texts is None or (flash and len(x) == 1):  # flash attention looks at the positions itself
+    if texts is None or (flash and len(x) == 1):  # flash attention reads the positions itself
         return create_causal_mask(config, x, mask, cache, position_ids=positions)
     if flash:
         raise UserError(
@@ -60,19 +60,19 @@ def causal_mask(
     last = texts.shape[1] - 1
 
     def same_text(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return texts[batch, query] == texts[batch, key.clamp(max=last)]  # a static cache has empty slots behind
+        return texts[batch, query] == texts[batch, key.clamp(max=last)]  # a static cache has empty slots at its end
 
-    # Without positions: transformers would look for texts of its own in them.
+    # Without positions: transformers would look for texts in them itself.
     return create_causal_mask(config, x, mask, cache, position_ids=None, and_mask_function=same_text)
 
 
 def texts_of(
     x: Tensor, mask: Any, cache: Any, positions: Tensor | None, options: Mapping[str, Any], made: bool
 ) -> Tensor | None:
-    """The number of the text (B, T) that each token belongs to, where a row holds several; None where none does.
+    """The number of the text (B, T) that each token belongs to, if a row holds several; None if no row does.
 
-    None as well where transformers' own rule is in force: without mask and cache it looks at the positions, and a mask
-    of four dimensions is the caller's whole word.
+    Also None where transformers' own rule applies: without mask and cache it reads the positions itself, and a mask of
+    four dimensions is used as the caller gave it.
     """
     batch, count = x.shape[:2]
     if count < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
@@ -83,7 +83,7 @@ def texts_of(
         return None
     tracing = is_tracing(positions)
     if tracing and not (cache is None or made):
-        return None  # whether positions start again cannot be asked
+        return None  # whether positions start again cannot be determined
     restarts_BT = restarts(positions.expand(batch, -1), mask)
     if tracing:
         return restarts_BT.cumsum(-1)
@@ -98,7 +98,7 @@ def texts_of(
 
 
 def _numbered(options: Mapping[str, Any], batch: int, count: int, device: torch.device) -> Tensor | None:
-    """The number of each token's text (B, T) from what transformers' flattening collator adds for other kernels."""
+    """The number of each token's text (B, T), from what transformers' flattening collator adds for flash kernels."""
     numbers, ends = options.get("seq_idx"), options.get("cu_seq_lens_q")
     if isinstance(numbers, Tensor) and numbers.shape == (batch, count):
         return numbers.to(device)
@@ -108,7 +108,7 @@ def _numbered(options: Mapping[str, Any], batch: int, count: int, device: torch.
 
 
 def restarts(positions_BT: Tensor, mask: Tensor | None) -> Tensor:
-    """Where a token's position is not beyond that of the token before it (B, T). Padding takes no part."""
+    """Where a token's position is not larger than that of the token before it (B, T). Padding is ignored."""
     batch, count = positions_BT.shape
     index_T = torch.arange(count, device=positions_BT.device)
     if mask is None:

@@ -1,7 +1,7 @@
-"""One decoder layer through the C++ kernels: two calls, and attention between them, in place of thirty operations.
+"""One decoder layer by the C++ kernels: two calls, with attention between them, in place of thirty operations.
 
-The kernels' view of a layer is compiled as a runner's is (`olmoe.runner.compile`), but modules of the transformers face
-may be hooked, adapted and edited between two calls: a snapshot says at each call whether the view is up to date.
+The kernels' view of a layer is compiled like a runner's (`olmoe.runner.compile`), but modules of the transformers face
+may be hooked, adapted and edited between two calls: a snapshot tells at each call whether the view is up to date.
 
 Shapes legend: N tokens, D hidden, Dh head dim, E experts, K experts per token.
 """
@@ -33,10 +33,10 @@ _SETTINGS = (
 
 
 class LayerView:
-    """The kernels' view of one state of a layer; `compiled` is None where they do not fit."""
+    """The kernels' view of one state of a layer; `compiled` is None if they do not fit."""
 
     def __init__(self, layer: DecoderLayer) -> None:
-        """Remember all that the view depends on, and make it."""
+        """Record everything that the view depends on, and make it."""
         self.snapshot = Snapshot()
         attention, moe = layer._modules["self_attn"], layer._modules["mlp"]
         owners = (
@@ -61,7 +61,7 @@ class LayerView:
         self._named = any(vars(module).get("backend", AUTO) == "cpu" for module in layer.modules())
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the kernels compute inputs like `x` (..., D), at least as fast as torch, and without gradients."""
+        """Whether the kernels can compute inputs like `x` (..., D), without gradients and at least as fast as torch."""
         if self.compiled is None or x.shape[-1] != self.compiled.hidden or x.dtype != self.compiled.dtype:
             return False
         rows = x.numel() // self.compiled.hidden
@@ -71,8 +71,8 @@ class LayerView:
 
 
 class KernelDecoderLayer(DecoderLayer):
-    """`DecoderLayer` through the C++ kernels where they fit: inference on CPU tensors, plain or block-packed matrices,
-    no hooks, adapters or replaced modules inside. Otherwise, and for training, it is the layer that it was.
+    """`DecoderLayer` by the C++ kernels if they fit: inference on CPU tensors, plain or block-packed matrices,
+    no hooks, adapters or replaced modules inside. Otherwise, and for training, it is an ordinary layer.
     """  # fmt: skip
 
     _view: LayerView | None = None
@@ -87,7 +87,7 @@ class KernelDecoderLayer(DecoderLayer):
     def through_kernels(
         self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
     ) -> tuple[Tensor, RouterOutput] | None:
-        """`forward` by the kernels; None, and nothing done, where they do not fit."""
+        """`forward` by the kernels; None, with nothing done, if they do not fit."""
         compiled = self._fitting(x, rope)
         if compiled is None:
             return None
@@ -109,7 +109,7 @@ class KernelDecoderLayer(DecoderLayer):
         q, k, v = (t.to(x.dtype).view(*lead, -1, head_dim) for t in (q, k, v))
         attended = attend(q, k, v, self.self_attn.layer)
         assert attended.numel() == n * d
-        if attended.requires_grad:  # through cached keys and values: prefixes that are trained
+        if attended.requires_grad:  # through cached keys and values, as for trained prefixes
             return self.after_attention(x + self.self_attn.o_proj(attended.reshape(x.shape)))
         attended = extension.wide(attended)
         changes = (None, 0) if policy is None else (policy.kernel.kernel, policy.layer)
@@ -117,14 +117,14 @@ class KernelDecoderLayer(DecoderLayer):
         return y.to(x.dtype).view(x.shape), routed
 
     def _fitting(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> CompiledLayer | None:
-        """The kernels' view of this layer, with the weights of now; None where they do not fit."""
+        """The kernels' view of this layer, with its current weights; None if they do not fit."""
         compiled = self.current(x) if inputs_fit(x, rope) else None
         if compiled is not None:
             compiled.refresh()
         return compiled
 
     def current(self, x: Tensor) -> CompiledLayer | None:
-        """The kernels' view of this layer as it is now; None where the kernels do not fit it, or inputs like `x`."""
+        """The kernels' view of this layer as it is now; None if the kernels do not fit it, or inputs like `x`."""
         view = self._view
         if view is None or not view.snapshot.unchanged():
             view = LayerView(self)

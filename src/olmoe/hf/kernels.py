@@ -1,6 +1,6 @@
-"""The choice of what computes a model of transformers' face.
+"""The choice of backend for a model of the transformers face.
 
-Nothing has to be switched on: its decoder layers (`olmoe.hf.kernel_layer`) use the C++ kernels where a model
+Nothing has to be switched on: its decoder layers (`olmoe.hf.kernel_layer`) use the C++ kernels when a model
 runs without gradients on a CPU, and are plain ones for training, adapters, hooks, parallelism and compiled graphs.
 """
 
@@ -15,21 +15,21 @@ from olmoe.runner import require_backend
 
 
 class KernelBackend:
-    """Mixed into our pre-trained classes: the choice of what computes their operations."""
+    """Mixed into our pre-trained classes: the choice of the backend of their operations."""
 
     _kernel_backend = AUTO
 
     @property
     def kernel_backend(self) -> str:
-        """What `set_kernel_backend` chose; "auto" at first."""
+        """The choice of `set_kernel_backend`; "auto" by default."""
         return self._kernel_backend
 
     def set_kernel_backend(self, backend: str) -> None:
         """Compute by "auto" (C++ kernels where they fit, else torch), "cpu" (those kernels), "torch" or "reference".
 
-        A name is taken at its word, so "cpu" does not train. The choice belongs to this object and is not saved.
-        Raises `UserError` for other names and `BackendUnavailableError` where "cpu" cannot run: without the compiled
-        kernels, or on another device.
+        A name is taken literally, so "cpu" cannot train. The choice belongs to this object and is not saved. Raises
+        `UserError` for other names and `BackendUnavailableError` if "cpu" cannot run: without the compiled kernels, or
+        on another device.
         """
         assert isinstance(self, nn.Module)
         require_backend(backend)

@@ -1,8 +1,8 @@
-"""PEFT's LoRA on routed experts, computed for the experts that were routed to.
+"""PEFT's LoRA on routed experts, computed only for the experts that tokens chose.
 
 PEFT wraps the experts once for each parameter named in `target_parameters`, and in every forward pass adds the
-low-rank product to the whole stack, whatever the router chose: a token's decoding step then reads and writes
-all E experts instead of K. Here the sum is formed for the chosen ones.
+low-rank product to the whole stack, whatever the router chose: a decoding step then reads and writes all E experts
+instead of K. Here the sum is formed for the chosen ones.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, U distinct experts chosen, F expert width.
 """
@@ -28,10 +28,10 @@ _STACKS = ("gate_up_proj", "down_proj")
 
 
 def route_lora(layers: nn.ModuleList) -> None:
-    """Make PEFT's wrappers around the experts of `layers` compute only what was routed to.
+    """Make PEFT's wrappers around the experts of `layers` compute only the chosen experts.
 
-    The wrappers keep their parameters, names and methods, so saving, merging and switching adapters are PEFT's.
-    Experts that PEFT did not wrap stay as they are; so does everything while a graph is compiled.
+    The wrappers keep their parameters, names and methods, so PEFT itself saves, merges and switches adapters.
+    Experts that PEFT did not wrap are left alone, and so is everything while a graph is compiled.
     """
     if torch.compiler.is_compiling():
         return
@@ -47,7 +47,7 @@ def route_lora(layers: nn.ModuleList) -> None:
 
 
 def routed_wrapper(wrapper: Any) -> Any:
-    """What replaces one of PEFT's wrappers, if it is one of LoRA around a parameter: else itself."""
+    """The replacement of one of PEFT's wrappers, if it is LoRA around a parameter; else the wrapper itself."""
     from peft.tuners.lora.layer import ParamWrapper
 
     return view_as(_routed_wrapper(ParamWrapper), wrapper) if type(wrapper) is ParamWrapper else wrapper
@@ -55,18 +55,18 @@ def routed_wrapper(wrapper: Any) -> Any:
 
 @functools.cache
 def _routed_wrapper(wrapper: Any) -> type:
-    """A subclass of PEFT's wrapper with a forward pass of its own. (PEFT is optional, so it is made on demand.)"""
+    """A subclass of PEFT's wrapper with its own forward pass. (PEFT is optional, so it is made on demand.)"""
 
     class RoutedParamWrapper(wrapper):
         """`lora.ParamWrapper` around experts, the outermost of the nested ones, or around another packed matrix."""
 
         @property  # type: ignore[misc]
         def __class__(self) -> type:
-            """PEFT's class, which it finds by this name where it adds a second adapter."""
+            """PEFT's class, which PEFT checks when it adds a second adapter."""
             return wrapper
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            """For copies and pickles, to which a class that is made on demand, and hides, means nothing."""
+            """For copies and pickles, which cannot find a class made on demand."""
             return _new_routed_wrapper, (), self.__dict__
 
         def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def _new_routed_wrapper() -> Any:
 
 
 def _computes_itself(base: Any) -> bool:
-    """Whether `base` are experts that we compute; other implementations are asked for by name."""
+    """Whether `base` are experts that we compute; other implementations are requested by name."""
     return isinstance(base, PackedExperts) or (type(base) is OlmoeExperts and base.computes_itself())
 
 
@@ -99,7 +99,7 @@ def _forward(wrapper: Any, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tens
     experts, adapted = wrapper.get_base_layer(), _active(wrapper)
     if not adapted:
         return experts(x_ND, expert_ids_NK, weights_NK)
-    every = mapped(expert_ids_NK)  # under vmap, which cannot say which were chosen
+    every = mapped(expert_ids_NK)  # under vmap, the chosen experts cannot be known
     if not isinstance(experts, PackedExperts):
         stacks, backend = [experts.gate_up_proj, experts.down_proj], experts.fitting_backend()
     elif every:
@@ -129,7 +129,7 @@ def _added(experts: PackedExperts, adapted: list[tuple[Any, str]]) -> Callable[[
     factors: dict[str, list[tuple[Sequence[Tensor], Sequence[Tensor], float]]] = {}
     for level, adapter in adapted:
         e, a, b = level.num_experts, level.lora_A[adapter].weight, level.lora_B[adapter].weight
-        # Taken apart once: of every expert by itself, the gradient would be as large as all of them.
+        # Unbound once: indexing each expert would make a gradient as large as all of them every time.
         right, left = a.view(e, -1, a.shape[-1]).unbind(), b.view(b.shape[0], -1, e).unbind(-1)
         factors.setdefault(level.parameter_name, []).append((left, right, level.scaling[adapter]))
 
@@ -158,7 +158,7 @@ def _packed_forward(wrapper: Any, x: Tensor) -> Tensor:
 
 
 def _active(wrapper: Any) -> list[tuple[Any, str]]:
-    """What adds to the weights: wrappers with the names of their adapters."""
+    """The active adapters: wrappers with the names of their adapters."""
     return [
         (level, adapter)
         for level in _nested(wrapper)

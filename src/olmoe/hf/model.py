@@ -1,8 +1,8 @@
-"""transformers' model classes of OLMoE, built from the modules of `olmoe.model`.
+"""transformers' model classes for OLMoE, built from the modules of `olmoe.model`.
 
 Names, arguments and outputs are those that transformers documents. Parameters have the names and shapes
-of transformers' own classes, so its checkpoint conversion, adapters and sharding plans apply unchanged. So is what a
-module takes, returns and has as attributes: hooks and tools written for transformers' classes work on these.
+of transformers' own classes, so its checkpoint conversion, adapters and sharding plans apply unchanged. Modules also
+take, return and have the same attributes: hooks and tools written for transformers' classes work on these.
 """
 
 import functools
@@ -28,7 +28,7 @@ from olmoe.hf.inputs import causal_mask, kept, positions_of
 from olmoe.hf.kernel_layer import KernelDecoderLayer
 from olmoe.hf.kernels import KernelBackend
 from olmoe.hf.lora import route_lora
-from olmoe.hf.losses import router_losses, share_of_step
+from olmoe.hf.losses import WholeStep, router_losses, share_of_step
 from olmoe.hf.quantization import PackedLoading
 from olmoe.hf.recording import (
     ATTENTIONS,
@@ -64,13 +64,13 @@ class OlmoeTopKRouter(Router):
         A policy changes weights and ids; the logits are the router's own.
         """
         policy = None if self.policy is None else self.policy.on(hidden_states.device)
-        # A plain tuple: hooks rebuild one by its type, which a named one does not take.
+        # A plain tuple: hooks rebuild one from its type, which fails for a named tuple.
         logits_NE, weights_NK, expert_ids_NK = super().forward(hidden_states.reshape(-1, self.hidden_dim), policy)
         return logits_NE, weights_NK, expert_ids_NK
 
 
 class OlmoeSparseMoeBlock(SparseMoeBlock):
-    """The network's mixture of experts, which returns only hidden states here."""
+    """The network's mixture of experts, which here returns only hidden states."""
 
     computes_as = SparseMoeBlock
 
@@ -89,7 +89,7 @@ class OlmoeSparseMoeBlock(SparseMoeBlock):
 
 
 class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDecoderLayer):
-    """The network's block under transformers' signature. Its parts are in transformers' order, as optimizers number
+    """The network's layer under transformers' signature. Its parts are in transformers' order, since optimizers number
     parameters.
     """  # fmt: skip
 
@@ -116,7 +116,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         cache = one_cache(kwargs.pop("past_key_values", None), cache)
         options = kwargs | {"position_ids": position_ids, "use_cache": use_cache}
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            options["use_cache"] = False  # the second pass would append to a cache again
+            options["use_cache"] = False  # the second pass would append to the cache again
             block = functools.partial(self._block, position_embeddings, attention_mask, None, options)
             checkpoint: Any = self._gradient_checkpointing_func
             return checkpointed(checkpoint, with_policy_of_now(self, block), hidden_states)
@@ -141,7 +141,7 @@ class OlmoeDecoderLayer(CheckpointsWithin, GradientCheckpointingLayer, KernelDec
         return self.after_attention(x + attended)[0]
 
     def after_attention(self, x: Tensor, policy: None = None) -> tuple[Tensor, Any]:  # type: ignore[override]
-        """See `DecoderLayer.after_attention`; the router notes by itself what it decides."""
+        """See `DecoderLayer.after_attention`; the router itself notes what it decides."""
         return x + self.mlp(self.post_attention_layernorm(x)), None
 
     def current(self, x: Tensor) -> CompiledLayer | None:
@@ -170,7 +170,7 @@ class OlmoePreTrainedModel(
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # What can be asked for and where it arises. `OlmoeModel.forward` collects it itself, without hooks.
+    # What can be requested, and the modules it comes from. `OlmoeModel.forward` collects it itself, without hooks.
     _can_record_outputs = {  # noqa: RUF012  (transformers' protocol)
         "router_logits": OutputRecorder(OlmoeTopKRouter, index=0),
         "hidden_states": OlmoeDecoderLayer,
@@ -187,7 +187,7 @@ class OlmoePreTrainedModel(
 
 
 class OlmoeModel(OlmoePreTrainedModel):
-    """The decoder without a head: token embedding, blocks, final norm."""
+    """The decoder without a head: token embedding, layers, final norm."""
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -227,11 +227,11 @@ class OlmoeModel(OlmoePreTrainedModel):
         config = self.config
         if hasattr(config, "is_causal"):
             kwargs.setdefault("is_causal", config.is_causal)
-        if use_cache is None:  # a training step has no use for a cache
+        if use_cache is None:  # a training step does not need a cache
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if use_cache or cache is not None:
-                _warn_once("A cache does not go with gradient checkpointing; continuing without one")
+                _warn_once("A cache cannot be used with gradient checkpointing; continuing without one")
             use_cache, cache = False, None  # the second forward pass would append to it again
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -295,6 +295,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     router_aux_loss_coef, num_experts, num_experts_per_tok = FromConfig(), FromConfig(), FromConfig()
+    whole_step: WholeStep | None = None  # what load balancing looks at in training, if not at each batch by itself
 
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
@@ -323,7 +324,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """See transformers' documentation of `OlmoeForCausalLM`. labels (B, T) hold -100 where nothing is learnt.
+        """See transformers' documentation of `OlmoeForCausalLM`. labels (B, T) are -100 for tokens without a loss.
 
         `cache` is what transformers calls `past_key_values` from 5.24 on.
         """
@@ -340,7 +341,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
                     "transformers, because output_router_logits is false; set that to true, or the coefficient to 0."
                 )
         if labels is not None and use_cache is None:
-            use_cache = False  # nothing continues what a loss is taken of
+            use_cache = False  # nothing continues after a loss
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -359,9 +360,10 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if auxiliary:
-            aux_loss, addition = router_losses(self, outputs.router_logits, attention_mask)
+            step = self.whole_step if self.training else None
+            aux_loss, addition = router_losses(self, outputs.router_logits, attention_mask, step)
             if loss is not None and labels is not None:
-                loss = loss + (share_of_step(labels, kwargs) * addition).to(loss.device)
+                loss = loss + (share_of_step(labels, kwargs, step) * addition).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -374,7 +376,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, EitherNameGenerationMixin):
 
 
 def _warn_once(message: str) -> None:
-    """Log a warning, once a process; a compiled graph has no log."""
+    """Log a warning, once per process; not while a graph is compiled."""
     if not is_compiling():
         _warn(message)
 

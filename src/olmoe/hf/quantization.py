@@ -1,13 +1,13 @@
 """4-bit and 8-bit loading: transformers' `BitsAndBytesConfig` with our packed layers, experts included.
 
-transformers' own integration replaces plain `nn.Linear` modules, so of a mixture of experts it quantizes the
-attention and leaves the experts, 93 % of OLMoE. Here `from_pretrained` of our classes turns the same
+transformers' own integration replaces plain `nn.Linear` modules, so in a mixture of experts it quantizes the
+attention and leaves out the experts, 93 % of OLMoE. Here `from_pretrained` of our classes turns the same
 configuration into a `PackedConfig`, and `PackedQuantizer` packs attention and experts while they load: each
-weight is encoded as soon as its tensors are read, so that one layer's experts at most exist unpacked. The router
-and norms are no candidates, and `lm_head`, a classifier's `score` and the embeddings stay as transformers
-documents it. bitsandbytes itself is not needed.
+weight is encoded as soon as its tensors are read, so that at most one layer's experts exist unpacked. The router
+and norms are never packed, and `lm_head`, a classifier's `score` and the embeddings stay plain, as transformers
+documents. bitsandbytes itself is not needed.
 
-A folder that `olmoe quantize` packed loads the same way (`olmoe.weights.packed_file`): its `quantization_config` names
+A folder packed by `olmoe quantize` loads the same way (`olmoe.weights.packed_file`): its `quantization_config` names
 a format for every matrix, and embeddings and `lm_head` may be packed too.
 
 Nothing is registered with transformers before the first `from_pretrained` of one of our classes, which adds the
@@ -57,7 +57,7 @@ _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float1
 
 
 class PackedConfig(BitsAndBytesConfig):
-    """How a model is packed, as `config.json` stores it: a `BitsAndBytesConfig` under a method name of its own.
+    """How a model is packed, as stored in `config.json`: a `BitsAndBytesConfig` under its own method name.
 
     Under bitsandbytes' name, other software would look for bitsandbytes' tensors in our files.
     """
@@ -82,20 +82,20 @@ class PackedConfig(BitsAndBytesConfig):
             raise ConfigError(f"The weight format {shown(weight_format)} is unknown; choose {' or '.join(FORMATS)}.")
         if compute_dtype is not None and compute_dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
-                f"bnb_4bit_compute_dtype {shown(compute_dtype)} is none that models compute in; "
+                f"bnb_4bit_compute_dtype {shown(compute_dtype)} is not one that models compute in; "
                 f"choose {' or '.join(_COMPUTE_DTYPES)}."
             )
         self.layout: PackedLayout | None = None
         if weight_format in layout_formats():
             if skip_modules is not None or double_quant:
                 raise ConfigError(
-                    f"{weight_format} takes neither skip_modules nor double_quant; name the matrices that stay plain "
+                    f"{weight_format} has neither skip_modules nor double_quant; name the matrices that stay plain "
                     "in overrides, as bf16."
                 )
             self.layout = PackedLayout(weight_format, overrides or {}, recipe)
         elif overrides:
             raise ConfigError(
-                f"Only {', '.join(layout_formats())} take overrides, not {weight_format}; leave them out."
+                f"Only {', '.join(layout_formats())} support overrides, not {weight_format}; leave them out."
             )
         format = make_format(weight_format)
         four_bit = format.bits < 8
@@ -111,7 +111,7 @@ class PackedConfig(BitsAndBytesConfig):
 
     @classmethod
     def translate(cls, config: BitsAndBytesConfig) -> PackedConfig:
-        """The same wishes for our layers. Options that only bitsandbytes' GPU kernels give a meaning are refused."""
+        """The same settings for our layers. Options that only make sense for bitsandbytes' GPU kernels are refused."""
         if isinstance(config, PackedConfig):
             return config
         if not config.load_in_4bit and not config.load_in_8bit:
@@ -190,16 +190,16 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Without a device map a GPU is used where there is one, as transformers does for bitsandbytes."""
+        """Without a device map a GPU is used if there is one, as transformers does for bitsandbytes."""
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
 
     def validate_environment(self, *, device_map: Any = None, **context: Any) -> None:
-        """Refuse what transformers' loader would do wrong: it writes weights meant for a disk there unpacked."""
+        """Refuse disk offloading: transformers' loader would write those weights to the disk unpacked."""
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
-                "Weights cannot be quantized on their way to a disk; load the model without offloading, save it with "
+                "Weights cannot be quantized on their way to disk; load the model without offloading, save it with "
                 "save_pretrained, and load that with this device_map."
             )
 
@@ -267,8 +267,8 @@ class PackedQuantizer(HfQuantizer):
 def pack(model: nn.Module, config: PackedConfig, skipped: list[str]) -> None:
     """Replace modules whose matrices will be packed with packed ones, which have no values yet.
 
-    Formats of packed checkpoints know which matrices they pack, embeddings and head included, and decode to fp32; of
-    others all `Linear` and `Experts` modules are packed but those that match a pattern of `skipped`.
+    Layouts of packed checkpoints say which matrices are packed, embeddings and head included, and decode to fp32; with
+    other formats all `Linear` and `Experts` modules are packed except those that match a pattern in `skipped`.
     """
     prefix = "" if hasattr(model, "model") else "model."
     compute_dtype = None if config.compute_dtype is None else _COMPUTE_DTYPES[config.compute_dtype]
@@ -291,12 +291,12 @@ def _packed_matrices(module: nn.Module) -> list[str]:
 
 
 def _is_plain(module: nn.Module, name: str) -> bool:
-    """Whether a module's own parameter is an ordinary one: neither codes nor scales nor what else a format stores."""
+    """Whether a module's own parameter is an ordinary one: not codes, scales or any other part of a format."""
     return not any(name == matrix or name.startswith(f"{matrix}_") for matrix in _packed_matrices(module))
 
 
 def unpack(model: Any, dtype: torch.dtype) -> None:
-    """Put plain `Linear` and `Experts` modules with the decoded weights back; adapters around them stay."""
+    """Put back plain `Linear` and `Experts` modules with the decoded weights; adapters around them are kept."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedModule):
             model.set_submodule(name, plain_module(module, dtype))
@@ -305,7 +305,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
 
 
 class PackedLoading:
-    """Mixed into our pre-trained classes: `from_pretrained` that packs, and a parameter count that knows packing."""
+    """Mixed into our pre-trained classes: a `from_pretrained` that packs, and a parameter count that knows of it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         found = getattr(config, "quantization_config", None)
@@ -329,7 +329,7 @@ class PackedLoading:
             kwargs["quantization_config"] = PackedConfig.translate(asked)
         config: Any = kwargs.get("config")
         if isinstance(getattr(config, "quantization_config", None), PackedConfig):
-            # That of a model which was loaded before; transformers expects what a file would hold.
+            # It comes from a model that was loaded before; transformers expects what a file would hold.
             kwargs["config"] = config = copy.copy(config)
             config.quantization_config = config.quantization_config.to_dict()
         name = folder_or_id(pretrained_model_name_or_path)
@@ -346,10 +346,10 @@ class PackedLoading:
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """transformers' hook that fills what a checkpoint lacks; packed weights cannot be made up."""
+        """transformers' hook that initialises what a checkpoint lacks; packed weights cannot be initialised."""
         if isinstance(module, PackedModule):
             for name, parameter in module.named_parameters(recurse=False):
-                # What waits on a disk is on the meta device here.
+                # Weights that are offloaded to disk are on the meta device here.
                 if name != "bias" and not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(
                         f"The checkpoint lacks {name} ({module.extra_repr()}), and quantized weights cannot start from "
@@ -358,19 +358,19 @@ class PackedLoading:
         super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers' documentation. A packed checkpoint says for whole kinds of modules how they are packed."""
+        """See transformers' documentation. A packed checkpoint only says how whole kinds of modules are packed."""
         assert isinstance(self, nn.Module)
         trained = [name for name, module in self.named_modules() if isinstance(module, Trained)]
         adapters = getattr(self, "_hf_peft_config_loaded", False)  # only they are saved
         if trained and not adapters and any(isinstance(module, PackedModule) for module in self.modules()):
             raise ConfigError(
-                f"{trained[0]} was trained whole and is not packed, so it cannot be saved among packed modules; call "
+                f"{trained[0]} was trained as a whole and is not packed, so it cannot be saved among packed ones; call "
                 "dequantize() on the model first."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See transformers' documentation. Packed embeddings have no rows that could be added or taken away."""
+        """See transformers' documentation. Rows cannot be added to packed embeddings or removed from them."""
         embeddings: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
         table = unwrapped(embeddings)
         asked = new_num_tokens if new_num_tokens is not None or not (args or kwargs) else "padded"
@@ -384,7 +384,7 @@ class PackedLoading:
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     def get_submodule(self, target: str) -> nn.Module:
-        """See `nn.Module`. PEFT asks for embeddings by BERT's name first, and its guess at ours knows no packing."""
+        """See `nn.Module`. PEFT first asks for embeddings by BERT's name; its guess at ours fails for packed ones."""
         assert isinstance(self, nn.Module)
         if target == "embeddings.word_embeddings":
             embeddings: nn.Module = self.get_input_embeddings()  # type: ignore[operator]
@@ -393,7 +393,7 @@ class PackedLoading:
         return super().get_submodule(target)  # type: ignore[misc]
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """See transformers' documentation. Packed weights count as the weights they stand for."""
+        """See transformers' documentation. Packed weights count as the weights they encode."""
         assert isinstance(self, nn.Module)
         embeddings = [m for m in self.modules() if isinstance(m, nn.Embedding)] if exclude_embeddings else []
         excluded = {id(p) for module in embeddings for p in module.parameters()}
@@ -416,7 +416,7 @@ class PackedLoading:
 
 
 def _register() -> None:
-    """Make the method of packed files known to transformers' loader."""
+    """Register the method of packed files with transformers' loader."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(PackedQuantizer)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -1,7 +1,7 @@
 """What a forward pass returns on request besides its result: each layer's router logits and attention probabilities.
 
-transformers collects them with hooks, which it leaves on the modules. Ours would then always be computed module by
-module, so here modules record these values themselves while a caller has asked for them.
+transformers collects them with hooks, which it leaves on the modules. That would force ours to be computed module by
+module for good, so here modules record these values themselves while a caller has requested them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ INPUTS: Final = "inputs"  # of each layer, as its forward pre-hooks leave them
 EXPERT_IDS: Final = "expert_ids"  # (N, K) of each layer, and their weights
 EXPERT_WEIGHTS: Final = "expert_weights"
 
-_notes: Any = CompileableContextVar("olmoe_notes")  # a list for each name that is asked for
+_notes: Any = CompileableContextVar("olmoe_notes")  # a list for each requested name
 
 
 @contextmanager
 def recording(names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Collect what is noted under `names` inside, in the order of computation. With no names nothing happens.
+    """Collect what is noted under `names` in the block, in the order of computation. Without names nothing happens.
 
-    What is asked for outside is collected there, unless it has the same name.
+    What an outer block has requested is collected there, unless it has the same name.
     """
     notes: dict[str, list[Any]] = {name: [] for name in names}
     if not notes:
@@ -47,21 +47,21 @@ def recording(names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
 
 
 def asked() -> dict[str, list[Any]] | None:
-    """The lists that a caller has asked to be filled, by name; None where nobody has."""
+    """The lists that a caller wants filled, by name; None if there are none."""
     if torch.compiler.is_dynamo_compiling() and not _notes.compiling:
         return None  # what is not set inside a graph cannot be read there
     return _notes.get()
 
 
 def note(name: str, value: Any) -> None:
-    """Keep `value` if `name` was asked for; a module without attention probabilities records None."""
+    """Keep `value` if `name` was requested; a module without attention probabilities records None."""
     notes = asked()
     if notes is not None and name in notes and value is not None:
         notes[name].append(value)
 
 
 def note_routing(routers: Iterable[RouterOutput]) -> None:
-    """Keep what was asked for of what the routers of some layers decided."""
+    """Keep the requested parts of what the routers of some layers decided."""
     if asked():
         for logits_NE, weights_NK, expert_ids_NK in routers:
             note(ROUTERS, logits_NE)
@@ -73,7 +73,7 @@ def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tenso
     """`block(x)` under gradient checkpointing, with gradients for what it notes.
 
     Reentrant checkpointing computes without a graph and gives gradients only to the outputs of its function, so what
-    is noted becomes such outputs.
+    is noted is made one of these outputs.
     """
     outer = asked()
     if not outer:
@@ -96,7 +96,7 @@ def checkpointed(checkpoint: Callable[..., Any], block: Callable[[Tensor], Tenso
 class CheckpointsWithin:
     """Mixed before transformers' checkpointing layer into one that calls `checkpointed` itself.
 
-    That class wraps the `forward` of its subclasses, and would make a checkpoint of the whole.
+    That class wraps the `forward` of its subclasses, and would checkpoint all of it.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -106,7 +106,7 @@ class CheckpointsWithin:
 def wanted_states(model: Any, output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
     """Which of `count` hidden states to return: all, none, or those of an index or indices.
 
-    Negative ones count from the end of what the configuration says there is, as in transformers.
+    Negative ones count from the end of the configuration's number of layers, as in transformers.
     """
     chosen = selected_hidden_states(output_hidden_states)
     if chosen is None:

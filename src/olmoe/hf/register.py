@@ -44,7 +44,7 @@ def register() -> None:
         for config in (OlmoeConfig, TransformersOlmoeConfig):
             _put(auto._model_mapping._extra_content, config, model)
     _put(ExpertsInterface._global_mapping, NAME, experts_forward)
-    # lm-evaluation-harness, for one, reads a checkpoint's quantization before any class of ours is called.
+    # lm-evaluation-harness, for example, reads a checkpoint's quantization before any of our classes is called.
     _put(AUTO_QUANTIZER_MAPPING, METHOD, PackedQuantizer)
     _put(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, PackedConfig)
 

@@ -1,11 +1,11 @@
-"""Router policies on transformers' face: what routers choose is changed, on the kernels and on torch alike.
+"""Router policies on the transformers face: change what routers choose, on the kernels and on torch alike.
 
     model.router_policy = "policy.json"              # until it is None again
     with model.routed_by({"ban": [{"expert": 7}]}):  # inside
         model.generate(...)
 
-A policy lies on the routers themselves, so whatever calls them (generation, adapters, gradient checkpointing, hooks)
-gets what it changes. It belongs to this object in memory and is saved nowhere.
+A policy is attached to the routers themselves, so it applies to whatever calls them (generation, adapters, gradient
+checkpointing, hooks). It belongs to this object in memory and is saved nowhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from olmoe.runner.torch_runner import route_policies
 
 
 class ModelPolicy:
-    """A policy for all layers of a model, as torch and the kernels take it; `given` is what it was made from."""
+    """A policy for all layers of a model, for torch and the kernels; `given` is what it was made from."""
 
     def __init__(self, given: Policy, resolved: ResolvedPolicy) -> None:
         self.given, self._resolved = given, resolved
@@ -55,7 +55,7 @@ class LayerPolicy(NamedTuple):
 
     @property
     def kernel(self) -> KernelPolicies:
-        """The whole policy for the kernels, which take the number of the layer besides."""
+        """The whole policy for the kernels, which also take the number of the layer."""
         return self.whole.kernel
 
     def on(self, device: torch.device) -> RoutePolicy:
@@ -69,14 +69,14 @@ class LayerPolicy(NamedTuple):
 
 def router_policy_of(layer: nn.Module) -> LayerPolicy | None:
     """The policy on a decoder layer's router, which must be one of ours."""
-    # As dictionaries: torch takes longer to find a module by its name than a step of decoding has for it.
+    # Through dictionaries: torch's lookup of a module by name is too slow for a decoding step.
     gate = layer._modules["mlp"]._modules["gate"]  # type: ignore[union-attr]
     policy: LayerPolicy | None = vars(gate).get("policy")
     return policy
 
 
 def alike(policies: Sequence[LayerPolicy | None]) -> bool:
-    """Whether layers in this order have no policy, or that of one model in its order."""
+    """Whether these layers have no policy, or one model's policy in the order of its layers."""
     first = policies[0]
     if first is None:
         return all(policy is None for policy in policies)
@@ -84,7 +84,7 @@ def alike(policies: Sequence[LayerPolicy | None]) -> bool:
 
 
 def with_policy_of_now(layer: nn.Module, block: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`block`, computed by the policy that `layer` has now: a checkpoint calls it again when that may have changed."""
+    """`block`, computed with the policy that `layer` has now: a checkpoint calls it again, when it may have changed."""
     if is_compiling():
         return block
     policies = [(router, router.policy) for router in _routers(layer)]
@@ -99,19 +99,19 @@ def with_policy_of_now(layer: nn.Module, block: Callable[[Tensor], Tensor]) -> C
 
 
 class RouterPolicies:
-    """Mixed into our pre-trained classes: changes of what routers choose."""
+    """Mixed into our pre-trained classes: changes to what routers choose."""
 
     config: Any
     base_model: Any
 
     @property
     def router_policy(self) -> Policy | None:
-        """What changes the routers' choices; None leaves them as they are. It can be set: a `RouterPolicy`, the path of
-        a JSON file, or a mapping with the keys of one.
+        """The policy for the routers' choices; None leaves them unchanged. It can be set to a `RouterPolicy`, the path
+        of a JSON file, or a mapping with the keys of one.
 
-        Keys and values that a cache holds were computed by the policy of then. Router logits that are returned, and
-        losses of them, are the routers' own. Set it on the model itself, not on a wrapper, through which `routed_by`
-        works. Raises `UserError` for a policy that does not fit the model.
+        Keys and values in a cache were computed with the policy at that time. Returned router logits, and losses
+        computed from them, are the routers' own. Set it on the model itself, not on a wrapper; `routed_by` works on
+        wrappers too. Raises `UserError` for a policy that does not fit the model.
         """  # fmt: skip
         found = next((router.policy for layer in self.base_model.layers for router in _routers(layer)), None)
         return None if found is None else found.whole.given
@@ -136,20 +136,20 @@ class RouterPolicies:
 
     @contextmanager
     def routed_by(self, policy: AnyPolicy | None) -> Iterator[None]:
-        """`router_policy` for what is computed inside; afterwards it is what it was before."""
+        """Set `router_policy` within the block; afterwards the previous one is restored."""
         with _as_before(router for layer in self.base_model.layers for router in _routers(layer)):
             self.router_policy = policy
             yield
 
 
 def _routers(layer: nn.Module) -> Iterator[Any]:
-    """The routers of a layer, within the adapters or copies that may stand around them."""
+    """The routers of a layer, inside any adapters or copies around them."""
     return (module for module in layer.modules() if isinstance(module, Router) and "policy" in vars(module))
 
 
 @contextmanager
 def _as_before(routers: Iterable[Any]) -> Iterator[None]:
-    """Afterwards routers have the policies that they had."""
+    """A context after which routers have their previous policies."""
     before = [(router, router.policy) for router in routers]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the routers of a transformers-face model choose, recorded while anything runs it: a pass, `generate`, a trainer.
+"""What the routers of a transformers-face model choose, recorded whatever runs it: a pass, `generate`, a trainer.
 
 Shapes legend: B batch, T sequence, N = B*T tokens, L layers, K experts per token.
 """
@@ -29,14 +29,14 @@ from olmoe.runner import TraceWriter
 def record_routing(
     model: nn.Module, path: str | Path | None = None, *, metadata: dict[str, str] | None = None
 ) -> Iterator[TraceWriter]:
-    """Record which experts every token chooses while the block runs `model`: one of our classes, or around one (PEFT).
+    """Record which experts every token chooses while the block runs `model`: one of our classes, or a wrapper (PEFT).
 
-    The trace is in the file `path`, or without one in memory; `trace` of what the block gets has its arrays once the
-    block has ended. A row of a batch is a window of the trace, which `generate` and other passes with the same cache
-    continue; texts that share a row have a window each. Padding, by a mask (B, S), is left out, and so is what a cache
-    holds already. Nothing is kept of logits, and kernels compute what they compute otherwise. Tokens that are given as
-    embeddings have the id -1. Blocks may be nested, each with all that runs inside it, and several threads may run the
-    model, each with caches of its own.
+    The trace is in the file `path`, or in memory without one; `trace` of the object that the block gets has its arrays
+    once the block has ended. A row of a batch is a window of the trace, which `generate` and other passes with the same
+    cache continue; texts that share a row have a window each. Padding, by a mask (B, S), is left out, and so is what a
+    cache already holds. No logits are kept, and the kernels run as usual. Tokens given as embeddings have the id -1.
+    Blocks may be nested, each with everything that runs inside it, and several threads may run the model, each with its
+    own caches.
 
     >>> with record_routing(model, "routing.safetensors") as recording:    # doctest: +SKIP
     ...     model.generate(**inputs)
@@ -51,7 +51,7 @@ def record_routing(
     with TraceWriter.of(found.config, path, top_k=top_k, metadata=metadata) as writer:
         recorder = _Recorder(writer)
         before = found.register_forward_pre_hook(recorder.before, with_kwargs=True)
-        # In front: of two recorders the one that began last ends first.
+        # At the front: of two recorders, the one that started last ends first.
         after = found.register_forward_hook(recorder.after, with_kwargs=True, always_call=True, prepend=True)
         try:
             yield writer
@@ -61,7 +61,7 @@ def record_routing(
 
 
 class _Passes(threading.local):
-    """What is known of the passes of one thread: `outer` is what others want noted of the present one."""
+    """The state of one thread's passes: `outer` is what others want noted about the current one."""
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -77,11 +77,11 @@ class _Recorder:
         self._writer = writer
         self._lock = threading.Lock()
         self._own = _Passes()
-        # Of each row of the last pass with a cache; with another cache other texts begin.
+        # The window of each row of the last pass with a cache; with another cache other texts start.
         self._windows: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
     def before(self, module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin to note; how many tokens there are in the cache is known only now."""
+        """Start to record; only now is it known how many tokens are in the cache."""
         cache = _given(module, args, kwargs)[2]
         own = self._own
         own.cached = 0 if cache is None else int(cache.get_seq_length())
@@ -89,7 +89,7 @@ class _Recorder:
         own.notes = own.stack.enter_context(recording((EXPERT_IDS, EXPERT_WEIGHTS)))
 
     def after(self, module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Write what was noted; nothing of a pass that has failed."""
+        """Write what was recorded; nothing for a pass that failed."""
         own = self._own
         notes, own.notes = own.notes, {}
         own.stack.close()
@@ -108,7 +108,7 @@ class _Recorder:
         layers = len(notes[EXPERT_IDS])
         if layers != self._writer.layers:
             raise UserError(
-                f"Only {layers} of {self._writer.layers} layers told what their routers chose: what is compiled does "
+                f"Only {layers} of {self._writer.layers} layers reported what their routers chose: compiled models do "
                 "not, and neither do modules that replace ours; record the model itself."
             )
         cache = getattr(output, "past_key_values", cache)
@@ -148,14 +148,14 @@ def _given(module: OlmoeModel, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _begins(positions: Any, mask: Tensor | None, batch: int) -> np.ndarray[Any, Any] | None:
-    """Where a text begins behind another one in its row (B, T), which positions tell that start again."""
+    """Where a text starts after another one in its row (B, T), which shows in positions that start again."""
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
         return None
     return restarts(positions.expand(batch, -1), mask).cpu().numpy()
 
 
 def _stacked(layers: list[Tensor], dtype: torch.dtype, none: int) -> np.ndarray[Any, Any]:
-    """(N, k) of each layer, on any device, as (N, L, K) in memory of the CPU."""
+    """(N, k) from each layer, on any device, as (N, L, K) in CPU memory."""
     width, device = max(t.shape[1] for t in layers), layers[0].device
     whole = torch.full((len(layers[0]), len(layers), width), none, dtype=dtype, device=device)
     for number, t in enumerate(layers):

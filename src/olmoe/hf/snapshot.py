@@ -1,7 +1,7 @@
-"""Whether everything that a view of some modules depends on is unchanged.
+"""Detects whether anything that a view of some modules depends on has changed.
 
 Modules change without notice: hooks, adapters and settings come and go, and weights are replaced. So they are compared
-at every call, in C++, because a step of decoding has evicted all of these objects from the caches.
+at every call, and in C++, because a decoding step has evicted all of these objects from the caches.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from olmoe.runner.compile import HOOKS
 
 
 class Snapshot:
-    """Remembers modules as they are when it is `complete`; `unchanged` says whether they are the same now.
+    """Remembers modules as they are when it is `complete`; `unchanged` says whether they are still the same.
 
-    Everything lies in Python lists, through which the garbage collector finds the modules.
+    Everything is in Python lists, through which the garbage collector finds the modules.
     """
 
     def __init__(self) -> None:
-        self._dicts: list[dict[str, Any]] = []  # where something is found, under which name, and what it is
+        self._dicts: list[dict[str, Any]] = []  # where something is, under which name, and what it is
         self._names: list[str] = []
         self._values: list[Any] = []
         self._modules: list[nn.Module] = []
@@ -53,7 +53,7 @@ class Snapshot:
                 self.parameters.append(parameter)
 
     def complete(self) -> None:
-        """Called once, when all is remembered: where the parameters lie from now on."""
+        """Called once everything is recorded: notes where the parameters are in memory."""
         self._layout = _layout(self.parameters)
 
     def unchanged(self) -> bool:
@@ -70,8 +70,8 @@ class Snapshot:
 
 
 def _layout(parameters: list[Tensor]) -> object:
-    """Where and how parameters lie: an assignment of `data` changes neither the parameter nor its version, and an
-    address may be used again, for values of another dtype or for a part of the old ones.
+    """The memory layout of parameters: assigning `data` changes neither the parameter nor its version, and an address
+    may be used again, for values of another dtype or for a part of the old ones.
     """  # fmt: skip
     described = extension.kernels().layout(Tensor.__dlpack_c_exchange_api__, parameters)
     # Distributed and fake tensors, and some subclasses, cannot be described.

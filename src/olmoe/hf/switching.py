@@ -1,7 +1,7 @@
 """Experts implementations of transformers' interface for our models, switchable at run time.
 
 "eager" (the default) and "olmoe" are our own kernels; "grouped_mm", "batched_mm" and whatever else is registered
-with transformers compute the same from the same weights. Which one is read at every call, from the configuration.
+with transformers compute the same from the same weights. The choice is read from the configuration at every call.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ OURS = ("eager", NAME)
 
 
 class OurExpertsInterface(ExpertsInterface):
-    """transformers' interface, for whose default both of our names stand."""
+    """transformers' interface, in which both of our names mean the default."""
 
     def get_interface(self, experts_implementation: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
-        """What computes experts under that name; `default` is the experts' own forward."""
+        """The function that computes experts under that name; `default` is the experts' own forward."""
         if is_ours(experts_implementation):
             return default
         function = super().get_interface(experts_implementation, default)
 
         def forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            # Routing weights are fp32 here, and of the dtype of hidden states in transformers' routers.
+            # Routing weights are fp32 here, but have the dtype of hidden states in transformers' routers.
             computed: Tensor = function(module, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
             return computed
 
@@ -43,14 +43,14 @@ def is_ours(implementation: str | None) -> bool:
 
 
 def describe(experts: Any, config: Any) -> None:
-    """Give packed experts the attributes by which other software knows experts and their layout."""
+    """Give packed experts the attributes by which other software recognises experts and their layout."""
     experts.config, experts._is_expert_parallel = config, False
     for name, (value, _) in LAYOUT.items():
         setattr(experts, name, value)
 
 
 class SwitchableExperts:
-    """Mixed into our pre-trained classes: what transformers calls to choose how experts are computed."""
+    """Mixed into our pre-trained classes: called by transformers to choose how experts are computed."""
 
     config: Any
 

@@ -1,1 +1,1 @@
-"""Files: what appears whole or not at all, the hub, texts, safetensors."""
+"""Files: atomic writes, the hub, texts, safetensors."""

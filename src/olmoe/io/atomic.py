@@ -12,7 +12,7 @@ from pathlib import Path
 
 from olmoe.errors import UserError
 
-# What a file system answers to a path that cannot be written, as opposed to a mistake of ours.
+# Errors of a file system for a path that cannot be written, as opposed to bugs of ours.
 _REFUSALS = (
     errno.EACCES,
     errno.EBUSY,
@@ -33,7 +33,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new temporary folder that becomes `target` when the block ends; an old `target` is replaced.
 
     If the block raises (an interrupt included), the temporary folder is removed and `target` is untouched.
-    Should the process be killed between the two renames of a replacement, the old folder is found beside
+    Should the process be killed between the two renames of a replacement, the old folder is left beside
     `target` with the suffix `.old`. Raises `UserError` if the disk is full or the path cannot be written.
     """
     target = _through_links(target)
@@ -80,10 +80,10 @@ def write_text(target: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def clear_os_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn what the file system refuses to `target` into one sentence for the user.
+    """Turn file system errors for `target` into one sentence for the user.
 
-    In the block that writes `temporary`, other files may be read or written as well. What is refused to them is not
-    the target's fault and passes through; an error that names no file comes from a write to an open one.
+    In the block that writes `temporary`, other files may be read or written as well. Their errors are not about the
+    target and pass through; an error that names no file comes from a write to an open one.
     """
     try:
         yield
@@ -98,13 +98,13 @@ def clear_os_errors(target: Path, temporary: Path | None = None) -> Iterator[Non
 
 
 def _concerns(error: OSError, temporary: Path) -> bool:
-    """Whether an error names what is being written, or nothing."""
+    """Whether an error names what is being written, or no file at all."""
     names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)]
     return not names or any(Path(os.path.abspath(name)).is_relative_to(temporary) for name in names)
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put `new` where `target` is; whatever fails, `target` is either the old folder or the new one."""
+    """Put `new` in the place of `target`; whatever fails, `target` is either the old folder or the new one."""
     if not target.exists():
         new.rename(target)
         return
@@ -120,7 +120,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def _through_links(target: str | Path) -> Path:
-    """The path that is really written: a symbolic link stays and what it points to is replaced."""
+    """The path that is really written: a symbolic link is kept, and what it points to is replaced."""
     return Path(os.path.realpath(target))
 
 

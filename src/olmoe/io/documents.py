@@ -1,6 +1,6 @@
 """The documents of a text file or a JSONL file: what training, calibration and measurements read. No torch.
 
-A text file separates documents by lines that hold `<|endoftext|>` alone. A `.jsonl` file has one JSON object a line
+A text file separates documents by lines that hold only `<|endoftext|>`. A `.jsonl` file has one JSON object per line
 (a `.json` file a list of them), each with the document as its `text`, or with a chat as its `messages`.
 """
 
@@ -17,7 +17,7 @@ from olmoe.io.text_file import decode, unified_line_ends
 SEPARATOR = "<|endoftext|>"
 LINES = (".jsonl", ".ndjson")
 OBJECTS = (*LINES, ".json")
-# How files begin that are no text, and what they are.
+# The first bytes of files that are not text, and what these files are.
 _BEGINNINGS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it first (gunzip)"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first (unzstd)"),
@@ -36,9 +36,9 @@ Chat = list[dict[str, Any]]
 
 
 def read_documents(path: Path, what: str = "The text", error: type[UserError] = UserError) -> Iterator[str | Chat]:
-    """The documents of a file in their order; those without any text are left out.
+    """The documents of a file in order; those without any text are left out.
 
-    Raises `error`, in whose sentence the file is `what`, if the file cannot be read or is not such text.
+    Raises `error`, whose sentence calls the file `what`, if the file cannot be read or is not such a text.
     """
     text = _text(path, what, error)
     suffix = path.suffix.lower()
@@ -49,18 +49,18 @@ def read_documents(path: Path, what: str = "The text", error: type[UserError] = 
 
 
 def read_objects(path: Path, what: str, error: type[UserError]) -> Iterator[tuple[str, Any]]:
-    """The JSON values of a `.jsonl` or `.json` file, each with where it stands, for messages.
+    """The JSON values of a `.jsonl` or `.json` file, each with its position, for messages.
 
-    What is no JSON comes as its own text. Raises `error`, in whose sentence the file is `what`, if it cannot be read.
+    Anything but JSON is returned as text. Raises `error`, whose sentence calls the file `what`, if it cannot be read.
     """
     yield from _objects(_text(path, what, error), f"{what} {path}", path.suffix.lower() in LINES)
 
 
 def split_documents(text: str) -> Iterator[str]:
-    """What stands between lines that hold only the separator, blanks after it aside. Empty documents are skipped."""
+    """The texts between lines that hold only the separator, apart from trailing spaces. Empty ones are skipped."""
     document: list[str] = []
-    for line in text.split("\n"):  # not splitlines, to which a form feed inside a line is an end as well
-        # Joined files bring byte order marks into the middle of a text.
+    for line in text.split("\n"):  # not splitlines, which also splits at a form feed inside a line
+        # Files that were joined have byte order marks in the middle of the text.
         if SEPARATOR in line and line.removeprefix("\ufeff").rstrip() == SEPARATOR:
             yield from _whole(document)
             document = []
@@ -87,7 +87,7 @@ def _text(path: Path, what: str, error: type[UserError]) -> str:
         if data.startswith(beginning):
             raise error(f"{what} {path} is {kind}.")
     if path.suffix.lower() == ".bin":
-        raise error(f"{what} {path} is no text by its suffix, and probably {_TOKENS}.")
+        raise error(f"{what} {path} is not a text by its suffix, and probably {_TOKENS}.")
     try:
         text = decode(data)
     except UnicodeDecodeError as reason:
@@ -106,7 +106,7 @@ def _from_objects(text: str, file: str, by_lines: bool, error: type[UserError]) 
 
 
 def _objects(text: str, file: str, by_lines: bool) -> Iterator[tuple[str, Any]]:
-    """JSON values: one a line, or all of them in one list."""
+    """JSON values: one per line, or all of them in one list."""
     whole = None if by_lines else _parsed(text)
     if isinstance(whole, list):
         for number, value in enumerate(whole, 1):
@@ -119,7 +119,7 @@ def _objects(text: str, file: str, by_lines: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value of `text`; its own text if it is none."""
+    """The JSON value of `text`; the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

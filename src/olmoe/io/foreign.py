@@ -1,6 +1,6 @@
-"""What a file, a folder or a tensor is that is not a checkpoint of ours, and what makes one of it.
+"""Recognises files, folders and tensors that are not checkpoints of ours, and says how to turn them into one.
 
-Nothing here is asked for before something did not fit; then the user learns what lies there instead of what is missing.
+Used only after something did not fit: then the user learns what is there instead of what is missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from olmoe.errors import CheckpointError, shown
 
-# How a file begins -> what it is, and what to do.
+# How a file starts -> what it is, and what to do.
 _CONTENTS = (
     (b"version https://git-lfs", "a Git LFS pointer to one; fetch it with `git lfs pull`"),
     (b"<!doctype html", "a web page (an error of a download, most likely); fetch the file again"),
@@ -23,7 +23,7 @@ _CONTENTS = (
     (b'{"error', "an error message of a download; fetch the file again"),
 )
 
-# Weights that are no safetensors, by the ends of their names.
+# Weights that are not safetensors, by the ends of their names.
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".distcp", ".npz", ".gguf")
 
 _REMEDY_WRAPPER = "save the model inside the wrapper"
@@ -51,7 +51,7 @@ _QUANTIZED = {
 
 
 def check_contents(path: Path, wanted: str) -> None:
-    """Raise `CheckpointError` if a file that could not be read as a `wanted` one is of a known other kind."""
+    """Raise `CheckpointError` if a file that could not be read as a `wanted` one is of another known kind."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -59,11 +59,11 @@ def check_contents(path: Path, wanted: str) -> None:
         return
     for mark, what in _CONTENTS:
         if start.lstrip().lower().startswith(mark):
-            raise CheckpointError(f"{path} is no {wanted} but {what}.")
+            raise CheckpointError(f"{path} is not a {wanted} but {what}.")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `CheckpointError` if a folder is of a known other kind than a checkpoint."""
+    """Raise `CheckpointError` if a folder is of a known kind other than a checkpoint."""
     try:
         names = set(os.listdir(folder))
     except OSError:
@@ -80,7 +80,7 @@ def check_folder(folder: Path) -> None:
 
 
 def other_weights(folder: Path) -> str:
-    """What to say of a folder without safetensors: which weights it holds instead, and what to do with them."""
+    """What to say about a folder without safetensors: which weights it holds instead, and what to do with them."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -107,6 +107,11 @@ def check_names(names: Iterable[str]) -> None:
     """Raise `CheckpointError` if tensors have the names of a wrapper, an adapter or a quantized model."""
     names = list(names)
     for name in names:
+        if ".mlp.shared_expert" in name:
+            raise CheckpointError(
+                f"The checkpoint holds the tensor {shown(name)} of a shared expert, which OLMoE does not have; what "
+                "was trained with one can be measured by its own training run, but not be run, exported or packed."
+            )
         if _ADAPTER.search(name):
             raise CheckpointError(
                 f"The checkpoint holds the tensor {shown(name)}, which belongs to an adapter of PEFT or to the "
@@ -148,7 +153,7 @@ def _base_of(folder: Path) -> str:
 
 
 def _cache_of_the_hub(folder: Path, names: set[str]) -> str | None:
-    """A folder of the hub library's cache: of one repository, of its parts, or of all."""
+    """A folder of the hub library's cache: of one repository, a part of one, or the whole cache."""
     repository = next((p for p in (folder, *folder.absolute().parents) if p.name.startswith("models--")), None)
     if repository is not None and (repository / "snapshots").is_dir():
         found = sorted(p.name for p in (repository / "snapshots").iterdir())
@@ -164,7 +169,7 @@ def _cache_of_the_hub(folder: Path, names: set[str]) -> str | None:
 
 
 def _folder_of_checkpoints(folder: Path, names: set[str]) -> str | None:
-    """The output of a training run, whose checkpoints lie below it."""
+    """The output folder of a training run, which contains checkpoints."""
     if (folder / "best" / "config.json").is_file():
         return f"is the output of a training run; give one of its checkpoints, such as {folder / 'best'}"
     steps = [name for name in names if re.fullmatch(r"(checkpoint|step)-\d+", name)]
@@ -181,7 +186,7 @@ def _other_format(folder: Path, names: set[str]) -> str | None:
     """Weights in a format that is not Hugging Face's, without its config.json."""
     if any(name.endswith(".distcp") for name in names) or any(name.startswith("global_step") for name in names):
         return (
-            "holds a distributed checkpoint (torch.distributed or DeepSpeed), one part a process; gather it into "
+            "holds a distributed checkpoint (torch.distributed or DeepSpeed), one part per process; gather it into "
             "safetensors with save_pretrained first"
         )
     if "config.yaml" in names and names & {"model.pt", "model.safetensors"}:

@@ -14,34 +14,34 @@ from olmoe.io import foreign
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "olmoe-tiny"
 SHIPPED_NAME = "olmoe-tiny"
-# What a load may read; other frameworks' weights on the hub are left there.
+# Files that a load may read; other frameworks' weights are not downloaded.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# The released models, which all have one architecture: 1b-7b for short, or as the hub names them.
+# The released models, which all have the same architecture: 1b-7b for short, or as the hub names them.
 _RELEASED = re.compile(r"1b-7b|(allenai/)?olmoe-1b-7b(-\d{4})?(-(sft|dpo|instruct|rlvr\d*))?", re.IGNORECASE)
 _RELEASED_ID = re.compile(r"allenai/olmoe-1b-7b((?:-\d{4})?(?:-(?:sft|dpo|instruct))?)", re.IGNORECASE)
 _SPELLING = {"sft": "SFT", "dpo": "DPO", "instruct": "Instruct"}
 
 
 def is_released(name: str) -> bool:
-    """Whether `name` is that of a released model, in letters of either case, and nothing here is called so."""
+    """Whether `name` is that of a released model, in upper or lower case, and no file here has that name."""
     return _RELEASED.fullmatch(name) is not None and not os.path.exists(os.path.expanduser(name))
 
 
 def is_shipped(name: str | Path) -> bool:
-    """Whether `name` is that of the shipped model, in letters of either case, and no folder here is called so."""
+    """Whether `name` is that of the shipped model, in upper or lower case, and no folder here has that name."""
     return str(name).lower() == SHIPPED_NAME and not os.path.exists(name)
 
 
 def folder_or_id(name: Any) -> Any:
-    """The folder of the shipped model where `name` is its name; anything else as it is."""
+    """The folder of the shipped model if `name` is its name; anything else unchanged."""
     return str(SHIPPED) if isinstance(name, str | Path) and is_shipped(name) else name
 
 
 def resolve(
     model_id: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder with a model's files, downloading them from the hub if `model_id` is no local folder.
+    """The folder with a model's files, which are downloaded from the hub if `model_id` is not a local folder.
 
     "olmoe-tiny" is the shipped model. `HF_HUB_OFFLINE`, `HF_TOKEN` and the hub's cache settings are honoured by the hub
     library. Raises `CheckpointError` if there is no such folder, repository or revision, or no access to it.
@@ -66,7 +66,7 @@ def resolve(
 def resolve_config(
     model_id: str, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder of a model, or only its `config.json` where its weights would have to be downloaded.
+    """The folder of a model, with only its `config.json` if its weights would have to be downloaded.
 
     Errors are those of `resolve`.
     """
@@ -124,7 +124,7 @@ def _hub_id(name: str, revision: str | None) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub library raises into one sentence."""
+    """Turn the hub library's errors into one sentence."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -152,11 +152,11 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             "reachable (offline mode, or no network); check the name, or download it where there is a network."
         ) from None
     except EntryNotFoundError:
-        raise CheckpointError(f"{name} on the hub has no config.json, so it is no model that can be read.") from None
+        raise CheckpointError(f"{name} on the hub has no config.json, so it is not a model that can be read.") from None
     except HFValidationError:
         raise CheckpointError(f"There is no folder {shown(name)}, and it is not a valid hub id.") from None
     except Exception as error:
-        # Whatever the hub's HTTP client (which changed from release to release), its transfer library or the
-        # disk came up with: the files are not here. The cause stays attached for who wants to look.
+        # Whatever the hub's HTTP client (which differs from release to release), its transfer library or the
+        # disk raised: the files are not here. The cause stays attached for those who need it.
         reason = next(iter(str(error).splitlines()), "").rstrip(". ") or type(error).__name__
         raise CheckpointError(f"{name} could not be fetched from the hub: {reason}.") from error

@@ -1,4 +1,4 @@
-"""JSON objects that other programs wrote: `config.json`, `generation_config.json`, an index of shards and the like."""
+"""JSON objects from other programs: `config.json`, `generation_config.json`, an index of shards and the like."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from olmoe.io.text_file import read_text
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file.
 
-    Raises `OSError` for what cannot be read, `ValueError` for what is not JSON, `TypeError` for JSON of another type,
-    each with what is wrong for the caller's sentence; and `CheckpointError` for what is a known other kind of file.
+    Raises `OSError` if it cannot be read, `ValueError` if it is not JSON, `TypeError` for JSON of another type, each
+    with a reason for the caller's sentence; and `CheckpointError` for another known kind of file.
     """
     try:
         value = json.loads(read_text(path))
@@ -28,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_optional_object(path: Path, error: type[UserError]) -> dict[str, Any]:
-    """The object in a file that a folder may lack: empty if it does. Raises `error` for a file that holds none."""
+    """The object in an optional file, empty if there is no file. Raises `error` for a file that holds no object."""
     if not path.is_file():
         return {}
     try:

@@ -10,9 +10,9 @@ import numpy as np
 
 
 def forget(array: np.ndarray[Any, Any]) -> None:
-    """Give the pages back that were read of a mapped array, or of a part of one; of any other, nothing happens.
+    """Release the pages that were read of a mapped array, or of a part of one; other arrays are left alone.
 
-    They count as memory of this process until then. What is read again comes from the system's cache, or the file.
+    Until then they count as memory of this process. What is read again comes from the system's cache or from the file.
     """
     base: Any = array
     while isinstance(base, np.ndarray | memoryview):

@@ -1,6 +1,6 @@
-"""What may be written over: nothing that exists, unless that is asked for, and then only files of the writer's own.
+"""What may be overwritten: nothing that exists, unless requested, and then only files of the writer's own kind.
 
-Every command that writes a file or a folder asks here before it starts to work, and so do the library functions
+Every command that writes a file or a folder checks here before it starts to work, and so do the library functions
 behind them. An empty folder counts as nothing.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from olmoe.errors import CheckpointError, UserError, shown
 from olmoe.io.atomic import atomic_folder
 
-# Of weights that are written in several files: how many there were before does not matter.
+# Weights in several files, whatever their number was before.
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -28,10 +28,10 @@ def is_shard(name: str) -> bool:
 def check_file(
     target: str | Path, *, overwrite: bool, source: str | Path | None = None, option: str | None = None
 ) -> None:
-    """Raise `UserError` if something is at `target`; with `overwrite`, unless that is a file that can be replaced.
+    """Raise `UserError` if `target` exists; with `overwrite`, only if it is not a file that can be replaced.
 
-    `source` is what will be read: it is never replaced. `option` is the command's that names the target; without it
-    the caller may be a program, to which `--overwrite` means nothing.
+    `source` is what will be read: it is never replaced. `option` is the option that names the target; without it the
+    caller may be a program, to which `--overwrite` means nothing.
     """
     target = Path(os.path.expanduser(target))
     if not os.path.lexists(target):
@@ -46,19 +46,19 @@ def check_file(
 
 
 def check_place(target: Path) -> None:
-    """Raise `UserError` if no file can be written at `target`; missing folders count as made."""
+    """Raise `UserError` if no file can be written at `target`; missing folders are no obstacle."""
     folder = os.path.dirname(os.path.realpath(target))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{target} cannot be written, because {folder} is no folder that can; choose another place.")
+        raise UserError(f"{target} cannot be written, because {folder} is not a writable folder; choose another place.")
 
 
 def check_is_checkpoint(target: Path, doing: str) -> None:
-    """Raise `CheckpointError` if `target` is a folder of anything else, which `doing` would replace whole."""
+    """Raise `CheckpointError` if `target` is a folder of something else, which `doing` would replace entirely."""
     if target.is_dir() and entries(target) and not (target / "config.json").is_file():
         raise CheckpointError(
-            f"{target} holds other files and no config.json, and {doing} would replace it whole; choose a new folder."
+            f"{target} holds other files and no config.json; {doing} would replace it entirely, so choose a new folder."
         )
 
 
@@ -70,10 +70,10 @@ def check_folder(
     shards: bool = False,
     source: str | Path | None = None,
 ) -> None:
-    """Raise `UserError` if `target` is not a new or empty folder; with `overwrite`, if it holds what is not ours.
+    """Raise `UserError` if `target` is not a new or empty folder; with `overwrite`, only if it holds foreign files.
 
-    Ours are files of the `names` that will be written and, with `shards`, weights in several files. `source` is what
-    will be read: no folder that it lies in is replaced.
+    Files with the `names` that will be written are ours and, with `shards`, weights in several files. `source` is what
+    will be read: no folder that contains it is replaced.
     """
     target = Path(os.path.expanduser(target))
     if os.path.lexists(target) and not os.path.isdir(target):
@@ -91,15 +91,15 @@ def check_folder(
         )
     if foreign := foreign_entries(target, names, shards=shards):
         raise UserError(
-            f"{target} holds {some(foreign)}, which would not be written anew but lost, so it is not replaced even "
-            "with --overwrite; move what is to be kept, or choose a new folder."
+            f"{target} holds {some(foreign)}, which would be lost, so it is not replaced even with --overwrite; "
+            "move what is to be kept, or choose a new folder."
         )
 
 
 def foreign_entries(
     target: Path, names: Collection[str], *, shards: bool = False, also: Callable[[str], bool] | None = None
 ) -> list[str]:
-    """What a folder holds besides files of those `names`; see `check_folder`. `also` says what else is ours."""
+    """What a folder holds besides files with these `names`; see `check_folder`. `also` says what else is ours."""
     return [
         name
         for name in entries(target)
@@ -110,7 +110,7 @@ def foreign_entries(
 
 @contextlib.contextmanager
 def folder_that_keeps(target: str | Path, foreign: Collection[str]) -> Iterator[Path]:
-    """`atomic_folder`, where the `foreign` entries of an old `target` are found in the new one too."""
+    """`atomic_folder`, with the `foreign` entries of an old `target` kept in the new one."""
     target = Path(os.path.expanduser(target))
     with atomic_folder(target) as temporary:
         yield temporary
@@ -136,7 +136,7 @@ def some(names: list[str]) -> str:
 
 
 def _check_source(target: Path, source: str | Path | None) -> None:
-    """What is read may be neither the target nor lie in it."""
+    """What is read must be neither the target nor inside it."""
     if source is None or not os.path.exists(source):
         return
     wanted, given = Path(os.path.realpath(target)), Path(os.path.realpath(source))
@@ -147,7 +147,7 @@ def _check_source(target: Path, source: str | Path | None) -> None:
 
 
 def _link(old: Path, new: Path) -> None:
-    """The same file or folder at a second place: hard links where the file system has them, else copies."""
+    """The same file or folder in a second place: by hard links if the file system has them, else copies."""
     if old.is_dir() and not old.is_symlink():
         shutil.copytree(old, new, symlinks=True, copy_function=_link_file)
     else:

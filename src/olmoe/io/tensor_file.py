@@ -1,12 +1,12 @@
 """safetensors files, written part by part and read through a memory map.
 
-The format: 8 bytes little-endian length of a JSON header, the header (name -> dtype, shape, data_offsets relative to
-its end), then the data without gaps (format description: github.com/huggingface/safetensors). The library of that
-name writes tensors that are all in memory and starts their data where they happen to fall. Here the header is padded
+The format: 8 bytes with the little-endian length of a JSON header, the header (name -> dtype, shape, data_offsets
+relative to its end), then the data without gaps (format description: github.com/huggingface/safetensors). The library
+of that name writes tensors that are all in memory, at whatever offsets they happen to have. Here the header is padded
 with spaces until the data starts at a multiple of 64 bytes, the caller orders the tensors, and values are written at
 any time, in parts of any size.
 
-Files come from anywhere, so the reader believes nothing: every size, offset and name is checked against the others
+Files come from anywhere, so the reader trusts nothing: every size, offset and name is checked against the others
 and against the file before anything is mapped.
 """
 
@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its range of bytes in the file, its dtype by safetensors' name, and its shape."""
+    """One tensor of a file: its range of bytes in the file, its dtype as safetensors names it, and its shape."""
 
     start: int
     end: int
@@ -57,8 +57,8 @@ class Entry:
 class TensorFile:
     """The tensors of a file as views of its memory map: no value is read before it is used, and none is copied.
 
-    Raises `CheckpointError` with one sentence for a file that is missing, truncated, or not what it says. Pages are
-    shared between processes; a view may be written, which copies the page for this process and leaves the file alone.
+    Raises `CheckpointError` with one sentence for a file that is missing, truncated, or inconsistent. Pages are shared
+    between processes; writing to a view copies the page for this process and leaves the file alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,21 +74,21 @@ class TensorFile:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file.") from None
 
     def _ask_for_large_pages(self) -> None:
-        """Let what is read from disk come in pages of 2 MB: weights are read a tenth faster.
+        """Ask for pages of 2 MB for what is read from disk: weights are then read a tenth faster.
 
-        Which pages the system's cache holds is decided when a file is first read. Some systems refuse.
+        The page size in the system's cache is decided when a file is first read. Some systems refuse.
         docs/journal/2026-11-25-pages-of-2-mb.md has the measurement.
         """
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of one tensor. A copy only where the file, written by others, starts it at an unaligned byte."""
+        """A view of one tensor; a copy only if the file, written by others, starts it at an unaligned byte."""
         entry = self.entries[name]
         dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        if entry.start % 4:  # kernels and bit casts take words of 4 bytes
+        if entry.start % 4:  # kernels and bit casts need words of 4 bytes
             raw = bytearray(self._map[entry.start : entry.end])
             return torch.frombuffer(raw, dtype=dtype).view(entry.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
@@ -102,7 +102,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX_NAME
-        if (folder / SINGLE_NAME).is_file() or not index.is_file():  # the one file wins, as in transformers
+        if (folder / SINGLE_NAME).is_file() or not index.is_file():  # one file comes first, as in transformers
             self.path = folder / SINGLE_NAME
             if not self.path.is_file() and (hint := other_weights(folder)):
                 raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}.")
@@ -122,7 +122,7 @@ class TensorFiles:
                     raise CheckpointError(f"Tensor {shown(name)} is in both {other} and {file.path.name}.")
                 self.entries[name], self._places[name] = entry, (file, name)
         if missing := sorted(promised - set(self.entries)):
-            raise CheckpointError(f"{index} promises {shown(missing[0])}, which the shards do not hold.")
+            raise CheckpointError(f"{index} lists {shown(missing[0])}, which the shards do not hold.")
 
     def tensor(self, name: str) -> Tensor:
         """A view of one tensor; see `TensorFile.tensor`."""
@@ -130,14 +130,14 @@ class TensorFiles:
         return file.tensor(stored_name)
 
     def rename(self, old: str, new: str) -> None:
-        """Give tensors whose name begins with `old` a name that begins with `new`."""
+        """Give tensors whose name starts with `old` a name that starts with `new`."""
         for name in [name for name in self.entries if name.startswith(old)]:
             renamed = new + name.removeprefix(old)
             self.entries[renamed], self._places[renamed] = self.entries.pop(name), self._places.pop(name)
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name of an index of shards. Only files of the same folder can be named."""
+    """Tensor name -> file name, from an index of shards. It can only name files in the same folder."""
     try:
         weight_map = read_object(path).get("weight_map")
     except CheckpointError:
@@ -169,7 +169,7 @@ def read_header(file: Any, path: Path) -> tuple[dict[str, Entry], dict[str, str]
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The header of {path} is damaged ({error}); fetch or write the file again.") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"The header of {path} is no JSON object; fetch or write the file again.")
+        raise CheckpointError(f"The header of {path} is not a JSON object; fetch or write the file again.")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"The metadata of {path} are not texts by name; fetch or write the file again.")
@@ -199,7 +199,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, raw: Any, data_start: int, size: int) -> Entry:
     """One entry of the header, checked against itself and against the size of the file."""
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"Tensor {shown(name)} of {path} is not described as safetensors does; refused.")
+        raise CheckpointError(f"Tensor {shown(name)} of {path} is not described as in safetensors; refused.")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
@@ -224,7 +224,7 @@ def _integers(values: Any) -> bool:
 class TensorWriter:
     """Writes a file whose tensors are declared first and filled in any order, as a context manager.
 
-    The whole file is reserved at once, so that a disk without room for it says so before hours of work. Leaving the
+    The whole file is reserved at once, so that a disk without room for it fails before hours of work. Leaving the
     block without an exception checks that every byte was written.
     """
 
@@ -269,7 +269,7 @@ class TensorWriter:
         try:
             self._file.close()
         except OSError:
-            if error is None:  # the first error is the one to tell
+            if error is None:  # otherwise the first error is the one to report
                 raise
         if error is None:
             missing = [name for name, left in self._left.items() if left]

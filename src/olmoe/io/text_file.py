@@ -1,4 +1,4 @@
-"""Reading text that people and other programs wrote: one decoder for files and pipes, whatever begins them.
+"""Reading text from people and other programs: one decoder for files and pipes, whatever their byte order mark.
 
 Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one, as editors and shells on Windows write
 it. The mark itself is never part of the text.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-# The marks of UTF-32 come first: that of little-endian UTF-16 begins one of them.
+# The marks of UTF-32 come first: one of them starts with that of little-endian UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -19,7 +19,7 @@ _MARKS = (
 
 
 def decode(data: bytes) -> str:
-    """The text of `data`, line ends as they are. Raises `UnicodeDecodeError` for what is no such text."""
+    """The text of `data`, line ends unchanged. Raises `UnicodeDecodeError` if it is not such a text."""
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding)

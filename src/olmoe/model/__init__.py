@@ -1,4 +1,4 @@
-"""The OLMoE network as plain torch modules (`network`), its first weights (`init`), and its router losses.
+"""The OLMoE network as plain torch modules (`network`), its initial weights (`init`), and its router losses.
 
 It knows neither transformers, nor caches, nor distribution, nor quantized formats.
 """
@@ -25,6 +25,7 @@ from olmoe.model.network import (
     causal_attend,
     network_type,
     set_backend,
+    set_products,
 )
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "initialize",
     "network_type",
     "set_backend",
+    "set_products",
     "without_values",
 ]

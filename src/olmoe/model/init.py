@@ -1,6 +1,6 @@
-"""A network's first weights: filled as OLMoE's training did, or memory for a loader that brings them.
+"""A network's initial weights: filled as in OLMoE's training, or memory for a loader to fill.
 
-Making a network without values takes tricks, so that loading imports neither torch's compiler nor sympy.
+Making a network without values takes some tricks, so that loading imports neither torch's compiler nor sympy.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from olmoe.runtime import advise_large_pages
 
 
 def initialize(model: CausalLM, seed: int, assign: Callable[[nn.Parameter, Tensor], None] | None = None) -> None:
-    """Fill the weights as OLMoE's training did: every matrix truncated normal (3 sigma), norms 1, biases 0.
+    """Fill the weights as in OLMoE's training: every matrix truncated normal (3 sigma), norms 1, biases 0.
 
-    Standard deviation `config.initializer_range`; no depth or embedding scaling (facts of the training
-    code's `init_fn: normal, init_std: 0.02, init_cutoff_factor: 3`). `assign` takes each whole matrix to where its
-    parameter is, if that is not here, or only in part.
+    The standard deviation is `config.initializer_range`, without depth or embedding scaling (the training
+    code has `init_fn: normal, init_std: 0.02, init_cutoff_factor: 3`). `assign` copies each whole matrix into its
+    parameter, if that is elsewhere or only partly here.
     """
     std = model.config.initializer_range
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def initialize(model: CausalLM, seed: int, assign: Callable[[nn.Parameter, Tenso
 
 
 def without_values(config: ModelConfig) -> CausalLM:
-    """The network on the meta device, for loaders that bring all values."""
+    """The network on the meta device, for loaders that fill in all values."""
     with torch.device("meta"), _NoInitialization():
         return CausalLM(config)
 
@@ -57,7 +57,7 @@ class _NoInitialization(TorchFunctionMode):
 def allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
     """Give the parameters of `without_values` memory on `device`, its values not set.
 
-    What `Module.to_empty` does, whose way over meta tensors imports sympy, a second that loading can do without.
+    The same as `Module.to_empty`, which imports sympy for meta tensors and so takes a second longer.
     """
 
     def allocated(t: Tensor) -> Tensor:

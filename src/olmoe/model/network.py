@@ -9,7 +9,7 @@ uses is passed in.
   in from outside.
 - What the routers decided is returned, layer by layer, never kept aside.
 
-Forward pass of a block (pre-norm; arXiv 2409.02060, released training code):
+Forward pass of a layer (pre-norm; arXiv 2409.02060, released training code):
 
     h   = x + o_proj(attend(RoPE(q_norm(q_proj(x'))), RoPE(k_norm(k_proj(x'))), v_proj(x')))    x' = RMSNorm(x)
     out = h + sum over the top-k experts e of p_e * down_e(act(gate_e h') * up_e h')            h' = RMSNorm(h)
@@ -77,14 +77,14 @@ class Output(NamedTuple):
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that Hugging Face name. Raises `ConfigError` for others."""
+    """The activation with this Hugging Face name. Raises `ConfigError` for others."""
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act {name!r} is unknown; choose one of {', '.join(sorted(ACTIVATIONS))}.")
     return ACTIVATIONS[name]
 
 
 def network_type(module: nn.Module) -> type[nn.Module]:
-    """What `module` computes as: its class, or the class of this file that a subclass by itself says it `computes_as`.
+    """The class that `module` computes like: its own, or the class of this file that it names as `computes_as`.
 
     So code that looks for these modules finds them behind other signatures, but never somebody's own subclass.
     """
@@ -96,10 +96,11 @@ class Linear(nn.Linear):
     """`nn.Linear` through `ops`, so that half precision is fast on every CPU."""
 
     backend = ops.AUTO
+    products: torch.dtype | None = None  # see `set_products`
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return ops.linear(x, self.weight, self.bias, backend=self.backend)
+        return ops.linear(x, self.weight, self.bias, products=self.products, backend=self.backend)
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +119,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of rotary position embeddings, in fp32. It holds no state: every call computes its own."""
+    """Angles of rotary position embeddings, in fp32. It is stateless: every call computes them again."""
 
     def __init__(self, rope: RopeParameters, head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         """x (..., D), rope (cos, sin) each (..., Dh/2) -> (..., D)."""
         q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
         if self.clip_qkv is not None:
-            # After QK-norm, as transformers does (the training code clipped before it, with clipping off).
+            # After QK-norm, as in transformers (the training code clipped before it, with clipping off).
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (..., H or G, Dh)
         q, k = (ops.apply_rope(t, *rope, backend=self.backend) for t in (q, k))
@@ -194,6 +195,7 @@ class Experts(nn.Module):
     """The SwiGLU experts of one layer as two stacked weights, computed for the chosen tokens only."""
 
     backend = ops.AUTO
+    products: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -205,7 +207,7 @@ class Experts(nn.Module):
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
-        """`act_fn`, or the function that kernels know where it is nothing but that."""
+        """`act_fn`, or the plain function behind it, which kernels recognise."""
         return plain_activation(self.act_fn)
 
     @activation.setter
@@ -221,12 +223,13 @@ class Experts(nn.Module):
             self.gate_up_proj,
             self.down_proj,
             self.activation,
+            products=self.products,
             backend=self.backend,
         )
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts: the dropless mixture that stands where a dense model has its MLP."""
+    """Router and experts: the dropless mixture that takes the place of a dense model's MLP."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -243,7 +246,7 @@ class SparseMoeBlock(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block: attention, then the mixture of experts, each behind an RMSNorm and a residual."""
+    """One layer: attention, then the mixture of experts, each with an RMSNorm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -259,14 +262,14 @@ class DecoderLayer(nn.Module):
         return self.after_attention(x + self.self_attn(self.input_layernorm(x), rope, attend), policy)
 
     def after_attention(self, x: Tensor, policy: RoutePolicy | None = None) -> tuple[Tensor, RouterOutput]:
-        """The second half of `forward`, for what comes out of the first."""
+        """The second half of `forward`, applied to the output of the first."""
         normed = self.post_attention_layernorm(x)
         y, routed = self.mlp(normed) if policy is None else self.mlp(normed, policy)
         return x + y, routed
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything but the output head."""
+    """Embedding, layers and final norm: everything but the output head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -285,7 +288,7 @@ class Decoder(nn.Module):
     ) -> Output:
         """input_ids and positions (...), see `RotaryEmbedding.forward` for `length` -> hidden states (..., D).
 
-        `policies`, one a layer, change what the routers choose.
+        `policies`, one per layer, change what the routers choose.
         """
         x, rope, routers = self.embed_tokens(input_ids), self.rotary(positions, length), []
         for number, layer in enumerate(self.layers):
@@ -330,6 +333,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if hasattr(module, "backend"):
             setattr(module, "backend", backend)  # noqa: B010  (mypy: every module has attributes of any type)
+
+
+def set_products(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let products with weights round their inputs to `dtype`: experts, projections and output head, not routers.
+
+    Weights, gradients and everything between products keep their dtype.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | Experts):
+            module.products = dtype
 
 
 def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

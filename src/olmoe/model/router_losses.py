@@ -1,7 +1,7 @@
 """The two auxiliary losses of OLMoE's routers, as its training code computes them.
 
 Paper (arXiv 2409.02060) Eq. 3 and 4; the training code (megablocks fork, `batched_load_balancing_loss`)
-differs from them in a factor 1/K each, and is what is followed here:
+differs from each by a factor of 1/K, and is what we follow here:
 
     LB = 1/L sum_l E sum_e (n_le / (N K)) mean_t p_lte         minimum 1, when the load is uniform
     Z  = 1/(L N K) sum_l,t (log sum_e exp logit_lte)^2         note the 1/K: Eq. 4 at an eighth of the weight
@@ -27,27 +27,24 @@ def load_balancing(
 ) -> Tensor:
     """LB above: 1 when every layer's load is uniform. The counts carry no gradient.
 
-    `mask_N` is true for the tokens that count; the others (padding) are left out of both means. Without a mask,
-    `counts_LE` may give the load: that of these tokens, if it is known already, or of more than these.
+    `mask_N` is true for the tokens that count; the others (padding) are left out of both means. `counts_LE` may give
+    the load: that of these tokens, if already known, or of a larger set of tokens.
     """
     total = routers[0].logits.new_zeros(())
     for layer, router in enumerate(routers):
         p_NE = _wide(router.logits).softmax(dim=-1)
-        experts, k = p_NE.shape[1], router.expert_ids.shape[1]
+        counts_E = tokens_per_expert(router, mask_N) if counts_LE is None else counts_LE[layer]
+        share_E = counts_E / counts_E.sum()
         if mask_N is None:
-            counts_E = tokens_per_expert(router) if counts_LE is None else counts_LE[layer]
-            share_E = counts_E / counts_E.sum()
             mean_E = p_NE.mean(dim=0)
         else:
-            count = mask_N.sum()
-            share_E = tokens_per_expert(router, mask_N) / (count * k)
-            mean_E = torch.where(mask_N.unsqueeze(1), p_NE, 0.0).sum(dim=0) / count
-        total = total + experts * (share_E * mean_E).sum()
+            mean_E = torch.where(mask_N.unsqueeze(1), p_NE, 0.0).sum(dim=0) / mask_N.sum()
+        total = total + p_NE.shape[1] * (share_E * mean_E).sum()
     return total / len(routers)
 
 
 def router_z(routers: Sequence[RouterOutput], mask_N: Tensor | None = None) -> Tensor:
-    """Z above: the mean squared log-partition of the routers, divided by K as the training code does."""
+    """Z above: the mean squared log-partition of the routers, divided by K as in the training code."""
     total = routers[0].logits.new_zeros(())
     for router in routers:
         z_N = _wide(router.logits).logsumexp(dim=-1).square()
@@ -59,7 +56,7 @@ def router_z(routers: Sequence[RouterOutput], mask_N: Tensor | None = None) -> T
 
 
 def tokens_per_expert(router: RouterOutput, mask_N: Tensor | None = None) -> Tensor:
-    """How many tokens, of those that the mask has, each expert received: (E,) integers."""
+    """How many of the tokens in the mask each expert received: (E,) integers."""
     ids_NK = router.expert_ids
     ones_NK = torch.ones_like(ids_NK) if mask_N is None else mask_N.to(ids_NK.dtype).unsqueeze(1).expand_as(ids_NK)
     zeros_E = ids_NK.new_zeros(router.logits.shape[1])

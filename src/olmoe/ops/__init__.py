@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.ops import reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
+from olmoe.ops import lowered, reference, sampling, torch_fast, torch_loss  # noqa: F401  (they register their implementations)
 from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
@@ -45,8 +45,22 @@ __all__ = [
 ]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
-    """x W^T + b with fp32 accumulation. x (..., in), weight (out, in) -> (..., out) in x's dtype."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """x W^T + b with fp32 accumulation. x (..., in), weight (out, in) -> (..., out) in x's dtype.
+
+    With `products`, here and below, products multiply numbers rounded to that dtype, and so do those of gradients;
+    what is not a product, and the dtype of results and gradients, stays as it is.
+    """
+    if products is not None:
+        y = call("linear", backend, x.to(products), weight.to(products), None).to(x.dtype)
+        return y if bias is None else y + bias
     return call("linear", backend, x, weight, bias)
 
 
@@ -77,7 +91,7 @@ def route(
     """Softmax over all experts in fp32, then top-k. logits (N, E) -> weights (N, K) fp32, expert ids (N, K).
 
     Without `norm_topk_prob` (OLMoE) the weights are the probabilities themselves and sum to less than 1. With a
-    `policy` K is its width, and behind the experts of a token that chooses fewer there are ids of -1 and weights of 0.
+    `policy` K is its width; a token that chooses fewer experts has ids of -1 and weights of 0 after them.
     """
     if policy is None:
         return call("route", backend, logits, k, norm_topk_prob)
@@ -153,24 +167,35 @@ def moe(
     down: Tensor,
     activation: Activation,
     *,
+    products: torch.dtype | None = None,
     backend: str = AUTO,
 ) -> Tensor:
     """The dropless routed experts of one layer: sort, gather, experts, combine. x (N, D) -> (N, D)."""
+    if products is not None:
+        return call("lowered_moe", backend, x, weights_NK, expert_ids_NK, gate_up, down, activation, products)
     return call("moe", backend, x, weights_NK, expert_ids_NK, gate_up, down, activation)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, *, backend: str = AUTO
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    *,
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
 ) -> Tensor:
     """Cross-entropy of the logits x W^T, summed over tokens whose label is not `ignore_index`; scalar fp32.
 
     The fast backend never holds all N x V logits. x (N, D), weight (V, D), labels (N,).
     """
+    if products is not None:
+        return call("lowered_cross_entropy", backend, x, weight, labels, ignore_index, products)
     return call("linear_cross_entropy", backend, x, weight, labels, ignore_index)
 
 
 def sample(logits: Tensor, rows: list[SamplingRow], allowed: int, *, backend: str = AUTO) -> Samples:
-    """The next token of every row, each from nothing but its own logits and `SamplingRow`. logits (B, V).
+    """The next token of every row, each from its own logits and `SamplingRow` alone. logits (B, V).
 
     Only the first `allowed` of V can be chosen: rows of an output head beyond the tokenizer's ids are padding.
     """

@@ -1,4 +1,4 @@
-"""Activations as modules, as other software keeps them, and as the functions that kernels know."""
+"""Activations as modules, as in other software, and as the functions that kernels recognise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def plain_activation(activation: Any) -> Any:
-    """`F.silu`, which the C++ kernels compute, for a module that is nothing but it; every other one as it is.
+    """`F.silu`, which the C++ kernels compute, for a module that is nothing but that; any other activation unchanged.
 
     Modules with hooks or with a `forward` put into them (transformers' `kernelize`) are called, so that those run.
     """

@@ -1,7 +1,7 @@
 """What torch's autocast means for the operations: it lowers single products and attention, and nothing else.
 
-Routers, routed sums and losses stay in fp32, as the numerics policy has it. Products through `Linear` and attention
-have autocast's dtype, as torch's own have, whatever computes them.
+Routers, routed sums and losses stay in fp32, as the numerics policy requires. Products through `Linear` and attention
+have autocast's dtype, like torch's own, whatever computes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives products with `x`; None where it is off."""
+    """The dtype that autocast gives products with `x`; None if it is off."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
@@ -21,7 +21,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """For products with `x` that keep their dtype although autocast is on."""
+    """A context in which products with `x` keep their dtype although autocast is on."""
     if autocast_dtype(x) is None:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

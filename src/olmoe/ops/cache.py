@@ -1,11 +1,11 @@
-"""Keys and values of sequences in blocks: the one class in Python that knows how they lie (csrc/core/cache.h in C++).
+"""Keys and values of sequences in blocks: the only Python class that knows their layout (csrc/core/cache.h in C++).
 
 A block holds `block_size` positions of one sequence for all KV heads, and a row of an int32 table says which blocks a
 sequence has, in the order of its positions. Sequences join and leave without a copy. A contiguous cache is the case of
-one block a sequence.
+one block per sequence.
 
-A cache of int8 holds each row of Dh numbers as signed bytes with an fp32 scale of its own: half the memory of fp16, and
-a row's numbers depend on nothing but the row.
+An int8 cache holds each row of Dh numbers as signed bytes with its own fp32 scale: half the memory of fp16, and a
+row's numbers depend on nothing but the row.
 
 Shapes legend: B sequences, G KV heads, S positions, Dh head dim, W blocks in a row of the table.
 """
@@ -27,7 +27,7 @@ from olmoe.ops.cpu import extension
 from olmoe.runtime import advise_large_pages
 
 Table = npt.NDArray[np.int32]
-# Keys that the kernels look at together, and so the size of blocks that costs them nothing.
+# Keys that the kernels process together, and therefore the block size that costs them nothing.
 KEY_BLOCK = 64
 
 
@@ -42,7 +42,7 @@ def one_block_each(batch: int) -> Table:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (..., Dh) as int8 codes, to the nearest and halves to even, and their fp32 scales (...) of max|x| / 127.
 
-    A row that holds no finite numbers has codes of 0 and a scale that makes NaN of them.
+    A row with numbers that are not finite has codes of 0 and a scale that turns them into NaN.
     """
     wide = x.float()
     scales = wide.abs().amax(dim=-1) / 127
@@ -53,14 +53,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """What the keys and values of a token take in a cache of `dtype`, scales included."""
+    """Bytes of one token's keys and values in a cache of `dtype`, scales included."""
     scale = torch.float32.itemsize if dtype == torch.int8 else 0
     return 2 * layers * kv_heads * (head_dim * dtype.itemsize + scale)
 
 
 def _strides(cached: Tensor) -> tuple[int, ...]:
     """Numbers from a block of (blocks, G, block_size, ...) to the next, and from a head of it to the next."""
-    if cached.is_contiguous():  # torch gives any for dimensions of one
+    if cached.is_contiguous():  # for dimensions of size one, torch's strides are arbitrary
         head = math.prod(cached.shape[2:])
         return cached.shape[1] * head, head
     assert cached[:1, :1].is_contiguous()
@@ -80,7 +80,7 @@ class BlockCache:
         key_scales: Sequence[Tensor] = (),
         value_scales: Sequence[Tensor] = (),
     ) -> None:
-        """A cache in tensors that exist, alike, and contiguous within a block and a head."""
+        """A cache in existing tensors, all alike, and contiguous within a block and a head."""
         self.keys, self.values = list(keys), list(values)
         self.key_scales, self.value_scales = list(key_scales), list(value_scales)
         first = self.keys[0]
@@ -118,16 +118,16 @@ class BlockCache:
     ) -> BlockCache:
         """An empty cache; memory is taken as it is written.
 
-        All layers share one allocation, which the system can back with pages of 2 MB nearly whole. In a block the
-        values of a head lie behind its keys, and scales behind what they belong to: wherever memory is not read on in
-        order, what the processor has fetched of it ahead is lost. Raises `UserError` if there is not so much memory.
+        All layers share one allocation, which the system can back almost entirely with pages of 2 MB. In a block the
+        values of a head follow its keys, and scales follow what they belong to: wherever memory is not read in order,
+        what the processor has prefetched is wasted. Raises `UserError` if there is not enough memory.
         """
         numbers = block_size * head_dim
         part = -(-numbers // 4) * 4 + 4 * block_size if dtype == torch.int8 else numbers  # scales at whole fp32
         shape = (layers, blocks, kv_heads, 2, part)
         try:
             memory = torch.empty(shape, dtype=dtype, device=device)
-        except RuntimeError:  # torch's only word for it, on a GPU as well
+        except RuntimeError:  # torch's only error for it, even on a GPU
             mib = math.prod(shape) * dtype.itemsize / 2**20
             raise UserError(
                 f"There is no memory for a cache of {mib:.0f} MiB for keys and values; ask for a smaller one with "
@@ -183,12 +183,12 @@ class BlockCache:
             done += n
 
     def copy(self, source: int, target: int, positions: int) -> None:
-        """Give a block what another one holds in its first `positions`, in all layers."""
+        """Copy the first `positions` of one block to another, in all layers."""
         for cached in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
             cached[target, :, :positions].copy_(cached[source, :, :positions])
 
     def read(self, layer: int, table: Table, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, length, Dh) of each row of the table; views where they lie together.
+        """Keys and values (B, G, length, Dh) of each row of the table; views if they are contiguous.
 
         Those of an int8 cache are fp32.
         """

@@ -1,7 +1,7 @@
-"""Forms of the mixture's operations in plain tensor code, for what must follow each step: see `transforms`.
+"""The mixture's operations in plain tensor code, for transforms that must follow each step: see `transforms`.
 
 They allocate more than `torch_fast` does, so they are used only there. Under `vmap` nothing may depend on values, such
-as how many rows an expert has: then every expert computes every token, and the chosen ones are picked.
+as how many rows an expert has: then every expert computes every token, and the chosen results are selected.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width.
 """
@@ -32,7 +32,7 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
         ids_M1 = (places_M.unsqueeze(1) >= offsets_E[1:]).sum(dim=1, keepdim=True)
         return moe(rows_MD, rows_MD.new_ones(ids_M1.shape), ids_M1, gate_up, down, activation)
     outputs = []
-    # Weights are taken apart once: an index for each expert would have a gradient of the whole stack for each.
+    # Weights are unbound once: indexing each expert would make a gradient of the whole stack every time.
     stack = zip(rows_MD.split(offsets_E.diff().tolist()), gate_up.unbind(), down.unbind(), strict=True)
     for x, gate_up_2FD, down_DF in stack:
         gate, up = (x @ gate_up_2FD.T).chunk(2, dim=-1)

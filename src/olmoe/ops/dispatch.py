@@ -5,9 +5,9 @@ names a backend or says `auto`:
 
 - `auto` takes the fastest registered backend that supports the call's device and dtype, and logs the
   choice once;
-- a name is taken at its word: if that backend cannot run the call, `BackendUnavailableError` says why.
+- a name is taken literally: if that backend cannot run the call, `BackendUnavailableError` says why.
 
-Under torch's autocast, too, one rule holds for all backends: see `call`.
+Under torch's autocast too, one rule applies to all backends: see `call`.
 
 Backends register themselves with `register`; nothing is probed at import time.
 """
@@ -25,9 +25,9 @@ from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.runtime import log_once
 
 AUTO = "auto"
-# Fastest first; where a new backend gets its name.
+# Fastest first; a new backend adds its name here.
 PRIORITY = ("cpu", "torch", "reference")
-# The operations whose results have autocast's dtype, as those of torch's own have.
+# The operations whose results have autocast's dtype, like those of torch's own.
 LOWERED = ("linear", "attention")
 
 
@@ -36,7 +36,7 @@ class Implementation:
     """One backend's version of an operation.
 
     `unsupported(*arguments)` gives the reason why it cannot take a call, or None; `prefer(*arguments)` says whether
-    an automatic choice should take it where it can. One that `autocasts` does by itself what autocast asks for.
+    an automatic choice should take it when it can. One that `autocasts` handles autocast itself.
     """
 
     function: Callable[..., Any]

@@ -137,6 +137,29 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     return torch.nn.functional.cross_entropy(logits_NV, labels, ignore_index=ignore_index, reduction="sum")
 
 
+@register("lowered_moe", "reference")
+def lowered_moe(
+    x: Tensor,
+    weights_NK: Tensor,
+    expert_ids_NK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`moe` whose experts multiply x and weights rounded to `dtype`; combined in fp32. x (N, D) -> (N, D)."""
+    rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
+    gathered_MD = gather_rows(x.to(dtype), rows)
+    out_MD = experts(gathered_MD, rows.offsets_E, gate_up.to(dtype), down.to(dtype), activation)
+    return combine(out_MD.float(), weights_NK, rows).to(x.dtype)
+
+
+@register("lowered_cross_entropy", "reference")
+def lowered_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """`linear_cross_entropy` of x and weight rounded to `dtype`."""
+    return linear_cross_entropy(x.to(dtype), weight.to(dtype), labels, ignore_index)
+
+
 # What the C++ kernels define beyond the operations above. They differentiate nothing and have no other backend.
 
 

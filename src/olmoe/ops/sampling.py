@@ -1,8 +1,8 @@
 """The definition of `sample`, the choice of the next token, in plain torch: written to be audited, not fast.
 
-Every row is computed by itself, from nothing but its own logits and `SamplingRow`; random numbers are counted, so that
-no order of requests changes a text. What is fp32 and what is double here is so in the C++ kernels too: filters cut
-where these do but for a rounding of the exponential.
+Every row is computed by itself, from its own logits and `SamplingRow` alone; random numbers are counter-based, so that
+the order of requests does not change a text. The C++ kernels use fp32 and double in the same places: their filters cut
+at the same place, except for the rounding of the exponential.
 
 Shapes legend: B rows, V vocabulary.
 """
@@ -23,7 +23,7 @@ from olmoe.ops.types import Samples, SamplingRow, SamplingStatus
 def sample(logits: Tensor, rows: list[SamplingRow], allowed: int) -> Samples:
     """Scores, filters, then a draw; or the highest score (ties: the lower id). logits (B, V), the first `allowed` of V.
 
-    Log-probabilities are those of the logits as they are.
+    Log-probabilities are those of the unmodified logits.
     """
     samples = Samples.unfilled(rows, allowed)
     for r, row in enumerate(rows):
@@ -66,7 +66,7 @@ def penalized(scores: Tensor, row: SamplingRow) -> Tensor:
 
 
 def biased(scores: Tensor, row: SamplingRow) -> Tensor:
-    """Biases added to single scores; -inf stays what it is. (V,) -> (V,)."""
+    """Biases added to single scores; -inf is unchanged. (V,) -> (V,)."""
     scores = scores.clone()
     for i, bias in zip(row.bias_ids, row.biases, strict=True):
         if 0 <= i < len(scores):
@@ -112,9 +112,9 @@ def drawn(scores: Tensor, u: float) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number from 0 to 1, that excluded, for each seed and position: Philox 4x32-10 (Salmon et al. 2011).
+    """A number in [0, 1) for each seed and position: Philox 4x32-10 (Salmon et al. 2011).
 
-    The position is the counter, the seed the key; the upper 53 of the first 64 bits count.
+    The position is the counter, the seed the key; the upper 53 of the first 64 bits are used.
     """
     word = 2**32
     a, b = philox((position % word, position // word, 0, 0), (seed % word, seed // word))[:2]

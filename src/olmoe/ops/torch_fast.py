@@ -17,7 +17,6 @@ M = N*K routed rows, F expert width, V vocabulary.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, cast
 
 import torch
@@ -25,20 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from olmoe.ops import composable
+from olmoe.ops import composable, widened
 from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.reference import Activation
-from olmoe.ops.reference import linear_cross_entropy as plain_cross_entropy
-from olmoe.ops.transforms import followed, mapped, plain_attention, plain_gradients, transformed, twice_differentiable
+from olmoe.ops.transforms import followed, mapped, plain_attention, transformed, twice_differentiable
 from olmoe.ops.types import SortedRows
+from olmoe.ops.widened import matmul_transposed
 from olmoe.runtime import cpu_multiplies_bf16
 
-# Rows of a weight converted to fp32 at a time: 256 x 2048 fp32 are 2 MB, which stay in the L2/L3 cache.
-CONVERT_ROWS = 256
-# Tokens whose logits exist at a time in linear_cross_entropy: 512 x 4096 fp32 are 8 MB.
-CROSS_ENTROPY_TOKENS = 512
 # Tokens whose rows are combined at a time in half precision: 64 x 8 x 2048 fp32 are 4 MB.
 COMBINE_TOKENS = 64
 # Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
@@ -58,37 +53,11 @@ def _widen(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> bool:
     return rows >= CONVERT_MIN_ROWS
 
 
-class _Scratch(threading.local):
-    """A thread's buffer for converted parts. A new one for each product would fault its pages in each time."""
-
-    buffer: Tensor | None = None
-
-    def rows(self, count: int, width: int) -> Tensor:
-        """An fp32 (count, width) view of the buffer, whose values are arbitrary."""
-        if self.buffer is None or self.buffer.numel() < count * width:
-            # Outside inference mode, so that the buffer can be written in any mode afterwards.
-            with torch.inference_mode(False):
-                self.buffer = torch.empty(count * width, dtype=torch.float32)
-        return self.buffer[: count * width].view(count, width)
-
-
-_SCRATCH = _Scratch()
-
-
-def _matmul_widened(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in fp32 for a half-precision weight, converting `CONVERT_ROWS` rows of it at a time."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    buffer = _SCRATCH.rows(min(CONVERT_ROWS, weight.shape[0]), weight.shape[1])
-    for start in range(0, weight.shape[0], CONVERT_ROWS):
-        part = weight[start : start + CONVERT_ROWS]
-        wide = buffer[: part.shape[0]].copy_(part)
-        torch.mm(x, wide.T, out=out[:, start : start + CONVERT_ROWS])
-    return out
-
-
 @register("linear", "torch", autocasts=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.linear`."""
+    if widened.is_mixed(x, weight):
+        return widened.linear(x, weight, bias)
     rows, lower = x.numel() // max(x.shape[-1], 1), autocast_dtype(x)
     if lower is None and training.takes(x, weight, bias):
         return training.linear(x, weight, bias, F.linear)
@@ -98,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with without_autocast(x):
             wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(lower or x.dtype)
-    y = _matmul_widened(x.reshape(rows, x.shape[-1]).float(), weight)
+    y = matmul_transposed(x.reshape(rows, x.shape[-1]).float(), weight)
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -289,11 +258,11 @@ def _grouped_linear(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tenso
 
 @torch.library.custom_op("olmoe::grouped_linear", mutates_args=())
 def _grouped_linear_op(rows_MI: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
-    """`_grouped_linear` as one node of a compiled graph, which could not look at the offsets."""
+    """`_grouped_linear` as one node of a compiled graph, which could not read the offsets."""
     if not _widen(rows_MI, CONVERT_MIN_ROWS):
         return _grouped_linear(rows_MI.contiguous(), weight, offsets_E)
     parts = rows_MI.float().split(offsets_E.diff().tolist())
-    out = [_matmul_widened(part, weight[e]) for e, part in enumerate(parts) if part.shape[0]]
+    out = [matmul_transposed(part, weight[e]) for e, part in enumerate(parts) if part.shape[0]]
     return torch.cat(out).to(rows_MI.dtype) if out else rows_MI.new_empty(0, weight.shape[1])
 
 
@@ -357,11 +326,13 @@ def _experts(
     if is_compiling():
         gate, up = _grouped_linear_op(rows_MD, gate_up, offsets_E).chunk(2, dim=-1)
         return _grouped_linear_op(activation(gate) * up, down, offsets_E)
-    dtype, wide = rows_MD.dtype, _widen(rows_MD, CONVERT_MIN_ROWS)
+    dtype, wide, mixed = rows_MD.dtype, _widen(rows_MD, CONVERT_MIN_ROWS), widened.is_mixed(rows_MD, gate_up)
     if transformed():
-        if wide:
+        if wide or mixed:
             rows_MD, gate_up, down = rows_MD.float(), gate_up.float(), down.float()
         return composable.experts(rows_MD, offsets_E, gate_up, down, activation).to(dtype)
+    if mixed:
+        return widened.experts(rows_MD, offsets_E, gate_up, down, activation)
     if wide:
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
             return _experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
@@ -373,8 +344,8 @@ def _experts(
 def _lowered(lower: torch.dtype, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Input and weights of grouped products, which autocast leaves alone, in the one dtype that they have under it.
 
-    Off the CPU that of single products. On a CPU their own: weights would be copied at every call for products that
-    are no faster.
+    Off the CPU it is that of single products. On a CPU it is their own: weights would be copied at every call for
+    products that are no faster.
     """
     dtype = lower
     if x.device.type == "cpu":
@@ -421,64 +392,12 @@ def _experts_one_by_one(
             continue
         x = rows_MD[start:end]
         if end - start >= CONVERT_MIN_ROWS:
-            gate, up = _matmul_widened(x.float(), gate_up[e]).chunk(2, dim=-1)
-            out[start:end] = _matmul_widened(activation(gate) * up, down[e])
+            gate, up = matmul_transposed(x.float(), gate_up[e]).chunk(2, dim=-1)
+            out[start:end] = matmul_transposed(activation(gate) * up, down[e])
         else:
             gate, up = F.linear(x, gate_up[e]).float().chunk(2, dim=-1)
             out[start:end] = F.linear((activation(gate) * up).to(x.dtype), down[e])
     return out
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass over parts of tokens, so that (N, V) logits never exist.
-
-    The gradient of a sum needs only the parts' own softmax, so it is computed with the loss and scaled
-    by the incoming gradient in backward. A gradient that is to be differentiated is that of the plain formula.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        wide_weight = weight.float()
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_weight = torch.zeros_like(wide_weight) if need_weight else None
-        for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):
-            part = slice(start, start + CROSS_ENTROPY_TOKENS)
-            x_part, label = x[part].float(), labels[part]
-            used = label != ignore_index
-            target = label.where(used, 0).unsqueeze(1)
-            logits = x_part @ wide_weight.T
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
-            if need_x or need_weight:
-                delta = logits.sub_(lse).exp_()  # softmax, in place of the logits
-                delta.scatter_add_(1, target, torch.full_like(target, -1, dtype=delta.dtype))
-                delta *= used.unsqueeze(1)
-                if grad_x is not None:
-                    grad_x[part] = delta @ wide_weight
-                if grad_weight is not None:
-                    grad_weight.addmm_(delta.T, x_part)
-        ctx.ignore_index = ignore_index
-        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), x, weight, labels)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, x, weight, labels = ctx.saved_tensors
-        if torch.is_grad_enabled():
-
-            def plain(x: Tensor, weight: Tensor) -> Tensor:
-                return plain_cross_entropy(x, weight, labels, ctx.ignore_index)
-
-            with without_autocast(x):
-                return (*plain_gradients(plain, (x, weight), ctx.needs_input_grad[:2], grad), None, None)
-        return (
-            None if grad_x is None else (grad_x * grad).to(grad_x.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(grad_weight.dtype),
-            None,
-            None,
-        )
 
 
 @torch.library.custom_op("olmoe::moe", mutates_args=())
@@ -522,17 +441,3 @@ def _moe(
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
     out_MD = _experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
     return combine(out_MD, weights_NK, rows)
-
-
-@register("linear_cross_entropy", "torch")
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """See `reference.linear_cross_entropy`."""
-    if transformed():
-        return plain_cross_entropy(x, weight, labels, ignore_index)
-    if training.takes(x, weight, labels):
-
-        def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            return plain_cross_entropy(x, weight, labels, ignore_index)
-
-        return training.linear_cross_entropy(x, weight, labels, ignore_index, plain)
-    return _LinearCrossEntropy.apply(x, weight, labels, ignore_index)

@@ -1,7 +1,7 @@
-"""What follows operations one by one: transforms of `torch.func`, forward-mode and second derivatives.
+"""Transforms that follow operations one by one: those of `torch.func`, forward-mode and second derivatives.
 
-Autograd functions of our own, and kernels that write into memory, are opaque to these. Operations ask here whether to
-run as plain tensor code.
+Our autograd functions, and kernels that write into memory, are opaque to these. Operations check here whether to run
+as plain tensor code.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work, or wraps one of `tensors`.
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is active, or wraps one of `tensors`.
 
-    In a backward pass for many gradients at once (`is_grads_batched`) nothing but the gradient tells of it.
+    In a backward pass for many gradients at once (`is_grads_batched`) only the gradient shows it.
     """
     if is_compiling():
         return False
@@ -37,7 +37,7 @@ def observed() -> bool:
 
 
 def mapped(t: Tensor) -> bool:
-    """Whether `vmap` gives `t` a value for each example, so that no number in it can be looked at."""
+    """Whether `vmap` gives `t` a value for each example, so that no number in it can be read."""
     if is_compiling():
         return False
     functorch: Any = torch._C._functorch
@@ -54,7 +54,7 @@ def followed(gradient: Tensor) -> bool:
 
 
 def plain_attention() -> AbstractContextManager[None]:
-    """Within it `scaled_dot_product_attention` is made of products and a softmax."""
+    """A context in which `scaled_dot_product_attention` is computed by products and a softmax."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return context
 

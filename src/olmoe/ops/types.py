@@ -39,16 +39,16 @@ class SamplingRow:
     """How the next token of one text is chosen by `ops.sample`; the defaults take the most probable one.
 
     - `repetition_penalty`: scores of ids in prompt or text are divided by it if positive, else multiplied.
-    - `presence_penalty`, `frequency_penalty`: subtracted from the scores of ids in the text, once and for each time.
+    - `presence_penalty`, `frequency_penalty`: subtracted from the scores of ids in the text, once, or per occurrence.
     - `bias_ids`, `biases`: added to single scores; -inf bans a token.
     - `mask`: int32 words (V/32 rounded up), or None; only tokens whose bit (i % 32 of word i / 32) is set are allowed.
-    - `temperature`: 0 is the most probable token; above, scores are divided by it and a token is drawn.
+    - `temperature`: 0 takes the most probable token; otherwise scores are divided by it and a token is drawn.
     - `top_k`: the k highest scores and those equal to the last of them (0: all).
-    - `top_p`: by falling probability (ties: the lower id first) those before which less than p has come (1: all).
+    - `top_p`: by falling probability (ties: the lower id first), those preceded by a sum of less than p (1: all).
     - `min_p`: tokens of at least p times the most probable one's probability (0: all).
     - `seed` (below 2^64), `position`: which random number draws; a text counts its tokens with `position`.
-    - `logprobs`: report the chosen token's log-probability and those of so many likeliest tokens; None: none at all.
-    - `ids`: prompt and text, the first `prompt_length` of them the prompt. Those that cannot be chosen do not count.
+    - `logprobs`: report the chosen token's log-probability and those of this many likeliest tokens; None: none at all.
+    - `ids`: prompt and text; the first `prompt_length` are the prompt. Ids that cannot be chosen are ignored.
     """
 
     temperature: float = 0.0
@@ -77,10 +77,10 @@ class SamplingStatus(IntEnum):
 
 
 class Samples(NamedTuple):
-    """What `ops.sample` gives for B rows, on the CPU.
+    """The results of `ops.sample` for B rows, on the CPU.
 
     - `ids` (B,): the chosen tokens, -1 where `status` (B,) is not `SamplingStatus.CHOSEN`.
-    - `logprobs` (B,): their log-probabilities by the unmodified logits, NaN where none was asked for.
+    - `logprobs` (B,): their log-probabilities by the unmodified logits, NaN if not requested.
     - `top_ids`, `top_logprobs` (B, n): by falling probability (ties: the lower id first) the likeliest tokens, n the
       most that a row asks for; -1 and NaN beyond what a row asks for or has.
     """
@@ -113,7 +113,7 @@ class Samples(NamedTuple):
 
 
 class RoutePolicy(NamedTuple):
-    """Changes of what one layer's router chooses for N tokens; with one row instead of N, for all of them.
+    """Changes to what one layer's router chooses for N tokens; with one row instead of N, for all of them.
 
     `bias` (N, E) fp32 is added to the logits (minus infinity: not this expert), `top_k` (N) experts are chosen, `width`
     being the largest of these, and where `renormalize` (N, bool) their weights are divided by their sum. Experts that

@@ -1,9 +1,9 @@
 """Weight formats: how a matrix is encoded into fewer bits, decoded again, and held by modules.
 
-`formats` holds them, one file each, and the registry of their names; `search` chooses better codes and scales for those
-of blocks. `layout` says which format each matrix of a packed checkpoint has. `modules` holds `PackedLinear`,
+`formats` holds them, one file each, and the registry of their names; `search` chooses better codes and scales for block
+formats. `layout` says which format each matrix of a packed checkpoint has. `modules` holds `PackedLinear`,
 `PackedEmbedding` and `PackedExperts`, which decode what they multiply with, matrix by matrix; `swap` replaces
-the network's modules by them.
+the network's modules with them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A packed matrix seen as the tensor that it stands for, for code that knows nothing of packing.
+"""A packed matrix seen as the tensor that it represents, for code that knows nothing about packing.
 
-Adapter methods read the weight of the layer that they adapt: its shape, its dtype, its norm, products with it. Read
-through `DecodedWeight` they see numbers instead of codes. Nothing is decoded before something computes, and nothing
-can be written, because a change of what was decoded would be lost without a word.
+Adapter methods read the weight of the layer that they adapt: its shape, its dtype, its norm, products with it. Through
+`DecodedWeight` they see numbers instead of codes. Nothing is decoded before it is needed, and nothing can be written,
+because a change to decoded values would be silently lost.
 
 Shapes legend: E experts, R rows, C columns.
 """
@@ -21,15 +21,15 @@ from torch.utils._pytree import tree_map_only
 from olmoe.errors import UserError
 from olmoe.quant.modules import PackedModule
 
-# What would change the weight, or the storage that it does not have, before an operation is dispatched.
+# Functions that would change the weight, or the storage that it lacks, before an operation is dispatched.
 _WRITES = (Tensor.data.__set__, Tensor.__setitem__, Tensor.set_)  # type: ignore[attr-defined]
 _GRADIENTS = (Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
-# What reaches for that storage.
+# Functions that access that storage.
 _COPIES = (Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.numpy, Tensor.tolist)
 
 
 def refusal(module: PackedModule, name: str) -> UserError:
-    """What to raise where something would change a packed weight."""
+    """The error to raise for an attempt to change a packed weight."""
     return UserError(
         f"{name} is packed as {module.formats[name].name} and cannot be changed, which merging adapters would do, or "
         "starting them from another weight; call dequantize() on the model first."
@@ -37,22 +37,22 @@ def refusal(module: PackedModule, name: str) -> UserError:
 
 
 def decoded(module: PackedModule, name: str, dtype: torch.dtype) -> Tensor:
-    """The packed matrix `name`, (R, C), or (E, R, C) of a stack."""
+    """The packed matrix `name`, decoded: (R, C), or (E, R, C) for a stack."""
     if not module.stack:
         return module.decode(name, dtype)
     return torch.stack([module.decode(name, dtype, e) for e in range(module.stack[0])])
 
 
 class DecodedWeight(Tensor):
-    """The matrix `name` of a packed module, (R, C), or (E, R, C) for a stack, decoded anew by each operation on it.
+    """The matrix `name` of a packed module, (R, C), or (E, R, C) for a stack, decoded again for each operation on it.
 
-    Views of it are as lazy.
+    Views of it are just as lazy.
     """
 
     _is_param = True  # so that it passes for the parameter that it replaces
 
     packed: tuple[PackedModule, str]
-    views: tuple[Callable[[Any], Any], ...]  # what makes this one of the decoded matrix
+    views: tuple[Callable[[Any], Any], ...]  # applied to the decoded matrix, they give this tensor
 
     @staticmethod
     def __new__(cls, module: PackedModule, name: str) -> DecodedWeight:
@@ -90,7 +90,7 @@ class DecodedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch's protocol: what is called with one of us, before autograd."""
+        """torch's protocol: functions called with a tensor of this class, before autograd."""
         wants_gradient = func in _GRADIENTS and (*args, *(kwargs or {}).values(), True)[1]
         if args and isinstance(args[0], DecodedWeight):
             if func in _WRITES or wants_gradient:
@@ -104,7 +104,7 @@ class DecodedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """torch's protocol: every operation on one of us, after autograd."""
+        """torch's protocol: operations on a tensor of this class, after autograd."""
         kwargs, arguments = kwargs or {}, func._schema.arguments
         given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
         written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -117,7 +117,7 @@ class DecodedWeight(Tensor):
         return func(*args, **kwargs)
 
     def _viewed(self, view: Callable[[Any], Any]) -> Any:
-        """What a view, or an operation that makes several, gives of this one."""
+        """The result of a view, or of an operation that makes several views, on this tensor."""
         source = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         found = view(source)
         if isinstance(found, Tensor):

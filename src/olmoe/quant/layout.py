@@ -1,21 +1,21 @@
-"""Which format each matrix of a packed checkpoint has, as `config.json` says it under `quantization_config`.
+"""Which format each matrix of a packed checkpoint has, as stored in `config.json` under `quantization_config`.
 
-`PackedLayout` is that of a folder that `olmoe quantize` wrote:
+`PackedLayout` is the layout of a folder written by `olmoe quantize`:
 
     {"quant_method": "olmoe", "weight_format": "q4_0", "recipe": "int4",
      "overrides": {"lm_head": "q8_0", "model.layers.*.self_attn.v_proj": "q8_0"}}
 
-Keys of `overrides` are names of parameters without a final `.weight`, or patterns of them in which `*` stands for any
-characters. A name that is there itself takes its own format, others that of the longest pattern that fits. "bf16"
+Keys of `overrides` are names of parameters without a final `.weight`, or patterns in which `*` stands for any
+characters. A name that is listed itself has its own format, others have that of the longest matching pattern. "bf16"
 leaves a matrix plain, in whatever floating dtype it is stored.
 
-`SavedLayout` is what `save_pretrained` of the Hugging Face face stores in nf4, fp4 or int8:
+`SavedLayout` is the layout of what the Hugging Face face's `save_pretrained` stores in nf4, fp4 or int8:
 
     {"quant_method": "olmoe", "weight_format": "nf4", "double_quant": true, "compute_dtype": "bfloat16",
      "skip_modules": ["lm_head"]}
 
-`skip_modules` are patterns in transformers' own language, so which matrices are packed is taken from the tensors: those
-that have scales beside them.
+`skip_modules` are patterns in transformers' own syntax, so the tensors themselves tell which matrices are packed: those
+with scales beside them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from olmoe.config_keys import METHOD
 from olmoe.errors import CheckpointError, shown
 from olmoe.quant.formats import PLAIN, Format, layout_formats, make_format, saved_formats
 
-# More than any checkpoint has matrices or needs letters; a hostile file cannot keep the matcher busy.
+# More entries and longer names than any checkpoint needs; a hostile file cannot keep the matcher busy.
 MAX_OVERRIDES, MAX_PATTERN = 4096, 200
 _COMPUTE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCALES = "_absmax"
@@ -40,11 +40,11 @@ _KNOWN = {"quant_method", "weight_format", "overrides", "recipe", "compute_dtype
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The formats of all matrices: `weight_format`, and what differs from it. See the module for `overrides`."""
+    """The formats of all matrices: `weight_format`, and exceptions from it. See the module for `overrides`."""
 
     weight_format: str
     overrides: Mapping[str, str] = field(default_factory=dict)
-    recipe: str | None = None  # how the scales were chosen; for people
+    recipe: str | None = None  # how the scales were chosen; for display
     compute_dtype: ClassVar[None] = None  # products are computed in the dtype of hidden states
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class PackedLayout:
 
     @classmethod
     def from_dict(cls, raw: Any) -> PackedLayout:
-        """Read `quantization_config`. Raises `CheckpointError` for anything that is not known here."""
+        """Read `quantization_config`. Raises `CheckpointError` for anything unknown."""
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"quantization_config must be an object, not {shown(raw)}.")
         if raw.get("quant_method") != METHOD:
@@ -81,7 +81,7 @@ class PackedLayout:
         _check_known(raw)
         if raw.get("weight_format") in saved_formats():
             raise CheckpointError(
-                f"This checkpoint was saved in {raw['weight_format']} by the Hugging Face face; load it with "
+                f"This checkpoint was saved in {raw['weight_format']} by save_pretrained; load it with "
                 "olmoe.OlmoeForCausalLM.from_pretrained, or pack the original with `olmoe quantize`."
             )
         return cls(raw.get("weight_format"), raw.get("overrides") or {}, raw.get("recipe"))  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ class PackedLayout:
         return values | {"overrides": dict(self.overrides)}
 
     def name_of(self, parameter: str) -> str:
-        """The name of the format that `parameter` asks for, one of `layout_formats()` or "bf16"."""
+        """The name of the format of `parameter`, one of `layout_formats()` or "bf16"."""
         name = parameter.removesuffix(".weight")
         if name in self.overrides:
             return self.overrides[name]
@@ -102,7 +102,7 @@ class PackedLayout:
         return self.overrides[max(fitting, key=lambda p: (len(p), p))] if fitting else self.weight_format
 
     def format_of(self, parameter: str, rows: int, columns: int) -> Format | None:
-        """The format of a matrix of this shape; None where it stays plain."""
+        """The format of a matrix of this shape; None if it stays plain."""
         name = self.name_of(parameter)
         format = None if name == PLAIN else make_format(name)
         return format if format is not None and format.fits(rows, columns) else None
@@ -120,7 +120,7 @@ class SavedLayout:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], tensor_names: Collection[str]) -> SavedLayout:
-        """Read `quantization_config` of a file with those tensors. Raises `CheckpointError` for what is not known."""
+        """Read `quantization_config` of a file with these tensors. Raises `CheckpointError` for anything unknown."""
         _check_known(raw)
         name, double_quant, compute = raw["weight_format"], raw.get("double_quant"), raw.get("compute_dtype")
         if name not in saved_formats() or double_quant not in (None, False, True) or raw.get("overrides"):
@@ -130,7 +130,7 @@ class SavedLayout:
             )
         if not isinstance(compute, str | None) or compute not in _COMPUTE_DTYPES:
             raise CheckpointError(
-                f"compute_dtype {shown(compute)} of quantization_config is none that models compute in."
+                f"compute_dtype {shown(compute)} of quantization_config is not one that models compute in."
             )
         packed = frozenset(
             tensor.removesuffix(_SCALES)
@@ -139,8 +139,19 @@ class SavedLayout:
         )
         return cls(name, bool(double_quant), _COMPUTE_DTYPES[compute], packed)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds; which matrices are packed is left to the tensors."""
+        compute = next(name for name, dtype in _COMPUTE_DTYPES.items() if dtype is self.compute_dtype)
+        return {
+            "quant_method": METHOD,
+            "weight_format": self.weight_format,
+            "double_quant": self.double_quant,
+            "compute_dtype": compute,
+            "skip_modules": None,
+        }
+
     def format_of(self, parameter: str, rows: int, columns: int) -> Format | None:
-        """The format of a matrix of this shape; None where it stays plain."""
+        """The format of a matrix of this shape; None if it stays plain."""
         if parameter not in self.packed_names:
             return None
         return make_format(self.weight_format, self.double_quant)

@@ -1,19 +1,19 @@
-"""Modules that keep their matrices packed and decode them one at a time, when they multiply.
+"""Modules that keep their matrices packed and decode them one at a time when they multiply.
 
 They have the call signatures of the network's `Linear`, of its `Experts`, and of `nn.Embedding`. Gradients flow
 through them to their inputs (adapters, QLoRA) but not into packed weights, and backward decodes again instead of
 keeping decoded matrices alive.
 
 A matrix called `weight` is stored as parameters `weight` (its codes), `weight_absmax` and so on; the matrices of
-a stack of experts have a leading dimension E. Every matrix of a module has a format of its own; of a stack of experts
-one may also stay plain.
+a stack of experts have a leading dimension E. Every matrix of a module has its own format; one of the two stacks of
+experts may also stay plain.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -31,13 +31,13 @@ from olmoe.quant.formats import CODES, Format
 
 
 class PackedModule(nn.Module):
-    """What packed modules share: parameters for the parts of each matrix, and the way to and from them.
+    """What packed modules share: parameters for the parts of each matrix, and encoding and decoding.
 
     `compute_dtype` is the dtype that products are computed in, by default that of the input.
     """
 
     backend = ops.AUTO
-    # An unpacked parameter of the same model, which tells those who read weights decoded what dtype it computes in.
+    # An unpacked parameter of the same model, whose dtype is that of weights that are read decoded.
     plain: tuple[nn.Parameter, ...] = ()
 
     compute_dtype: torch.dtype | None
@@ -63,37 +63,38 @@ class PackedModule(nn.Module):
             value = torch.empty(*self.stack, *shape, dtype=dtype)
             self.register_parameter(part_name(name, part), nn.Parameter(value, requires_grad=False))
 
-    def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters, by their names, that hold `weight`: (R, C), or a stack (E, R, C) expert by expert."""
+    def encode(self, name: str, weight: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
+        """The parameters, by their names, that hold `weight`: (R, C), or of a stack the matrices of all experts."""
         format = self.formats[name]
-        if weight.dim() == 2:
+        if not self.stack:
+            assert isinstance(weight, Tensor)
             return {part_name(name, part): value for part, value in format.encode(weight).items()}
         stacked: dict[str, Tensor] = {}
         for e, matrix in enumerate(weight):
             for part, value in format.encode(matrix).items():
                 key = part_name(name, part)
                 if key not in stacked:
-                    stacked[key] = value.new_empty(weight.shape[0], *value.shape)
+                    stacked[key] = value.new_empty(*self.stack, *value.shape)
                 stacked[key][e] = value
         return stacked
 
-    def pack(self, name: str, weight: Tensor) -> None:
+    def pack(self, name: str, weight: Tensor | Iterable[Tensor]) -> None:
         """Encode `weight` into the parameters of the matrix `name`."""
         for key, value in self.encode(name, weight).items():
             setattr(self, key, nn.Parameter(value, requires_grad=False))
 
     @torch.no_grad()
     def decode(self, name: str, dtype: torch.dtype, expert: int | None = None) -> Tensor:
-        """The matrix `name` in `dtype`; of a stack that of one `expert`."""
+        """The matrix `name` in `dtype`; for a stack, that of one `expert`."""
         return self.formats[name].decode(self.parts(name, expert), *self.shapes[name], dtype)
 
     def parts(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
-        """The stored parts of the matrix `name`; of a stack those of one `expert`. Views of the parameters."""
+        """The stored parts of the matrix `name`; for a stack, those of one `expert`. Views of the parameters."""
         parts = {part: self.get_stored(part_name(name, part)) for part in self.formats[name].parts(*self.shapes[name])}
         return parts if expert is None else {part: value[expert] for part, value in parts.items()}
 
     def get_stored(self, name: str) -> Tensor:
-        """The parameter `name` as it is stored, also where reading the attribute decodes (`olmoe.hf.adapted`)."""
+        """The parameter `name` as it is stored, even if reading the attribute decodes it (`olmoe.hf.adapted`)."""
         stored = self._parameters[name]
         assert stored is not None
         return stored
@@ -108,7 +109,7 @@ class PackedModule(nn.Module):
         return _Product.apply(x, self, name, expert)
 
     def fastest_product(self, x: Tensor, name: str, expert: int) -> Tensor:
-        """`product` with a matrix of a stack, by the C++ kernels where they multiply with it."""
+        """`product` with a matrix of a stack, by the C++ kernels if they support it."""
         if not self.kernels(x, name):
             return self.product(x, name, expert)
         return cpu.packed_linear(x, self.parts(name, expert)[CODES], self.formats[name].name, *self.shapes[name])
@@ -116,11 +117,11 @@ class PackedModule(nn.Module):
     def kernels(
         self, x: Tensor, *names: str, others: tuple[Tensor | None, ...] = (), unsupported_reason: str | None = None
     ) -> bool:
-        """Whether the C++ kernels multiply `x` with the matrices `names` as they lie.
+        """Whether the C++ kernels multiply `x` with the matrices `names` as they are stored.
 
         `others` are the other tensors that the result depends on; `unsupported_reason` is one that the caller knows.
 
-        Raises `BackendUnavailableError` where they were asked for and cannot.
+        Raises `BackendUnavailableError` if they were requested but cannot.
         """
         if self.backend not in (ops.AUTO, "cpu"):
             return False
@@ -128,7 +129,7 @@ class PackedModule(nn.Module):
         if reason is None and any(name not in self.formats for name in names):
             reason = "a matrix beside packed ones is plain"
         if reason is None and any(self.formats[name].name not in cpu.packed_formats() for name in names):
-            reason = f"it multiplies with {' and '.join(cpu.packed_formats())}, not {self.formats[names[0]].name}"
+            reason = f"they multiply with {' and '.join(cpu.packed_formats())}, not {self.formats[names[0]].name}"
         if reason is not None and self.backend == "cpu":
             raise BackendUnavailableError(f"Backend 'cpu' cannot run {type(self).__name__} here: {reason}.")
         return reason is None
@@ -140,12 +141,12 @@ class PackedModule(nn.Module):
 
 
 def part_name(name: str, part: str) -> str:
-    """What stores a part of the matrix `name`: codes take its own name, as loaders expect, others append theirs."""
+    """The name of a part of the matrix `name`: codes have its own name, as loaders expect, others append theirs."""
     return name if part == CODES else f"{name}_{part}"
 
 
 class _Product(torch.autograd.Function):
-    """`PackedModule.product` with a gradient for x, which decodes the matrix a second time.
+    """`PackedModule.product` with a gradient for x, for which the matrix is decoded a second time.
 
     Its backward pass is a product with the decoded matrix by `ops.linear`, which can be differentiated again.
     """
@@ -162,7 +163,7 @@ class _Product(torch.autograd.Function):
 
 
 class PackedLinear(PackedModule, nn.Linear):
-    """`Linear` with a packed weight; a bias stays as it is. An `nn.Linear`, so that adapters recognise it."""
+    """`Linear` with a packed weight; a bias stays plain. A subclass of `nn.Linear`, so that adapters recognise it."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
-    """`nn.Embedding` with packed weights, which decodes the rows that are asked for. It gives `compute_dtype`."""
+    """`nn.Embedding` with packed weights, which decodes the rows requested. It returns `compute_dtype`."""
 
     def __init__(
         self,
@@ -211,7 +212,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of ids -> (..., D) in `compute_dtype`, fp32 by default."""
         parts, (rows, columns) = self.parts("weight"), self.shapes["weight"]
-        if mapped(input):  # under vmap, which cannot say which rows are asked for
+        if mapped(input):  # under vmap, the requested rows cannot be known
             return F.embedding(input, self.decode("weight", torch.float32)).to(self.compute_dtype or torch.float32)
         if self.kernels(input, "weight"):
             values = cpu.packed_embedding(input, parts[CODES], self.formats["weight"].name, rows, columns)
@@ -223,7 +224,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 class PackedExperts(PackedModule):
     """`Experts` with packed weights: decodes the experts that tokens chose, one at a time, and no others.
 
-    `format` is one for both matrices, or by name ("gate_up_proj", "down_proj"), where None leaves a matrix plain:
+    `format` is one for both matrices, or one by name ("gate_up_proj", "down_proj"), where None leaves a matrix plain:
     a parameter in the default dtype, like those of `Experts`.
     """
 
@@ -270,7 +271,7 @@ class PackedExperts(PackedModule):
         if self.kernels(x_ND, "gate_up_proj", "down_proj", others=(weights_NK,), unsupported_reason=reason):
             packed = [(self.parts(n)[CODES], self.formats[n].name) for n in ("gate_up_proj", "down_proj")]
             return cpu.packed_moe(x_ND, weights_NK, expert_ids_NK, packed[0], packed[1], self.shapes["down_proj"][1])
-        if mapped(expert_ids_NK):  # which experts were chosen cannot be asked for
+        if mapped(expert_ids_NK):  # the chosen experts cannot be known
             wide_ND = x_ND.to(self.compute_dtype or x_ND.dtype)
             gate_up, down = (self.whole(name, wide_ND.dtype) for name in ("gate_up_proj", "down_proj"))
             inputs = wide_ND, weights_NK, expert_ids_NK, gate_up, down
@@ -280,7 +281,7 @@ class PackedExperts(PackedModule):
     def routed(
         self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, product: Callable[[Tensor, str, int], Tensor]
     ) -> Tensor:
-        """`forward` by `product(x, name, expert)`, this module's own or one that adds to it."""
+        """`forward` in terms of `product(x, name, expert)`, this module's own or one that adds to it."""
         return routed(self, x_ND, expert_ids_NK, weights_NK, product, self.compute_dtype or x_ND.dtype)
 
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -299,7 +300,7 @@ def routed(
     product: Callable[[Tensor, str, int], Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `experts` compute, with `product(x, name, expert)` for their matrices, in `dtype`: one chosen at a time."""
+    """The output of `experts`, with `product(x, name, expert)` for their matrices, in `dtype`, one expert at a time."""
     rows = ops.sort_by_expert(expert_ids_NK, experts.num_experts, backend=experts.backend)
     x_MD = ops.gather_rows(x_ND.to(dtype), rows, backend=experts.backend)
     offsets, parts = rows.offsets_E.tolist(), []

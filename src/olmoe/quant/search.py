@@ -1,16 +1,16 @@
-"""Better codes and scales for the same blocks: what the reference quantizers round, this chooses by its effect.
+"""Better codes and scales for the same blocks: reference quantizers just round, these are chosen by their effect.
 
-Rounding a matrix W to Q changes a layer's output x W^T. With H = E[x x^T] of the inputs it meets, the expected
-squared change is the sum over rows of (w - q) H (w - q)^T.
+Rounding a matrix W to Q changes a layer's output x W^T. With H = E[x x^T] of its inputs, the expected squared change
+is the sum over rows of (w - q) H (w - q)^T.
 
-- `search` takes only the diagonal of H, the importance of each column: for every block it tries a row of scales,
+- `search` uses only the diagonal of H, the importance of each column: for every block it tries several scales,
   rounds, and keeps the scale whose least-squares fit leaves the smallest weighted error.
-- `compensate` takes all of H: columns are rounded from left to right, and what a column's rounding changed is made up
-  for by the columns that are still free (the method of GPTQ, arXiv 2210.17323, here with a scale search in each
+- `compensate` uses all of H: columns are rounded from left to right, and the error of each is compensated by the
+  columns that are still free (the method of GPTQ, arXiv 2210.17323, here with a scale search in each
   block of 32 columns).
 
-Both are here in torch, and in C++ (csrc/isa/common/encode.h) with the same arithmetic in the same order: a change of
-one is a change of the other.
+Both exist in torch, here, and in C++ (csrc/isa/common/encode.h), with the same arithmetic in the same order: a change
+to one must be made to the other.
 
 Shapes legend: R rows, C columns, N blocks.
 """
@@ -25,12 +25,12 @@ from torch import Tensor
 from olmoe.ops.cpu import encode as kernels
 from olmoe.quant.formats.blocks import BLOCK, GROUP, PART_WEIGHTS, BlockFormat, extreme
 
-# Where the extreme value of a block may land, as a share of the grid's lower end (-8 of q4_0, -16 of q5_0): on either
-# end, a bit before, beyond.
+# Where the extreme value of a block may land, as a share of the grid's lower end (-8 for q4_0, -16 for q5_0): on either
+# end, slightly inside, or beyond.
 TARGETS = tuple(step / 8 for step in (8.6, 8.3, 8.0, 7.7, 7.4, 7.1, 6.8, -6.4, -6.7, -7.0, -7.3, -7.6))
 REFINEMENTS = 2
-# How far all columns are held in place, as a share of the mean variance: calibration text is short, and not the text
-# that the model will meet.
+# Damping of all columns, as a share of the mean variance: calibration text is short, and not the text that the model
+# will be used on.
 DAMPING = 0.3
 TINY = 1e-12
 # Weights of whole rows compensated at a time: 16 M in fp32 are 64 MB, and an output head has six times as many.
@@ -38,10 +38,10 @@ COMPENSATED = 2**24
 
 
 def search(format: BlockFormat, blocks: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N, 32) uint8 and scales (N,) fp16 of least weighted error.
+    """Codes (N, 32) uint8 and scales (N,) fp16 with the least weighted error.
 
     blocks (N, 32) fp32, importance of the same shape or one that broadcasts to it.
-    Formats that gain nothing by it (q8_0) are rounded.
+    Formats that gain nothing from it (q8_0) are rounded.
     """
     if not format.searched:
         return format.quantize(blocks)
@@ -68,7 +68,7 @@ def search(format: BlockFormat, blocks: Tensor, importance: Tensor) -> tuple[Ten
 
 
 def _fit(q: Tensor, weighted: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """The least-squares scale of integers q (N, 32), and by how much it lowers the error from that of all zeros."""
+    """The least-squares scale for integers q (N, 32), and how much it lowers the error compared to all zeros."""
     dot = torch.linalg.vecdot(weighted, q)
     norm = torch.linalg.vecdot(importance * q, q)
     scale = torch.where(norm > 0, dot / norm, 0.0)
@@ -76,7 +76,7 @@ def _fit(q: Tensor, weighted: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
 
 
 class Inputs:
-    """What is known of the inputs that matrices meet: their covariance, which is factored once for all of these."""
+    """Statistics of the inputs of matrices: their covariance, which is factored once for all matrices that share it."""
 
     def __init__(self, covariance: Tensor) -> None:
         self._covariance = covariance
@@ -88,9 +88,9 @@ class Inputs:
 
 
 def encode(format: BlockFormat, weight: Tensor, inputs: Inputs | Tensor | None) -> Tensor:
-    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, without inputs by `search`.
+    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8: by `compensate`, or by `search` without inputs.
 
-    `inputs` may be a covariance (C, C) of only this matrix.
+    `inputs` may be a covariance (C, C) for this matrix alone.
     """
     if inputs is None or not format.searched:
         factor = None
@@ -122,12 +122,12 @@ def inverse_factor(covariance: Tensor) -> Tensor:
 
 
 def compensate(format: BlockFormat, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (R*B, 32) uint8 and scales (R*B,) fp16 by GPTQ. weight (R, C), `factor` of `inverse_factor`.
+    """Codes (R*B, 32) uint8 and scales (R*B,) fp16 by GPTQ. weight (R, C), `factor` from `inverse_factor`.
 
-    With U the factor, rounding column c by e changes the best remaining columns by -e u_c,(c+1...) / u_cc, and what
-    no later column can make up for is e^2 / u_cc^2, which weighs the scale search.
+    With U the factor, rounding column c by e changes the optimal remaining columns by -e u_c,(c+1...) / u_cc, and
+    e^2 / u_cc^2 is the error that no later column can compensate; it weighs the scale search.
     """
-    w_CR = weight.float().T.contiguous()  # columns of the matrix are worked on, so they lie together
+    w_CR = weight.float().T.contiguous()  # the loop runs over columns, so they are made contiguous
     columns, rows = w_CR.shape
     codes = torch.empty(rows, columns // BLOCK, BLOCK, dtype=torch.uint8)
     scales = torch.empty(rows, columns // BLOCK, dtype=torch.float16)

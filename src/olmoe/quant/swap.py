@@ -1,4 +1,4 @@
-"""Replacing the network's modules by packed ones, as a layout says."""
+"""Replacing the network's modules with packed ones, as a layout says."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from olmoe.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 
 
 def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtype: torch.dtype | None = None) -> None:
-    """Replace modules that `layout` packs by packed ones on the meta device.
+    """Replace the modules that `layout` packs with packed ones on the meta device.
 
-    Products are computed in `compute_dtype` (None: the dtype of hidden states), and embeddings start hidden states in
-    the dtype that they have. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its
-    head. Tied embeddings have the format that `model.embed_tokens` has; the caller ties the parameters again. A head
-    other than `lm_head` is left alone.
+    Products are computed in `compute_dtype` (None: the dtype of hidden states), and hidden states start in the dtype of
+    the embeddings. `prefix` is what the names of `root`'s modules lack: "model." for a decoder without its head. Tied
+    embeddings have the format of `model.embed_tokens`; the caller ties the parameters again. A head other than
+    `lm_head` is left alone.
     """
     config: Any = getattr(root, "config", None)
     tied = config is not None and config.tie_word_embeddings
@@ -33,7 +33,7 @@ def pack_modules(root: nn.Module, layout: Layout, prefix: str = "", compute_dtyp
 def packed_module(
     module: nn.Module, name: str, layout: Layout, tied: bool, compute_dtype: torch.dtype | None
 ) -> nn.Module | None:
-    """What replaces `module`; None where `layout` leaves all its matrices plain."""
+    """The replacement of `module`; None if `layout` leaves all its matrices plain."""
     with torch.device("meta"):
         if isinstance(module, Experts):
             e, d, f = module.down_proj.shape
@@ -63,7 +63,7 @@ def packed_module(
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the embedding start hidden states in `dtype`; every other module follows its input."""
+    """Make the embedding return hidden states in `dtype`; every other module follows its input."""
     for module in model.modules():
         if isinstance(module, PackedEmbedding):
             module.compute_dtype = dtype

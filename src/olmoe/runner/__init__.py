@@ -1,7 +1,7 @@
 """Inference on a compiled network: a runner is made once from a model, and one call of it takes any mixture of tokens.
 
-`base` says what goes in and comes out, `policy` what may change routers; `cpu_runner` is the C++ kernels, and
-`torch_runner` the plain network on any device; `trace_file` keeps what routers chose.
+`base` defines inputs and outputs, `policy` changes of routing; `cpu_runner` runs on the C++ kernels, and `torch_runner`
+runs the plain network on any device; `trace_file` stores what routers chose.
 """
 
 from __future__ import annotations

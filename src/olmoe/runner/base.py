@@ -1,4 +1,4 @@
-"""What every runner takes and returns: one call for prompts, chunks of prompts, decoding steps and any mixture of them.
+"""What every runner takes and returns: one call for prompts, chunks of prompts, decoding steps or any mixture of them.
 
 A runner is compiled once from the weights of a model, and immutable from then on. It knows neither requests nor text.
 
@@ -29,7 +29,7 @@ class Unfit(Exception):
 
 
 class CacheView(NamedTuple):
-    """The cache of the sequences of one call: all blocks, and which of them each sequence has, (B, W)."""
+    """The cache for the sequences of one call: all blocks, and the table (B, W) of the blocks of each sequence."""
 
     blocks: BlockCache
     table: Table
@@ -37,10 +37,10 @@ class CacheView(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """New tokens of B sequences, end to end: `counts[b]` of each, after `lengths[b]` that the cache holds.
+    """New tokens of B sequences, end to end: `counts[b]` of each, after `lengths[b]` tokens already in the cache.
 
     `totals` is the length that each sequence is known to reach with tokens still to come, by default with those of
-    this call; RoPE of the kind "dynamic" depends on it. `policies` are the sequences' router policies, by default none.
+    this call; "dynamic" RoPE depends on it. `policies` are the sequences' router policies, by default none.
     """
 
     ids: Sequence[int]
@@ -50,7 +50,7 @@ class Batch:
     policies: Sequence[ResolvedPolicy | None] | None = None
 
     def check(self, vocab_size: int) -> None:
-        """Assert that numbers belong together, and ids to the vocabulary (`IndexError`)."""
+        """Assert that the numbers fit together, and raise `IndexError` for ids outside the vocabulary."""
         assert len(self.counts) == len(self.lengths)
         assert len(self.ids) == sum(self.counts)
         if self.ids and not 0 <= min(self.ids) <= max(self.ids) < vocab_size:
@@ -76,7 +76,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Want:
-    """Which rows of the call need logits, and of which the routing is wanted."""
+    """Which rows of the call need logits, and for which rows the routing is wanted."""
 
     logits: Sequence[int]
     traced: Sequence[int] = field(default=())
@@ -90,7 +90,7 @@ class RouterTrace(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Logits (R, V) of the rows that wanted them, in fp32, and the trace where it was wanted."""
+    """Logits (R, V) of the requested rows, in fp32, and the trace if it was requested."""
 
     logits: Tensor
     trace: RouterTrace | None
@@ -101,14 +101,14 @@ class Runner(Protocol):
 
     config: ModelConfig
     cache_dtype: torch.dtype  # of keys and values, by default
-    chunk_tokens: int  # new tokens of one call beyond which it is not faster
+    chunk_tokens: int  # larger calls than this many new tokens are not faster
     block_positions: int  # sequences take a multiple of this many positions in a cache of `new_cache`
 
     @property
     def position_bytes(self) -> int:
-        """What the keys and values of a token take in a cache of `cache_dtype`, of all layers.
+        """Bytes of one token's keys and values in a cache of `cache_dtype`, for all layers.
 
-        `base.position_bytes` says it for another dtype.
+        `base.position_bytes` is the same for other dtypes.
         """
         ...
 
@@ -118,13 +118,13 @@ class Runner(Protocol):
         """An empty cache for that many sequences of that length, in blocks of `block_size` positions.
 
         A `dtype` of int8 takes half the memory of fp16, and rounds each row of a head's keys or values to signed bytes
-        with a scale of its own. A `block_size` of None is one block a sequence, which is read fastest: after 2048
-        tokens by a twentieth faster than blocks of 64.
+        with its own scale. A `block_size` of None is one block per sequence, which is read fastest: after 2048 tokens a
+        twentieth faster than blocks of 64.
         """
         ...
 
     def forward(self, batch: Batch, cache: CacheView, want: Want) -> StepOutput:
-        """New tokens through the network: their keys and values to the cache, and what is wanted of them."""
+        """Run new tokens through the network: write their keys and values to the cache, and return what `want` asks."""
         ...
 
 
@@ -138,7 +138,7 @@ _CACHE_DTYPES = {
 
 
 def to_cache_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """What a user calls the dtype of a cache, for `Runner.new_cache`; None and "auto" are the runner's own.
+    """A cache dtype for `Runner.new_cache` from a user's name for it; None and "auto" mean the runner's own.
 
     Raises `UserError` for any but fp32, bf16, fp16 and int8.
     """
@@ -151,12 +151,12 @@ def to_cache_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def position_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of a token take in a cache of `dtype`, of all layers, scales included."""
+    """Bytes of one token's keys and values in a cache of `dtype`, for all layers, scales included."""
     return cache.position_bytes(config.num_hidden_layers, config.kv_heads, config.head_dim, dtype)
 
 
 def default_cache_dtype(model: CausalLM) -> torch.dtype:
-    """That of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
+    """The dtype of hidden states; 16 bits for a packed model, whose hidden states are fp32."""
     packed = any(isinstance(module, PackedModule) for module in model.modules())
     hidden: torch.dtype = model.model.norm.weight.dtype
     return torch.float16 if packed and hidden == torch.float32 else hidden

@@ -23,10 +23,10 @@ def require_backend(backend: str) -> None:
 
 
 def make_runner(model: CausalLM, backend: str = AUTO) -> Runner:
-    """Compile `model` for where it is: for the C++ kernels ("cpu"), for torch ("torch", "reference"), or "auto".
+    """Compile `model` for its device: for the C++ kernels ("cpu"), for torch ("torch", "reference"), or "auto".
 
-    "auto" takes the kernels where they can compute the model, and says in the log which runner it chose. Raises
-    `UserError` for an unknown backend, and `BackendUnavailableError` where "cpu" cannot compute the model.
+    "auto" takes the kernels if they can compute the model, and logs which runner it chose. Raises `UserError` for an
+    unknown backend, and `BackendUnavailableError` if "cpu" cannot compute the model.
     """
     require_backend(backend)
     if backend in (AUTO, "cpu"):

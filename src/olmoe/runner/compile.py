@@ -1,4 +1,4 @@
-"""From modules of the network to the kernels' view of them: where weights lie, or why the kernels cannot compute them.
+"""From modules of the network to the kernels' view of them: addresses of weights, or why the kernels cannot be used.
 
 Shapes legend: D hidden, E experts, F expert width.
 """
@@ -30,8 +30,8 @@ from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear, PackedModu
 from olmoe.runner.base import Unfit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others have no part in inference
-# What the kernels stand for; anything else, a subclass too, computes in its own way.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others play no part in inference
+# The modules that the kernels implement; anything else, subclasses included, may compute something different.
 _TYPES: dict[str, tuple[type[nn.Module], ...]] = {
     "self_attn": (Attention,), "mlp": (SparseMoeBlock,), "gate": (Router,),
     "experts": (Experts, PackedExperts), **dict.fromkeys(PROJECTIONS, (Linear, PackedLinear)),
@@ -40,7 +40,7 @@ _TYPES: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 class CompiledLayer:
-    """The kernels' view of one decoder layer, with what it points to. Raises `Unfit` where they cannot compute it."""
+    """The kernels' view of one decoder layer, and what it points to. Raises `Unfit` if they cannot compute it."""
 
     hidden: int
     head_dim: int
@@ -50,7 +50,7 @@ class CompiledLayer:
     dtype: torch.dtype
 
     def __init__(self, layer: DecoderLayer) -> None:
-        """Of the layer's parts; what its own class is, and whether it has hooks, concerns the caller."""
+        """Compile the layer's parts; its own class, and whether it has hooks, is for the caller to check."""
         for path, module in layer.named_modules():
             name = path.rpartition(".")[2]
             if path and name != "act_fn":  # see `Experts.activation`
@@ -60,7 +60,7 @@ class CompiledLayer:
         norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
         _require_alike(layer)
         self.kept: list[Tensor] = []
-        self.copies: list[tuple[Tensor, Tensor]] = []  # fp32 copies of weights in half precision, and these
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (fp32 copy, the weight in half precision)
         self.hidden, self.head_dim = layer.input_layernorm.weight.shape[0], attention.head_dim
         self.kv_heads = attention.k_norm.weight.shape[0] // self.head_dim
         self.experts, self.top_k = router.weight.shape[0], router.top_k
@@ -78,7 +78,7 @@ class CompiledLayer:
             [self.matrix(module, "weight", self.dtype) for module in projections],
             [0 if module.bias is None else self.vector(module.bias) for module in projections],
             [self.vector(norm.weight) for norm in norms],
-            # Whatever its dtype: products and sums of the router are fp32, as the policy has it.
+            # Whatever its dtype: the router's products and sums are in fp32.
             self.matrix(router, "weight", torch.float32),
             self.matrix(moe, "gate_up_proj", self.dtype),
             self.matrix(moe, "down_proj", self.dtype),
@@ -87,19 +87,19 @@ class CompiledLayer:
         )
 
     def signature(self) -> tuple[object, ...]:
-        """What layers of one decoder must have in common."""
+        """What all layers of a decoder must have in common."""
         return self.hidden, self.dtype, self.head_dim, self.kv_heads, self.experts, self.top_k
 
     def matrix(self, module: nn.Module, name: str, inputs: torch.dtype) -> Any:
-        """A matrix, or stack of matrices, for the kernels, which is kept alive."""
+        """A matrix, or stack of matrices, for the kernels; it is kept alive."""
         self.kept.append(getattr(module, name).detach())
         return kernel_matrix(module, name, inputs)
 
     def vector(self, weight: Tensor) -> int:
-        """The address of a vector in fp32, which is kept alive: its own memory, or a copy."""
+        """The address of a vector in fp32, its own memory or a copy; it is kept alive."""
         source = weight.detach()
         if weight.dtype != torch.float32:
-            with torch.inference_mode(False):  # so that it can be written in any mode
+            with torch.inference_mode(False):  # so that it can be written to in any mode
                 copy = source.float()
             self.copies.append((copy, source))
             source = copy
@@ -107,13 +107,13 @@ class CompiledLayer:
         return source.data_ptr()
 
     def refresh(self) -> None:
-        """Copy again, where weights may have changed in place: nothing tells of that (`p.data.mul_(2)`)."""
+        """Copy again, since weights may have changed in place, which cannot be detected (`p.data.mul_(2)`)."""
         for copy, source in self.copies:
             copy.copy_(source)
 
 
 class CompiledDecoder:
-    """The kernels' view of a whole language model. Raises `Unfit` where they cannot compute it."""
+    """The kernels' view of a whole language model. Raises `Unfit` if they cannot compute it."""
 
     layers: list[CompiledLayer]
     kernel: Any
@@ -181,7 +181,7 @@ def _require_backend(module: nn.Module) -> None:
 
 
 def _require_alike(layer: DecoderLayer) -> None:
-    """Raise `Unfit` unless the settings and shapes of a layer belong together."""
+    """Raise `Unfit` unless the settings and shapes of a layer fit together."""
     attention, router, moe = layer.self_attn, layer.mlp.gate, layer.mlp.experts
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     if moe.activation is not F.silu:

@@ -1,7 +1,7 @@
 """The network on the C++ kernels: one call of them from token ids to logits.
 
-Hidden states are fp32 throughout. A row's logits have the same bits whatever else is in the batch, however its prompt
-was split, and for any number of threads.
+Hidden states are fp32 throughout. A row's logits are the same to the bit whatever else is in the batch, however its
+prompt was split, and for any number of threads.
 
 Shapes legend: N new tokens, R wanted rows, L layers, K experts per token, V vocabulary.
 """
@@ -33,11 +33,11 @@ from olmoe.runner.rope_table import RopeTable
 class CpuRunner:
     """A `Runner` on the C++ kernels' view of a model's weights, which it keeps alive.
 
-    Raises `Unfit` where the kernels cannot compute the model. Weights that are replaced later, and modules that are
-    changed, count in a new runner only.
+    Raises `Unfit` if the kernels cannot compute the model. Weights replaced and modules changed later take effect only
+    in a new runner.
     """
 
-    # Every expert of the released shapes gets 64 of them on average, enough for full speed, and a layer's
+    # With the released shapes every expert gets 64 of them on average, enough for full speed, and a layer's
     # intermediate results take 0.1 GB.
     chunk_tokens = 512
     block_positions = KEY_BLOCK
@@ -112,7 +112,7 @@ class CpuRunner:
 
 
 def _policy_of_token(batch: Batch) -> list[int]:
-    """For each token the number of its policy among those that there are, or -1."""
+    """For each token the index of its policy among the batch's policies, or -1."""
     numbers = itertools.count()
     of_sequence = [-1 if policy is None else next(numbers) for policy in batch.policies or ()]
     return [of_sequence[b] for b in batch.sequence_of_token()]

@@ -12,17 +12,17 @@ from olmoe.runner.policy import ResolvedPolicy, stack_policies
 
 
 class KernelPolicies:
-    """Some policies for one model, and which of them each token has: `kernel` is what the kernels take.
+    """Several policies for one model, and which of them each token has: `kernel` is what the kernels take.
 
-    `largest` is the number of experts that there is room for in what routers choose, `shape` is (layers, experts).
+    `largest` is the largest number of experts that a token may choose, `shape` is (layers, experts).
     """
 
     def __init__(
         self, policies: Sequence[ResolvedPolicy], top_k: int = 0, of_token: Sequence[int] | None = None
     ) -> None:
-        """`of_token` has numbers of `policies`, or -1 for a token without, which chooses `top_k` experts.
+        """`of_token` has indices into `policies`, or -1 for a token without a policy, which chooses `top_k` experts.
 
-        None stands for one policy that all tokens have.
+        None means that all tokens have the one policy.
         """
         bias, chosen, renormalize, pinned, temperature = stack_policies(policies)
         assert of_token is not None or len(policies) == 1

@@ -1,9 +1,9 @@
-"""Changes of what routers choose, as data: no model is touched, and each sequence of a call may have its own. No torch.
+"""Changes to what routers choose, as data: no model is touched, and each sequence of a call may have its own. No torch.
 
 With the router logits z of a token, its bias b and the temperature T of a layer:
 
-    chosen  = the pinned experts, then those of the largest softmax(z + b), `top_k` in all
-    weights = softmax((z + b) / T) of the chosen, divided by their sum where that is wanted
+    chosen  = the pinned experts, then those with the largest softmax(z + b), `top_k` in total
+    weights = softmax((z + b) / T) of the chosen, divided by their sum if requested
 
 Shapes legend: P policies, L layers, E experts.
 """
@@ -22,20 +22,20 @@ from olmoe.errors import UserError
 if TYPE_CHECKING:
     from olmoe.config import ModelConfig
 
-# The least and the highest router temperature: logits that are divided by less may overflow.
+# The lowest and the highest router temperature: logits divided by less may overflow.
 TEMPERATURES = (0.001, 1000.0)
 
 
 @dataclass(frozen=True, eq=False)
 class RouterPolicy:
-    """Changes of what routers choose, for all layers; what is None stays the model's own.
+    """Changes to what routers choose, for all layers; None leaves the model's own setting.
 
     - `bias` (L, E): added to the router logits before the softmax. Minus infinity keeps an expert from being chosen.
-    - `banned` (L, E): experts that are not chosen, True for those.
-    - `top_k`: experts that a token chooses in each layer.
+    - `banned` (L, E): True for experts that are never chosen.
+    - `top_k`: the number of experts that a token chooses in each layer.
     - `renormalize`: whether the chosen probabilities are divided by their sum.
-    - `pinned` (L, E): experts that every token chooses, True for those. They count among the `top_k`, and each has its
-      own probability as its weight.
+    - `pinned` (L, E): True for experts that every token chooses. They count among the `top_k`, and the weight of each
+      is its own probability.
     - `temperature`, a number or (L,): the logits, bias included, are divided by it before the softmax that gives the
       weights. Which experts are chosen does not depend on it.
     """
@@ -48,7 +48,7 @@ class RouterPolicy:
     temperature: npt.ArrayLike | None = None
 
     def resolve(self, config: ModelConfig) -> ResolvedPolicy:
-        """All values, for a model. Raises `UserError` for shapes and numbers that do not fit it."""
+        """The values for a given model. Raises `UserError` for shapes and numbers that do not fit it."""
         shape = (config.num_hidden_layers, config.num_experts)
         bias = self._biases(shape)
         top_k = config.num_experts_per_tok if self.top_k is None else self.top_k
@@ -68,14 +68,14 @@ class RouterPolicy:
         return ResolvedPolicy(bias, top_k, norm, pinned, self._temperatures(config.num_hidden_layers))
 
     def _biases(self, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """What is added to logits, banned experts included."""
+        """What is added to logits, minus infinity for banned experts included."""
         bias = np.zeros(shape, dtype=np.float32)
         if self.bias is not None:
             given = np.asarray(self.bias, dtype=np.float32)
             if given.shape != shape:
                 raise UserError(f"A router bias must have the shape {shape} (layers, experts), not {given.shape}.")
             if np.isnan(given).any() or np.isposinf(given).any():
-                raise UserError("A router bias must be made of numbers, or minus infinity for experts to leave out.")
+                raise UserError("A router bias must consist of numbers, or minus infinity for experts to leave out.")
             bias = given.copy()
         banned = _mask("banned", self.banned, shape)
         if banned is not None:
@@ -83,13 +83,13 @@ class RouterPolicy:
         return bias
 
     def _temperatures(self, layers: int) -> npt.NDArray[np.float32] | None:
-        """That of each layer; None where all are 1."""
+        """The temperature of each layer; None if all are 1."""
         if self.temperature is None:
             return None
         given = np.asarray(self.temperature, dtype=np.float32)
         if given.shape not in ((), (layers,)):
             raise UserError(
-                f"A router temperature must be one number or {layers}, one a layer, not of shape {given.shape}."
+                f"A router temperature must be one number or {layers}, one per layer, not of shape {given.shape}."
             )
         least, most = TEMPERATURES
         for wrong in given[~((given >= least) & (given <= most))].tolist():
@@ -98,9 +98,9 @@ class RouterPolicy:
 
 
 class ResolvedPolicy(NamedTuple):
-    """A `RouterPolicy` with the values of a model: bias (L, E) fp32, experts a token, whether to renormalise.
+    """A `RouterPolicy` resolved for a model: bias (L, E) fp32, experts per token, whether to renormalise.
 
-    Besides `pinned` (L, E) and the `temperature` of each layer (L,) fp32, each None where a policy does without.
+    Also `pinned` (L, E) and the `temperature` of each layer (L,) fp32, each None if the policy does without.
     """
 
     bias: npt.NDArray[np.float32]
@@ -110,7 +110,7 @@ class ResolvedPolicy(NamedTuple):
     temperature: npt.NDArray[np.float32] | None = None
 
     def identity(self) -> list[bytes]:
-        """Bytes that differ between policies that choose or weigh differently: keys and values depend on them."""
+        """Bytes that differ for policies that choose or weigh differently, since keys and values depend on them."""
         arrays = (self.bias, self.pinned, self.temperature)
         return [
             f"{self.top_k} {self.renormalize}".encode(),
@@ -118,19 +118,19 @@ class ResolvedPolicy(NamedTuple):
         ]
 
     def changes(self, config: ModelConfig) -> bool:
-        """Whether anything is other than the model's own."""
+        """Whether anything differs from the model's own settings."""
         own = (config.num_experts_per_tok, config.norm_topk_prob)
         changed = self.pinned is not None or self.temperature is not None or bool(self.bias.any())
         return changed or (self.top_k, self.renormalize) != own
 
 
 def own_policy(config: ModelConfig) -> ResolvedPolicy:
-    """What a model's routers do without a policy."""
+    """The policy that is equivalent to a model's own settings."""
     return RouterPolicy().resolve(config)
 
 
 class StackedPolicies(NamedTuple):
-    """Some `ResolvedPolicy`s as arrays (P, ...), whose last two are None where no policy needs them."""
+    """Several `ResolvedPolicy`s as arrays (P, ...), the last two of which are None if no policy needs them."""
 
     bias: npt.NDArray[np.float32]
     top_k: npt.NDArray[np.int32]
@@ -140,7 +140,7 @@ class StackedPolicies(NamedTuple):
 
 
 def stack_policies(policies: Sequence[ResolvedPolicy]) -> StackedPolicies:
-    """Policies for one model end to end, as kernels and tensors want them."""
+    """Policies for one model, stacked for kernels and tensors."""
     first = policies[0].bias
     assert all(policy.bias.shape == first.shape for policy in policies)
     pinned, temperature = None, None
@@ -160,7 +160,7 @@ def stack_policies(policies: Sequence[ResolvedPolicy]) -> StackedPolicies:
 
 
 def _mask(what: str, given: npt.ArrayLike | None, shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """Experts that are True; None where there are none."""
+    """A mask as an array; None if it has no True."""
     mask = np.zeros(shape, dtype=bool) if given is None else np.asarray(given, dtype=bool)
     if mask.shape != shape:
         raise UserError(f"A mask of {what} experts must have the shape {shape}, not {mask.shape}.")

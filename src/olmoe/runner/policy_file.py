@@ -4,8 +4,8 @@
      "pin": [{"layer": 0, "experts": [4, 9]}], "allow": [{"layer": 1, "experts": [0, 1, 2, 3, 4]}],
      "k": 4, "renormalize": true, "temperature": 0.5}
 
-An entry without a layer counts in all of them; whatever is left out stays the model's own. Layers and experts are known
-only with a model, so a policy that was read is resolved later, as a `RouterPolicy` is.
+An entry without a layer applies to all layers; whatever is left out stays the model's own. Layers and experts are known
+only with a model, so a policy that was read is resolved later, just like a `RouterPolicy`.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class Policy(Protocol):
     """Anything that changes what routers choose: a `RouterPolicy`, or a `NamedPolicy`."""
 
     def resolve(self, config: ModelConfig) -> ResolvedPolicy:
-        """All values, for a model. Raises `UserError` for what does not fit it."""
+        """The values for a given model. Raises `UserError` for anything that does not fit it."""
         ...
 
 
-# What callers may mean one by: see `as_policy`.
+# What callers may give as a policy: see `as_policy`.
 AnyPolicy: TypeAlias = Policy | Mapping[str, Any] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy by layers and experts, a layer of None standing for all of them.
+    """A policy by layers and experts; a layer of None means all layers.
 
-    - `boost` has (layer, expert, bias): added to router logits.
-    - `ban` has (layer, expert): never chosen. `allow`: of a layer that it names, only these are.
-    - `pin` has (layer, expert): chosen by every token.
-    - `k`, `renormalize`: experts a token, and whether their weights sum to one.
-    - `temperature`: that of the routers, a number or one a layer.
+    - `boost` holds (layer, expert, bias): the bias is added to router logits.
+    - `ban` holds (layer, expert): never chosen. `allow`: in the layers it names, only these are chosen.
+    - `pin` holds (layer, expert): chosen by every token.
+    - `k`, `renormalize`: experts per token, and whether their weights sum to one.
+    - `temperature`: the routers' temperature, one number or one per layer.
     """
 
     boost: tuple[tuple[int | None, int, float], ...] = ()
@@ -65,7 +65,7 @@ class NamedPolicy:
     temperature: float | tuple[float, ...] | None = None
 
     def resolve(self, config: ModelConfig) -> ResolvedPolicy:
-        """All values, for a model. Raises `UserError` for layers and experts that it does not have."""
+        """The values for a given model. Raises `UserError` for layers and experts that it does not have."""
         shape = layers, experts = config.num_hidden_layers, config.num_experts
         bias = np.zeros(shape, dtype=np.float32)
         banned, pinned, allowed = (np.zeros(shape, dtype=bool) for _ in range(3))
@@ -94,9 +94,9 @@ def named(policy: ResolvedPolicy) -> NamedPolicy:
 
 
 def as_policy(value: object) -> Policy:
-    """The policy that a caller means by a policy, the path of a file, or a mapping with the keys of a file.
+    """The policy that a caller gives as a policy, the path of a file, or a mapping with the keys of a file.
 
-    Raises `UserError` for a file or a mapping that holds none, and `TypeError` for anything else.
+    Raises `UserError` for a file or a mapping that is not a valid policy, and `TypeError` for anything else.
     """
     if isinstance(value, str | os.PathLike):
         return read_policy(os.fspath(value))
@@ -112,7 +112,7 @@ def as_policy(value: object) -> Policy:
 
 
 def read_policy(path: str | Path) -> NamedPolicy:
-    """The policy in a file. Raises `UserError` for what is none."""
+    """The policy in a file. Raises `UserError` if it is not one."""
     path = Path(os.path.expanduser(path))
     try:
         value = read_object(path)
@@ -127,12 +127,12 @@ def read_policy(path: str | Path) -> NamedPolicy:
 
 
 def write_policy(path: str | Path, policy: NamedPolicy) -> None:
-    """Write the file that `read_policy` reads as an equal policy. It replaces what is there."""
+    """Write a file that `read_policy` reads as an equal policy. An existing file is replaced."""
     write_text(os.path.expanduser(path), to_text(policy))
 
 
 def to_text(policy: NamedPolicy) -> str:
-    """What a policy's file says, one entry a line."""
+    """The text of a policy's file, one entry per line."""
     fields = []
     for key, value in to_json(policy).items():
         if isinstance(value, list) and isinstance(value[0], dict):
@@ -144,7 +144,7 @@ def to_text(policy: NamedPolicy) -> str:
 
 
 def to_json(policy: NamedPolicy) -> dict[str, Any]:
-    """The JSON object of a policy, without what it leaves alone."""
+    """The JSON object of a policy, without the settings that it leaves alone."""
     temperature = policy.temperature
     values = {
         "boost": _grouped((layer, expert, {"bias": bias}) for layer, expert, bias in policy.boost),
@@ -188,7 +188,7 @@ def to_policy(value: Mapping[str, Any]) -> NamedPolicy:
 
 
 def _entries(value: Mapping[str, Any], key: str) -> Iterable[tuple[str, Any]]:
-    """The entries under a key, each with how a message names it."""
+    """The entries under a key, each with its name for messages."""
     entries = value.get(key)
     if entries is None:
         return []
@@ -198,7 +198,7 @@ def _entries(value: Mapping[str, Any], key: str) -> Iterable[tuple[str, Any]]:
 
 
 def _experts(entry: Any, where: str, keys: tuple[str, ...]) -> list[tuple[int | None, int]]:
-    """What an entry names: (layer, expert) for its `expert` or each of its `experts`."""
+    """The experts that an entry names: (layer, expert) for its `expert` or for each of its `experts`."""
     if not isinstance(entry, Mapping) or not set(entry) <= set(keys) or ("expert" in entry) == ("experts" in entry):
         named = ", ".join(key for key in keys if key != "experts")
         raise UserError(
@@ -226,12 +226,12 @@ def _place(layer: int | None, expert: int, layers: int, experts: int) -> tuple[A
 
 
 def _places(mask: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
-    """The (layer, expert) that are True."""
+    """The (layer, expert) pairs that are True."""
     return tuple((layer, expert) for layer, expert in np.argwhere(mask).tolist())
 
 
 def _grouped(places: Iterable[tuple[int | None, int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Entries of a file: neighbours of one layer, and of one bias, are one entry."""
+    """Entries of a file: adjacent experts with the same layer and bias become one entry."""
     entries = []
     for (layer, rest), group in itertools.groupby(places, key=lambda place: (place[0], place[2])):
         experts = [expert for _, expert, _ in group]

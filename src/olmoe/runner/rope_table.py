@@ -14,7 +14,7 @@ from olmoe.model import RotaryEmbedding
 from olmoe.runner.base import Batch
 
 _FIRST_POSITIONS = 256
-# Up to this many cosines torch computes on the calling thread, also where it leaves them to MKL. After more, its other
+# Up to this many cosines torch computes on the calling thread, even if it leaves them to MKL. After more, its other
 # threads spin for milliseconds on cores that the kernels' threads need.
 _SERIAL_ELEMENTS = 64
 
@@ -28,11 +28,11 @@ class Angles(NamedTuple):
 
 
 class RopeTable:
-    """The angles of a model, computed by its own module. It grows with the longest sequence that was seen."""
+    """The angles of a model, computed by its own module. The table grows with the longest sequence seen."""
 
     def __init__(self, rotary: RotaryEmbedding) -> None:
         self._rotary = RotaryEmbedding(rotary.rope, rotary.head_dim, rotary.max_positions)
-        self._table: tuple[Tensor, Tensor] | None = None  # replaced whole, so that threads see one or the other
+        self._table: tuple[Tensor, Tensor] | None = None  # replaced as a whole, for other threads' sake
 
     def reserve(self, positions: int) -> None:
         """Make room for that many positions now, rather than within a later call."""
@@ -53,7 +53,7 @@ class RopeTable:
 
     @torch.inference_mode()
     def angles(self, batch: Batch) -> Angles:
-        """Those of every token of a call."""
+        """The angles of every token of a call."""
         positions = batch.positions()
         if self._rotary.rope.rope_type != "dynamic":
             return Angles(*self._grown(max(positions) + 1), positions)
@@ -61,7 +61,7 @@ class RopeTable:
         lengths = [totals[b] for b in batch.sequence_of_token()]
         half = self._rotary.head_dim // 2
         cos, sin = torch.empty(len(positions), half), torch.empty(len(positions), half)
-        # A decoding step has few; those of a prompt are worth torch's threads.
+        # A decoding step has few tokens; a prompt has enough to be worth torch's threads.
         size = max(1, _SERIAL_ELEMENTS // half) if len(positions) == len(batch.counts) else len(positions)
         for start in range(0, len(positions), size):
             part = slice(start, start + size)

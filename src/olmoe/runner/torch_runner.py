@@ -1,4 +1,4 @@
-"""The plain network as a runner: any device, any dtype, any module in place of the network's own.
+"""The plain network as a runner, for any device, any dtype, and any module in place of the network's own.
 
 Shapes legend: B sequences, N new tokens of all of them end to end, T new tokens of one, R wanted rows, H heads, G KV
 heads, Dh head dim, L layers, E experts, K experts per token, S cached positions.
@@ -23,8 +23,7 @@ from olmoe.runner.policy import ResolvedPolicy, own_policy, stack_policies
 class TorchRunner:
     """A `Runner` that runs the modules of a model: copies of them, which share its weights.
 
-    What happens to the model later, to its hooks or its backend, changes nothing here; weights that are written in
-    place do.
+    Later changes to the model, its hooks or its backend have no effect here; weights that are written in place do.
     """
 
     chunk_tokens = 4096
@@ -85,7 +84,7 @@ class TorchRunner:
         return StepOutput(logits, trace)
 
     def _policies(self, batch: Batch, of_token: list[int]) -> list[ops.RoutePolicy]:
-        """One policy a layer, for all tokens of the batch."""
+        """One policy per layer, for all tokens of the batch."""
         assert batch.policies is not None
         own = own_policy(self.config)
         return route_policies([own if policy is None else policy for policy in batch.policies], self._device, of_token)
@@ -94,7 +93,7 @@ class TorchRunner:
 def route_policies(
     policies: Sequence[ResolvedPolicy], device: torch.device, of_token: Sequence[int] | None = None
 ) -> list[ops.RoutePolicy]:
-    """For each layer what `ops.route` takes: a row for each number in `of_token`, or else for each of `policies`."""
+    """What `ops.route` takes for each layer: a row for each index in `of_token`, or else for each of `policies`."""
     stacked = stack_policies(policies)
     rows = list(range(len(policies))) if of_token is None else list(of_token)
     tensors = [None if array is None else torch.from_numpy(array)[rows].to(device) for array in stacked]
@@ -129,7 +128,7 @@ class BlockAttend:
 
     @property
     def _one_each(self) -> bool:
-        """Whether this is a step of decoding: one new token of each sequence."""
+        """Whether this is a decoding step: one new token for each sequence."""
         return all(count == 1 for count in self._counts)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -155,7 +154,7 @@ class BlockAttend:
     def _step(self, q: Tensor, layer: int) -> Tensor:
         keys, values = self._blocks.read(layer, self._table, max(self._lengths) + 1)
         if self._mask is not None:
-            # Positions beyond a shorter sequence were never written; masked NaNs would still poison sums.
+            # Positions beyond the end of a shorter sequence were never written; masked NaNs would still poison sums.
             unseen = ~self._mask.transpose(-1, -2)
             keys, values = keys.masked_fill(unseen, 0.0), values.masked_fill(unseen, 0.0)
         return ops.attention(q.unsqueeze(2), keys.to(q.dtype), values.to(q.dtype), self._mask).squeeze(2)

@@ -1,8 +1,8 @@
-"""Traces: which experts every token of a text chose, in one file that grows as it is recorded and is read by mapping.
+"""Traces: which experts every token of a text chose, in one file that grows during recording and is memory-mapped.
 
 A trace is a safetensors file, so that whatever reads these reads traces: `expert_ids` (N, L, K) by falling probability,
-`weights` (N, L, K) fp16, `input_ids` (N,), `predicted_ids` (N,) where asked for, and `starts`, the first token of each
-window that the model read. Its metadata have the version of this schema, and what the model is.
+`weights` (N, L, K) fp16, `input_ids` (N,), `predicted_ids` (N,) if requested, and `starts`, the first token of each
+window that the model read. Its metadata hold the version of this schema, and a description of the model.
 
 Shapes legend: N tokens, L layers, K experts per token, E experts.
 """
@@ -35,15 +35,15 @@ from olmoe.io.mapped import forget
 SCHEMA = "olmoe-trace-1"
 _DTYPES = {"U8": "<u1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "I64": "<i8"}
 _COPY_BYTES = 1 << 24
-# Tokens that are put into order together.
+# Tokens that are reordered at a time.
 _PART = 1 << 14
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory, or mapped from its file. The largest value of `expert_ids` stands where a token chose fewer.
+    """A trace in memory, or mapped from its file. If a token chose fewer experts, `expert_ids` has its largest value.
 
-    `predicted_ids` are what the model held for the likeliest next tokens, where they were recorded.
+    `predicted_ids` are the model's likeliest next tokens, if they were recorded.
     """
 
     expert_ids: npt.NDArray[np.integer[Any]]
@@ -55,20 +55,20 @@ class Trace:
 
     @property
     def experts(self) -> int:
-        """How many there are."""
+        """The number of experts per layer."""
         return int(self.metadata["experts"])
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def windows(self) -> Iterator[slice]:
-        """Which tokens the model read together: those of a part of a document, of a request, of a row of a batch."""
+        """Which tokens the model read together: those of part of a document, of a request, or of a row of a batch."""
         for start, end in itertools.pairwise([*self.starts.tolist(), len(self)]):
             yield slice(start, end)
 
     @classmethod
     def open(cls, path: str | Path) -> Trace:
-        """Map a trace: nothing is read before it is used. Raises `UserError` for what is none."""
+        """Map a trace: nothing is read before it is used. Raises `UserError` if the file is not a trace."""
         path = Path(os.path.expanduser(path))
         try:
             with path.open("rb") as file:
@@ -98,11 +98,11 @@ class Trace:
 class TraceWriter:
     """Writes a trace part by part; the file appears when the `with` block has ended well, and `trace` opens it.
 
-    Memory is that of a part. With a `path` of None all of it stays in memory, in the few bytes that the file would
-    take. `predictions` says whether predicted ids will be given.
+    It takes the memory of one part. With a `path` of None the whole trace stays in memory, as compact as in the file.
+    `predictions` says whether predicted ids will be given.
 
-    Parts come window by window, each announced by `start`; or those of several windows come in turn, as of requests
-    that are computed together, and say which one they continue. The file has one window after the other all the same.
+    Parts come window by window, each announced by `start`; or parts of several windows alternate, as for requests that
+    are computed together, and name the window they continue. In the file, windows follow one another in any case.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TraceWriter:
             targets.check_file(self._path, overwrite=True)
             targets.check_place(self._path)
         self.layers, self.top_k, self.predictions = layers, top_k, predictions
-        self.id_dtype = np.dtype("<u1" if experts < 2**8 else "<u2")  # the largest value stands for no expert
+        self.id_dtype = np.dtype("<u1" if experts < 2**8 else "<u2")  # the largest value means no expert
         self.tokens = 0
         self._metadata = {"format": SCHEMA, "experts": str(experts)} | dict(metadata or {})
         self._dtypes = {"expert_ids": self.id_dtype, "weights": np.dtype("<f2"), "input_ids": np.dtype("<i4")}
@@ -129,7 +129,7 @@ class TraceWriter:
             self._dtypes["predicted_ids"] = np.dtype("<i4")
         self._files: dict[str, IO[bytes]] = {}
         self._stack = ExitStack()
-        # What was written, in its order: so many tokens of such a window; -1 is before the first.
+        # What was written, in order: (window, number of tokens); -1 is before the first.
         self._windows, self._counts = array("q"), array("q")
         self._window = -1
         self._written = False
@@ -137,7 +137,7 @@ class TraceWriter:
 
     @classmethod
     def of(cls, config: ModelConfig, path: str | Path | None, *, top_k: int | None = None, **options: Any) -> Self:
-        """A writer for a model; a token has `top_k` experts at most, by default those of the model."""
+        """A writer for a model; a token has at most `top_k` experts, by default the model's number."""
         return cls(
             path,
             layers=config.num_hidden_layers,
@@ -157,7 +157,7 @@ class TraceWriter:
         return self
 
     def start(self) -> int:
-        """The next tokens begin a window; its number, with which `append` can come back to it."""
+        """Start a window with the next tokens; returns its number, by which `append` can return to it."""
         self._window += 1
         return self._window
 
@@ -170,7 +170,7 @@ class TraceWriter:
         *,
         window: int | None = None,
     ) -> None:
-        """More tokens: what they chose (n, L, k), -1 for nothing, and the ids read and predicted (n,).
+        """Add tokens: what they chose (n, L, k), -1 for no expert, and the ids read and predicted (n,).
 
         They continue `window`, by default the one that was started last.
         """
@@ -204,9 +204,9 @@ class TraceWriter:
 
     @property
     def trace(self) -> Trace:
-        """What was written, once the `with` block has ended well. Raises `UserError` if it has not."""
+        """What was written, once the `with` block has ended without an error. Raises `UserError` if it has not."""
         if not self._written:
-            raise UserError("The trace is not written yet, or its block has failed; ask for it after the with block.")
+            raise UserError("The trace is not written yet, or its block has failed; read it after the with block.")
         if self._trace is None:
             assert self._path is not None
             self._trace = Trace.open(self._path)
@@ -249,7 +249,7 @@ class TraceWriter:
                 self._copy_in_order(file, out, order)
 
     def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-        """The first token of each window, and the order of what was written, or None where it is that already."""
+        """The first token of each window, and the order of what was written, or None if it is already in order."""
         windows, counts = np.array(self._windows, dtype="<i8"), np.array(self._counts, dtype="<i8")
         order = np.argsort(windows, kind="stable")
         firsts = np.cumsum(counts[order]) - counts[order]
@@ -258,7 +258,7 @@ class TraceWriter:
         return firsts[at][numbers >= 0], None if in_order else order
 
     def _copy_in_order(self, file: IO[bytes], out: IO[bytes], order: npt.NDArray[np.int64]) -> None:
-        """Parts of a file one after the other, so many tokens together as are cheap to hold."""
+        """Copy a file's tokens in this order, a few at a time to save memory."""
         counts = np.array(self._counts, dtype="<i8")
         firsts, ends = np.cumsum(counts) - counts, np.cumsum(counts[order])
         file.flush()
@@ -275,7 +275,7 @@ class TraceWriter:
 
 
 def _of_width(values: npt.NDArray[Any], k: int, none: int) -> npt.NDArray[Any]:
-    """Values (n, L, any) as (n, L, k): a policy chooses fewer or more experts, and fewer in some rows of a batch."""
+    """Values (n, L, any) as (n, L, k): a policy may choose fewer or more experts, in some rows of a batch only."""
     missing = k - values.shape[2]
     if missing == 0:
         return values
@@ -295,18 +295,18 @@ def _rows_of(file: IO[bytes], tokens: int) -> npt.NDArray[np.uint8]:
 
 
 def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begin."""
+    """The header, and where the data start."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(1 << 20, size):
         raise ValueError("it has no header of a safetensors file")
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     return header, 8 + length
 
 
 def _place(entry: Mapping[str, Any], data: int, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-    """Dtype, shape and first byte of an array. Raises `ValueError` unless it lies in a file of that size."""
+    """Dtype, shape and first byte of an array. Raises `ValueError` unless it fits into a file of that size."""
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
     start, end = entry["data_offsets"]
     needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

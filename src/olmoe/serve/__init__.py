@@ -1,1 +1,1 @@
-"""HTTP over the engine: the protocols of OpenAI and Anthropic, a chat page that shows the experts, metrics."""
+"""HTTP over the engine: the protocols of OpenAI and Anthropic, metrics, and a chat page that shows the experts."""

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, keys, other origins, errors in one shape, and the description of it all."""
+"""The ASGI application: routes, keys, cross-origin rules, errors in one shape, and the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _OPEN = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 
 
 def is_open(path: str) -> bool:
-    """Whether a path needs no key: probes, and the page, which asks for one."""
+    """Whether a path needs no key: probes, and the page, which asks the user for one."""
     return path in _OPEN or path.startswith("/page/")
 
 
 def make_app(state: ServerState) -> Starlette:
-    """The application of a state."""
+    """The application that serves a state."""
     settings = state.settings
     routes: list[BaseRoute] = [
         Route(endpoint.path, _Bound(endpoint, state), methods=["POST"]) for endpoint in ENDPOINTS
@@ -65,7 +65,7 @@ def make_app(state: ServerState) -> Starlette:
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
-        middleware.insert(0, cors)  # outermost: what a browser asks beforehand carries no key
+        middleware.insert(0, cors)  # outermost: a browser's preflight request carries no key
     if settings.allowed_hosts:
         middleware.insert(0, Middleware(Hosts, names=settings.allowed_hosts))
     handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _failure}
@@ -73,7 +73,7 @@ def make_app(state: ServerState) -> Starlette:
 
 
 class _Bound:
-    """An endpoint of a state, as an ASGI application."""
+    """An endpoint bound to a state, as an ASGI application."""
 
     def __init__(self, endpoint: Endpoint, state: ServerState) -> None:
         self._endpoint, self._state = endpoint, state
@@ -95,7 +95,7 @@ def _reading(
 
 
 def _on_stored(action: responses.StoredAction) -> Callable[[ServerState, Request], Response]:
-    """What is done with a stored response, as a handler."""
+    """A handler that applies an action to a stored response."""
 
     def answer(state: ServerState, request: Request) -> Response:
         owner = request.scope.get("olmoe.owner", "")
@@ -139,14 +139,14 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def _health(state: ServerState, request: Request) -> Response:
-    """Whether the process is of use at all; draining, it is."""
+    """Whether the process still works at all; it does while draining."""
     if state.thread.failed is not None:
         return JSONResponse({"status": "failed", "reason": "The engine has stopped after an error."}, 503)
     return JSONResponse({"status": "ok"})
 
 
 def _ready(state: ServerState, request: Request) -> Response:
-    """Whether new requests should come here."""
+    """Whether new requests should be sent here."""
     if state.thread.failed is not None or state.draining:
         return JSONResponse({"status": "draining" if state.draining else "failed"}, 503, {"Retry-After": "5"})
     return JSONResponse({"status": "ready"})

@@ -22,7 +22,7 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 
 
 def read_keys(given: Iterable[str] = (), file: str | Path | None = None) -> tuple[str, ...]:
-    """All keys: those given, one a line of a file (# begins a comment), and those in OLMOE_API_KEY, by commas.
+    """All keys: those given, those in a file (one per line, # for comments), and those in OLMOE_API_KEY (by commas).
 
     Raises `UserError` for a file that cannot be read or holds none, and for empty keys.
     """
@@ -34,7 +34,7 @@ def read_keys(given: Iterable[str] = (), file: str | Path | None = None) -> tupl
             raise UserError(f"The file of API keys {file} cannot be read ({error}).") from None
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise UserError(f"The file of API keys {file} holds none; write one a line.")
+            raise UserError(f"The file of API keys {file} holds none; write one per line.")
         keys += found
     keys += [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
     if any(not key.strip() for key in keys):
@@ -43,17 +43,17 @@ def read_keys(given: Iterable[str] = (), file: str | Path | None = None) -> tupl
 
 
 def check_origins(origins: Iterable[str]) -> None:
-    """Raise `UserError` for an origin that no browser ever sends, which would let nobody in."""
+    """Raise `UserError` for an origin that no browser ever sends, and which would thus let nobody in."""
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise UserError(
-                f"--cors-origin must be * or an origin such as https://app.example.org, without a path and without / "
-                f"at its end, not {shown(origin)}."
+                f"--cors-origin must be * or an origin such as https://app.example.org, without a path and without a "
+                f"trailing /, not {shown(origin)}."
             )
 
 
 class Auth:
-    """Lets in who has a key; all, if there are no keys. Each key has a prefix cache of its own, unless it is shared.
+    """Admits callers with a key, or everybody if there are no keys. Each key has its own prefix cache, unless shared.
 
     `open_paths` need no key.
     """

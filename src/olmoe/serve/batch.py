@@ -1,4 +1,4 @@
-"""Many requests of a file through the endpoints, without HTTP: all in flight that the engine can use at once."""
+"""Runs many requests from a file through the endpoints, without HTTP, with enough in flight to keep the engine busy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _log = logging.getLogger("olmoe")
 
 
 class EngineStopped(UserError):
-    """The engine cannot go on; what has no answer yet gets none."""
+    """The engine cannot continue; requests without an answer stay without one."""
 
 
 class BatchRun:
-    """Answers the requests of a batch, and hands each line of the output to `write` as soon as it is there.
+    """Answers the requests of a batch, and passes each line of output to `write` as soon as it is ready.
 
-    At most `in_flight` are begun and unfinished at a time, so that a batch of any size needs little memory and the
-    engine always has work. What is wrong with one request becomes its answer, with OpenAI's error body.
+    At most `in_flight` are in progress at a time, so that a batch of any size needs little memory and the engine
+    always has work. An error in one request becomes its answer, with OpenAI's error body.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BatchRun:
         self._other_models: set[str] = set()
 
     async def run(self, lines: Iterable[BatchLine], stop: asyncio.Event) -> None:
-        """Until all are answered or `stop` is set; then what is in progress is aborted, and has no answer.
+        """Run until all are answered or `stop` is set; then requests in progress are aborted and get no answer.
 
         Raises `EngineStopped`, and whatever `write` raises.
         """
@@ -72,7 +72,7 @@ class BatchRun:
             self.failed += 1
 
     async def answer(self, line: BatchLine) -> tuple[int, dict[str, Any]]:
-        """The status and the body of one answer. Raises `EngineStopped` where that is why there is none."""
+        """The status and the body of one answer. Raises `EngineStopped` if that is why there is none."""
         try:
             return 200, await self._create(line)
         except ApiError as error:
@@ -96,11 +96,11 @@ class BatchRun:
         self._check_model(body.pop("model", None))
         parsed = endpoint.parse(json.dumps(body | {"model": self._state.model_name}).encode("utf-8", "replace"))
         answer = await endpoint.create(self._state, parsed, CallContext())
-        assert not isinstance(answer, AsyncGenerator)  # it was not asked to stream
+        assert not isinstance(answer, AsyncGenerator)  # no stream was requested
         return answer
 
     def _check_model(self, name: object) -> None:
-        """A file made for another server names its model, which says nothing here; that is said once for each."""
+        """A file made for another server names that server's model, which is ignored here; warn once for each name."""
         state = self._state
         if not isinstance(name, str) or name in (state.model_name, *state.aliases) or name in self._other_models:
             return

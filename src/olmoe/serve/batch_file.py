@@ -1,7 +1,7 @@
-"""OpenAI's batch files: what is asked for, line by line, and the answers, to which an interrupted run adds the rest.
+"""OpenAI's batch files: requests, line by line, and answers, to which a resumed run adds the rest.
 
 A line of the input is `{"custom_id", "method": "POST", "url", "body"}`, a line of the output `{"id", "custom_id",
-"response": {"status_code", "request_id", "body"}, "error"}`, in the order in which the answers came.
+"response": {"status_code", "request_id", "body"}, "error"}`, in the order in which requests were finished.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from olmoe.errors import UserError, shown
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 _ID = "batch_req_"
-# What is written reaches the disk at least so often, in lines and in seconds.
+# Output reaches the disk at least this often, in lines and in seconds.
 _SYNC_LINES, _SYNC_SECONDS = 64, 5.0
 
 
@@ -43,9 +43,9 @@ class BatchLine:
 
 
 class BatchInput:
-    """The requests of a file or of stdin, all checked when this is made, and read anew each time it is iterated.
+    """The requests in a file or on stdin, all checked at construction, and read again for each iteration.
 
-    Only their ids stay in memory. Raises `UserError` with the line's number for what is no request.
+    Only their ids stay in memory. Raises `UserError` with the line's number for anything but a request.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -63,7 +63,7 @@ class BatchInput:
                     )
                 self.custom_ids[line.custom_id] = line.number
             if not self.custom_ids:
-                raise UserError(f"{self.name} holds no requests; write one JSON object a line.")
+                raise UserError(f"{self.name} holds no requests; write one JSON object per line.")
         except BaseException:
             self._file.close()
             raise
@@ -81,7 +81,7 @@ class BatchInput:
         return len(self.custom_ids)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -129,7 +129,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _spooled_stdin() -> BinaryIO:
-    """All of stdin, where it can be read twice."""
+    """All of stdin, in a file that can be read twice."""
     if sys.stdin is None:
         raise UserError("The requests were to come from stdin, which is closed; pipe a file into it.")
     return _spooled(sys.stdin.buffer)
@@ -155,11 +155,11 @@ def result(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
 
 
 class BatchOutput:
-    """The file that answers are appended to; `finished` are the custom ids that it had answers for already.
+    """The file that answers are appended to; `finished` are the custom ids that were already answered in it.
 
-    A line that an interrupted run left torn at its end is cut off, and done again. Raises `UserError`, and leaves the
-    file as it is, if something else than answers to this batch is in it, or if another run writes it. Stdout ("-") has
-    no earlier answers.
+    A last line that an interrupted run left incomplete is cut off, and its request runs again. Raises `UserError`, and
+    leaves the file unchanged, if it holds anything but answers to this batch, or if another run is writing it. Stdout
+    ("-") has no earlier answers.
     """
 
     def __init__(self, target: str | Path, wanted: Collection[str], *, overwrite: bool = False) -> None:
@@ -204,7 +204,7 @@ class BatchOutput:
             self._file.flush()
             self._sync()
         finally:
-            with contextlib.suppress(OSError):  # of a full disk, said already
+            with contextlib.suppress(OSError):  # of a full disk, already reported
                 self._file.close()
 
     def __enter__(self) -> BatchOutput:
@@ -218,7 +218,7 @@ class BatchOutput:
 
 def _open_for_appending(path: Path) -> BinaryIO:
     if path.exists() and not path.is_file() and not path.is_dir():
-        # A device may have no end, and a pipe nothing to go on from.
+        # A device may have no end, and a pipe has nothing to continue from.
         raise UserError(f"{path} is not a regular file; choose a file, or - for stdout.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,34 +229,34 @@ def _open_for_appending(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Two runs that append to one file would do the same work twice."""
+    """Lock the file: two runs that append to it would do the same work twice."""
     try:
         import fcntl
-    except ImportError:  # Windows has other locks; there the user takes care
+    except ImportError:  # Windows has other locks; there it is up to the user
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"Another olmoe batch writes {path}; wait for its end, or choose another file.") from None
+        raise UserError(f"Another olmoe batch is writing {path}; wait for it, or choose another file.") from None
     except OSError:  # a file system without locks
         return
 
 
 def _answers(file: BinaryIO, path: Path, wanted: Collection[str]) -> tuple[dict[str, int], int]:
-    """The status of each custom id that has an answer, and where the last whole line ends."""
-    remedy = "choose another file, or start anew with --overwrite"
+    """The status of each custom id that has an answer, and where the last complete line ends."""
+    remedy = "choose another file, or start again with --overwrite"
     found, end = dict[str, int](), 0
     file.seek(0)
     for number, data in enumerate(file, 1):
-        if not data.endswith(b"\n"):  # torn, if it is one of ours
+        if not data.endswith(b"\n"):  # incomplete, if it is one of ours
             if not data.startswith(_START[: len(data)]):
-                raise UserError(f"Line {number} of {path} is no answer to a batch; {remedy}.")
+                raise UserError(f"Line {number} of {path} is not an answer to a batch; {remedy}.")
             break
         answer = _json(data)
         response = answer.get("response") if isinstance(answer, dict) else None
         custom_id = answer.get("custom_id") if isinstance(answer, dict) else None
         if not isinstance(custom_id, str) or not isinstance(response, dict):
-            raise UserError(f"Line {number} of {path} is no answer to a batch; {remedy}.")
+            raise UserError(f"Line {number} of {path} is not an answer to a batch; {remedy}.")
         if custom_id not in wanted:
             raise UserError(
                 f"Line {number} of {path} answers the custom_id {shown(custom_id)}, which the input does not have; "
@@ -267,4 +267,4 @@ def _answers(file: BinaryIO, path: Path, wanted: Collection[str]) -> tuple[dict[
     return found, end
 
 
-_START = f'{{"id":"{_ID}'.encode()  # of every line that is written here
+_START = f'{{"id":"{_ID}'.encode()  # how every line written here starts

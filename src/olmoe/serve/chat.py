@@ -34,7 +34,7 @@ async def create(
 
 
 def _finish_reason(chat: ChatRequest, end: Finished) -> str:
-    """OpenAI's word for the end: "stop" also where the request named the function to call."""
+    """OpenAI's word for the end, which is "stop" even if the request named the function to call."""
     named = isinstance(chat.tool_choice, dict) and chat.tool_choice.get("type") == "function"
     return "stop" if named and end.reason == "tool_calls" else end.reason
 
@@ -49,7 +49,7 @@ def _head(state: ServerState, chat: ChatRequest, kind: str) -> dict[str, Any]:
 
 
 def _of_prompt(state: ServerState, prepared: Prepared) -> dict[str, Any]:
-    """What is reported of the prompt, where it was asked for."""
+    """What is reported about the prompt, if requested."""
     chat, request, found = prepared.chat, prepared.requests[0], dict[str, Any]()
     if chat.prompt_logprobs is not None:
         found["prompt_logprobs"] = wire.prompt_logprobs(state.tokenizer, request.prompt_logprobs)
@@ -137,7 +137,7 @@ async def _stream(state: ServerState, prepared: Prepared) -> AsyncGenerator[dict
     head = _head(state, chat, "chat.completion.chunk")
     silent = not (chat.logprobs or chat.return_token_ids or chat.routing)
     begun = [False] * len(prepared.requests)
-    tokens = 0  # told so far: the engine may be ahead
+    tokens = 0  # sent so far: the engine may be ahead
 
     def so_far() -> dict[str, Any]:
         if not chat.wants_usage:

@@ -1,4 +1,4 @@
-"""One chat answer as events, which chat completions, responses and messages all translate into their own protocols."""
+"""A chat answer as events, which chat completions, responses and messages each translate into their own protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from olmoe.serve.state import CallContext, ServerState
 
 Reason = Literal["stop", "length", "tool_calls", "error", "cancelled"]
 
-# The engine's reasons to end, as chats name them.
+# The engine's finish reasons -> their names in chats.
 REASONS: dict[str, Reason] = {
     "eos": "stop",
     "stop": "stop",
@@ -29,7 +29,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that a choice has grown by, with what is reported of its tokens."""
+    """New text of a choice, with what is reported about its tokens."""
 
     index: int
     text: str
@@ -40,7 +40,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A tool call that has begun (`id` and `name` are set) or whose arguments have grown."""
+    """A tool call that has started (`id` and `name` are set) or whose arguments have grown."""
 
     index: int
     call: int
@@ -72,26 +72,26 @@ ChatEvent = TextDelta | ToolCallDelta | Finished | Usage  # a Usage once, last
 
 
 class ToolReader(Protocol):
-    """Reads the text of one choice, in which tool calls may stand, and tells what it means.
+    """Reads the text of one choice, which may contain tool calls, and interprets it.
 
-    `read` may hold text back until it knows; `finish` releases it and ends the choice, with the reason "tool_calls"
-    where there were some.
+    `read` may hold text back until its meaning is clear; `finish` releases it and ends the choice, with the reason
+    "tool_calls" if there were any.
     """
 
     def read(self, delta: TextDelta) -> Sequence[TextDelta | ToolCallDelta]:
-        """What the new text makes certain."""
+        """The events that the new text makes certain."""
         ...
 
     def finish(self, end: Finished) -> Sequence[TextDelta | ToolCallDelta | Finished]:
-        """What is left, and the end of the choice."""
+        """The remaining events, and the end of the choice."""
         ...
 
 
 class ToolPlan(Protocol):
     """What `olmoe.serve.tools.plan(chat, tokenizer)` makes of a request with tools, or with a history of them.
 
-    `messages` are as the chat template takes them, `template_tools` are for templates that write tools themselves,
-    `constraint` is what `olmoe.serve.structured` compiles, where calls are constrained.
+    `messages` are in the form that the chat template takes, `template_tools` are for templates that write tools
+    themselves, and `constraint` is what `olmoe.serve.structured` compiles if calls are constrained.
     """
 
     messages: list[dict[str, Any]]
@@ -115,13 +115,13 @@ class Prepared:
 async def run_chat(state: ServerState, chat: ChatRequest, context: CallContext) -> AsyncGenerator[ChatEvent, None]:
     """Prepare and run a chat: `events = await run_chat(...)`, then `async for event in events`.
 
-    Awaiting it raises what is wrong with the request (`ApiError`), before anything of an answer was sent.
+    Awaiting it raises `ApiError` if something is wrong with the request, before any part of an answer is sent.
     """
     return chat_events(state, await prepare_chat(state, chat, context))
 
 
 async def prepare_chat(state: ServerState, chat: ChatRequest, context: CallContext) -> Prepared:
-    """Check and tokenize a chat, compile its grammar, and see that it has room. Raises `ApiError`."""
+    """Check and tokenize a chat, compile its grammar, and make sure that there is room for it. Raises `ApiError`."""
     check_fields(chat)
     state.check_open()
     state.check_model(chat.model)
@@ -149,8 +149,8 @@ async def prepare_chat(state: ServerState, chat: ChatRequest, context: CallConte
 
 
 async def chat_prompt(state: ServerState, chat: ChatRequest) -> tuple[list[int], ToolPlan | None]:
-    """The ids of a chat, and what to do about its tools. Raises `ApiError` (400) for what the template refuses."""
-    most = state.context_length  # of messages too, for each has a token at least
+    """The ids of a chat, and what to do about its tools. Raises `ApiError` (400) if the template refuses it."""
+    most = state.context_length  # a limit for messages too, since each has at least one token
     if len(chat.messages) > most and chat.truncate_prompt_tokens is None:
         raise invalid(
             f"The prompt has {len(chat.messages)} messages, but the model's context ends at {most} tokens; shorten it.",
@@ -161,7 +161,7 @@ async def chat_prompt(state: ServerState, chat: ChatRequest) -> tuple[list[int],
 
 
 async def chat_events(state: ServerState, prepared: Prepared) -> AsyncGenerator[ChatEvent, None]:
-    """The events of a prepared chat. Leaving early aborts its requests."""
+    """The events of a prepared chat. Closing the iterator early aborts its requests."""
     requests = prepared.requests
     readers = [prepared.plan.reader(i) if prepared.plan else None for i in range(len(requests))]
     async with aclosing(state.generate(requests)) as deltas:
@@ -185,9 +185,9 @@ async def chat_events(state: ServerState, prepared: Prepared) -> AsyncGenerator[
 
 
 def usage(requests: Sequence[Request], prompts: int = 1, generated: int | None = None) -> Usage:
-    """The tokens of requests, of which each `len(requests) / prompts` have one prompt.
+    """The tokens of requests, where each group of `len(requests) / prompts` shares one prompt.
 
-    `generated` is how many they have generated as far as the client knows, instead of what the engine has.
+    `generated` is the number of generated tokens that the client knows of, in place of the engine's count.
     """
     each = len(requests) // prompts
     firsts = requests[::each]
@@ -204,7 +204,7 @@ def usage(requests: Sequence[Request], prompts: int = 1, generated: int | None =
 def template_messages(chat: ChatRequest | list[dict[str, Any]], own_template: bool) -> list[dict[str, Any]]:
     """Messages as a chat template takes them: text parts joined, "developer" as "system". Raises `ApiError` (400).
 
-    A role that is none of OpenAI's is left to the checkpoint's `own_template`, if any; OLMoE's drops such messages.
+    A role that OpenAI does not have is left to the checkpoint's `own_template`, if any; OLMoE's drops such messages.
     """
     given = chat.messages if isinstance(chat, ChatRequest) else chat
     if not given:
@@ -225,7 +225,7 @@ def template_messages(chat: ChatRequest | list[dict[str, Any]], own_template: bo
 
 
 def _text_content(content: Any, param: str) -> str | None:
-    """The text of a message, whose parts are joined by line ends; None if there is none."""
+    """The text of a message, its parts joined by newlines; None if there is none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -238,7 +238,7 @@ def _text_content(content: Any, param: str) -> str | None:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise invalid(
-                f"{param}.content[{index}] is of the type {str(kind)[:50]!r}; the model reads text alone.",
+                f"{param}.content[{index}] is of the type {str(kind)[:50]!r}; the model reads only text.",
                 f"{param}.content[{index}]",
             )
         texts.append(text)

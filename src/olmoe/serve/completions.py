@@ -59,7 +59,7 @@ async def _prepare(state: ServerState, body: CompletionRequest, context: CallCon
     state.check_open()
     state.check_model(body.model)
     if body.limit == 0 and not body.echo and body.prompt_logprobs is None and not body.prompt_routing:
-        raise invalid("max_tokens is 0, which asks for nothing; set echo to score the prompt.", "max_tokens")
+        raise invalid("max_tokens is 0, which requests nothing; set echo to score the prompt.", "max_tokens")
     given = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
     if len(given) * body.choices > state.settings.max_queued_requests:
         most = state.settings.max_queued_requests
@@ -104,7 +104,7 @@ def _where(number: int, given: Sequence[Any]) -> str:
 
 
 def _encode(state: ServerState, given: Sequence[Any], whole: bool) -> list[list[int]]:
-    """The ids of those prompts that are texts. Raises `ApiError` for one that is far too long, if all of it counts."""
+    """The ids of the prompts, texts tokenized. Raises `ApiError` for one that is far too long, if all of it is used."""
     texts = []
     for number, prompt in enumerate(given):
         if isinstance(prompt, str):
@@ -138,7 +138,7 @@ async def _whole(call: _Call) -> dict[str, Any]:
 
 
 def _add(call: _Call, choice: _Choice, delta: Delta) -> None:
-    """Take over what has come of a choice, the echoed prompt first."""
+    """Add a delta to a choice, the echoed prompt first."""
     text, scored = _news(call, choice, delta)
     choice.text += text
     if scored is not None:
@@ -149,7 +149,7 @@ def _add(call: _Call, choice: _Choice, delta: Delta) -> None:
 
 
 def _news(call: _Call, choice: _Choice, delta: Delta) -> tuple[str, dict[str, Any] | None]:
-    """The text and the log-probabilities of a delta, behind those of an echoed prompt if it is the first."""
+    """The text and the log-probabilities of a delta, after those of an echoed prompt if it is the first."""
     text, scored = delta.text, None
     if not choice.begun:
         choice.begun = True
@@ -164,7 +164,7 @@ def _news(call: _Call, choice: _Choice, delta: Delta) -> tuple[str, dict[str, An
 
 
 def _of_prompt(call: _Call, request: Request) -> dict[str, Any]:
-    """What is reported of the prompt, where it was asked for."""
+    """What is reported about the prompt, if requested."""
     found: dict[str, Any] = {}
     if call.body.prompt_logprobs is not None:
         found["prompt_logprobs"] = wire.prompt_logprobs(call.state.tokenizer, request.prompt_logprobs)
@@ -188,7 +188,7 @@ async def _stream(call: _Call) -> AsyncGenerator[dict[str, Any], None]:
     requests = [choice.request for choice in call.choices]
     running, silent = body.wants_running_usage, not (body.return_token_ids or body.routing)
     tail: dict[str, Any] = {"usage": None} if body.wants_usage else {}
-    told = 0  # tokens, which the engine may be ahead of
+    told = 0  # tokens sent so far: the engine may be ahead
     async with aclosing(state.generate(requests)) as deltas:
         async for index, delta in deltas:
             choice = call.choices[index]

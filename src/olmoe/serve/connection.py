@@ -1,6 +1,6 @@
-"""A connection, as uvicorn and httptools read it: with bounds for the head of a request, and deaf to upgrades.
+"""A connection, as uvicorn and httptools read it, that limits the head of a request and ignores upgrades.
 
-Clients of HTTP/1.0, some proxies among them, get answers that they can read.
+Clients of HTTP/1.0, some proxies among them, get answers they can read.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-# The request line and the headers. Larger ones are none that a client of ours would send.
+# The request line and the headers. No real client of this server would send larger ones.
 MOST_HEAD_BYTES = 2**16
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: 0\r\nconnection: close\r\n\r\n"
 )
-# What asks for another protocol. Java's HttpClient and `curl --http2` do so with every first request; a server may
-# ignore it, but httptools takes everything behind such a head for the other protocol, the body included.
+# Headers that request another protocol. Java's HttpClient and `curl --http2` send them with every first request; a
+# server may ignore them, but httptools takes everything after such a head, body included, for the other protocol.
 _UPGRADES = (b"upgrade", b"http2-settings")
 
 
 class Connection(HttpToolsProtocol):
     """One client's connection.
 
-    The head of a request must come within `head_timeout` seconds and have at most `MOST_HEAD_BYTES`; a connection on
-    which nothing comes at all is closed as one that idles between two requests. A body has its own bounds in
+    The head of a request must arrive within `head_timeout` seconds and have at most `MOST_HEAD_BYTES`; a connection on
+    which nothing arrives is closed like one that idles between two requests. Bodies have their own limits in
     `olmoe.serve.endpoint`.
     """
 
@@ -45,13 +45,13 @@ class Connection(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone."""
+        """The client has disconnected."""
         self._disarm()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of one request or of several."""
+        """Bytes of one or several requests have arrived."""
         self._unset_keepalive_if_required()
         begun = self._in_head
         try:
@@ -71,19 +71,19 @@ class Connection(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(self.head_timeout, self._head_is_late)
 
     def on_message_begin(self) -> None:
-        """The head of a request has begun."""
+        """The head of a request has started."""
         self._in_head = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """It is complete."""
+        """The head is complete."""
         self._in_head = False
         self._disarm()
         if not self.parser.should_upgrade():
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The body is complete as well."""
+        """The body is complete too."""
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
@@ -95,10 +95,10 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _without_upgrade(self, rest: bytes) -> None:
-        """Read the head that has just come once more, as if it asked for no other protocol, and what is behind it."""
+        """Read the head that has just arrived again, as if it requested no other protocol, and then what follows it."""
         method = self.parser.get_method()
-        if method == b"CONNECT":  # which is an upgrade by itself
-            self.send_400_response("This server is no proxy.")
+        if method == b"CONNECT":  # an upgrade by itself
+            self.send_400_response("This server is not a proxy.")
             return
         lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
@@ -112,7 +112,7 @@ class Connection(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self._answering:  # of an earlier request, which is not to suffer
+        if self._answering:  # an earlier request, which must not suffer
             self._head_timer = self.loop.call_later(self.head_timeout, self._head_is_late)
         else:
             self.transport.close()
@@ -124,8 +124,8 @@ class Connection(HttpToolsProtocol):
 
 
 def _unframed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
-    """The application for a client of HTTP/1.0, which knows no chunks: where no length is said, the answer's end is the
-    connection's.
+    """The application for a client of HTTP/1.0, which knows no chunks: an answer of unknown length ends with the
+    connection.
     """
 
     async def run(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
@@ -138,7 +138,7 @@ def _unframed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Applic
                 if not measured:
                     cycle.chunked_encoding = False
             elif message["type"] == "http.response.body" and not measured:
-                cycle.expected_content_length = len(message.get("body", b""))  # of which none can be wrong
+                cycle.expected_content_length = len(message.get("body", b""))  # so uvicorn's check passes
             await send(message)
 
         await app(scope, receive, plain)
@@ -147,5 +147,5 @@ def _unframed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Applic
 
 
 def connections(head_timeout: float) -> type[Connection]:
-    """The class for `uvicorn.Config(http=...)`, which makes its connections itself."""
+    """The class for `uvicorn.Config(http=...)`, which makes the connections."""
     return type("Connection", (Connection,), {"head_timeout": head_timeout})

@@ -1,8 +1,8 @@
 """What the other protocols' endpoints share: reading a body into a model, and naming the field that was wrong.
 
-A dialect (OpenAI's responses, Anthropic's messages) is translated into a chat request and its answer back. Where a
-body does not fit, the client must read the name of the field that *it* wrote: `parse` turns pydantic's findings into
-one sentence, `renamed` the names of the chat request's fields into the dialect's.
+A dialect (OpenAI's responses, Anthropic's messages) is translated into a chat request, and the answer back. If a body
+is invalid, the client must be told the name of the field that *it* wrote: `parse` turns pydantic's findings into one
+sentence, `renamed` turns the names of the chat request's fields into the dialect's.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from olmoe.serve.errors import ApiError, invalid
 from olmoe.serve.protocol import ChatRequest, Ids
 from olmoe.serve.router_policy import RouterPolicyModel
 
-# Tags of our unions begin so, to be told from fields in the path of an error.
+# Tags of our unions start with this, to distinguish them from fields in the path of an error.
 TAG = "as "
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Part(BaseModel):
-    """A part of a body. What it holds beside the fields that we know is ignored."""
+    """A part of a body. Fields unknown to us are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Body(BaseModel):
-    """A whole body, with the fields of ours and of vLLM that mean in every dialect what they mean in a chat request."""
+    """A whole body, with our own and vLLM's fields, which mean the same in every dialect as in a chat request."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -61,13 +61,13 @@ class Body(BaseModel):
     top_k: int | None = None
 
     def shared_fields(self) -> dict[str, Any]:
-        """What it says in the fields above."""
+        """The values of the fields above."""
         return self.model_dump(include=set(Body.model_fields), exclude_none=True)
 
 
 @dataclass(frozen=True)
 class DialectEndpoint(Endpoint):
-    """An endpoint whose mistakes are told in the field names of its dialect."""
+    """An endpoint whose errors use the field names of its dialect."""
 
     def parse(self, content: bytes) -> BaseModel:
         """The body as its model. Raises `ApiError` (400) with the field that is wrong."""
@@ -79,7 +79,7 @@ class DialectEndpoint(Endpoint):
 
 
 def parse(model: type[Model], body: object, *, dotted: bool = False) -> Model:
-    """The body as a `model`. Raises `ApiError` (400) that names the first field that does not fit.
+    """The body as a `model`. Raises `ApiError` (400) that names the first invalid field.
 
     Fields are named as OpenAI does, `input[0].role`; `dotted` as Anthropic does, `messages.0.role`.
     """
@@ -96,7 +96,7 @@ def parse(model: type[Model], body: object, *, dotted: bool = False) -> Model:
 def chat_request(body: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
     """The chat request of a translated body. Raises `ApiError` with the dialect's `names` of its fields.
 
-    The messages have been checked in the dialect; they may be many, and are not checked twice.
+    The messages have been checked in the dialect; there may be many, so they are not checked twice.
     """
     with renaming(names):
         chat = parse(ChatRequest, {**body, "messages": []})
@@ -106,7 +106,7 @@ def chat_request(body: Mapping[str, Any], names: Mapping[str, str]) -> ChatReque
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """What goes wrong inside is told in the dialect's `names` of the chat request's fields."""
+    """A context whose errors use the dialect's `names` for the chat request's fields."""
     try:
         yield
     except ApiError as error:
@@ -130,14 +130,14 @@ def path(steps: list[int | str] | tuple[int | str, ...], *, dotted: bool = False
 
 
 def _sentence(finding: Mapping[str, Any]) -> str:
-    if finding["type"] == "value_error":  # raised by a validator of ours, whose text is a sentence already
+    if finding["type"] == "value_error":  # raised by one of our validators, whose text is already a sentence
         return str(finding["ctx"]["error"])
     if finding["type"] == "missing":
         return "this field is required."
     return f"{str(finding['msg']).rstrip('.')}."
 
 
-# Where a chat request nests what dialects have flat.
+# Where a chat request nests what is flat in dialects.
 _NESTED = (
     (re.compile(r"\btools\[(\d+)\]\.function\b"), r"tools[\1]"),
     (re.compile(r"\btool_choice\.(?:function|allowed_tools)\b"), "tool_choice"),
@@ -145,9 +145,9 @@ _NESTED = (
 
 
 def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
-    """The same error, in which the fields of the chat request have the names that the dialect has for them.
+    """The same error, with the dialect's names for the fields of the chat request.
 
-    What was wrong inside a field of another name is the whole of it: its places differ.
+    An error inside a field with another name is reported for the whole field, since its parts differ.
     """
     param, message = error.param, error.message
     if not param:
@@ -164,7 +164,7 @@ def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
 
 
 def known(value: object, supported: tuple[str, ...], what: str, remedy: str) -> object:
-    """The value, whose `type` must be one of those supported. Raises `ValueError` with a sentence for a client."""
+    """The value, whose `type` must be one of those supported. Raises `ValueError` with a sentence for the client."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
     if isinstance(value, Mapping | BaseModel) and kind not in supported:
         raise ValueError(f"{what} of type {shown(kind)} is not supported; {remedy}")
@@ -172,7 +172,7 @@ def known(value: object, supported: tuple[str, ...], what: str, remedy: str) -> 
 
 
 def kind_of(value: object) -> str:
-    """The tag for an object that says its `type`."""
+    """The tag for an object that has a `type`."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
     return f"{TAG}{kind}"
 
@@ -183,7 +183,7 @@ def text_or_list(value: object) -> str:
 
 
 def function_tool(name: str, description: str | None, parameters: Any, strict: bool | None) -> dict[str, Any]:
-    """A tool as a chat request has it."""
+    """A tool in the form of a chat request."""
     function: dict[str, Any] = {"name": name}
     if description is not None:
         function["description"] = description
@@ -195,7 +195,7 @@ def function_tool(name: str, description: str | None, parameters: Any, strict: b
 
 
 def tool_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A call of a tool, as a chat message of the assistant has it."""
+    """A tool call in the form of an assistant's chat message."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

@@ -1,4 +1,4 @@
-"""A POST endpoint: body in, model checked, answer or stream out, and an end to all work when the client hangs up."""
+"""A POST endpoint: reads the body, checks the model, sends an answer or a stream; stops when the client hangs up."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Create = Callable[[ServerState, Any, CallContext], Awaitable[Answer]]
 _log = logging.getLogger("olmoe")
 # Larger bodies are parsed in a thread.
 _LARGE = 2**16
-# So often, in seconds, a request that does not come looks whether the server ends meanwhile.
+# While waiting for a body, how often, in seconds, to check whether the server is shutting down.
 _LOOK_UP = 0.5
 # Parts of a pydantic location that name a type, not a field.
 _TYPES = frozenset("str int float bool dict list none StreamOptions".split())
 
 
 class Gone(Exception):
-    """The client hung up while it sent its request."""
+    """The client hung up while sending its request."""
 
 
 async def send_json(
@@ -113,7 +113,7 @@ class Endpoint:
         try:
             return self.model.model_validate_json(content)
         except ValidationError as error:
-            # What stands there can be as large as the body, and takes as long to copy.
+            # The input can be as large as the body, and takes as long to copy.
             small = len(content) <= _LARGE
             first = error.errors(include_url=False, include_context=False, include_input=small)[0]
             if first["type"] == "json_invalid":
@@ -135,18 +135,16 @@ def _location(parts: tuple[int | str, ...]) -> str:
 
 
 async def _read_body(scope: MutableMapping[str, Any], receive: Receive, state: ServerState) -> bytes:
-    """The body, JSON by its headers and not too large. Raises `ApiError`, or `Gone`."""
+    """The body, which must be JSON by its headers and not too large. Raises `ApiError`, or `Gone`."""
     headers = {name.lower(): value for name, value in scope["headers"]}
     settings = state.settings
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    # A page of another origin can send a form or plain text without asking, but not JSON.
+    # A page of another origin can send a form or plain text without a preflight request, but not JSON.
     if not (kind == b"application/json" or kind.endswith(b"+json") or (not kind and b"origin" not in headers)):
         raise ApiError(415, f"The content type must be application/json, not {shown(kind.decode('latin-1'))}.")
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in (b"", b"identity"):
-        raise ApiError(
-            415, f"The body must not be compressed, not {shown(coding.decode('latin-1'))}; send it as it is."
-        )
+        raise ApiError(415, f"The body must not be compressed ({shown(coding.decode('latin-1'))}); send it as it is.")
     too_large = ApiError(413, f"The body is larger than the {settings.max_body_bytes} bytes that are allowed.")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > settings.max_body_bytes:
@@ -166,7 +164,7 @@ async def _read_body(scope: MutableMapping[str, Any], receive: Receive, state: S
 
 
 async def _part(receive: Receive, state: ServerState) -> MutableMapping[str, Any]:
-    """What comes next of a body. Raises `ApiError` if that takes too long: the server's end waits for nobody's body."""
+    """The next part of a body. Raises `ApiError` if it takes too long: a shutdown does not wait for bodies."""
     clock = asyncio.get_running_loop().time
     until = clock() + state.settings.body_timeout
     while True:

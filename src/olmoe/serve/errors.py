@@ -1,4 +1,4 @@
-"""Errors of the HTTP interface: what a client gets told, in the shape of OpenAI's or Anthropic's protocol."""
+"""Errors of the HTTP interface: what a client is told, in the shape of OpenAI's or Anthropic's protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from olmoe.errors import UserError
 
 INVALID = "invalid_request_error"
-# Of the protocols' error types by status; others are "api_error".
+# The protocols' error types by status; others are "api_error".
 _TYPES = {
     400: INVALID,
     401: "authentication_error",
@@ -55,14 +55,14 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def unsupported(param: str, why: str = "") -> ApiError:
-    """A field that others have and this server lacks, at a value that would change the answer."""
+    """A field that other servers have and this one lacks, with a value that would change the answer."""
     return invalid(
         f"{param} is not supported{f' ({why})' if why else ''}; leave it out.", param, "unsupported_parameter"
     )
 
 
 def overloaded(message: str, retry_after: int = 1) -> ApiError:
-    """More work than this server takes at once: status 503, with when to try again."""
+    """More work than this server accepts at once: status 503, with the time to wait before trying again."""
     return ApiError(503, message, code="server_overloaded", headers={"Retry-After": str(retry_after)})
 
 
@@ -76,7 +76,7 @@ _PARAMS = frozenset(
 
 
 def from_user_error(error: UserError, param: str | None = None) -> ApiError:
-    """What a `UserError` of the layers below is on the wire; its first word may name the field."""
+    """A `UserError` from the layers below as it goes over the wire; its first word may name the field."""
     message = str(error)
     words = message.split(maxsplit=1)
     first = words[0].rstrip(",:") if words else ""

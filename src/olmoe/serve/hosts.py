@@ -1,7 +1,8 @@
-"""The names that a server goes by: a page elsewhere must not reach it under a name that it was given for the purpose.
+"""The host names of a server: a foreign page must not reach it under a name made up for the purpose.
 
-A page of evil.example can have its own name point to 127.0.0.1 once it is loaded ("DNS rebinding"). To the browser the
-server on this machine is then of the page's own origin, and needs no permission to be read. It still sends the name.
+Once loaded, a page of evil.example can make its own name point to 127.0.0.1 ("DNS rebinding"). To the browser, the
+server on this machine then belongs to the page's own origin, and the page may read it. But the browser still sends the
+name.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def is_loopback(host: str) -> bool:
 
 
 def names_to_check(given: Iterable[str], host: str, *, keys: bool) -> tuple[str, ...]:
-    """The names that requests may be for; none if any will do.
+    """The names that requests may use; none if any will do.
 
-    Those that were given; without any, `localhost` for a server that only this machine reaches and that asks for no
-    key. One with a key is safe, since a browser does not know it, and one on other addresses has names of its own.
-    Raises `UserError` for what is no name.
+    These are the names given; without any, `localhost` for a server that only this machine reaches and that requires no
+    key. A server with a key is safe, since a browser does not know the key, and one on other addresses has own names.
+    Raises `UserError` for anything that is not a name.
     """
     names = tuple(name.lower().rstrip(".") for name in given)
     for name in names:
@@ -50,7 +51,7 @@ def names_to_check(given: Iterable[str], host: str, *, keys: bool) -> tuple[str,
 
 
 class Hosts:
-    """Answers 403 to requests for another host than `names`, `localhost`, or an address."""
+    """Answers 403 to requests for a host other than `names`, `localhost`, or an address."""
 
     def __init__(self, app: Application, *, names: Sequence[str]) -> None:
         self._app = app
@@ -75,7 +76,7 @@ class Hosts:
         parts = name.split(".")
         if any(f"*.{'.'.join(parts[i:])}" in self._names for i in range(1, len(parts))):
             return True
-        try:  # an address needs no name server that could lie
+        try:  # an address involves no name server, which could lie
             ipaddress.ip_address(name[1:-1] if name[0] + name[-1] == "[]" else name)
         except ValueError:
             return False

@@ -1,7 +1,7 @@
-"""From the engine's thread to the event loop: one wake-up a step, and a mailbox for each call that waits.
+"""From the engine's thread to the event loop: one wake-up per step, and a mailbox for each waiting call.
 
-The engine delivers the deltas of all requests of a step at once. They are handed to the loop in one call and sorted
-into the mailboxes of those who wait. Where a reader lags behind, what waits for it is merged, request by request, so
+The engine delivers the deltas of all requests of a step at once. They are passed to the loop in one call and sorted
+into the mailboxes of the waiting calls. If a reader lags behind, what waits for it is merged, request by request, so
 that a slow client holds one delta for each of its requests and never a queue of them.
 """
 
@@ -30,7 +30,7 @@ def merged(first: Delta, second: Delta) -> Delta:
 
 
 class Mailbox:
-    """What has arrived for the requests of one call and has not been read. Lives on the event loop."""
+    """What has arrived for the requests of one call but has not been read. Belongs to the event loop."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.index = {request: index for index, request in enumerate(requests)}
@@ -39,13 +39,13 @@ class Mailbox:
         self._wake = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
-        """Add news, merged with what is there."""
+        """Add a delta, merged with what is there."""
         earlier = self._waiting.get(delta.request)
         self._waiting[delta.request] = delta if earlier is None else merged(earlier, delta)
         self._wake.set()
 
     async def take(self) -> list[tuple[int, Delta]]:
-        """All that has arrived; waits until there is something."""
+        """Everything that has arrived; waits until there is something."""
         while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
@@ -59,7 +59,7 @@ class Mailbox:
 class Hub:
     """All mailboxes. `deliver` is called on the engine's thread, everything else on the loop's.
 
-    `observe` is told, on the loop, of what arrives with each step (for metrics).
+    `observe` is called, on the loop, with what arrives in each step (for metrics).
     """
 
     def __init__(self, observe: Callable[[list[Delta]], None] | None = None) -> None:
@@ -68,7 +68,7 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def deliver(self, deltas: list[Delta]) -> None:
-        """What the engine's thread calls after each step."""
+        """Called by the engine's thread after each step."""
         if deltas and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._sort, deltas)
 
@@ -81,16 +81,16 @@ class Hub:
         return box
 
     def close(self, box: Mailbox) -> list[Request]:
-        """Forget a mailbox; returns its requests that have not finished, which nobody waits for any more."""
+        """Remove a mailbox; returns its unfinished requests, which nobody waits for any more."""
         return [request for request in box.index if self._boxes.pop(request, None) and request in box.unfinished]
 
     @property
     def requests(self) -> list[Request]:
-        """All that somebody waits for."""
+        """All requests that somebody waits for."""
         return list(self._boxes)
 
     def queued(self) -> tuple[int, int]:
-        """How many of them the engine has not begun, and how many tokens their prompts have."""
+        """How many of them the engine has not started, and how many tokens their prompts have."""
         waiting = [len(r.prompt_ids) for r in self._boxes if not r.times.scheduled and r.finish_reason is None]
         return len(waiting), sum(waiting)
 
@@ -98,7 +98,7 @@ class Hub:
         try:
             if self._observe is not None:
                 self._observe(deltas)
-        except Exception:  # nobody must wait for ever because of a number
+        except Exception:  # a metric must not make anyone wait for ever
             _log.exception("metrics have failed")
         for delta in deltas:
             box = self._boxes.get(delta.request)

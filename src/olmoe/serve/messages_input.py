@@ -18,18 +18,18 @@ from olmoe.serve.messages_models import (
     ToolUseBlock,
 )
 
-# What the fields of a chat request are called here.
+# The names here of a chat request's fields.
 CHAT_NAMES = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config.format",
-    "messages": "messages",  # without a place, which is another
+    "messages": "messages",  # without an index, which differs
     "parameters": "input_schema",  # of a tool
     "stop": "stop_sequences",
 }
 
 
 def refuse_what_we_lack(request: CountTokensRequest) -> None:
-    """Raise `ApiError` (400) for a field of the protocol that we lack and that asks for something."""
+    """Raise `ApiError` (400) for a field of the protocol that we do not support and whose value matters."""
     if request.thinking is not None and request.thinking.type not in ("disabled", "adaptive"):
         raise _refused("thinking", f'This model does not think; thinking can be "disabled", not {_said(request)}.')
     config = request.output_config
@@ -57,7 +57,7 @@ def _refused(param: str, message: str) -> ApiError:
 def chat_body(request: CountTokensRequest) -> dict[str, Any]:
     """The chat request, as a body of /v1/chat/completions.
 
-    A last message of the assistant is the beginning of the answer: the model goes on with it.
+    A final message of the assistant is the start of the answer: the model continues it.
     """
     messages = chat_messages(request.messages)
     if not messages:
@@ -91,9 +91,9 @@ def chat_body(request: CountTokensRequest) -> dict[str, Any]:
 def _check_beginning(message: dict[str, Any], index: int) -> None:
     where = f"messages.{index}"
     if "tool_calls" in message:
-        raise invalid(f"{where}: the tool_use at the end needs a tool_result in a next message.", where)
+        raise invalid(f"{where}: the tool_use at the end needs a tool_result in the next message.", where)
     if not message["content"]:
-        raise invalid(f"{where}: the beginning of an answer must hold a text; leave the message out.", where)
+        raise invalid(f"{where}: the start of an answer must hold text; leave the message out.", where)
 
 
 def _add_tools(request: CountTokensRequest, body: dict[str, Any]) -> None:
@@ -113,9 +113,9 @@ def _add_tools(request: CountTokensRequest, body: dict[str, Any]) -> None:
 
 
 def chat_messages(messages: Iterable[MessageParam]) -> list[dict[str, Any]]:
-    """The messages as a chat has them: tool results apart, neighbours of one role as one turn. Raises `ApiError`."""
+    """The messages in the form of a chat: tool results separate, neighbours of one role merged. Raises `ApiError`."""
     chat: list[dict[str, Any]] = []
-    turn: list[str] = []  # texts of the user's or the system's turn that is being collected
+    turn: list[str] = []  # texts of the user's or the system's turn being collected
     speaker = ""
 
     def finish() -> None:

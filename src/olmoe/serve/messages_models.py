@@ -1,4 +1,4 @@
-"""The body of Anthropic's POST /v1/messages: what a client may send, and what of it we lack."""
+"""The body of Anthropic's POST /v1/messages: what a client may send, and which of it is not supported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TextBlock(Part):
 
 
 class ToolUseBlock(Part):
-    """The assistant's wish to have a tool used."""
+    """The assistant's request to use a tool."""
 
     type: Literal["tool_use"]
     id: str
@@ -26,7 +26,7 @@ class ToolUseBlock(Part):
 
 
 def _known_result_part(value: object) -> object:
-    return known(value, ("text",), "A tool result's block", "the model reads text alone.")
+    return known(value, ("text",), "A tool result's block", "the model reads only text.")
 
 
 ResultPart = Annotated[TextBlock, BeforeValidator(_known_result_part)]
@@ -42,7 +42,7 @@ class ToolResultBlock(Part):
 
 
 class ThinkingBlock(Part):
-    """The thoughts of another model, which clients send back with its answer. Ours does not read them."""
+    """The reasoning of another model, which clients send back with its answer. Our model does not read it."""
 
     type: Literal["thinking", "redacted_thinking"]
 
@@ -69,19 +69,19 @@ Block = Annotated[
 
 
 class MessageParam(Part):
-    """What somebody said."""
+    """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[AsText | Annotated[list[Block], Tag(f"{TAG}list")], TextOrList]
 
     @property
     def blocks(self) -> list[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock]:
-        """The content, a text as the one block that it stands for."""
+        """The content as blocks: a plain text is a single block."""
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class ToolParam(Part):
-    """A tool that the client will use for the model."""
+    """A tool that the client runs for the model."""
 
     type: Literal["custom"] | None = None
     name: str
@@ -91,7 +91,7 @@ class ToolParam(Part):
 
 
 def _known_tool(value: object) -> object:
-    return known(value, ("custom", None), "A tool", "declare it with a name and an input_schema.")  # type: ignore[arg-type]
+    return known(value, ("custom", None), "A tool", "declare it with name and input_schema.")  # type: ignore[arg-type]
 
 
 class ToolChoice(Part):
@@ -103,7 +103,7 @@ class ToolChoice(Part):
 
 
 class SchemaFormat(Part):
-    """JSON that a schema describes."""
+    """JSON described by a schema."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
@@ -123,7 +123,7 @@ class Thinking(Part):
 
 
 class CountTokensRequest(Body):
-    """The body of POST /v1/messages/count_tokens: a message request but for how to answer it."""
+    """The body of POST /v1/messages/count_tokens: a message request without the fields about the answer."""
 
     model: str | None = None
     messages: list[MessageParam]

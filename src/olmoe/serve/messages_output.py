@@ -1,7 +1,7 @@
-"""From chat events to a message in Anthropic's protocol, and to the events that a stream tells it in.
+"""From chat events to a message in Anthropic's protocol, and to the events of its stream.
 
 A message is a list of blocks, texts and uses of tools, numbered from 0. Each is opened, grows by deltas, and is closed
-before the next one opens. Why the message ended, and what it took, come last.
+before the next one opens. The stop reason and the usage come last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 
 
 def message_object(model: str, prompt_tokens: int = 0) -> dict[str, Any]:
-    """A message that has just begun. What of its prompt was cached turns out later."""
+    """A message that has just started. How much of its prompt was cached is known only later."""
     return {
         "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",
@@ -32,7 +32,7 @@ def message_object(model: str, prompt_tokens: int = 0) -> dict[str, Any]:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """What it took: tokens that the prefix cache had are not among `input_tokens`."""
+    """The usage: tokens found in the prefix cache do not count as `input_tokens`."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -42,10 +42,10 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 class MessageWriter:
-    """Builds `message` from chat events, and says for each one what a stream has to tell. Errors are the caller's.
+    """Builds `message` from chat events, and yields the stream's events for each. Errors are left to the caller.
 
-    `encode` turns the routing of several tokens into JSON; `max_tokens` tells a limit of the client from the end of
-    the context.
+    `encode` turns the routing of several tokens into JSON; `max_tokens` distinguishes the client's limit from the end
+    of the context.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MessageWriter:
         self._max_tokens = max_tokens
         self._encode = encode
         self._routing: list[Routing] | None = [] if routing else None
-        self._routes: list[Routing] = []  # of tokens that no delta has told yet
+        self._routes: list[Routing] = []  # of tokens that no delta has reported yet
         self._block: dict[str, Any] | None = None  # the open one
         self._call = -1  # number of the open call
         self._texts: list[str] = []  # of the open block, joined when it closes
@@ -73,7 +73,7 @@ class MessageWriter:
         yield {"type": "ping"}
 
     def write(self, news: ChatEvent) -> Iterator[Event]:
-        """The events that tell of `news`."""
+        """The events that report `news`."""
         match news:
             case TextDelta():
                 yield from self._text(news)
@@ -108,8 +108,8 @@ class MessageWriter:
             tokens = self._usage.completion_tokens if self._usage is not None else self._max_tokens
             return "max_tokens" if tokens >= self._max_tokens else "model_context_window_exceeded"
         if news.reason == "tool_calls" or self.message["content"][-1]["type"] == "tool_use":
-            return "tool_use"  # also where the chat says "stop", as it does if one function was demanded
-        return "stop_sequence" if isinstance(news.stop_string, str) else "end_turn"  # an id is no sequence
+            return "tool_use"  # even if the chat says "stop", as it does if one function was required
+        return "stop_sequence" if isinstance(news.stop_string, str) else "end_turn"  # a token id is not a stop sequence
 
     # ---- blocks ----
 
@@ -164,7 +164,7 @@ class MessageWriter:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; none if they broke off, as where `max_tokens` ended them."""
+    """The arguments of a call; none if they are incomplete, for example cut by `max_tokens`."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""What /metrics shows, under the names that vLLM gives them, so that its dashboards work.
+"""What /metrics shows, under vLLM's names, so that its dashboards work.
 
-What the engine counts itself is read from it when somebody asks; histograms of requests are filled on the event loop
-as their deltas arrive.
+What the engine itself counts is read from it on each scrape; histograms of requests are filled on the event loop as
+their deltas arrive.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _LONG = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-# Of the engine's reasons, as the protocol names them.
+# The engine's finish reasons, as the protocol names them.
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 
 
 class Metrics:
-    """All metrics of a server, in a registry of their own."""
+    """All metrics of a server, in their own registry."""
 
     def __init__(self, engine: Engine, model_name: str) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -56,11 +56,9 @@ class Metrics:
         self.inference = histogram("request_inference_time_seconds", "From the first step to the last token.", _LONG)
         self.prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.generations = histogram("request_generation_tokens", "Tokens generated for a text.", _TOKENS)
-        self.steps = histogram(
-            "iteration_tokens_total", "Tokens that went through the network in a step.", _STEP_TOKENS
-        )
-        self.choices = histogram("request_params_n", "Texts that a call asked for.", (1, 2, 5, 10, 20))
-        self.limits = histogram("request_params_max_tokens", "Most tokens that a call asked for.", _TOKENS)
+        self.steps = histogram("iteration_tokens_total", "Tokens that ran through the network in a step.", _STEP_TOKENS)
+        self.choices = histogram("request_params_n", "Texts that a call requested.", (1, 2, 5, 10, 20))
+        self.limits = histogram("request_params_max_tokens", "Most tokens that a call requested.", _TOKENS)
         self._success = self._counter("request_success", "Texts that have ended, by reason.", "finished_reason")
         self._rejected = self._counter("admission_rejections", "Calls turned away, by reason.", "reason")
         for reason in dict.fromkeys(_REASONS.values()):
@@ -80,13 +78,13 @@ class Metrics:
         self._rejected.labels(**self._labels, reason=reason).inc()
 
     def asked(self, choices: int, limit: int | None) -> None:
-        """A call has begun."""
+        """A call has started."""
         self.choices.observe(choices)
         if limit is not None:
             self.limits.observe(min(limit, 2**31))  # a client may write any number
 
     def observe(self, deltas: list[Delta]) -> None:
-        """News of a step have arrived."""
+        """The deltas of a step have arrived."""
         statistics = self._engine.statistics()
         if statistics.steps != self._last_steps:
             self._last_steps = statistics.steps
@@ -128,7 +126,7 @@ class Metrics:
 
 
 class _EngineCollector:
-    """What the engine counts, read when the page is asked for."""
+    """What the engine counts, read when the page is requested."""
 
     def __init__(self, engine: Engine, labels: dict[str, str]) -> None:
         self._engine, self._names, self._values = engine, list(labels), list(labels.values())
@@ -138,13 +136,13 @@ class _EngineCollector:
         now = self._engine.statistics()
         gauges = {
             "num_requests_running": ("Requests in the batch.", now.running),
-            "num_requests_waiting": ("Requests that wait.", now.waiting),
+            "num_requests_waiting": ("Requests that are waiting.", now.waiting),
             "kv_cache_usage_perc": ("Share of the cache in use, 1 for all.", now.blocks_used / max(now.blocks, 1)),
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts.", now.prompt_tokens),
             "generation_tokens": ("Tokens generated.", now.generation_tokens),
-            "prompt_tokens_cached": ("Tokens of prompts that the prefix cache had.", now.prefix_hits),
+            "prompt_tokens_cached": ("Tokens of prompts found in the prefix cache.", now.prefix_hits),
             "prefix_cache_queries": ("Tokens looked for in the prefix cache.", now.prefix_queries),
             "prefix_cache_hits": ("Tokens found in the prefix cache.", now.prefix_hits),
             "num_preemptions": ("Requests that gave up their blocks for others.", now.preemptions),

@@ -31,7 +31,7 @@ _READS = {
     "/models": "The same, for clients that leave out the version.",
     "/tokenizer_info": "Special tokens and the chat template.",
     "/health": "Whether the engine runs.",
-    "/ready": "Whether new requests should come here.",
+    "/ready": "Whether new requests should be sent here.",
     "/version": "The version of the package.",
     "/metrics": "Metrics for Prometheus.",
 }
@@ -45,7 +45,7 @@ def describe(
 ) -> dict[str, Any]:
     """The OpenAPI description of a server. `guarded` says whether keys are needed.
 
-    `stored` is what can be done with something that has an `{id}`, by method and path: summary, schemas of the query.
+    `stored` maps method and path of the actions on something with an `{id}` to a summary and schemas of the query.
     """
     models = list(dict.fromkeys(endpoint.model for endpoint in endpoints))
     names, definitions = models_json_schema(
@@ -58,10 +58,10 @@ def describe(
             (400, "A mistake in the request."),
             (401, "The key is missing or wrong."),
             (404, "There is no such model."),
-            (408, "The body did not come in time."),
+            (408, "The body did not arrive in time."),
             (413, "The body is too large."),
             (415, "The body is not JSON."),
-            (503, "Too much waits already, or the server is shutting down."),
+            (503, "Too many requests are waiting already, or the server is shutting down."),
         )
     }
     paths: dict[str, Any] = {}

@@ -1,8 +1,7 @@
 """The bodies of /v1/completions and /v1/chat/completions, and what they mean to the engine.
 
 Fields are those of OpenAI and the extensions of vLLM; `routing`, `prompt_routing` and `router_policy` are ours. Unknown
-fields are ignored and logged once. A known field that is not supported is refused at a value that would change the
-answer.
+fields are ignored and logged once. A known but unsupported field is refused if its value would change the answer.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ _log = logging.getLogger("olmoe")
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
-# Each token that becomes text is compared with all of them.
+# Limits on stop strings: all of them are compared with the text at each token.
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 2**14
-# Of ids and biases that a body lists: for one of its texts, and for all of them together, since each text has its own.
+# Limits on listed ids and biases: for one text, and for all texts of a body together, since each text has its own.
 _MOST_IDS, _MOST_IDS_IN_ALL = 2**16, 2**20
 _MOST_NAMES_LOGGED = 100
 _logged: set[str] = set()
 
-# The smallest share that keeps one token: OpenAI's interface takes 0 for it.
+# The smallest share, which keeps one token: OpenAI's interface writes 0 for it.
 _LEAST_TOP_P = 1e-9
 
-# Known fields that are not supported, and the values at which they change nothing.
+# Known but unsupported fields, and the values with which they change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "best_of": (None,),
@@ -55,7 +54,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def _read_prompt(value: Any) -> Any:
-    """A text, texts, ids or lists of ids. Checked by hand, for a prompt may have a million ids."""
+    """A text, texts, ids or lists of ids. Checked by hand, since a prompt may have a million ids."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -90,14 +89,14 @@ Ids = Annotated[list[int], Field(max_length=_MOST_IDS)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text: a last chunk with the usage, or the usage so far in every chunk."""
+    """What a stream sends besides the text: a last chunk with the usage, or the usage so far in every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class _Body(BaseModel):
-    """What bodies have in common. `extra` keeps unknown fields so that they can be logged, and known ones refused."""
+    """What bodies have in common. `extra` keeps other fields, to log unknown ones and refuse known ones."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -164,12 +163,12 @@ class CompletionRequest(_Body):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate: 16 unless told otherwise, as the protocol has it."""
+        """The most tokens to generate: 16 by default, as in the protocol."""
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens are reported in each place; None for no log-probabilities."""
+        """How many of the likeliest tokens are reported at each position; None for no log-probabilities."""
         return self.logprobs
 
 
@@ -191,12 +190,12 @@ class ChatRequest(_Body):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate; None for what the context leaves."""
+        """The most tokens to generate; None for as many as fit the context."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens are reported in each place; None for no log-probabilities."""
+        """How many of the likeliest tokens are reported at each position; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -204,7 +203,7 @@ Body = CompletionRequest | ChatRequest
 
 
 def check_fields(body: BaseModel) -> None:
-    """Refuse known fields that are not supported, at values that change something; log unknown ones once.
+    """Refuse known but unsupported fields whose values would change something; log unknown ones once.
 
     Raises `ApiError` (400).
     """
@@ -221,9 +220,9 @@ def check_fields(body: BaseModel) -> None:
 def sampling_params(
     body: Body, *, room: int, texts: int = 1, grammar: Grammar | None = None, layers: int = 0, experts: int = 0
 ) -> SamplingParams:
-    """What a body asks of the engine for its `texts`; see `of_choice`. Raises `ApiError` (400) with the field's name.
+    """The engine's parameters for a body's `texts`; see `of_choice`. Raises `ApiError` (400) with the field's name.
 
-    `room` is the limit where the body has none. Temperature is 1 unless given, as in OpenAI's interface. `layers` and
+    `room` is the limit if the body has none. Temperature is 1 by default, as in OpenAI's interface. `layers` and
     `experts` are the model's, for router policies.
     """
     limit = room if body.limit is None else body.limit
@@ -264,7 +263,7 @@ def of_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 def limited(request: Request, body: Body) -> Request:
-    """The request, made to generate nothing if the body says so: its prompt is scored."""
+    """The request, changed to generate nothing if the body says so: then its prompt is only scored."""
     if body.limit == 0:
         request.limit = 0
     return request
@@ -300,7 +299,7 @@ def _check_ids(body: Body, texts: int) -> None:
 
 
 def _prompt_logprobs(body: Body) -> int | None:
-    """Those that are asked for, and those that an echo with log-probabilities shows."""
+    """Those requested, and those that an echo with log-probabilities shows."""
     asked = [] if body.prompt_logprobs is None else [body.prompt_logprobs]
     if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
         asked.append(body.logprobs)
@@ -308,7 +307,7 @@ def _prompt_logprobs(body: Body) -> int | None:
 
 
 def salt_of(context_salt: str, body: Body) -> str:
-    """What keeps a request's prefix cache apart: its key, and what it says itself."""
+    """What keeps a request's prefix cache separate: its key, and its own `cache_salt`."""
     return f"{context_salt}\0{body.cache_salt}" if body.cache_salt else context_salt
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses, OpenAI's newer protocol, and the responses that can be come back to."""
+"""POST /v1/responses, OpenAI's newer protocol, and stored responses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def count_input(state: ServerState, body: CountInputRequest, context: Call
 
 @dataclass(frozen=True)
 class _Conversation:
-    """What was said before, what the request adds, and all of it as the body of a chat request."""
+    """The conversation so far, what the request adds, and all of it as the body of a chat request."""
 
     history: tuple[Item, ...]
     own: list[Item]
@@ -76,7 +76,7 @@ class _Conversation:
 
 
 async def _conversation(state: ServerState, body: CountInputRequest, context: CallContext) -> _Conversation:
-    """Translate a request. Raises `ApiError` for what it asks and we lack, and for what it refers to in vain."""
+    """Translate a request. Raises `ApiError` for unsupported fields, and for references that lead nowhere."""
     check_fields(body)
     store = store_of(state)
     history: tuple[Item, ...] = ()
@@ -84,7 +84,7 @@ async def _conversation(state: ServerState, body: CountInputRequest, context: Ca
         previous = store.get(context.owner, body.previous_response_id)
         if previous is None:
             raise invalid(
-                f"The previous response {shown(body.previous_response_id)} is not known, or not any more; send the "
+                f"The previous response {shown(body.previous_response_id)} is unknown, or was forgotten; send the "
                 "conversation in input.",
                 "previous_response_id",
                 "previous_response_not_found",
@@ -107,7 +107,7 @@ def _with_id(item: Item) -> Item:
 
 
 async def _chat(state: ServerState, body: CountInputRequest, talk: _Conversation) -> ChatRequest:
-    """The chat request, without the oldest messages where they do not fit and the body wants that."""
+    """The chat request; without the oldest messages if they do not fit and the body allows truncation."""
     chat = chat_request(talk.chat, CHAT_NAMES)
     if body.truncation != "auto":
         return chat
@@ -128,7 +128,7 @@ async def _chat(state: ServerState, body: CountInputRequest, talk: _Conversation
         return chat.model_copy(update={"messages": shortened(chat.messages, cut)})
 
     choices = cuts(chat.messages)
-    low, high = 0, len(choices) - 1  # the fewest left out that fit are between them, or it is the last
+    low, high = 0, len(choices) - 1  # the smallest cut that fits is between them, or is the last
     while low < high:
         middle = (low + high) // 2
         if await fits(without(choices[middle])):
@@ -146,13 +146,13 @@ async def _events(
     context: CallContext,
     talk: _Conversation,
 ) -> AsyncGenerator[Event, None]:
-    """All events of a response. It is stored before the last one: a client may go on from it at once."""
+    """All events of a response. It is stored before the last one: a client may continue from it at once."""
     for event in writer.start():
         yield event
     async with aclosing(chat_events(state, prepared)) as news:
         async for each in news:
             if isinstance(each, Finished) and not body.stream:
-                state.check_end(each.reason, each.error)  # a stream tells it as a failed response
+                state.check_end(each.reason, each.error)  # a stream reports it as a failed response
             for event in writer.write(each):
                 yield event
     last = list(writer.end())
@@ -180,21 +180,21 @@ def store_of(state: ServerState) -> ResponseStore:
 
 
 def retrieve(state: ServerState, response_id: str, query: Mapping[str, str], owner: str) -> dict[str, Any]:
-    """GET /v1/responses/{id}. Raises `ApiError` (404) for one that is not known."""
+    """GET /v1/responses/{id}. Raises `ApiError` (404) if it is unknown."""
     if query.get("stream") in ("true", "1"):
         raise invalid("A stored response cannot be streamed; leave stream out.", "stream", "unsupported_parameter")
     return _found(state, response_id, owner).response
 
 
 def delete(state: ServerState, response_id: str, query: Mapping[str, str], owner: str) -> dict[str, Any]:
-    """DELETE /v1/responses/{id}. Raises `ApiError` (404) for one that is not known."""
+    """DELETE /v1/responses/{id}. Raises `ApiError` (404) if it is unknown."""
     _found(state, response_id, owner)
     store_of(state).remove(owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 def list_input(state: ServerState, response_id: str, query: Mapping[str, str], owner: str) -> dict[str, Any]:
-    """GET /v1/responses/{id}/input_items: what a response answers, the newest first, a page at a time."""
+    """GET /v1/responses/{id}/input_items: what a response answers, newest first, one page at a time."""
     items = listed(_found(state, response_id, owner).all_input)
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):
@@ -222,7 +222,7 @@ def list_input(state: ServerState, response_id: str, query: Mapping[str, str], o
 def _found(state: ServerState, response_id: str, owner: str) -> StoredResponse:
     stored = store_of(state).get(owner, response_id)
     if stored is None:
-        raise ApiError(404, f"There is no response {shown(response_id)}, or not any more.", param="response_id")
+        raise ApiError(404, f"There is no response {shown(response_id)}, or it was forgotten.", param="response_id")
     return stored
 
 
@@ -245,7 +245,7 @@ _PAGES = {
     "after": {"type": "string"},
     "limit": {"type": "integer", "minimum": 1, "maximum": 100},
 }
-# What is done with one stored response, by method and path: how, what that is, and schemas of its query.
+# Actions on one stored response, by method and path: handler, summary, and schemas of the query.
 STORED: dict[tuple[str, str], tuple[StoredAction, str, dict[str, Any]]] = {
     ("GET", "/v1/responses/{id}"): (retrieve, "A stored response.", {}),
     ("DELETE", "/v1/responses/{id}"): (delete, "Forget a stored response.", {}),

@@ -1,4 +1,4 @@
-"""From POST /v1/responses to a chat request: items become messages, flat tools nested ones, `text.format` a format."""
+"""From POST /v1/responses to a chat request: items become messages, flat tools nested, `text.format` a format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from olmoe.serve.responses_models import (
     TextPart,
 )
 
-# What the fields of a chat request are called here.
+# The names here of a chat request's fields.
 CHAT_NAMES = {
     "logprobs": "include",
     "max_completion_tokens": "max_output_tokens",
@@ -36,7 +36,7 @@ CHAT_NAMES = {
     "response_format": "text.format",
 }
 
-# What `include` may name. All but the log-probabilities belong to items that our answers never hold.
+# What `include` may name. All but the log-probabilities belong to items that never occur in our answers.
 _INCLUDABLE = (
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -50,7 +50,7 @@ _INCLUDABLE = (
 
 
 def refuse_what_we_lack(request: CountInputRequest) -> None:
-    """Raise `ApiError` (400) for a field of the protocol that we lack and that asks for something."""
+    """Raise `ApiError` (400) for a field of the protocol that we do not support and whose value matters."""
     for name, remedy in (
         ("background", "wait for the answer, or stream it"),
         ("conversation", "use previous_response_id"),
@@ -73,7 +73,7 @@ def refuse_what_we_lack(request: CountInputRequest) -> None:
 
 
 def _check_finite(request: CountInputRequest) -> None:
-    """Schemas are sent back with the response, and JSON holds no infinity: 1e999 is read as one."""
+    """Schemas are sent back with the response, and JSON has no infinity, which 1e999 is read as."""
     schemas = {f"tools[{i}].parameters": tool.parameters for i, tool in enumerate(request.tools or ())}
     if request.text is not None and isinstance(request.text.format, SchemaFormat):
         schemas["text.format.schema"] = request.text.format.schema_
@@ -100,7 +100,7 @@ def input_items(request: CountInputRequest) -> list[Item]:
 
 
 def resolved(items: Iterable[Item], find: Callable[[str], Item | None]) -> list[Item]:
-    """The items, those that are referred to in place of the references. Raises `ApiError` for one that `find` lacks."""
+    """The items, with references replaced by what they refer to. Raises `ApiError` if `find` does not know one."""
     found: list[Item] = []
     seen = set[str]()
     for i, item in enumerate(items):
@@ -117,7 +117,7 @@ def resolved(items: Iterable[Item], find: Callable[[str], Item | None]) -> list[
 
 
 def chat_body(request: CountInputRequest, items: Sequence[Item]) -> dict[str, Any]:
-    """The chat request, as a body of /v1/chat/completions, that answers to `items`, all of the conversation."""
+    """The chat request, as a body of /v1/chat/completions, for `items`, the whole conversation."""
     messages = chat_messages(items)
     if not messages:
         raise invalid("input must hold a text or at least one item.", "input")
@@ -158,7 +158,7 @@ def _add_tools(request: CountInputRequest, body: dict[str, Any]) -> None:
         for i, tool in enumerate(choice.tools):
             if tool.get("type") != "function" or tool.get("name") not in names:
                 raise invalid(
-                    f"tool_choice allows {shown(tool)}, which is none of the functions in tools.",
+                    f"tool_choice allows {shown(tool)}, which is not one of the functions in tools.",
                     f"tool_choice.tools[{i}]",
                 )
         allowed = [tool["name"] for tool in choice.tools]
@@ -173,7 +173,7 @@ def _add_tools(request: CountInputRequest, body: dict[str, Any]) -> None:
 
 
 def chat_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """The items as chat messages. What the assistant said and the calls that it made right after are one message."""
+    """The items as chat messages. An assistant's text and the calls it made right after it are one message."""
     messages: list[dict[str, Any]] = []
     for item in items:
         last = messages[-1] if messages else None
@@ -191,7 +191,7 @@ def chat_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
                     messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
             case FunctionCallOutput():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(_texts(item.output))})
-            case Reasoning() | ItemReference():  # nothing to say to the model; references have been resolved
+            case Reasoning() | ItemReference():  # nothing for the model to read; references have been resolved
                 pass
     return messages
 
@@ -203,7 +203,7 @@ def _texts(content: Content) -> list[str]:
 
 
 def cuts(messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Where a conversation may begin without its oldest messages, for `shortened`: what `truncation: "auto"` may try.
+    """Where a conversation may start without its oldest messages, for `shortened`: what `truncation: "auto"` may try.
 
     The last message stays; an output goes with the call that it answers.
     """
@@ -213,5 +213,5 @@ def cuts(messages: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def shortened(messages: Sequence[dict[str, Any]], cut: int) -> list[dict[str, Any]]:
-    """The conversation from the message `cut` on, and what the system said before."""
+    """The conversation from message `cut` on, after the system messages before it."""
     return [each for each in messages[:cut] if each["role"] == "system"] + list(messages[cut:])

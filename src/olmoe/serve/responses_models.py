@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses, OpenAI's newer protocol: what a client may send, and what of it we lack."""
+"""The body of POST /v1/responses, OpenAI's newer protocol: what a client may send, and which of it is unsupported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from olmoe.errors import shown
 from olmoe.serve.dialects import TAG, AsText, Body, Part, TextOrList, kind_of, known
 
-_TEXT_ONLY = "the model reads text alone (input_text, output_text)."
+_TEXT_ONLY = "the model reads only text (input_text, output_text)."
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 _FORMATS = ("text", "json_object", "json_schema")
 
@@ -23,7 +23,7 @@ class TextPart(Part):
 
 
 class RefusalPart(Part):
-    """What the assistant said when it refused, in the content of its message."""
+    """The assistant's refusal, in the content of its message."""
 
     type: Literal["refusal"]
     refusal: str
@@ -46,7 +46,7 @@ Content = Annotated[AsText | Annotated[list[ContentPart], Tag(f"{TAG}list")], Te
 
 
 class Message(Part):
-    """What somebody said."""
+    """One message of the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -56,7 +56,7 @@ class Message(Part):
 
 
 class FunctionCall(Part):
-    """The assistant's wish to have a function called."""
+    """The assistant's request to call a function."""
 
     type: Literal["function_call"]
     call_id: str
@@ -77,7 +77,7 @@ class FunctionCallOutput(Part):
 
 
 class Reasoning(Part):
-    """The thoughts of another model, which clients send back with its answer. Ours does not read them."""
+    """The reasoning of another model, which clients send back with its answer. Our model does not read it."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -117,7 +117,7 @@ Input = Annotated[AsText | Annotated[list[InputItem], Tag(f"{TAG}list")], TextOr
 
 
 class FunctionTool(Part):
-    """A function that the model may ask to have called."""
+    """A function that the model may ask the client to call."""
 
     type: Literal["function"]
     name: str
@@ -176,7 +176,7 @@ class JsonFormat(Part):
 
 
 class SchemaFormat(Part):
-    """JSON that a schema describes."""
+    """JSON described by a schema."""
 
     type: Literal["json_schema"]
     name: str = "answer"
@@ -213,13 +213,13 @@ class ReasoningConfig(Part):
 
 
 class StreamOptions(Part):
-    """Accepted as clients send it: our streams hold no padding."""
+    """Accepted because clients send it: our streams have no padding."""
 
     include_obfuscation: bool | None = None
 
 
 class CountInputRequest(Body):
-    """The body of POST /v1/responses/input_tokens: a request but for how to answer it."""
+    """The body of POST /v1/responses/input_tokens: a request without the fields about the answer."""
 
     model: str | None = None
     input: Input | None = None
@@ -267,7 +267,7 @@ class ResponsesRequest(CountInputRequest):
 
     @property
     def stored(self) -> bool:
-        """Whether the response is kept for `previous_response_id`; a client that does not say wants it."""
+        """Whether the response is kept for `previous_response_id`; the default is yes."""
         return self.store is not False
 
     @property

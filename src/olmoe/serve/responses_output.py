@@ -1,7 +1,7 @@
-"""From chat events to a response object, and to the events that a stream of POST /v1/responses tells it in.
+"""From chat events to a response object, and to the events of a stream of POST /v1/responses.
 
 A response is a list of items: messages of the assistant and calls of functions. Each is opened, grows by deltas, and is
-closed before the next one opens; the final event holds the whole response once more.
+closed before the next one opens; the final event repeats the whole response.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Event = dict[str, Any]
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id, as `resp_...`."""
+    """A new id, such as `resp_...`."""
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def response_object(request: ResponsesRequest, model: str) -> dict[str, Any]:
-    """A response that has just begun; it says what was asked for, as clients expect."""
+    """A response that has just started; it repeats the request's settings, as clients expect."""
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -70,7 +70,7 @@ def _text_config(request: ResponsesRequest) -> dict[str, Any]:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """What it took, in the fields of this protocol."""
+    """The usage, in the fields of this protocol."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
@@ -81,7 +81,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def output_items(response: dict[str, Any]) -> list[Item]:
-    """The items of a response, as the next request of the conversation brings them."""
+    """The items of a response, as the next request of the conversation sends them."""
     items: list[Item] = []
     for each in response["output"]:
         if each["type"] == "message":
@@ -92,7 +92,7 @@ def output_items(response: dict[str, Any]) -> list[Item]:
 
 
 class ResponseWriter:
-    """Builds `response` from chat events, and says for each one what a stream has to tell.
+    """Builds `response` from chat events, and yields the stream's events for each.
 
     `describe` turns the log-probability of a token into JSON, `encode` the routing of several.
     """
@@ -114,7 +114,7 @@ class ResponseWriter:
         self._item: dict[str, Any] | None = None  # the open one
         self._call = -1  # number of the open call
         self._texts: list[str] = []  # of the open item, joined when it closes
-        self._tokens: list[dict[str, Any]] = []  # log-probabilities and routing of tokens that no delta has told yet:
+        self._tokens: list[dict[str, Any]] = []  # log-probabilities and routing of tokens not yet in a delta:
         self._routes: list[Routing] = []  # the text of the first may have to wait for the next
         self._events = 0
         self._finished: Finished | None = None
@@ -125,7 +125,7 @@ class ResponseWriter:
         yield self._event("response.in_progress", response=self._snapshot())
 
     def write(self, news: ChatEvent) -> Iterator[Event]:
-        """The events that tell of `news`."""
+        """The events that report `news`."""
         match news:
             case TextDelta():
                 yield from self._text(news)
@@ -166,7 +166,7 @@ class ResponseWriter:
             self._routing += news.routing
         in_message = self._item is not None and self._item["type"] == "message"
         if self._item is not None and not in_message:
-            self._forget()  # of a call, whose tokens are not told
+            self._forget()  # of a call, whose tokens are not reported
         self._tokens += self._describe_all(news)
         self._routes += news.routing if self._routing is not None else []
         if not in_message:
@@ -177,7 +177,7 @@ class ResponseWriter:
         yield from self._tell(news.text)
 
     def _tell(self, text: str) -> Iterator[Event]:
-        """A delta of the open message, with what has been reported of its tokens; nothing if there is nothing."""
+        """A delta of the open message, with what is reported about its tokens; nothing if there is nothing to send."""
         more = {"routing": self._encode(self._routes)} if self._routes else {}
         if not (text or self._tokens or more):
             return
@@ -260,7 +260,7 @@ class ResponseWriter:
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """The item as it is now: an event that waits to be sent must not change."""
+    """The item as it is now: an event waiting to be sent must not change."""
     if "content" in item:
         return item | {"content": [dict(part) for part in item["content"]]}
     return dict(item)

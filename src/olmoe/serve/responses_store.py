@@ -1,7 +1,7 @@
-"""Responses that a client may come back to, by their ids: in memory, and only so many.
+"""Responses that a client may refer to by their ids: a limited number, kept in memory.
 
-`previous_response_id` goes on with a conversation of which the client sends only what is new. What has not been used
-for longest is forgotten first; nothing outlives the server.
+With `previous_response_id` a client continues a conversation and sends only what is new. The least recently used are
+forgotten first; nothing outlives the server.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class StoredResponse:
 
     @property
     def all_input(self) -> tuple[Item, ...]:
-        """All that it answers."""
+        """Everything that it answers."""
         return (*self.history, *self.input)
 
     @property
     def conversation(self) -> tuple[Item, ...]:
-        """All that the next request goes on from."""
+        """Everything that the next request continues from."""
         return (*self.history, *self.own_items)
 
 
-# What an item of the input takes in memory besides its text, which may be shorter than that.
+# Memory taken by an item of the input besides its text, which may be shorter than that.
 _ITEM_BYTES = 512
 
 
 class ResponseStore:
-    """At most `count` responses of `size` bytes in all: JSON, and something for each item.
+    """At most `count` responses of `size` bytes in total: their JSON, plus an overhead for each item.
 
-    Each belongs to an owner and is hidden from others. The size of a response counts the whole conversation before it:
-    what one shares with the next is not told apart.
+    Each belongs to an owner and is hidden from others. The size of a response includes the whole conversation before
+    it, even where responses share that.
     """
 
     def __init__(self, *, count: int = 1000, size: int = 64 * 2**20) -> None:
@@ -63,7 +63,7 @@ class ResponseStore:
         return len(self._stored)
 
     def add(self, owner: str, stored: StoredResponse) -> None:
-        """Keep a response, and forget others if there are too many. One too large to be kept is not."""
+        """Keep a response, and forget others if there are too many. One that is too large is not kept."""
         size = _size(stored)
         if size > self._size:
             return
@@ -89,7 +89,7 @@ class ResponseStore:
         return self._items.get((owner, item_id))
 
     def remove(self, owner: str, response_id: str) -> bool:
-        """Forget a response; whether it was known."""
+        """Forget a response; returns whether it was known."""
         stored, size = self._stored.pop((owner, response_id), (None, 0))
         if stored is None:
             return False

@@ -1,6 +1,6 @@
-"""The field `router_policy` of requests: what a client may change of the routers' choices, as in policy files.
+"""The field `router_policy` of requests: how a client may change the routers' choices, as in policy files.
 
-Mistakes are told with the path of the field that is wrong, before a request reaches the engine.
+Errors are reported with the path of the invalid field, before a request reaches the engine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from olmoe.runner.policy_file import NamedPolicy, Policy
 
 
-# Named in one policy, repetitions included: several times those of all layers of the released model.
+# Experts named in one policy, repetitions included: several times those in all layers of the released model.
 _MOST_EXPERTS = 2**13
 _Several = Field(max_length=2 * _MOST_EXPERTS)  # entries of one list; longer ones are not read to their end
 
 
 class ExpertChoice(BaseModel):
-    """One expert, or several, of a layer; of every layer if none is named."""
+    """One or several experts of a layer, or of every layer if none is named."""
 
     layer: int | None = None
     expert: int | None = None
@@ -37,8 +37,8 @@ class ExpertBias(ExpertChoice):
 
 
 class RouterPolicyModel(BaseModel):
-    """Changes of what the routers choose: biases, experts that are never chosen, always, or alone; how many, and how
-    they weigh.
+    """Changes to what the routers choose: biases; experts chosen never, always, or exclusively; their number and their
+    weights.
     """  # fmt: skip
 
     boost: Annotated[list[ExpertBias], _Several] | None = None
@@ -87,7 +87,7 @@ def router_policy(given: RouterPolicyModel | None, layers: int, experts: int) ->
 
 
 def described(policy: Policy, config: ModelConfig) -> dict[str, Any]:
-    """A policy as JSON, for those who ask what the server does by default."""
+    """A policy as JSON, for clients that ask what the server does by default."""
     from olmoe.runner.policy_file import NamedPolicy, named, to_json
 
     return to_json(policy if isinstance(policy, NamedPolicy) else named(policy.resolve(config)))

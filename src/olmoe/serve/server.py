@@ -1,4 +1,4 @@
-"""Running the application: the socket before the weights, signals of our own, draining before the end."""
+"""Running the application: the socket before the weights, our own signal handling, draining before the end."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from olmoe.serve.connection import connections
 from olmoe.serve.state import ServerState, ServeSettings
 
 _log = logging.getLogger("olmoe")
-# Clients keep connections for their next request; one that we close first costs them that request.
+# Clients keep connections open for their next request; if we close one first, they lose that request.
 _IDLE_SECONDS = 120
-# After the second signal, this long for the last words to clients.
+# Seconds after the second signal to tell clients about the end.
 _LAST_WORDS = 2.0
 _BACKLOG = 2048
 
@@ -31,7 +31,7 @@ _BACKLOG = 2048
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Taken before the weights are loaded, so that a port in use shows at once.
 
-    Clients that connect before the server runs wait. Raises `UserError` for an address that cannot be had.
+    Clients that connect before the server runs wait. Raises `UserError` for an address that cannot be used.
     """
     if not 0 <= port <= 65535:
         raise UserError(f"The port must be between 0 and 65535, not {port}.")
@@ -54,14 +54,14 @@ def bind(host: str, port: int) -> socket.socket:
         if code in (errno.EACCES, errno.EPERM):
             raise UserError(f"Port {port} of {host} is not permitted to this user; choose one above 1023.") from None
         if code == errno.EADDRNOTAVAIL:
-            raise UserError(f"{host} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all.") from None
-        raise UserError(f"Port {port} of {host} cannot be had ({error}); choose another with --port.") from None
+            raise UserError(f"{host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all.") from None
+        raise UserError(f"Port {port} of {host} cannot be used ({error}); choose another with --port.") from None
     listener.setblocking(False)
     return listener
 
 
 def url_of(listener: socket.socket, settings: ServeSettings) -> str:
-    """Where a browser finds the page."""
+    """The URL of the page."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
@@ -70,14 +70,14 @@ def url_of(listener: socket.socket, settings: ServeSettings) -> str:
 
 
 def check_tls(settings: ServeSettings) -> None:
-    """Raises `UserError` for certificates that cannot be used, before anything else is done."""
+    """Raise `UserError` for certificates that cannot be used, before anything else is done."""
     if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
         raise UserError("--ssl-keyfile needs --ssl-certfile, the certificate that it belongs to; add it.")
     if settings.ssl_certfile is None:
         return
     encrypted = False
 
-    def password() -> str:  # otherwise OpenSSL asks the terminal for it, and waits
+    def password() -> str:  # otherwise OpenSSL asks for it on the terminal, and waits
         nonlocal encrypted
         encrypted = True
         return ""
@@ -106,7 +106,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Server:
-    """One server, on a socket that listens already. `run` returns when it has ended.
+    """One server, on a socket that is already listening. `run` returns when it has ended.
 
     The first `stop` drains: new requests are refused, running ones finish. The second ends those as well, and tells
     their clients.
@@ -137,7 +137,7 @@ class Server:
         self._ending: asyncio.Task[None] | None = None
 
     def run(self, *, signals: bool = True, begun: Callable[[], None] = lambda: None) -> None:
-        """Serve until stopped, by SIGINT or SIGTERM if `signals` are to be handled (in the main thread alone).
+        """Serve until stopped, by SIGINT or SIGTERM if `signals` are to be handled (only in the main thread).
 
         `begun` is called once signals are handled.
         """
@@ -157,7 +157,7 @@ class Server:
         await self._uvicorn.serve(sockets=[self._listener])
 
     def stop(self) -> None:
-        """Drain; called again, end at once. To be called on the event loop."""
+        """Drain; if called again, end at once. Must be called on the event loop."""
         self._stops += 1
         running = "1 request" if self.state.calls == 1 else f"{self.state.calls} requests"
         if self._stops == 1:
@@ -181,7 +181,7 @@ class Server:
 
 
 class _Quietly:
-    """Connections that break are not worth a traceback, and one that there is no room for is a sentence a minute."""
+    """Logs no traceback for broken connections, and at most one line per minute if there is no room for new ones."""
 
     def __init__(self) -> None:
         self._said = -math.inf
@@ -191,13 +191,13 @@ class _Quietly:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             if loop.time() - self._said > 60:
                 self._said = loop.time()
-                _log.warning("no file is left for another connection: they wait; raise the limit with ulimit -n")
+                _log.warning("too many open files, so new connections wait; raise the limit with ulimit -n")
         elif not isinstance(error, ConnectionError):
             loop.default_exception_handler(context)
 
 
 def allow_connections(most: int = 2**16) -> None:
-    """Let this process have as many connections as the system allows it, not the 1024 of old programs' sake."""
+    """Let this process have as many connections as the system allows, instead of the traditional 1024."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

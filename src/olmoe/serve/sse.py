@@ -1,4 +1,4 @@
-"""Server-sent events: chunks of JSON as they come, comments while nothing does, and errors where a stream breaks."""
+"""Server-sent events: chunks of JSON as they come, comments in silence, and errors if a stream breaks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a protocol writes its events: named after their `type`, or unnamed with [DONE] at the end."""
+    """How a protocol writes its events: named by their `type`, or unnamed with [DONE] at the end."""
 
     named: bool = False
     anthropic: bool = False  # errors are in its shape
 
     def event(self, chunk: dict[str, Any]) -> bytes:
-        """One event. JSON has no line ends of its own."""
+        """One event. The JSON contains no newlines."""
         if self.named:
             return f"event: {chunk['type']}\ndata: {to_json(chunk)}\n\n".encode()
         return f"data: {to_json(chunk)}\n\n".encode()
@@ -63,13 +63,13 @@ class Stalled(Exception):
 
 
 class _Writer:
-    """Sends parts of a body, and knows when it last did."""
+    """Sends parts of a body, and remembers when it last did."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._clock = asyncio.get_running_loop().time
         self.last = self._clock()
-        self.since: float | None = None  # when a part began to wait for the client
+        self.since: float | None = None  # when a part started to wait for the client
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         self.since = self._clock()
@@ -77,7 +77,7 @@ class _Writer:
         self.last, self.since = self._clock(), None
 
     async def keep_alive(self, seconds: float, stall: float) -> None:
-        """A comment whenever nothing was sent for so long. Raises `Stalled` if the client stops reading."""
+        """Send a comment whenever nothing was sent for `seconds`. Raises `Stalled` if the client stops reading."""
         while True:
             await asyncio.sleep(min(seconds, stall) / 2)
             now = self._clock()
@@ -91,7 +91,7 @@ class _Writer:
 async def send_stream(
     send: Send, chunks: AsyncGenerator[dict[str, Any], None], dialect: Dialect, *, keep_alive: float, stall: float
 ) -> None:
-    """Answer with a stream. Whatever ends it, `chunks` is closed; an error is told to the client."""
+    """Answer with a stream. However it ends, `chunks` is closed; an error is reported to the client."""
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     writer = _Writer(send)
     ticking = asyncio.ensure_future(writer.keep_alive(keep_alive, stall))

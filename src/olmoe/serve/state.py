@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Threads for tokenizing and chat templates: few, for they compete with the engine for cores.
+# Threads for tokenizing and chat templates: few, since they compete with the engine for cores.
 _WORKERS = 2
 
 
@@ -36,15 +36,15 @@ _WORKERS = 2
 class ServeSettings:
     """How the server behaves towards its clients.
 
-    - `api_keys`: any of these opens the door; none leaves it open. `cors_origins`: pages of other origins that may
-      call, "*" for all; none by default. `ssl_certfile`, `ssl_keyfile`: TLS.
-    - `max_queued_requests`, `max_queued_tokens`: what may wait for the engine; more is answered with 503.
+    - `api_keys`: any of these gives access; without keys, everybody has it. `cors_origins`: other origins whose pages
+      may call, "*" for all; none by default. `ssl_certfile`, `ssl_keyfile`: TLS.
+    - `max_queued_requests`, `max_queued_tokens`: how much may wait for the engine; more is answered with 503.
     - `max_body_bytes`: the largest request. `body_timeout`: seconds that a client may pause while it sends one.
     - `keep_alive`: seconds after which a silent stream gets a comment. `stall_timeout`: seconds that a client may stop
       reading its stream before it counts as gone.
     - `share_prefixes`: one prefix cache for all keys. Otherwise each key has its own, since the time to the first token
-      tells whether somebody sent the same prompt before.
-    - `allowed_hosts`: names that requests may be for, besides localhost and addresses (`olmoe.serve.hosts`); none for
+      reveals whether somebody has sent the same prompt before.
+    - `allowed_hosts`: names that requests may use, besides localhost and addresses (`olmoe.serve.hosts`); empty allows
       any.
     """
 
@@ -67,9 +67,9 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What an endpoint knows of its caller.
+    """What an endpoint knows about its caller.
 
-    `salt` keeps the prefix cache of its key apart, `owner` what is stored for it: a digest of the key, or empty.
+    `salt` separates the prefix caches of different keys, `owner` what is stored for them: a digest of the key, or "".
     """
 
     salt: str = ""
@@ -78,7 +78,7 @@ class CallContext:
 
 @dataclass
 class ServerState:
-    """The one object that endpoints get. Made by `make_state`; belongs to one event loop."""
+    """What is passed to every endpoint. Made by `make_state`; belongs to one event loop."""
 
     engine: Engine
     thread: EngineThread
@@ -88,11 +88,11 @@ class ServerState:
     mailbox: Hub
     metrics: Metrics
     executor: ThreadPoolExecutor
-    compiler: ThreadPoolExecutor  # of grammars, which may take a second: nobody's tokens wait for them
+    compiler: ThreadPoolExecutor  # for grammars, which may take a second: no tokens wait for them
     config: ModelConfig
     context_length: int
     created: int = field(default_factory=lambda: int(time.time()))
-    aliases: tuple[str, ...] = ()  # names besides
+    aliases: tuple[str, ...] = ()  # further names
     draining: bool = False
     calls: int = 0  # requests over HTTP that are being answered
     responses: Any = None  # `olmoe.serve.responses` keeps what it stores here
@@ -100,21 +100,21 @@ class ServerState:
     # ---- work off the loop ----
 
     async def off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run something that takes long in a thread. A `UserError` becomes an `ApiError`."""
+        """Run something slow in a thread. A `UserError` becomes an `ApiError`."""
         return await _in_thread(self.executor, function, *arguments)
 
     async def compiled(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The same for what compiles a grammar."""
+        """The same, for compiling a grammar."""
         return await _in_thread(self.compiler, function, *arguments)
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts. `encode_batch` lets go of the interpreter, so that others run meanwhile."""
+        """Token ids of texts. `encode_batch` releases the interpreter's lock, so that other threads run meanwhile."""
         return await self.off_loop(self.tokenizer.encode_batch, texts)
 
     def check_length(self, text: str, param: str) -> None:
-        """Raises `ApiError` (400) for a text that is far longer than the context, before it is tokenized.
+        """Raise `ApiError` (400) for a text that is far longer than the context, before it is tokenized.
 
-        Not for the event loop, though it takes no longer than a text that fits.
+        Not for the event loop, although it takes no longer than a text that fits.
         """
         tokens = self.tokenizer.certain_tokens(text, self.context_length)
         if tokens is not None:
@@ -125,7 +125,7 @@ class ServerState:
             )
 
     async def grammar(self, body: Body, constraint: Any = None) -> Grammar | None:
-        """The compiled grammar of a request whose text is to have a form, or not to have some words."""
+        """The compiled grammar of a request whose text must have a certain form, or must not contain some words."""
         from olmoe.serve import structured
 
         compiled = await structured.grammar(self, body, constraint)
@@ -137,7 +137,7 @@ class ServerState:
     # ---- generating ----
 
     def check_model(self, name: str | None) -> None:
-        """Raises `ApiError` (404) for a model that is not served; none named is the one that is."""
+        """Raise `ApiError` (404) for a model that is not served; no name means the one that is."""
         if name not in (None, "", self.model_name, *self.aliases):
             raise ApiError(
                 404, f"There is no model {shown(name)}; this server has {self.model_name}.", param="model",
@@ -145,7 +145,7 @@ class ServerState:
             )  # fmt: skip
 
     def cut(self, body: Body, ids: list[int]) -> list[int]:
-        """The last tokens of a prompt, as many as the request wants to keep; -1 stands for what fits."""
+        """The last tokens of a prompt, as many as the request wants to keep; -1 means as many as fit."""
         keep = body.truncate_prompt_tokens
         if keep is None:
             return ids
@@ -157,7 +157,7 @@ class ServerState:
     def request(
         self, prompt_ids: list[int], params: SamplingParams, *, param: str, priority: int = 0, salt: str = ""
     ) -> Request:
-        """A request of the engine. Raises `ApiError` (400) for what can never run; `param` has the prompt."""
+        """A request for the engine. Raises `ApiError` (400) if it can never run; `param` is the field of the prompt."""
         try:
             return self.engine.request(prompt_ids, params, priority=priority, cache_salt=salt)
         except UserError as error:
@@ -165,7 +165,7 @@ class ServerState:
             raise found if found.param else from_user_error(error, param) from None
 
     def check_open(self) -> None:
-        """Raises `ApiError` (503) if no work is taken: the queue is full, the server ends, or the engine has failed."""
+        """Raise `ApiError` (503) if no work is accepted: a full queue, a shutdown, or a failed engine."""
         if self.draining:
             raise overloaded("The server is shutting down; send the request to another.", 5)
         if self.thread.failed is not None:
@@ -176,11 +176,11 @@ class ServerState:
             raise overloaded(f"The queue has no room ({queued} waiting); try again later.")
 
     def admit(self, requests: Sequence[Request]) -> None:
-        """Raises `ApiError` if the queue has no room: 503, or 400 for a call that an empty queue would not hold."""
+        """Raise `ApiError` if the queue has no room: 503, or 400 for a call that would not fit an empty queue."""
         settings, (queued, tokens) = self.settings, self.mailbox.queued()
         if len(requests) > settings.max_queued_requests:
             raise invalid(
-                f"One call asks for {len(requests)} texts, but {settings.max_queued_requests} may wait; split it.",
+                f"One call asks for {len(requests)} texts, but only {settings.max_queued_requests} may wait; split it.",
                 "prompt",
             )
         if queued + len(requests) > settings.max_queued_requests:
@@ -194,7 +194,7 @@ class ServerState:
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Run requests that `admit` has let in, and yield (index, delta) until all have finished.
 
-        Leaving early, by `aclose` or by cancellation, aborts what has not finished.
+        Closing the iterator early, by `aclose` or by cancellation, aborts what has not finished.
         """
         box = self.mailbox.open(requests)
         try:
@@ -211,15 +211,15 @@ class ServerState:
                 self.thread.abort(unfinished)
 
     def check_end(self, reason: str, error: str | None) -> None:
-        """Raises `ApiError` for a text that failed, or that the server ended."""
+        """Raise `ApiError` for a text that failed, or that the server ended."""
         if reason == "cancelled":
             raise overloaded("The server is shutting down, so the answer is incomplete.", 5)
         if reason == "error":
             status = 400 if self.thread.failed is None else 503
-            raise ApiError(status, error or "The text could not be made.", "api_error" if status == 503 else None)
+            raise ApiError(status, error or "The text could not be generated.", "api_error" if status == 503 else None)
 
     def abort_all(self) -> None:
-        """End everything that runs or waits; its readers are told."""
+        """End everything that runs or waits, and tell its readers."""
         self.thread.abort(self.mailbox.requests)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The chat page that shows the experts: its files, served with a strict Content-Security-Policy.
 
-The page is what lies in `page/`: HTML, one style sheet and ES modules, without a build step. It loads nothing from
-anywhere else, so it works offline, and its policy lets the browser enforce that: scripts, styles and connections of
-this origin alone, nothing inline, and no string ever becomes HTML (`require-trusted-types-for`).
+The page consists of the files in `page/`: HTML, one style sheet and ES modules, without a build step. It loads nothing
+from anywhere else, so it works offline, and its policy makes the browser enforce that: scripts, styles and connections
+only of this origin, nothing inline, and no string ever becomes HTML (`require-trusted-types-for`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Cache-Control": "no-cache",  # kept, but asked for again: an upgraded server must not run an old page
+    "Cache-Control": "no-cache",  # cached, but always revalidated: an upgraded server must not run an old page
 }
 _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -53,14 +53,14 @@ _MEDIA_TYPES = {
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file of the page as it is sent. `etag` lets a browser keep it."""
+    """A file of the page as it is sent. `etag` lets a browser cache it."""
 
     content: bytes
     media_type: str
     etag: str
 
     def respond(self, request: Request) -> Response:
-        """The file, or 304 where the browser has it."""
+        """The file, or 304 if the browser has it."""
         headers = {**HEADERS, "ETag": self.etag}
         known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
         if self.etag in known or "*" in known:
@@ -82,7 +82,7 @@ def page_files() -> dict[str, PageFile]:
 def page_routes() -> list[BaseRoute]:
     """Routes of the page, `/` and `/page/NAME`, for GET and HEAD. They need no API key: what they serve is public.
 
-    The files are held in memory, so a package that is upgraded under a running server does not mix two pages.
+    The files are kept in memory, so upgrading the package under a running server does not mix two versions of the page.
     """
     pages = page_files()
 

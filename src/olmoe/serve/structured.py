@@ -1,6 +1,6 @@
-"""Structured output: what `response_format`, `structured_outputs` and their forerunners ask for, as a grammar.
+"""Structured output: what `response_format`, `structured_outputs` and their predecessors ask for, as a grammar.
 
-All are compiled off the event loop. Mistakes are answered with 400 and the field that holds them.
+All are compiled off the event loop. Errors are answered with 400 and the name of the field.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
-# vLLM's `structured_outputs`, and the fields that it had before: those that constrain, by what they hold.
+# The constraining fields of vLLM's `structured_outputs`, and their older names -> what they hold.
 _KINDS: dict[str, Kind] = {
     "json": "json",
     "json_object": "json_object",
@@ -46,7 +46,7 @@ _FORMATS = "text, json_object or json_schema"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a text must be, and the field that says so. `strict` refuses schemas that cannot be kept to in full."""
+    """What a text must be, and the field that says so. `strict` refuses schemas that cannot be fully enforced."""
 
     kind: Kind
     value: Any
@@ -65,7 +65,7 @@ class Wanted:
         return structured.grammar(self.value, tokenizer)
 
     def rule(self) -> str:
-        """It as a rule of a Lark grammar, where an answer may be a call instead. Raises `UserError`."""
+        """The same as a rule of a Lark grammar, for answers that may also be a call. Raises `UserError`."""
         if self.kind in ("json", "json_object"):
             return f"%json {prepared(self._schema(), strict=self.strict)}"
         if self.kind == "regex":
@@ -89,7 +89,7 @@ class Wanted:
 async def grammar(state: ServerState, body: Body, calls: Calls | None = None) -> Grammar | None:
     """The grammar of a request's texts, None if any text will do. Raises `ApiError` (400).
 
-    `calls` are what an answer may call, besides or instead of what the body asks for.
+    `calls` are the tools that an answer may call, in addition to or instead of what the body asks for.
     """
     asked = wanted(body)
     if calls is not None:
@@ -100,12 +100,12 @@ async def grammar(state: ServerState, body: Body, calls: Calls | None = None) ->
 
 
 def _with_calls(asked: Wanted | None, calls: Calls, tokenizer: Tokenizer) -> Grammar:
-    """The grammar of answers that may be calls. Where a call is certain, what else the body asks for has no part."""
+    """The grammar of answers that may be calls. If a call is required, what else the body asks for is left out."""
     content = None
     if asked is not None and calls.mode == "auto":
-        _told(asked.compile, asked.param)(tokenizer)  # its own mistakes are told as its own
+        _told(asked.compile, asked.param)(tokenizer)  # so that its own errors name its own field
         content = _told(asked.rule, asked.param)()
-    for tool in calls.tools:  # each alone, so that the one at fault is named
+    for tool in calls.tools:  # one at a time, so that the one at fault is named
         param = f"{tool.where}.parameters"
         try:
             structured.json_schema(tool.parameters, tokenizer, strict=tool.strict, name=param)
@@ -127,7 +127,7 @@ def _told(function: Callable[..., Any], param: str) -> Callable[..., Any]:
 
 
 def wanted(body: Body) -> Wanted | None:
-    """What a body wants its texts to be; None for any text. Raises `ApiError` (400) for more than one wish."""
+    """What a body wants its texts to be; None for any text. Raises `ApiError` (400) for more than one constraint."""
     wishes = [
         *_response_format(body.response_format),
         *_structured_outputs(body.structured_outputs or {}, "structured_outputs."),

@@ -1,7 +1,7 @@
-"""Tool calls as the model writes them: how they are asked for, what grammar they have, and how they are read back.
+"""Tool calls as the model writes them: how the prompt asks for them, their grammar, and how they are read back.
 
 A call is `<tool_call>`, a line `{"name": ..., "arguments": ...}`, `</tool_call>`: the form of Hermes, Qwen and many
-others. What a tool returned stands between `<tool_response>` tags.
+others. What a tool returned is put between `<tool_response>` tags.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 MOST_CALLS = 16  # in one answer
 
 INSTRUCTIONS = """\
-You can call functions. Their JSON schemas stand here, one a line:
+You can call functions. Here are their JSON schemas, one per line:
 <tools>
 {tools}
 </tools>
-To call one, write its name and its arguments, as its schema wants them, and nothing after them:
+To call one, write its name and its arguments, as required by its schema, and nothing after them:
 <tool_call>
 {{"name": "the function's name", "arguments": {{"an argument": "its value"}}}}
 </tool_call>"""
@@ -32,7 +32,7 @@ To call one, write its name and its arguments, as its schema wants them, and not
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call. `given` is what the request says of it, `where` its place there."""
+    """A function that the model may call. `given` is its entry in the request, `where` the path of that entry."""
 
     name: str
     parameters: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Tool:
 
 
 def instructions(tools: Sequence[Tool]) -> str:
-    """What a system prompt says of tools where the chat template says nothing."""
+    """What the system prompt says about tools if the chat template says nothing."""
     lines = (json.dumps({"type": "function", "function": tool.given}, ensure_ascii=False) for tool in tools)
     return INSTRUCTIONS.format(tools="\n".join(lines))
 
@@ -59,7 +59,7 @@ def written_response(content: str) -> str:
 
 @dataclass(frozen=True)
 class Calls:
-    """What an answer may call: at will, at least once, or one `named` function."""
+    """What an answer may call: any tools or none, at least one, or one `named` function."""
 
     tools: tuple[Tool, ...]
     mode: Literal["auto", "required", "named"]
@@ -68,7 +68,7 @@ class Calls:
     def lark(self, content: str | None = None) -> str:
         """The grammar of such answers. `content` is the Lark rule of answers without calls, any text if None.
 
-        Raises `UserError` for a tool whose schema is none.
+        Raises `UserError` for a tool with an invalid schema.
         """
         more = MOST_CALLS - 1 if self.parallel and self.mode != "named" else 0
         rules = [
@@ -81,7 +81,7 @@ class Calls:
             start = [f'start: "{BEGIN}" calls']
         elif content is not None:
             start = [f'start: content | "{BEGIN}" calls', f"content: {content}"]
-        else:  # as soon as the mark is complete, the text before it is over
+        else:  # as soon as the mark is complete, the text before it has ended
             start = ["start: TEXT | head calls", f'head[lazy]: TEXT "{BEGIN}"', r"TEXT: /(.|\n)*/"]
         return "\n".join([rules[0], *start, *rules[1:], ""])
 
@@ -96,21 +96,21 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\
 
 
 class CallReader:
-    """Reads one answer as it comes: text, and calls, of which name and arguments are told as soon as they are certain.
+    """Reads one answer as it comes: text, and calls, whose name and arguments are reported as soon as they are certain.
 
-    Marks never show. Blanks around calls belong to nothing. A call that is cut off is told as far as it has come.
-    `forced` answers begin with a call; others that end within the mark of their first call count as text.
+    Marks never show. White space around calls is dropped. A call that is cut off is reported as far as it goes.
+    `forced` answers start with a call; others that end within the mark of their first call count as text.
     """
 
     def __init__(self, index: int, *, forced: bool = False) -> None:
         self._index, self._forced = index, forced
-        self._pending = ""  # read and not yet told
+        self._pending = ""  # read but not yet reported
         self._inside: Literal["text", "head", "arguments", "tail"] = "text"
         self._depth, self._quoted, self._escaped = 0, False, False
         self._calls, self._complete = 0, 0
 
     def read(self, delta: TextDelta) -> Sequence[TextDelta | ToolCallDelta]:
-        """What the new text makes certain. Reports of its tokens come with the text, even where that is empty."""
+        """The events that the new text makes certain. Data about tokens comes with the text, even if that is empty."""
         self._pending += delta.text
         text: list[str] = []
         calls: list[ToolCallDelta] = []
@@ -123,7 +123,7 @@ class CallReader:
         return [*events, *_joined(calls)]
 
     def finish(self, end: Finished) -> Sequence[TextDelta | ToolCallDelta | Finished]:
-        """Text that was held back, and the end: "tool_calls" if there were some, all complete."""
+        """Text that was held back, and the end: "tool_calls" if there were any, all complete."""
         events: list[TextDelta | ToolCallDelta | Finished] = []
         begun = (self._calls or self._forced) and BEGIN.startswith(self._pending.strip())
         if self._inside == "text" and self._pending and not begun:
@@ -135,7 +135,7 @@ class CallReader:
         return [*events, end]
 
     def _step(self, text: list[str], calls: list[ToolCallDelta]) -> bool:
-        """Tell what can be told of the pending text -> whether there may be more."""
+        """Report what is certain in the pending text -> whether there may be more."""
         if self._inside == "text":
             return self._read_text(text)
         if self._inside == "head":
@@ -192,7 +192,7 @@ class CallReader:
 
 
 def _joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCallDelta]:
-    """What one text says of a call's arguments as one delta, behind the one with its name."""
+    """The parts of a call's arguments in one text, joined into one delta that follows the one with its name."""
     result: list[ToolCallDelta] = []
     for delta in deltas:
         if result and delta.id is None and result[-1].id is None and result[-1].call == delta.call:

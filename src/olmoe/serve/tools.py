@@ -1,8 +1,8 @@
-"""Tools of a chat: what a request says of them, how the model hears of them, and what its answer may be.
+"""Tools of a chat: what a request says about them, how the model is told about them, and what its answer may be.
 
-A checkpoint whose chat template writes tools, and calls in the form of `tool_text`, gets them through it. For others,
-OLMoE's own among them, a paragraph of the system prompt describes them, and calls and results in the history become
-text.
+If the checkpoint's chat template writes tools, and calls in the form of `tool_text`, tools go through the template.
+For others, OLMoE's own among them, a paragraph of the system prompt describes them, and calls and results in the
+history become text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from olmoe.tokenizer import Tokenizer
 
 MOST_TOOLS = 128
 _NAME = re.compile(r"[\w./:-]{1,128}")
-_RESULTS = ("tool", "function")  # roles: OpenAI's, and what came before it
+_RESULTS = ("tool", "function")  # roles: OpenAI's, and its predecessor
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Plan:
 
 
 def plan(chat: ChatRequest, tokenizer: Tokenizer) -> Plan:
-    """What to do about the tools of a chat, or those in its history. Raises `ApiError` (400) for what is no tool."""
+    """What to do about the tools of a chat, or those in its history. Raises `ApiError` (400) for invalid tools."""
     tools = read_tools(chat.tools)
     calls = read_choice(chat, tools)
     template = tokenizer.named_templates.get("tool_use") if calls else None
@@ -57,7 +57,7 @@ def plan(chat: ChatRequest, tokenizer: Tokenizer) -> Plan:
 
 
 def writes_tools(template: str) -> bool:
-    """Whether a chat template tells the model of tools, in the form that is read here."""
+    """Whether a chat template tells the model about tools, in the form that is read here."""
     return re.search(r"\btools\b", template) is not None and BEGIN in template
 
 
@@ -65,7 +65,7 @@ def writes_tools(template: str) -> bool:
 
 
 def read_tools(given: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
-    """The tools of a request. Raises `ApiError` (400) with the place of what is none."""
+    """The tools of a request. Raises `ApiError` (400) with the path of an invalid one."""
     if given and len(given) > MOST_TOOLS:
         raise invalid(f"tools has {len(given)} entries; at most {MOST_TOOLS} are supported.", "tools")
     tools: dict[str, Tool] = {}
@@ -79,7 +79,7 @@ def read_tools(given: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
 
 def _read_tool(entry: Mapping[str, Any], where: str) -> Tool:
     if entry.get("type", "function") != "function":
-        raise unsupported(f"{where}.type", f"{shown(entry['type'])}; there are functions alone")
+        raise unsupported(f"{where}.type", f"{shown(entry['type'])}; only functions are supported")
     function = entry.get("function")
     if not isinstance(function, Mapping):
         raise invalid(f"{where}.function is missing; give an object with name and parameters.", f"{where}.function")
@@ -100,7 +100,7 @@ def _read_tool(entry: Mapping[str, Any], where: str) -> Tool:
 
 
 def _read_parameters(given: object, where: str) -> Mapping[str, Any]:
-    """The schema of the arguments, which is that of an object; none at all stands for no arguments."""
+    """The schema of the arguments, which must describe an object; a missing schema means no arguments."""
     if given is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(given, Mapping) or given.get("type", "object") != "object":
@@ -109,7 +109,7 @@ def _read_parameters(given: object, where: str) -> Mapping[str, Any]:
 
 
 def read_choice(chat: ChatRequest, tools: Sequence[Tool]) -> Calls | None:
-    """Which calls the answer may make; None for no calls. Raises `ApiError` (400) for a choice that there is not."""
+    """Which calls the answer may make; None for no calls. Raises `ApiError` (400) for an invalid choice."""
     choice, parallel = chat.tool_choice, chat.parallel_tool_calls is not False
     if choice in (None, "auto", "none"):
         return Calls(tuple(tools), "auto", parallel) if tools and choice != "none" else None
@@ -137,7 +137,7 @@ def _named(name: object, tools: Sequence[Tool], where: str) -> Tool:
 
 
 def _allowed(given: object, tools: Sequence[Tool], parallel: bool) -> Calls:
-    """OpenAI's choice of some of the tools."""
+    """OpenAI's `allowed_tools`: a choice of some of the tools."""
     where = "tool_choice.allowed_tools"
     entries = given.get("tools") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or given.get("mode") not in ("auto", "required") or not isinstance(entries, list):
@@ -156,7 +156,7 @@ def _allowed(given: object, tools: Sequence[Tool], parallel: bool) -> Calls:
 
 
 def _check_calls(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `ApiError` (400) for calls in the history that are none."""
+    """Raise `ApiError` (400) for invalid calls in the history."""
     for index, message in enumerate(messages):
         where = f"messages[{index}].tool_calls"
         calls = message.get("tool_calls")
@@ -177,7 +177,7 @@ def _check_calls(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _arguments(function: Mapping[str, Any]) -> Any:
-    """The arguments of a call: an object, or what stands in its place if it is no JSON."""
+    """The arguments of a call: an object, or the text itself if it is not JSON."""
     given = function.get("arguments") or "{}"
     if not isinstance(given, str):
         return given
@@ -188,7 +188,7 @@ def _arguments(function: Mapping[str, Any]) -> Any:
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its calls' arguments as objects, which chat templates write as JSON themselves."""
+    """A message with the arguments of its calls as objects, which chat templates themselves write as JSON."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -197,7 +197,7 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for a template that knows no tools: calls become text of the assistant, results text of the user."""
+    """Messages for a template without tools: calls become text of the assistant, results become text of the user."""
     result: list[dict[str, Any]] = []
     after_result = False
     for message in messages:

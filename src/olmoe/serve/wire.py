@@ -1,4 +1,4 @@
-"""What is reported of tokens, as it goes over the wire: log-probabilities in three shapes, routing, usage."""
+"""What is reported about tokens, as it goes over the wire: log-probabilities in three shapes, routing, usage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from olmoe.engine.request import Routing, TokenLogprob
 from olmoe.serve.chat_run import Usage
 from olmoe.tokenizer import IncrementalDetokenizer, Tokenizer
 
-# JSON has no infinity; this is what the protocol writes for a probability of 0.
+# JSON has no infinity; the protocol writes this for a probability of 0.
 _LEAST = -9999.0
 
 
@@ -27,9 +27,9 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""What one token says; bytes that are no whole characters as OpenAI writes them, `bytes:\xe2\x80`.
+    r"""The text of one token; bytes that are not whole characters are written as OpenAI does, `bytes:\xe2\x80`.
 
-    Different tokens thus have different texts, as a dictionary of them needs.
+    Different tokens thus have different texts, as needed for the keys of a dictionary.
     """
     content = tokenizer.token_bytes(token_id)
     try:
@@ -63,9 +63,9 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> dic
 
 
 def prompt_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob | None]) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs` in vLLM's shape: for each token of the prompt ids to what is known of them.
+    """`prompt_logprobs` in vLLM's shape: for each token of the prompt, a mapping from ids to what is known about them.
 
-    `rank` is None for a token that is not among the likeliest asked for.
+    `rank` is None for a token that is not among the likeliest ones requested.
     """
     entries: list[dict[str, Any] | None] = []
     for each in logprobs:
@@ -91,9 +91,9 @@ def prompt_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob | None
 
 
 class LegacyLogprobs:
-    """`choices[i].logprobs` of a completion, token by token: `text_offset` goes on from one part to the next.
+    """`choices[i].logprobs` of a completion, token by token: `text_offset` continues from one part to the next.
 
-    The likeliest tokens of a place include the token itself.
+    The likeliest tokens at a position include the token itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, top: int) -> None:
@@ -110,7 +110,7 @@ class LegacyLogprobs:
         return part
 
     def skip(self, text: str) -> None:
-        """Go on behind a text that has none."""
+        """Continue after a text that has none."""
         self._offset += len(text)
 
     def part(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

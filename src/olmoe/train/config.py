@@ -20,16 +20,17 @@ from olmoe.errors import ConfigError, shown
 from olmoe.io.text_file import read_text
 from olmoe.train.inheritance import inherit
 
+BF16_PRODUCTS = "bf16-products"  # of compute.precision
 _LIMIT = 2**63  # of every number: what a seed or a file size can be
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Text (documents separated by lines of `<|endoftext|>`), JSONL (`text` or `messages`), or token ids (`.npy`).
+    """Text (documents separated by lines with `<|endoftext|>`), JSONL (`text` or `messages`), or token ids (`.npy`).
 
     `repeat` is how often an epoch passes over it; a fraction takes that share of its windows, drawn anew
     each epoch. `weight` says instead which share of the windows comes from it, relative to the weights of the others.
-    `dtype` says what the ids of a token file without a header are, where they are not uint16.
+    `dtype` is the type of the ids in a token file without a header, if they are not uint16.
     """
 
     path: str
@@ -43,9 +44,9 @@ class DataConfig:
     """What is read. Paths are relative to the configuration file.
 
     `valid` is held out, evaluated during training, and decides which checkpoint is best; `measure` is only
-    measured at the end. With `document_mask` each document of a window is by itself (see `document_mask`), also where
-    loss is measured; without, attention crosses documents, as in OLMoE's training. With `mask_repetitions` a window
-    in which an n-gram occurs so many times in a row trains no prediction (see `repetitions`; OLMoE: 32).
+    measured at the end. With `document_mask` the documents of a window are isolated (see `document_mask`), in
+    evaluation too; without it, attention crosses documents, as in OLMoE's training. With `mask_repetitions` a window
+    in which an n-gram occurs that many times in a row trains no prediction (see `repetitions`; OLMoE: 32).
     """
 
     train: tuple[Source, ...]
@@ -58,7 +59,7 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All that is read, for whatever purpose."""
+        """All sources, for whatever purpose."""
         return (*self.train, *self.valid, *self.measure)
 
 
@@ -101,14 +102,21 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegularizationConfig:
-    """Against learning a small corpus by heart (see `dropout`). OLMoE's own training has none of it."""
+    """Prevents a small corpus from being memorised (see `dropout`). OLMoE's own training has no dropout."""
 
     residual_dropout: float = 0.0  # share of the embeddings' and each block's outputs that a step leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig:
+    """For experiments: an expert of this width that all tokens use beside the chosen ones (see `shared_expert`)."""
+
+    width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Sequences a step: `sequences` at a time, `accumulation` times; `sequences` of all ranks together.
+    """Sequences per step: `sequences` at a time, on all ranks together, `accumulation` times.
 
     So n ranks compute what one process does with `sequences` / n and `accumulation` x n.
     """
@@ -123,7 +131,7 @@ class ParallelConfig:
 
     Dense parameters are sharded over all; experts are shared by `expert` ranks. `data` None takes all that there are.
     `replicate` keeps that many copies of everything, each sharded over data / replicate x expert ranks. The load that
-    load balancing looks at is that of a `rank` (as in OLMoE's training) or that of `all`.
+    load balancing uses is that of each `rank` (as in OLMoE's training) or that of `all`.
     """
 
     data: int | None = None
@@ -132,7 +140,7 @@ class ParallelConfig:
     balance: str = "rank"
 
     def ranks(self, started: int) -> int:
-        """The processes that this is for, of which `started` are there."""
+        """The number of processes that this is for, given that `started` are running."""
         return (self.data or max(1, started // self.expert)) * self.expert
 
 
@@ -140,7 +148,8 @@ class ParallelConfig:
 class ComputeConfig:
     """How a step is computed: the dtype of products and activations, what backward recomputes, and compilation.
 
-    With `bf16`, weights, gradients' sums and the optimizer stay in fp32.
+    With `bf16`, weights, gradients' sums and the optimizer stay in fp32. With `bf16-products` activations do, too (see
+    `precision`).
     """
 
     precision: str = "fp32"
@@ -162,15 +171,16 @@ class SkipConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out evaluation during training: how often, and how many windows of each file (0: all)."""
+    """Held-out evaluation: how often during training, how many windows of each file then, and at the end (0: all)."""
 
     every_steps: int = 500
     windows: int = 64
+    final_windows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Resumable checkpoints: how often, and how many to keep. The best by held-out loss is kept besides."""
+    """Resumable checkpoints: how often, and how many to keep. The best by held-out loss is kept in addition."""
 
     every_steps: int = 500
     keep: int = 2
@@ -189,9 +199,9 @@ class RunConfig:
     """Where the run writes, its seed, and the CPU threads it uses.
 
     `initialize_from` is a checkpoint (a folder or a hub id) whose weights the run starts from, in place of random
-    ones; the optimizer and the schedule start anew. It brings its architecture and its tokenizer, so that `[model]`
-    and `[tokenizer]` need only say what is to be otherwise. `peak_flops` is what one device can do in a second, for
-    MFU (see `throughput`); it is measured where it is not given.
+    ones; the optimizer and the schedule start again. It brings its architecture and its tokenizer, so that `[model]`
+    and `[tokenizer]` need only hold what differs. `peak_flops` is what one device can do per second, for MFU (see
+    `throughput`); it is measured if not given.
     """
 
     output: str
@@ -206,7 +216,7 @@ class RunConfig:
 class TrainConfig:
     """A whole training run. `base` is the folder that its relative paths start from.
 
-    `eos_is_written` is False where the tokenizer is to say which id ends a document.
+    `eos_is_written` is False if the tokenizer determines which id ends a document.
     """
 
     run: RunConfig
@@ -218,6 +228,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    shared_expert: SharedExpertConfig = field(default_factory=SharedExpertConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -239,7 +250,7 @@ class TrainConfig:
 
     @property
     def mask_eos_id(self) -> int | None:
-        """The id that ends documents, if attention is to stay within them."""
+        """The id that ends documents, if attention must stay within them."""
         return self.model.eos_token_ids[0] if self.data.document_mask else None
 
     def resolve(self, path: str) -> Path:
@@ -252,11 +263,13 @@ class TrainConfig:
         plain = {name: dataclasses.asdict(getattr(self, name)) for name in sections}
         for source in [s for group in ("train", "valid", "measure") for s in plain["data"][group]]:
             for key in ("dtype", "weight"):
-                if source[key] is None:  # unknown to older versions, whose runs must go on
+                if source[key] is None:  # unknown to older versions, whose runs must still resume
                     del source[key]
         for key in ("document_mask", "mask_repetitions"):
             if not plain["data"][key]:  # likewise
                 del plain["data"][key]
+        if self.shared_expert.width:  # likewise
+            plain["shared_expert"] = dataclasses.asdict(self.shared_expert)
         how = {"precision": self.compute.precision, "balance": self.parallel.balance}
         return plain | how | {"seed": self.run.seed}
 
@@ -264,7 +277,7 @@ class TrainConfig:
 def resolve_path(path: str, base: Path) -> Path:
     """A path as a shell reads it, `~` and `$NAME` included, from the folder `base`.
 
-    Raises `ConfigError` for a user or a variable that is not there: no folder is meant to be called so.
+    Raises `ConfigError` for an unknown user or variable: no folder is meant to have such a name.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     left = re.match(r"~[^/\\]*", expanded) or re.search(r"\$(\w+|\{[^}]*\})", expanded)
@@ -306,7 +319,7 @@ def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse values of the right type that make no training run."""
+    """Refuse values of the right type that cannot make a training run."""
     _check_ranges(config)
     _check_paths(config)
     _check_model(config)
@@ -321,12 +334,12 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    """Each key that is one of several words."""
+    """Check each key that is one of several words."""
     compute = config.compute
     choices = {
         "schedule.kind": (config.schedule.kind, ("cosine", "linear")),
         "parallel.balance": (config.parallel.balance, ("rank", "all")),
-        "compute.precision": (compute.precision, ("fp32", "bf16")),
+        "compute.precision": (compute.precision, ("fp32", "bf16", BF16_PRODUCTS)),
         "compute.activation_checkpointing": (compute.activation_checkpointing, ("off", "selective", "full")),
     }
     for key, (value, known) in choices.items():
@@ -345,7 +358,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    """Each number by itself."""
+    """Check each number by itself."""
     data, optimizer, schedule = config.data, config.optimizer, config.schedule
     positive: dict[str, float] = {
         "data.sequence_length": data.sequence_length,
@@ -373,7 +386,9 @@ def _check_ranges(config: TrainConfig) -> None:
         "optimizer.weight_decay": optimizer.weight_decay,
         "loss.load_balancing": config.loss.load_balancing,
         "loss.router_z": config.loss.router_z,
+        "shared_expert.width": config.shared_expert.width,
         "evaluation.windows": config.evaluation.windows,
+        "evaluation.final_windows": config.evaluation.final_windows,
         "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }
@@ -393,7 +408,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_paths(config: TrainConfig) -> None:
-    """What is read and written."""
+    """Check what is read and written."""
     data = config.data
     if not config.run.output:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
@@ -404,7 +419,7 @@ def _check_paths(config: TrainConfig) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    """Whether what is said of the sources fits together."""
+    """Check that the settings of the sources fit together."""
     weighted = [source for source in data.train if source.weight is not None]
     for source in (*data.valid, *data.measure):
         if source.weight is not None:
@@ -420,7 +435,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_model(config: TrainConfig) -> None:
-    """Whether model, tokenizer and windows of the data fit each other, and the training that there is."""
+    """Check that model, tokenizer and windows of the data fit each other, and what training supports."""
     length = config.data.sequence_length
     if config.eos_is_written and not config.model.eos_token_ids:
         raise ConfigError("model.eos_token_id is needed for training: it ends each document.")

@@ -29,15 +29,15 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
 
 SEPARATOR = documents.SEPARATOR
-READER = 2  # 1 took byte order marks for text, blanks after separators for words, and JSONL for text
+READER = 2  # 1 took byte order marks for text, spaces after separators for words, and JSONL for text
 Tokens = npt.NDArray[Any]
-_PART = 2**24  # ids that are looked at together
-_LOOKED_AT = 2**28  # ids of a file that are looked at before training
+_PART = 2**24  # ids that are checked at a time
+_LOOKED_AT = 2**28  # ids of a file that are checked before training
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file, the name it is reported under, and what is known of the text behind it.
+    """A token file, the name it is reported under, and what is known about the text it was made from.
 
     All but the first three are None for foreign token files.
     """
@@ -57,7 +57,7 @@ class TokenFile:
 
 
 def name_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """A name for each data file: its folder and stem, and more of its path where another file shares these.
+    """A name for each data file: its folder and stem, and more of its path if another file shares these.
 
     Raises `ConfigError` for a file that does not exist.
     """
@@ -80,7 +80,7 @@ def read_documents(path: Path) -> Iterator[str | Chat]:
 
 
 def plain_text(document: str | Chat) -> str:
-    """The text that a vocabulary is trained on: of a chat, what its messages say."""
+    """The text that a vocabulary is trained on: for a chat, the texts of its messages."""
     if isinstance(document, str):
         return document
     return "\n".join(m["content"] for m in document if isinstance(m.get("content"), str))
@@ -94,11 +94,11 @@ def is_token_file(path: Path, dtype: str | None = None) -> bool:
 def prepare(
     path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: str | None = None, dtype: str | None = None
 ) -> TokenFile:
-    """The token file of `path`, made anew unless `folder` holds one of the same text, tokenizer and EOS.
+    """The token file for `path`, made again unless `folder` holds one of the same text, tokenizer and EOS.
 
-    It is kept as `name`, by default what `name_files` calls `path` by itself. A `.npy` path is taken as a token
-    file as it is, and any path if `dtype` says what its ids are. Raises `ConfigError` for missing or unreadable
-    files and for a vocabulary that does not fit uint16.
+    It is kept as `name`, by default the name that `name_files` gives to `path` alone. A `.npy` path is used as a
+    token file directly, and so is any path if `dtype` says what its ids are. Raises `ConfigError` for missing or
+    unreadable files and for a vocabulary that does not fit uint16.
     """
     name = name or name_files([path])[path]
     if is_token_file(path, dtype):
@@ -152,7 +152,7 @@ def encode_documents(found: list[str | Chat], tokenizer: Tokenizer) -> Iterator[
 
 
 def _tokenizer(path: Path, eos_id: int) -> Tokenizer:
-    """A tokenizer file, with the chat template that lies beside it."""
+    """A tokenizer file, with the chat template beside it."""
     if path.name == "tokenizer.json":
         return Tokenizer.from_folder(path.parent, eos_ids=(eos_id,))
     return Tokenizer.from_file(path, eos_ids=(eos_id,))
@@ -181,7 +181,7 @@ def is_description(path: Path) -> bool:
 def open_tokens(file: TokenFile, vocab_size: int) -> Tokens:
     """Map a token file into memory, read-only. Raises `ConfigError` for ids beyond the model's vocabulary.
 
-    Of large files only some ids are looked at here, because reading terabytes takes hours; a `Mixture` looks at the
+    In large files only some ids are checked here, because reading terabytes takes hours; a `Mixture` checks the
     others when their turn comes.
     """
     layout = Layout(file.dtype, file.offset, file.tokens)
@@ -205,8 +205,8 @@ def _refuse_beyond(ids: Tokens, vocab_size: int, path: str, hint: str = "") -> N
 class Mixture:
     """An endless, deterministic sequence of training windows over several token files.
 
-    An epoch visits each source `repeat` times, cut into windows of `length` ids from a start drawn anew
-    for each pass, all shuffled together. Window `i` depends on nothing but the seed and `i`, so that a resumed run
+    An epoch visits each source `repeat` times, cut into windows of `length` ids from a start drawn again
+    for each pass, all shuffled together. Window `i` depends only on the seed and `i`, so that a resumed run
     continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
 
     With `vocab_size`, a window with an id beyond it raises `ConfigError`.
@@ -272,7 +272,7 @@ def sha256(path: Path) -> str:
 
 
 def sample_sha256(file: TokenFile) -> str:
-    """The SHA-256 of a token file's beginning and end: of what an epoch would take minutes to hash, enough to tell."""
+    """The SHA-256 of a token file's start and end: enough to identify what would take minutes to hash."""
     digest = hashlib.sha256()
     with open(file.path, "rb") as handle:
         digest.update(handle.read(2**20))

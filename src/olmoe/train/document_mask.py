@@ -1,4 +1,4 @@
-"""Documents that lie end to end in a window, each by itself: positions restart, and nobody attends to a neighbour.
+"""Isolates documents that lie end to end in a window: positions restart, and no token attends to another document.
 
 OLMoE was trained without this: its attention crosses documents (`causal_attend`). With it, a window computes what its
 documents would compute one by one, and attention takes less time the shorter they are.
@@ -18,9 +18,9 @@ from olmoe.model import Attend, causal_attend
 
 
 def positions_and_attention(ids_BT: Tensor, eos_id: int | None) -> tuple[Tensor, Attend]:
-    """The positions (B, T) and the attention of windows of ids, of whose documents each ends with `eos_id`.
+    """The positions (B, T) and the attention for windows of ids, in which each document ends with `eos_id`.
 
-    With None, windows are not divided: positions run on, and attention crosses documents.
+    With None, windows are not divided: positions continue, and attention crosses documents.
     """
     if eos_id is None:
         return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT), causal_attend
@@ -44,7 +44,7 @@ def isolated_attend(lengths: Sequence[int]) -> Attend:
 
     Leading dimensions of what it is called with may be any that hold these tokens in order.
     """
-    # Neighbours of one length are computed together, as are whole windows.
+    # Neighbours of the same length are computed together, as are whole windows.
     runs = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
     sizes = [length * count for length, count in runs]
 

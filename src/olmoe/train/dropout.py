@@ -1,8 +1,8 @@
 """Dropout, in training only: on the embeddings and on what each block adds to the residual stream.
 
-OLMoE itself trains without dropout, passing over its data once. A small corpus that is passed over many times is
-learnt by heart without it. The network has no dropout of its own, so that it stays what runs everywhere; hooks add it
-around one forward pass (Srivastava et al., 2014; on embeddings and residual branches as in Vaswani et al., 2017).
+OLMoE itself trains without dropout, passing over its data once. Without it, a small corpus that is passed over many
+times is memorised. The network itself has no dropout, so that the same network runs everywhere; hooks add it around
+one forward pass (Srivastava et al., 2014; on embeddings and residual branches as in Vaswani et al., 2017).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from olmoe.model import CausalLM
 def residual_dropout(model: CausalLM, probability: float, seed: int) -> Iterator[None]:
     """Zero values of the embeddings and of each block's outputs with `probability`, and scale the others up.
 
-    Masks depend on `seed`, the shapes and the device's kind, so a run that is continued draws those that an
-    uninterrupted one draws. A branch that backward computes a second time draws its mask again. With probability
-    0 nothing is hooked, and nothing drawn. 0 <= probability < 1.
+    Masks depend on `seed`, the shapes and the kind of device, so a resumed run draws the same masks as an uninterrupted
+    one. A branch that backward computes a second time draws the same mask again. With probability 0 nothing is hooked
+    or drawn. 0 <= probability < 1.
     """
     if probability == 0:
         yield

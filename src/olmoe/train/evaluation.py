@@ -33,7 +33,7 @@ class Evaluation:
     counts_LE: Tensor
 
 
-@torch.no_grad()  # not inference mode: sharded parameters that were gathered in it could not be trained
+@torch.no_grad()  # not inference mode: sharded parameters gathered in it could not be trained
 def evaluate(
     model: CausalLM,
     file: TokenFile,
@@ -46,10 +46,10 @@ def evaluate(
     """Predict a token file in consecutive windows of `length` inputs, or in `windows` of them (0: all).
 
     Every token but the file's first is predicted once, from the tokens before it in its window. A partial
-    last window is included when all windows are asked for. Fewer are taken at even distances over the whole
-    file: its beginning can be much easier than the rest. With `eos_id` each is predicted from its own document alone,
-    and a document's first from the end of the one before, as training does. `ranks` share the windows; each has the
-    whole result.
+    last window is included if all windows are requested. Fewer are taken at even distances over the whole
+    file, since its start can be much easier than the rest. With `eos_id` each token is predicted from its own document
+    alone, and a document's first from the end of the one before, as in training. `ranks` share the windows; each gets
+    the whole result.
     """
     config, device = model.config, next(model.parameters()).device
     total = len(tokens) - 1
@@ -64,7 +64,11 @@ def evaluate(
         output = model(inputs, positions, attend)
         if not counts:
             continue
-        nats += float(ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()))
+        nats += float(
+            ops.linear_cross_entropy(
+                output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), products=model.lm_head.products
+            )
+        )
         for layer, router in enumerate(output.routers):
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
     (nats,) = ranks.sum(torch.tensor([nats], dtype=torch.float64)).tolist()
@@ -82,7 +86,7 @@ def evaluate_all(
     ranks: Ranks = ALONE,
     eos_id: int | None = None,
 ) -> dict[str, Evaluation]:
-    """`evaluate` each held-out file; results by the file's name."""
+    """`evaluate` each held-out file; results are by file name."""
     return {file.name: evaluate(model, file, tokens, length, windows, ranks, eos_id) for file, tokens in held_out}
 
 

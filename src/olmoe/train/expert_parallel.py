@@ -72,6 +72,11 @@ class ExpertsAcrossRanks(Experts):
     def _own(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """The experts of this rank on their rows."""
         gate_up, down = (_local(weight) for weight in (self.gate_up_proj, self.down_proj))
+        if self.products is not None:  # a mixture of one expert for each row
+            ids_R = torch.repeat_interleave(offsets_E.diff(), output_size=len(rows_RD))
+            one_R1 = rows_RD.new_ones(len(rows_RD), 1)
+            inputs = rows_RD, one_R1, ids_R.unsqueeze(1), gate_up, down, self.activation
+            return ops.moe(*inputs, products=self.products, backend=self.backend)
         return ops.experts(rows_RD, offsets_E, gate_up, down, self.activation, backend=self.backend)
 
 

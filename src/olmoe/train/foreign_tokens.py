@@ -1,4 +1,4 @@
-"""Token files that other programs wrote: what their bytes are, as far as that can be told, and no guesses beyond.
+"""Token files from other programs: the layout of their bytes, as far as it can be determined without guessing.
 
 `dolma tokens` and OLMo-core write raw little-endian ids without a header, uint16 or uint32 by the size of the
 vocabulary; `numpy.save` writes a header that says it all.

@@ -1,8 +1,7 @@
-"""What a training configuration need not say, because the checkpoint that it starts from says it. No torch.
+"""What a training configuration may leave out, because the checkpoint that it starts from has it. No torch.
 
-`run.initialize_from` brings the architecture and the tokenizer: keys of `[model]` that are written come before the
-checkpoint's, and `[tokenizer]` may be left out. A run that is resumed goes on with what its own checkpoint says, even
-if the one that it started from has gone.
+`run.initialize_from` brings the architecture and the tokenizer: keys given in `[model]` override the checkpoint's, and
+`[tokenizer]` may be left out. A resumed run uses its own checkpoint, even if the one that it started from is gone.
 """
 
 from __future__ import annotations

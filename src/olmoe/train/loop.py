@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from olmoe.errors import ConfigError
 from olmoe.io.atomic import write_text
-from olmoe.model import CausalLM, initialize
+from olmoe.model import CausalLM, initialize, set_products
 from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.train import parallel, state
+from olmoe.train import parallel, precision, shared_expert, state
 from olmoe.train.config import LogConfig, TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import check_start_stays, start_folder
@@ -64,15 +64,16 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     An existing run is refused unless it is to `resume`, or to `overwrite`: then what it wrote is deleted first.
 
     Writes under `run.output`: `metrics.jsonl`, `checkpoints/step-N` (resumable), `best` (lowest mean held-out
-    bits per byte; the last state if nothing is held out) and `evaluation.json` (all of every held-out file,
-    by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted` after Ctrl-C.
+    bits per byte; the last state if nothing is held out) and `evaluation.json` (every held-out file, all of it or
+    `evaluation.final_windows`, by the best checkpoint). Raises `UserError` for bad data or settings, and `Interrupted`
+    after Ctrl-C.
     """
     output = config.resolve(config.run.output)
     start = config.run.initialize_from
     if overwrite and start:
         check_start_stays(start, config.resolve(start), output)
     with (
-        join_ranks(config.run.device, group_of_one=config.compute.precision != "fp32") as ranks,
+        join_ranks(config.run.device, group_of_one=config.compute.precision == "bf16") as ranks,
         ranks.guarded(lambda: state.way_on(output)),
         ExitStack() as stack,
     ):
@@ -121,7 +122,7 @@ def _train(
 
 @dataclass
 class Run:
-    """Everything that a training run consists of between two steps.
+    """The whole state of a training run between two steps.
 
     What only several processes need is imported where they need it, because it takes as long as torch itself.
     """
@@ -147,7 +148,7 @@ class Run:
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
-        """What the configuration asks for shows the records that are made in the block; the first rank's."""
+        """Within the block, the trackers that the configuration names show the first rank's records."""
         log_to = self.config.log if self.ranks.is_first else LogConfig()
         opening = open_trackers(log_to, self.output, self.progress.step, self.config.fingerprint())
         with ExitStack() as stack:
@@ -156,8 +157,9 @@ class Run:
 
     @cached_property
     def throughput(self) -> Throughput:
-        """What the speed of a step is held against."""
-        return Throughput.of(self.config.model, self.device, self.config.run.peak_flops, self.ranks)
+        """The reference that the speed of a step is compared with."""
+        config, shared = self.config, shared_expert.parameters(self.config)
+        return Throughput.of(config.model, self.device, config.run.peak_flops, self.ranks, shared)
 
     @property
     def is_sharded(self) -> bool:
@@ -175,7 +177,7 @@ class Run:
         return self.output / "metrics.jsonl"
 
     def rest(self) -> None:
-        """Let a sharded model's parameters be shards again after a forward pass that no backward followed."""
+        """Reshard a sharded model's parameters after a forward pass that no backward pass followed."""
         if self.is_sharded:
             self.model.reshard()  # type: ignore[operator]
 
@@ -193,7 +195,7 @@ class Run:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Nothing is being written any more when the block ends, however it does."""
+        """Make sure that nothing is being written any more when the block ends, however it ends."""
         try:
             yield
             self.finish_saving()
@@ -213,7 +215,7 @@ class Run:
     def record(self, metrics: TextIO, values: Mapping[str, Any]) -> None:
         """Write one record of the step that was finished last."""
         counters = {"step": self.progress.step, "tokens": self.progress.tokens}
-        # JSON has no word for what a skipped step may have measured.
+        # JSON cannot express nan or infinity, which a skipped step may have measured.
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
         metrics.write(json.dumps(counters | finite) + "\n")
         metrics.flush()
@@ -224,13 +226,14 @@ class Run:
 def open_run(
     config: TrainConfig, output: Path, newest: Path | None, overwrite: bool = False, ranks: Ranks = ALONE
 ) -> Run:
-    """Data, model and optimizer as the run begins, or as the checkpoint `newest` left them.
+    """Data, model and optimizer as at the start of the run, or as the checkpoint `newest` left them.
 
     With `overwrite`, what an older run wrote into `output` is deleted, but not before all that the new one needs was
     read.
     """
     device = ranks.device(resolve_device(config.run.device))
     ranks.on_all(lambda: parallel.check(config, ranks))
+    ranks.on_all(lambda: precision.check(config, device))
     config, data = ranks.first_in_turn(lambda: open_data(config, state.recorded_names(newest)))
     model = _start(config, resumed=newest is not None, device=device, ranks=ranks)
     optimizer = build_optimizer(model, config.optimizer)
@@ -325,7 +328,7 @@ def save(run: Run) -> Path:
 
 
 def report_best(run: Run) -> Path:
-    """Evaluate the best checkpoint on all of every held-out and measured file into `evaluation.json`; its folder."""
+    """Evaluate the best checkpoint on every held-out and measured file into `evaluation.json`; its folder."""
     best = run.output / "best"
     is_there = run.ranks.on_first(lambda: state.has_best(run.output))
     if not is_there:  # removed in the meantime, or before a finished run was resumed
@@ -336,10 +339,14 @@ def report_best(run: Run) -> Path:
     if run.is_sharded:
         run.rest()
         run.ranks.on_all(lambda: load_weights(model, Checkpoint.open(best).source()))
+        set_products(model, None)  # as whoever opens the checkpoint computes
+    elif run.config.shared_expert.width:
+        load_weights(model, shared_expert.source_of(best, model))
     else:
         model = checkpoint.load(best, device=run.device)
     files = run.data.held_out + run.data.measured
-    final = evaluate_all(model, files, run.length, 0, run.ranks, run.config.mask_eos_id)
+    windows = run.config.evaluation.final_windows
+    final = evaluate_all(model, files, run.length, windows, run.ranks, run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", json.dumps(report) + "\n"))
@@ -347,7 +354,7 @@ def report_best(run: Run) -> Path:
 
 
 def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ranks: Ranks = ALONE) -> CausalLM:
-    """The model as the run begins: random, or with the weights of the checkpoint that the configuration names.
+    """The model at the start of the run: random, or with the weights of the checkpoint that the configuration names.
 
     One that is `resumed` gets its weights with the rest of the state.
     """
@@ -355,10 +362,14 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
         from olmoe.train.sharding import build_parallel
 
         model = build_parallel(config, ranks, device)
+        precision.set_up(model, config)
         if not resumed:
             ranks.on_all(lambda: _fill(model, config, assign))
         return model
     model = CausalLM(config.model)
+    precision.set_up(model, config)
+    if config.shared_expert.width:
+        shared_expert.add(model, config.shared_expert.width)
     if not resumed:
         _fill(model, config)
     for layer in model.model.layers:
@@ -369,7 +380,7 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
 def _fill(
     model: CausalLM, config: TrainConfig, place: Callable[[torch.nn.Parameter, torch.Tensor], None] | None = None
 ) -> None:
-    """Give a model its first weights. Raises `ConfigError` for a checkpoint that does not have them."""
+    """Give a model its initial weights. Raises `ConfigError` for a checkpoint that does not have them."""
     if config.run.initialize_from is None:
         initialize(model, config.run.seed, place)
         return

@@ -59,7 +59,9 @@ def objective(
     labels[:, :-1] = windows[:, 1:]
     if trained_B is not None:
         labels[~trained_B] = IGNORE
-    summed = ops.linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE)
+    summed = ops.linear_cross_entropy(
+        output.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE, products=model.lm_head.products
+    )
     cross_entropy = summed / positions_in_step
     counts_LE = torch.stack([tokens_per_expert(router) for router in output.routers])
     balance = load_balancing(output.routers, counts_LE=counts_LE if count is None else count(counts_LE))

@@ -14,7 +14,7 @@ from olmoe.train.config import OptimizerConfig, ScheduleConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all parameters alike: norms, embeddings and routers decay too, as in OLMoE.
 
-    Parameters of one mesh form a group, because fused updates take no others together; plain ones have none.
+    Parameters of each mesh form a group, because fused updates cannot mix meshes; plain parameters form one too.
     """
     groups: dict[object, list[nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """How ranks share a run, apart from the shards themselves: what may be shared, and what is summed over ranks.
 
-Nothing here is torch's machinery of sharding, whose import a process alone does not wait for; `sharding` has that.
+torch's sharding machinery is used only in `sharding`, so that a single process need not wait for its import.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from olmoe.train.step import StepReport
 
 
 def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether a run trains a sharded model; one process in fp32 trains a plain one."""
-    return ranks.size > 1 or config.compute.precision != "fp32"
+    """Whether a run trains a sharded model; one process trains a plain one if weights are fp32."""
+    return ranks.size > 1 or config.compute.precision == "bf16"
 
 
 def check(config: TrainConfig, ranks: Ranks) -> None:
     """Raise `ConfigError` if the configuration cannot be shared by these ranks."""
+    if config.shared_expert.width and is_parallel(config, ranks):
+        raise ConfigError(
+            f"shared_expert.width {config.shared_expert.width} is trained by one process in fp32 only; leave out "
+            "[shared_expert], or torchrun and compute.precision."
+        )
     parallel, sequences = config.parallel, config.batch.sequences
     wanted = parallel.ranks(ranks.size)
     if wanted != ranks.size:

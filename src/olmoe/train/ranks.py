@@ -1,7 +1,7 @@
-"""The processes that train one model together: who they are, what they agree on, and how the mistake of one ends all.
+"""The processes that train one model together: who they are, what they agree on, and how an error on one ends all.
 
-A process alone is one rank without a group; then everything here does what it would without this module. Nothing
-knows models or data.
+A single process is one rank without a group; then everything here does what it would without this module. Nothing
+here knows about models or data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ToldByAnother(UserError):
 
 
 class RankLostError(UserError):
-    """Another rank has ended without a word, so that nothing more can be computed together."""
+    """Another rank has ended without an explanation, so nothing more can be computed together."""
 
 
 class _LossToldByAnother(ToldByAnother, RankLostError):

@@ -1,18 +1,20 @@
 """Activation checkpointing: what backward needs of a layer is computed again instead of kept.
 
-It wraps the layer's `forward`, so that parameters keep their names. Routers return what they decided and count nothing
-by themselves, so that nothing is counted twice.
+It wraps the layer's `forward`, so that parameters keep their names. Routers return what they decided and do no counting
+themselves, so that nothing is counted twice.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from olmoe.adapters.experts import outputs_unneeded
 from olmoe.model import DecoderLayer
 
 MODES = ("off", "selective", "full")
@@ -33,7 +35,7 @@ _KEPT = {
 
 
 def wrap(layer: DecoderLayer, mode: str) -> None:
-    """Let a layer recompute in backward: all of it (`full`), or all but products and attention (`selective`)."""
+    """Make a layer recompute in backward: all of it (`full`), or all but products and attention (`selective`)."""
     if mode == "off":
         return
     inner: Callable[..., Any] = layer.forward
@@ -44,9 +46,16 @@ def wrap(layer: DecoderLayer, mode: str) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        else:
+            options["context_fn"] = _full
         return checkpoint(inner, *arguments, **options)
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def _full() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds a layer in the forward pass, and again in backward, which ends before its experts' outputs."""
+    return nullcontext(), outputs_unneeded()
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

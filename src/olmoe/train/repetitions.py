@@ -1,4 +1,4 @@
-"""Windows that repeat themselves: the filter that OLMoE's training had in its loop.
+"""Windows that repeat themselves: the filter in the loop of OLMoE's training.
 
 Its data still held runs of one n-gram (markup, tables, broken documents), which make losses jump and teach nothing. A
 window with such a run keeps its place in the order and in what losses are divided by, and trains routers' losses, but

@@ -30,7 +30,7 @@ from olmoe.train.vocabulary import train_vocabulary
 
 @dataclass(frozen=True)
 class RunData:
-    """The opened data of a run: the `mixture` that it trains on, and token files that it is measured by."""
+    """The opened data of a run: the `mixture` that it trains on, and the token files that it is measured on."""
 
     mixture: Mixture
     train_files: list[TokenFile]

@@ -1,4 +1,4 @@
-"""The folder of a training run: who writes into it, and which of its checkpoints are whole. No torch."""
+"""The folder of a training run: who writes into it, and which of its checkpoints are complete. No torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            # Removed while it is held: who opens it later makes one of his own, and who waits for it notices.
+            # Removed while it is held: whoever opens it later makes a new one, and whoever waits for it notices.
             if fcntl is not None:
                 path.unlink(missing_ok=True)
             handle.close()
@@ -110,7 +110,7 @@ def _lock(handle: IO[str]) -> None:
 
 def _lock_on_windows(handle: IO[str]) -> None:
     msvcrt = importlib.import_module("msvcrt")
-    handle.seek(2**30)  # a byte far behind the text, which others may still read
+    handle.seek(2**30)  # a byte far beyond the text, which others may still read
     try:
         msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A sharded model written as the checkpoint folder that everybody reads: one parameter at a time on the first rank."""
+"""Writes a sharded model as an ordinary checkpoint folder: one parameter at a time, on the first rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from olmoe.weights.to_folder import write_weights
 
 
 def export_sharded(model: CausalLM, folder: Path, ranks: Ranks, extra_files: dict[str, str]) -> None:
-    """What `export.save` writes of a plain model, replacing an older one. All ranks call it together."""
+    """Write what `export.save` writes for a plain model, replacing an older one. All ranks call it together."""
     gathered = _gather(model)
 
     def write() -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a sharded run: each rank writes what it holds, in torch's DCP format, while training goes on.
 
-`RUN/checkpoints/step-0000500/` holds `.metadata` and a file of shards a rank, `config.json` and the tokenizer, from
-which `olmoe convert` makes what transformers reads, and `training_state.json` with the counters. Folders appear whole
-or not at all, and any number of ranks, in any split, or one process, go on from them.
+`RUN/checkpoints/step-0000500/` holds `.metadata` and a shard file per rank; `config.json` and the tokenizer, so that
+`olmoe convert` can make what transformers reads; and `training_state.json` with the counters. Folders appear whole or
+not at all, and any number of ranks, in any split, or a single process can continue from them.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ShardSaver:
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer, which says what the file system refused."""
+    """torch's writer, made to report errors of the file system."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """See `StorageWriter.write_data`."""
@@ -144,7 +144,7 @@ def _cause(error: CheckpointException, target: Path) -> Exception:
 
 
 class _Share:
-    """A copy of what this rank holds of a tensor, which training does not change, as DCP wants to be told of it."""
+    """A copy of this rank's part of a tensor, which training does not change, described as DCP expects."""
 
     def __init__(self, value: Tensor) -> None:
         self.own = local(value).detach().to("cpu", copy=True)

@@ -5,7 +5,7 @@ Ranks form two meshes over the same processes, `replicate` slowest and `expert` 
     all parameters but experts   (replicate, ranks)            sharded over data x expert / replicate ranks
     experts                      (replicate, data, expert)     whole experts by `expert`, each then over `data`
 
-Every rank reads windows of its own. Gradients are summed, not averaged, because losses are divided by the positions
+Every rank reads its own windows. Gradients are summed, not averaged, because losses are divided by the positions
 and microbatches of the whole step; so dense and expert gradients need no correction whatever the meshes.
 """
 

@@ -1,6 +1,6 @@
-"""What one process holds of tensors that several share, and how whole values get in and out.
+"""The parts that one process holds of shared tensors, and how whole values get in and out.
 
-Everything here takes plain tensors too, of which a process holds all.
+Everything here also takes plain tensors, which a process holds entirely.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steps that are skipped: a loss or gradient norm far beyond the last ones, or not a number, changes no weight.
+"""Steps that are skipped: those whose loss or gradient norm is not a number or far above the last ones.
 
 One bad batch, or a bit that a machine flipped, would otherwise spoil moments and weights for hundreds of steps.
 """

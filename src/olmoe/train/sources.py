@@ -1,7 +1,7 @@
-"""The files that a configuration's sources mean: one file each, or all that a folder holds or a pattern matches.
+"""The files that a configuration's sources refer to: one file each, or all in a folder or matched by a pattern.
 
-Names tell reports and caches the files apart. They are made from paths once, when a run begins: a run that was moved
-or copied goes on under the names that it began with.
+Names identify files in reports and caches. They are made from paths once, when a run starts: a run that was moved
+or copied keeps the names that it started with.
 """
 
 from __future__ import annotations

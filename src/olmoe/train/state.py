@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a training run: the model in its ordinary format, and all else beside it.
+"""Resumable checkpoints of a training run: the model in its ordinary format, and everything else beside it.
 
 `RUN/checkpoints/step-000500/` is a checkpoint folder that any loader reads, plus `training_state.pt`
 with the optimizer and the counters. Folders appear whole or not at all.
@@ -24,8 +24,8 @@ from olmoe.io.tensor_file import SINGLE_NAME
 from olmoe.model import CausalLM
 from olmoe.train.run_folder import checkpoints, latest, tracked
 from olmoe.train.shards import load_weights, set_moments
+from olmoe.train.shared_expert import source_of
 from olmoe.weights import export
-from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.sharded_folder import METADATA_NAME
 
 STATE_NAME = "training_state.pt"
@@ -35,7 +35,7 @@ _SHARD = re.compile(r"__\d+_\d+\.distcp")
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts finished optimizer steps; `best` is the lowest held-out loss so far."""
+    """The progress of a run. `step` counts finished optimizer steps; `best` is the lowest held-out loss so far."""
 
     step: int = 0
     tokens: int = 0
@@ -45,7 +45,7 @@ class Progress:
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> Progress:
-        """The counters of a checkpoint. Those of another version are ignored or begin anew."""
+        """The counters of a checkpoint. Those of another version are ignored, or start from their defaults."""
         known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved or f.name != "recent"}
         return cls(**known)
 
@@ -105,7 +105,7 @@ def _refuse_a_run(folder: Path, newest: Path | None) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete what a run wrote into its folder; what else lies there stays."""
+    """Delete what a run wrote into its folder; everything else is kept."""
     for path in _written(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -227,7 +227,7 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     """
     progress, saved = read_state(path, fingerprint)
     with one_sentence(path):
-        load_weights(model, Checkpoint.open(path).source())
+        load_weights(model, source_of(path, model))
     moments = saved["state"]
     for (name, parameter), index in zip(model.named_parameters(), range(len(moments)), strict=False):
         assert moments[index]["exp_avg"].shape == parameter.shape, name
@@ -263,7 +263,7 @@ def check_continues(path: Path, was: dict[str, Any], fingerprint: dict[str, Any]
 
 @contextlib.contextmanager
 def one_sentence(path: Path) -> Iterator[None]:
-    """Say of what cannot be read in a checkpoint how the run goes on."""
+    """Turn errors from reading a checkpoint into one sentence that says how to continue the run."""
     try:
         yield
     except UserError as error:
@@ -272,7 +272,7 @@ def one_sentence(path: Path) -> Iterator[None]:
 
 
 def way_on(run: Path) -> str:
-    """How a run goes on that ended in an error which is none of its own."""
+    """How to continue a run that ended because of an error elsewhere."""
     newest = latest(run)
     if newest is None:
         return "it had no checkpoint yet, so start it anew"
@@ -280,12 +280,12 @@ def way_on(run: Path) -> str:
 
 
 def _way_on(path: Path) -> str:
-    """How a run goes on whose checkpoint `path` is damaged."""
+    """How to continue a run whose checkpoint `path` is damaged."""
     run = path.parent.parent
     before = [p for p in checkpoints(run) if p.name < path.name]
     if before:
         return f"remove {path} to resume from {before[-1].name}"
-    return f"no checkpoint is before it, so start anew: remove {run}, or choose another run.output"
+    return f"no checkpoint is before it, so start again: remove {run}, or choose another run.output"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -303,7 +303,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """Save what is no weight. Raises `OSError` where the file system refuses it."""
+    """Save everything but the weights. Raises `OSError` if the file system refuses it."""
     try:
         with path.open("wb") as handle:
             torch.save(state, handle)

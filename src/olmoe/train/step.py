@@ -28,7 +28,7 @@ from olmoe.train.repetitions import has_repetition
 
 
 class Microbatch(NamedTuple):
-    """Windows of ids (B, T), and the number of the first among all of the run, which seeds what is random in them.
+    """Windows of ids (B, T), and the number of the first one within the run, which seeds all randomness in them.
 
     `trained` (B,) is false for windows whose predictions are not trained; None if all are.
     """
@@ -40,7 +40,7 @@ class Microbatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Scales:
-    """What the sums of a step are divided by: all its positions and microbatches, whichever process computes them."""
+    """The divisors of a step's sums: all its positions and microbatches, whichever process computes them."""
 
     positions: int
     microbatches: int
@@ -183,7 +183,7 @@ class HasOptimizer(Protocol):
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """How weights change."""
+        """The settings of the optimizer."""
         ...
 
 

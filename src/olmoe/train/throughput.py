@@ -1,9 +1,9 @@
-"""How fast a run trains, what part of the device's speed that is, and the memory that it takes.
+"""How fast a run trains, what share of the device's speed that is, and how much memory it takes.
 
-The model FLOPs of a token are 6 x the parameters that multiply something for it: those that one token uses, routers and
-output head included, without the input embedding, which is looked up; products of attention with itself (queries with
-keys, weights with values) are left out, and what is computed again in backward does not count. MFU is these, times
-tokens a second, over what the devices could do.
+The model FLOPs of a token are 6 x the parameters that it is multiplied with: those that one token uses, routers and
+output head included, but not the input embedding, which is looked up. Products within attention (queries with keys,
+weights with values) are left out, and what is computed again in backward does not count. MFU is these FLOPs, times
+tokens per second, over what the devices could do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from olmoe.config import ModelConfig
 from olmoe.runtime import log, peak_memory_bytes
 from olmoe.train.ranks import ALONE, Ranks
 
-# A product that takes less time says more of its start than of the device.
+# A shorter product measures the overhead of starting it more than the device.
 _LEAST_SECONDS = 0.01
 _SIZES = (512, 1024, 2048, 4096, 8192)
 _ROUNDS = 3
@@ -25,7 +25,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a step's time is held against: the FLOPs of a token, and those a second of all ranks' devices."""
+    """The reference for a step's time: the FLOPs of a token, and the FLOPs per second of all ranks' devices."""
 
     flops_per_token: int
     peak_flops: float
@@ -33,13 +33,26 @@ class Throughput:
     ranks: Ranks
 
     @classmethod
-    def of(cls, model: ModelConfig, device: torch.device, peak_flops: float | None, ranks: Ranks = ALONE) -> Throughput:
-        """For a run of this model by these ranks. What one device can do is measured where it is not stated."""
+    def of(
+        cls,
+        model: ModelConfig,
+        device: torch.device,
+        peak_flops: float | None,
+        ranks: Ranks = ALONE,
+        more_parameters: int = 0,
+    ) -> Throughput:
+        """For a run of this model, and active parameters besides, by these ranks.
+
+        What one device can do is measured where it is not stated.
+        """
         if peak_flops is None:
             peak_flops = product_rate(device)
             log.info("the product rate of %s is %.1f GFLOP/s, which MFU is a part of", device, peak_flops / 1e9)
         return cls(
-            flops_per_token(model), float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))), device, ranks
+            flops_per_token(model) + 6 * more_parameters,
+            float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))),
+            device,
+            ranks,
         )
 
     def values(self, tokens: int, seconds: float) -> dict[str, float]:
@@ -72,7 +85,7 @@ def flops_per_token(model: ModelConfig) -> int:
 
 
 def product_rate(device: torch.device) -> float:
-    """FLOPs a second of a product of two square fp32 matrices, large enough to show what the device can do."""
+    """FLOPs per second of a product of two square fp32 matrices, large enough to show what the device can do."""
     rate = 0.0
     for size in _SIZES:
         a, seconds = torch.ones(size, size, device=device), float("inf")

@@ -1,7 +1,7 @@
-"""Programs that show a run's metrics while it goes on: TensorBoard and Weights & Biases, where they are installed.
+"""Programs that show a run's metrics while it runs: TensorBoard and Weights & Biases, if they are installed.
 
-They get what metrics.jsonl gets, which stays the run's own record: numbers by name, lists by layer as one number each,
-and of the experts' loads how far the busiest one of each layer is above the mean.
+They get what metrics.jsonl gets, which stays the run's own record: numbers by name, one number for each entry of a list
+by layer, and for expert loads how far the busiest expert of each layer is above the mean.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
 
 def check_installed(log: LogConfig) -> None:
-    """Raise `ConfigError` for a program that is asked for and is not installed."""
+    """Raise `ConfigError` for a program that is requested but not installed."""
     wanted = {"tensorboard": ("tensorboard", log.tensorboard), "wandb": ("wandb", log.wandb is not None)}
     for key, (package, asked) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:

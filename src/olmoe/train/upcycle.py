@@ -1,4 +1,4 @@
-"""`olmoe upcycle`: a dense checkpoint to a sparse one that training goes on with, and what that does to the loss."""
+"""`olmoe upcycle`: turns a dense checkpoint into a sparse one to continue training from, and measures the loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALIBRATION_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats a token on held-out text, of the dense model and of what was made of it, on so many tokens."""
+    """Nats per token on held-out text, for the dense and the sparse model, and the number of tokens."""
 
     before: float
     after: float

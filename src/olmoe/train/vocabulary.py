@@ -67,10 +67,10 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int, path: str | Path
 
 
 def _cut(document: str) -> Iterator[str]:
-    """The document in parts, cut within what would be a word of more than `LONGEST` characters.
+    """The document in parts, cut within words of more than `LONGEST` characters.
 
-    The time that a word takes grows with the square of its length; such words are data, and teach no merges that
-    their parts do not.
+    The time for a word grows with the square of its length; such words are data, and teach no merges that their
+    parts do not.
     """
     start = 0
     for run in _LONG_RUN.finditer(document):

@@ -1,1 +1,1 @@
-"""Weights at rest: checkpoints in every format, read, checked, quantized, converted and written."""
+"""Weights on disk: checkpoints in every format, read, checked, quantized, converted and written."""

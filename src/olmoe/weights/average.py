@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one architecture ("souping"): what their runs have in common, less their noise.
+"""The mean of several checkpoints of one architecture ("souping"): what their runs have in common, minus their noise.
 
 OLMoE's second release is such a mean, of three annealing runs (OLMoE 0125).
 """
@@ -16,7 +16,7 @@ from olmoe.errors import CheckpointError, shown
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.source import WeightSource
 
-# Which ids begin, end and pad a text changes nothing that is computed.
+# The ids that start, end and pad a text do not affect the computation.
 _FREE = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
@@ -24,7 +24,7 @@ class Average:
     """A `WeightSource` of means, computed one matrix at a time in fp64 and rounded once to fp32."""
 
     def __init__(self, sources: Sequence[WeightSource]) -> None:
-        """Raises `CheckpointError` if there are fewer than two, or their architectures differ."""
+        """Raises `CheckpointError` if there are fewer than two, or if their architectures differ."""
         if len(sources) < 2:
             raise CheckpointError("An average needs at least two checkpoints; name another.")
         self._sources = sources
@@ -35,7 +35,7 @@ class Average:
                 if a != b and field.name not in _FREE:
                     raise CheckpointError(
                         f"{sources[0].path} has {field.name} {shown(a)}, but {other.path} {shown(b)}; only checkpoints "
-                        "of one architecture have an average."
+                        "of one architecture can be averaged."
                     )
 
     @property
@@ -56,7 +56,7 @@ class Average:
 
 
 def open_average(names: Sequence[str], *, local_files_only: bool = False) -> tuple[Average, torch.dtype]:
-    """The average of checkpoints in folders or of hub ids, and the widest dtype that they are stored in.
+    """The average of checkpoints, given as folders or hub ids, and the widest dtype that they are stored in.
 
     Raises `CheckpointError` for packed ones, whose weights are rounded.
     """

@@ -1,11 +1,10 @@
-"""What an edited model is made of: which layer of the original stands where, and which experts became each of its own.
+"""What an edited model is made of: which original layer each of its layers is, and from which experts its own come.
 
-Every edit of weights is a change of a `Blueprint`: pruning leaves experts out, merging averages some into one,
-reordering and duplicating move what is there. Nothing is read or computed before the blueprint is finished;
+Every edit of weights is a change to a `Blueprint`: pruning leaves experts out, merging averages some into one,
+reordering and duplicating move existing ones. Nothing is read or computed before the blueprint is finished;
 `olmoe.weights.edited` then reads a model through it. No torch.
 
-Numbers of experts that the methods take are those of the blueprint at that moment, from 0; what a blueprint keeps are
-those of the original.
+Methods take expert numbers of the current blueprint, from 0; the blueprint itself stores those of the original.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Mix:
 
     @classmethod
     def of(cls, mixes: Sequence[Mix], load: Sequence[float]) -> Mix:
-        """The average of all experts of several, weighted by the original's `load`; evenly where there was none."""
+        """The average of all experts of several mixes, weighted by the original's `load`; evenly if that is zero."""
         experts = tuple(sorted(e for mix in mixes for e in mix.experts))
         total = sum(load[e] for e in experts)
         if total <= 0:
@@ -41,7 +40,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of an edited model: that of the original with the number `origin`, and its experts."""
+    """One layer of an edited model: the number `origin` of the original layer, and its experts."""
 
     origin: int
     experts: tuple[Mix, ...]
@@ -49,9 +48,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """An edited model, as the layers and experts of the one with the configuration `original`.
+    """An edited model, as layers and experts of the model with the configuration `original`.
 
-    Raises `UserError` for what no checkpoint can be: layers with different numbers of experts, or none at all.
+    Raises `UserError` for what no checkpoint can be: layers with different numbers of experts, or with none at all.
     """
 
     original: ModelConfig
@@ -67,7 +66,7 @@ class Blueprint:
             if len(layer.experts) != first:
                 raise UserError(
                     f"Layer {number} would have {len(layer.experts)} experts and layer 0 {first}, but config.json has "
-                    "one number for all layers; leave out as many in each."
+                    "one number for all layers; leave out the same number in each."
                 )
         if not first:
             raise UserError("No expert would be left; leave out fewer.")
@@ -81,12 +80,12 @@ class Blueprint:
 
     @property
     def num_experts(self) -> int:
-        """How many each layer has."""
+        """How many experts each layer has."""
         return len(self.layers[0].experts)
 
     @property
     def config(self) -> ModelConfig:
-        """The edited model's. Raises `UserError` if a token is to choose more experts than there are."""
+        """The edited model's configuration. Raises `UserError` if a token is to choose more experts than there are."""
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(
                 f"Each token is to choose {self.top_k} experts, but a layer has {self.num_experts}; give a --top-k "
@@ -112,9 +111,9 @@ class Blueprint:
         return self._changed(kept)
 
     def merged(self, groups: Sequence[Sequence[Sequence[int]]], load: Sequence[Sequence[float]]) -> Blueprint:
-        """Average the experts of each group into one, which stands where the first of them stood.
+        """Average the experts of each group into one, which takes the place of the first of them.
 
-        `groups` are by layer, those of one expert may be left out. `load` (original's layers, experts) weighs them.
+        `groups` are by layer; groups of one expert may be omitted. `load` (original layers, experts) weighs them.
         """
 
         def averaged(number: int, mixes: tuple[Mix, ...]) -> tuple[Mix, ...]:
@@ -130,7 +129,7 @@ class Blueprint:
         return self._changed(averaged)
 
     def reordered(self, orders: Sequence[Sequence[int]]) -> Blueprint:
-        """Put the experts of each layer in another order: first that with the number `orders[layer][0]`."""
+        """Put the experts of each layer in another order: the one with the number `orders[layer][0]` first."""
 
         def moved(number: int, mixes: tuple[Mix, ...]) -> tuple[Mix, ...]:
             order = orders[number]
@@ -145,7 +144,7 @@ class Blueprint:
         return self._changed(moved)
 
     def with_layers(self, numbers: Sequence[int]) -> Blueprint:
-        """These layers in this order; one that is named several times stands there several times."""
+        """These layers in this order; one that is named several times occurs several times."""
         for number in numbers:
             self._check_layer(number)
         return dataclasses.replace(self, layers=tuple(self.layers[number] for number in numbers))
@@ -157,7 +156,7 @@ class Blueprint:
         return self.with_layers([i for i in range(len(self.layers)) for _ in range(2 if i in set(numbers) else 1)])
 
     def with_routing(self, top_k: int | None = None, normalize_top_k: bool | None = None) -> Blueprint:
-        """Another number of experts a token, or probabilities divided by their sum or not; None leaves as it is."""
+        """Change the number of experts per token, or whether probabilities are divided by their sum; None keeps it."""
         return dataclasses.replace(
             self,
             top_k=self.top_k if top_k is None else top_k,
@@ -175,7 +174,7 @@ class Blueprint:
     # ---- to and from JSON ----
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: an expert is its number, or where several were merged `[[number, weight], ...]`."""
+        """For JSON: an expert is its number or, if several were merged, `[[number, weight], ...]`."""
 
         def written(mix: Mix) -> int | list[list[float]]:
             pairs = zip(mix.experts, mix.weights, strict=True)
@@ -206,7 +205,7 @@ class Blueprint:
         except (KeyError, TypeError, ValueError):
             found = None
         if found is None or not all(0 <= each.origin < original.num_hidden_layers for each in found.layers):
-            raise UserError("it is no edit of the original that is compared with it.")
+            raise UserError("it is not an edit of the original that it is compared with.")
         return found
 
 

@@ -1,8 +1,8 @@
-"""Calibration: the unquantized model runs over text, and what its matrices multiply with becomes known.
+"""Calibration: runs the unquantized model over text to learn what its matrices are multiplied with.
 
-Nothing but the hidden states of all windows, one layer's attention and one expert exists in memory. So statistics come
-one matrix at a time, in the order in which the forward pass reaches them, and each is to be used before the next is
-asked for: those of all experts together would be larger than the model.
+Only the hidden states of all windows, one layer's attention and one expert are in memory. So statistics come one matrix
+at a time, in the order in which the forward pass reaches them, and each must be used before the next is requested:
+those of all experts together would be larger than the model.
 
 Shapes legend: B windows, T tokens of a window, N tokens, D hidden, K experts per token.
 """
@@ -22,7 +22,7 @@ from olmoe.weights.source import WeightSource, read_finite
 
 
 class Calibrated(NamedTuple):
-    """A matrix, of one `expert` where it belongs to a stack, and what is known of its inputs."""
+    """A matrix (of one `expert` if it belongs to a stack), and statistics of its inputs."""
 
     name: str
     expert: int | None
@@ -32,7 +32,7 @@ class Calibrated(NamedTuple):
 
 @torch.inference_mode()
 def calibrate(source: WeightSource, ids_BT: Tensor) -> Iterator[Calibrated]:
-    """Every matrix of a model but its routers, with statistics of its inputs on windows of token ids (B, T).
+    """Every matrix of a model except its routers, with statistics of its inputs on windows of token ids (B, T).
 
     Raises `CheckpointError` for weights that are not finite.
     """
@@ -70,7 +70,7 @@ def calibrate(source: WeightSource, ids_BT: Tensor) -> Iterator[Calibrated]:
 
 
 def layer_without_experts(source: WeightSource, i: int, prefix: str) -> DecoderLayer:
-    """A block with its weights in fp32, but for the experts, which stay on the meta device."""
+    """A layer with its weights in fp32, except the experts, which stay on the meta device."""
     with torch.device("meta"):
         layer = DecoderLayer(source.config, i)
     for name, _ in list(layer.named_parameters()):
@@ -84,10 +84,10 @@ def layer_without_experts(source: WeightSource, i: int, prefix: str) -> DecoderL
 def _experts(
     source: WeightSource, prefix: str, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, y_ND: Tensor
 ) -> Iterator[Calibrated]:
-    """The matrices of one expert after the other; what they make of x (N, D) is added to y (N, D)."""
+    """The matrices of one expert after another; their outputs for x (N, D) are added to y (N, D)."""
     config = source.config
     act = activation(config.hidden_act)
-    # Of all tokens: an expert's own inputs are few, and hardly different.
+    # Of all tokens: an expert's own inputs are few, and hardly differ from them.
     inputs = _inputs(x_ND)
     for e in range(config.num_experts):
         gate_up, down = read_finite(source, prefix + GATE_UP, e), read_finite(source, prefix + DOWN, e)
@@ -100,5 +100,5 @@ def _experts(
 
 
 def _inputs(x: Tensor) -> Inputs:
-    """What is known of inputs (N, C): E[x x^T]."""
+    """The statistics of inputs (N, C): E[x x^T]."""
     return Inputs(x.T @ x / len(x))

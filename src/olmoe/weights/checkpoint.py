@@ -1,4 +1,4 @@
-"""`Checkpoint`: a model on disk in any format that is supported; and `load`, the shortcut to the model itself.
+"""`Checkpoint`: a model on disk in any supported format; and `load`, the shortcut to the model itself.
 
 A folder whose `config.json` has a `quantization_config` is a packed one (`olmoe.weights.packed_file`), one with
 `.metadata` was written by several processes (`olmoe.weights.sharded_folder`), others are Hugging Face's
@@ -27,7 +27,7 @@ class Checkpoint:
     """A model on disk: its configuration and the headers of its weights, each read once."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers in `folder`. Raises `CheckpointError` or `ConfigError` for what is wrong with them."""
+        """Read the headers in `folder`. Raises `CheckpointError` or `ConfigError` if something is wrong with them."""
         raw = read_object(folder / "config.json")
         self.folder = folder
         self._weights: PackedFile | HFFolder | ShardedFolder
@@ -45,7 +45,7 @@ class Checkpoint:
         token: str | None = None,
         local_files_only: bool = False,
     ) -> Checkpoint:
-        """The checkpoint in a folder, or of a hub id, which is fetched if it is not here yet."""
+        """The checkpoint in a folder, or of a hub id, which is downloaded unless it is cached."""
         return cls(hub.resolve(model_id, revision=revision, token=token, local_files_only=local_files_only))
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """How most weights are stored, for people: a dtype, a format, or the recipe that packed them."""
+        """How most weights are stored, for display: a dtype, a format, or the recipe that packed them."""
         return self._weights.format
 
     @property
@@ -70,7 +70,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """The size of its files of weights."""
+        """The size of its weight files."""
         return self._weights.num_bytes
 
     def source(self) -> WeightSource:
@@ -101,7 +101,7 @@ def load(
 ) -> CausalLM:
     """Load a model from a folder or a hub id, in evaluation mode without gradients.
 
-    `dtype` is that of the parameters in memory; None keeps what is stored. Of a packed checkpoint it is that of
+    `dtype` is that of the parameters in memory; None keeps what is stored. For a packed checkpoint it is the dtype of
     hidden states and products, fp32 by default. `progress(done, total)` is called after each tensor. Raises
     `CheckpointError` or `ConfigError` with one sentence for everything that can be wrong with the files; nothing is
     returned half-loaded.
@@ -117,9 +117,9 @@ def open_source(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> WeightSource:
-    """The source that a name means: a .gguf file, a checkpoint folder, or a hub id."""
+    """The weight source for a .gguf file, a checkpoint folder, or a hub id."""
     if os.fspath(name).lower().endswith(".gguf"):
-        from olmoe.weights.gguf.source import GGUFSource  # the reader is not needed for anything else
+        from olmoe.weights.gguf.source import GGUFSource  # needed for nothing else
 
         return GGUFSource(os.path.expanduser(name))
     where = name if isinstance(name, str) else Path(name)

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold: bytes by parameter; of a packed one formats and weights by kind of tensor."""
+"""What the files of a checkpoint hold: bytes by parameter; for packed ones, formats and weights by kind of tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Packed:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the file for each weight, header and all."""
+        """Bits of the file per weight, header included."""
         return 8 * self.file_bytes / sum(weights for _, weights, _ in self.kinds.values())
 
     @property
@@ -36,8 +36,8 @@ class Packed:
         return {k: {"format": f, "weights": w, "bytes": b} for k, (f, w, b) in self.kinds.items()}
 
     def table(self) -> str:
-        """Kinds of tensors with their formats, weights, bytes and bits a weight, as a Markdown table."""
-        lines = ["| tensors | format | weights | bytes | bits a weight |", "| --- | --- | ---: | ---: | ---: |"]
+        """Kinds of tensors with their formats, weights, bytes and bits per weight, as a Markdown table."""
+        lines = ["| tensors | format | weights | bytes | bits per weight |", "| --- | --- | ---: | ---: | ---: |"]
         for kind, (formats, weights, size) in self.kinds.items():
             lines.append(f"| {kind} | {formats} | {weights:,} | {size:,} | {8 * size / weights:.2f} |")
         weights = sum(weights for _, weights, _ in self.kinds.values())
@@ -51,14 +51,14 @@ def describe(table: TensorTable, tensors: Tensors, file_bytes: int) -> Packed:
     for name, (row, _, _) in table.parts().items():
         (shape, dtype) = tensors[name]
         format = str(dtype).removeprefix("torch.") if row.format is None else row.format.name
-        weights = row.weights if name == row.name else 0  # what else it stores stands for none
+        weights = row.weights if name == row.name else 0  # its other tensors hold no weights of their own
         formats, others, size = kinds.get(_kind(name), (set(), 0, 0))
         kinds[_kind(name)] = formats | {format}, others + weights, size + math.prod(shape) * dtype.itemsize
     return Packed({k: (" ".join(sorted(f)), w, b) for k, (f, w, b) in kinds.items()}, file_bytes)
 
 
 def contents_of(checkpoint: Checkpoint) -> Packed:
-    """What a packed checkpoint holds, from nothing but its headers. Raises what loading it would."""
+    """What a packed checkpoint holds, from its headers alone. Raises what loading it would."""
     source = checkpoint.source()
     assert isinstance(source, PackedFile), f"{checkpoint.folder} is not packed"
     tensors = {name: (entry.shape, DTYPES[entry.dtype]) for name, entry in source.tensors.entries.items()}
@@ -66,7 +66,7 @@ def contents_of(checkpoint: Checkpoint) -> Packed:
 
 
 def parameter_bytes(source: HFFolder | PackedFile) -> dict[str, int]:
-    """How many bytes each parameter of a checkpoint takes on disk, from nothing but headers."""
+    """How many bytes each parameter of a checkpoint takes on disk, from its headers alone."""
     found: dict[str, int] = {}
     if isinstance(source, PackedFile):
         for name, (row, _, _) in source.table.parts().items():
@@ -80,9 +80,10 @@ def parameter_bytes(source: HFFolder | PackedFile) -> dict[str, int]:
 
 
 def bytes_a_token(source: HFFolder | PackedFile, top_k: int | None = None) -> int:
-    """The bytes of weights that one token reads: all but the embeddings, of which it needs a row, and `top_k` experts.
+    """The bytes of weights that one token reads.
 
-    By default those that the model chooses.
+    These are `top_k` experts per layer (by default the model's number) and all other weights except the embeddings, of
+    which a token needs only one row.
     """
     config, total = source.config, 0
     top_k = config.num_experts_per_tok if top_k is None else top_k

@@ -1,11 +1,11 @@
 """Dense models as OLMoE with one expert: a folder of Hugging Face's `olmo` layout (OLMo-1B), as a `WeightSource`.
 
-OLMo differs from OLMoE in two ways besides its dense MLP. It normalises with a LayerNorm that has no weights, which
-takes the mean off what it divides by the root of the mean square. Weights that write to the residual stream are
-therefore read without their mean over the stream's width: the stream then never has one, and an RMSNorm of weight one
-gives the same numbers. And OLMo does not normalise queries and keys. An RMSNorm divides them by their root mean square,
-which differs from token to token; its weight is read as the mean of that, measured on text, so that scores of
-attention keep their size. That is the one change which does not preserve the function.
+OLMo differs from OLMoE in two ways besides its dense MLP. It normalises with a LayerNorm without weights, which
+subtracts the mean before it divides by the root mean square. Weights that write to the residual stream are therefore
+read without their mean over the stream's width: the mean of the stream is then always zero, and an RMSNorm of weight
+one gives the same numbers. And OLMo does not normalise queries and keys. An RMSNorm divides them by their root mean
+square, which differs from token to token; the mean of that, measured on text, becomes its weight, so that attention
+scores keep their scale. That is the only change that does not preserve the function.
 
 Shapes legend: D hidden, F width of the dense MLP.
 """
@@ -30,7 +30,7 @@ from olmoe.weights.source import load_model, texts_of
 
 MODEL_TYPE = "olmo"
 _NORM_EPSILON = 1e-5  # of OLMo's LayerNorm; its config.json has no key for it
-# What transformers assumes where config.json says nothing.
+# What transformers assumes if config.json says nothing.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50304,
     "hidden_size": 4096,
@@ -41,21 +41,21 @@ _DEFAULTS: dict[str, Any] = {
     "pad_token_id": 1,
     "eos_token_id": 50279,
 }
-# Parameters of a layer that stand in the file under the same name.
+# Parameters of a layer that have the same name in the file.
 _SAME = tuple(f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias"))
 _WRITES_TO_STREAM = ("self_attn.o_proj.weight", "self_attn.o_proj.bias")
 
 
 class OlmoFolder:
-    """OLMo of one folder, read matrix by matrix as an OLMoE that has one expert."""
+    """The OLMo in a folder, read matrix by matrix as an OLMoE with one expert."""
 
     def __init__(self, folder: Path) -> None:
-        """Read configuration and headers. Raises `ConfigError` or `CheckpointError` for what is no OLMo."""
+        """Read configuration and headers. Raises `ConfigError` or `CheckpointError` if it is not an OLMo."""
         raw = read_object(folder / "config.json")
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(
                 f"{folder} has the model type {shown(raw.get('model_type'))}; what can be made sparse is an OLMo "
-                f"({MODEL_TYPE!r}, as OLMo-1B-hf), or an OLMoE with one expert."
+                f"({MODEL_TYPE!r}, such as OLMo-1B-hf), or an OLMoE with one expert."
             )
         self.config = _sparse_config(raw)
         self._folder, self._stored = folder, read_headers(folder)
@@ -68,7 +68,7 @@ class OlmoFolder:
         return self._folder
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
-        """See `WeightSource.read`; all in fp32, since some of it is computed."""
+        """See `WeightSource.read`; all in fp32, since some weights are computed."""
         if parameter == EMBEDDING:
             return _centred(self._tensor(EMBEDDING), dim=1)
         if parameter == HEAD:
@@ -95,7 +95,7 @@ class OlmoFolder:
         return texts_of(self._folder)
 
     def dense_model(self) -> CausalLM:
-        """What OLMo itself computes: queries and keys are not normalised. In fp32."""
+        """The original OLMo, in fp32: queries and keys are not normalised."""
         model = load_model(self, torch.float32)
         for attention in _attentions(model):
             for name in ("q_norm", "k_norm"):
@@ -104,7 +104,7 @@ class OlmoFolder:
 
     @torch.inference_mode()
     def fit_norms(self, token_ids: list[int], window: int) -> None:
-        """Measure how large queries and keys are on text, and read their norms' weights so from now on."""
+        """Measure the size of queries and keys on text; from then on it is read as their norms' weights."""
         model = self.dense_model()
         sums: dict[str, list[Tensor]] = {}
         hooks = [
@@ -171,5 +171,5 @@ def _split(parameter: str) -> tuple[str, str]:
 
 
 def _centred(weight: Tensor, dim: int) -> Tensor:
-    """Without its mean over the width of the residual stream."""
+    """`weight` minus its mean over the width of the residual stream."""
     return weight - weight.mean(dim=dim, keepdim=True)

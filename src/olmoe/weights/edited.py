@@ -1,9 +1,8 @@
-"""A model as a blueprint makes it of another: read through `EditedSource`, and written as an ordinary checkpoint.
+"""A model made from another by a blueprint: read through `EditedSource`, and written as an ordinary checkpoint.
 
-Nothing is held but the tensor that is read. What is not merged is copied as it is stored: the values of an ordinary
-checkpoint in their dtype, the blocks of a packed one bit for bit. A merged expert is averaged in fp32 and rounded once
-to the dtype of its kind, or packed anew in the format of its matrix. A merged expert's row of the router is the same
-average of rows.
+Only the tensor being read is in memory. What is not merged is copied as stored: the values of an ordinary checkpoint in
+their dtype, the blocks of a packed one bit for bit. A merged expert is averaged in fp32 and rounded once to the dtype
+of its kind, or packed again in the format of its matrix. Its row of the router is the same average of rows.
 
 Shapes legend: E experts, D hidden.
 """
@@ -37,9 +36,9 @@ _ROUTER = ".mlp.gate.weight"
 
 
 class EditedSource:
-    """A `BlockSource`: the weights of `base` by the names that they have in the edited model.
+    """A `BlockSource`: the weights of `base` under their names in the edited model.
 
-    `notes` say in JSON how the edit came about; they stand beside the blueprint in the file olmoe_edit.json.
+    `notes` record, for JSON, how the edit was made; they are stored with the blueprint in olmoe_edit.json.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class EditedSource:
         return self.base.path
 
     def origin(self, parameter: str) -> tuple[str, LayerPlan | None]:
-        """What the original calls a parameter, and the plan of its layer."""
+        """The original's name for a parameter, and the plan of its layer."""
         layer = layer_of(parameter)
         if layer is None:
             return parameter, None
@@ -80,7 +79,7 @@ class EditedSource:
         return self.base.files() | {FILE_NAME: text}
 
     def stored_as(self, parameter: str, expert: int | None = None) -> tuple[str, ...]:
-        """See `BlockSource.stored_as`: what is averaged, and what an ordinary checkpoint has, is in no blocks."""
+        """See `BlockSource.stored_as`: averaged weights, and those of an ordinary checkpoint, are not in blocks."""
         name, plan = self.origin(parameter)
         if not isinstance(self.base, PackedFile) or (plan and expert is not None and len(_mix(plan, expert)) > 1):
             return ("F32",)
@@ -100,7 +99,7 @@ def _mix(plan: LayerPlan, expert: int) -> tuple[int, ...]:
 
 
 def _average(values: Sequence[Tensor], mix: Mix) -> Tensor:
-    """Values by the weights of a mix, computed in fp32, in their own dtype."""
+    """The average of `values` with the weights of a mix, computed in fp32, in their own dtype."""
     if len(values) == 1:
         return values[0]
     total = torch.zeros(values[0].shape)
@@ -112,10 +111,10 @@ def _average(values: Sequence[Tensor], mix: Mix) -> Tensor:
 def write(source: EditedSource, target: Path, *, overwrite: bool = False, progress: Progress | None = None) -> None:
     """Write the edited model to the folder `target`, whole or not at all.
 
-    An ordinary checkpoint becomes an ordinary one, tensor by tensor in its dtype; a folder of `olmoe quantize` a packed
-    one in the same formats; what `save_pretrained` stored in nf4, fp4 or int8 is decoded, for an ordinary one in the
-    dtype that it computes in (bf16 if it says none). `progress(done, total)` is called after each tensor. Raises
-    `UserError` if `target` exists, or with `overwrite` if it holds anything but a model.
+    An ordinary checkpoint becomes an ordinary one, tensor by tensor in its dtype; a folder of `olmoe quantize` becomes
+    a packed one in the same formats; what `save_pretrained` stored in nf4, fp4 or int8 is decoded into an ordinary one
+    in the dtype that it computes in (bf16 if it names none). `progress(done, total)` is called after each tensor.
+    Raises `UserError` if `target` exists, or with `overwrite` if it holds anything but a model.
     """
     check_target(source, target, overwrite=overwrite)
     base = source.base
@@ -136,10 +135,10 @@ def check_target(source: EditedSource, target: Path, *, overwrite: bool) -> None
 
 
 def edited_recipe(source: EditedSource, layout: PackedLayout) -> Recipe:
-    """How the edited model is packed: each matrix in the format of the one that it was.
+    """How the edited model is packed: each matrix in the format of its original.
 
-    Overrides may name layers, whose numbers change. Those that still say the right thing stay as they are; where they
-    do not, matrices are named one by one.
+    Overrides may name layers, whose numbers change. Those that are still right are kept; where they are not, matrices
+    are named one by one.
     """
     known = RECIPES.get(layout.recipe or "")
     recipe = Recipe(

@@ -25,7 +25,7 @@ from olmoe.weights.names import parts_of
 from olmoe.weights.shards import MAX_SHARD_BYTES, cut, write_index
 from olmoe.weights.source import TRAVELLING
 
-# In the metadata of weights that `save` wrote: which files it wrote beside them, but for those.
+# In the metadata of weights that `save` wrote: which other files it wrote, apart from those that it always writes.
 _EXTRA_FILES = "olmoe_extra_files"
 
 
@@ -41,11 +41,11 @@ def save(
     """Write `config.json`, `generation_config.json` and safetensors in the per-expert layout, atomically.
 
     `dtype` converts while writing; None keeps each parameter's. Shards hold at most `max_shard_bytes`,
-    and only one exists in memory. `extra_files` (name -> text) are written into the same folder.
+    and only one is in memory. `extra_files` (name -> text) are written into the same folder.
 
-    A folder that holds nothing but files of `save` is replaced whole. With `overwrite`, a checkpoint of another
-    writer is replaced too, and what does not belong to a checkpoint stays beside the new one. All else is refused with
-    `CheckpointError`, because replacing it would delete it.
+    A folder that holds nothing but files written by `save` is replaced as a whole. With `overwrite`, a checkpoint from
+    another writer is replaced too, and files that do not belong to a checkpoint are kept beside the new one. Anything
+    else is refused with `CheckpointError`, because replacing it would delete it.
     """
     with replaced_folder(folder, extra_files or {}, overwrite) as temporary:
         unusual = sorted(set(extra_files or ()) - set(TRAVELLING))
@@ -55,7 +55,7 @@ def save(
 
 @contextlib.contextmanager
 def replaced_folder(folder: str | Path, extra_files: dict[str, str], overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block, which writes the weights, ends; see `save`."""
+    """A temporary folder for the block to write weights into, which becomes `folder` at its end; see `save`."""
     folder = Path(os.path.expanduser(folder))
     foreign = _check_target(folder, extra_files, overwrite)
     with targets.folder_that_keeps(folder, foreign) as temporary:
@@ -65,7 +65,7 @@ def replaced_folder(folder: str | Path, extra_files: dict[str, str], overwrite: 
 
 
 def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) -> list[str]:
-    """What stays of an old folder; raises `CheckpointError` if something would be lost."""
+    """The files to keep from an old folder; raises `CheckpointError` if something would be lost."""
     if not folder.is_dir() or not targets.entries(folder):
         return []
     targets.check_is_checkpoint(folder, "saving")
@@ -81,7 +81,7 @@ def _check_target(folder: Path, extra_files: dict[str, str], overwrite: bool) ->
 
 
 def _files_of_save(folder: Path) -> list[str]:
-    """The names of the extra files that `save` wrote into a folder, as the weights' metadata say."""
+    """The names of the extra files that `save` wrote into a folder, from the weights' metadata."""
     for file in (folder / SINGLE_NAME, *sorted(folder.glob("model-00001-of-*.safetensors"))):
         if file.is_file():
             with contextlib.suppress(CheckpointError, ValueError, TypeError), open_file(file) as handle:
@@ -98,11 +98,11 @@ def write_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """`save` into an existing folder that the caller makes atomic; `metadata` are written into each shard."""
+    """`save` into an existing folder that the caller makes atomic; `metadata` is written into each shard."""
     tensors = dict(exported_tensors(model))
     for value in tensors.values():
         if value.dtype == torch.uint8:
-            raise CheckpointError("A packed model is not written again; copy its folder, or pack another one.")
+            raise CheckpointError("A packed model cannot be written again; copy its folder, or pack another one.")
         if (dtype or value.dtype) not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"Weights cannot be saved as {dtype or value.dtype}; use float32, bfloat16 or float16."
@@ -133,14 +133,14 @@ def _write_shard(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Raises `OSError` where the file system refuses it, a full disk above all."""
+    """Write a safetensors file. Raises `OSError` if the file system refuses it, usually for a full disk."""
     file.touch()
-    mode = file.stat().st_mode  # the umask's; safetensors would leave the file private to its writer
+    mode = file.stat().st_mode  # as the umask says; safetensors would leave the file private to its writer
     try:
         save_file(tensors, file, metadata=metadata)
         file.chmod(mode)
     except SafetensorError as error:
-        # What the file system refused arrives as text: "I/O error: No space left on device (os error 28)".
+        # Errors of the file system arrive as text: "I/O error: No space left on device (os error 28)".
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise

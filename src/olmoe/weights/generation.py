@@ -24,7 +24,7 @@ def generation_text(config: ModelConfig) -> str:
 
 
 def end_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """The ids that end a text of a checkpoint folder: those of its generation_config.json, else the model's own."""
+    """The ids that end a text, for a checkpoint folder: those in its generation_config.json, else the model's own."""
     value: Any = read_optional_object(folder / FILE_NAME, CheckpointError).get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     return tuple(ids) if ids and all(isinstance(i, int) for i in ids) else config.eos_token_ids

@@ -35,7 +35,7 @@ from olmoe.weights import source
 from olmoe.weights.names import EMBEDDING, HEAD, Part, count_layers, expert_part, parameter_shapes
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Buffers that old transformers versions stored; they follow from the configuration.
+# Buffers that old versions of transformers stored; they follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
@@ -51,7 +51,7 @@ class StoredTensor:
 class HFFolder:
     """A folder of safetensors: loads the model, or gives its matrices one by one (a `WeightSource`).
 
-    Read one by one, shards are mapped, and pages that were read are given back.
+    For reading one by one, shards are mapped, and pages that were read are released.
     """
 
     layout = None  # nothing is packed
@@ -71,7 +71,7 @@ class HFFolder:
 
     @property
     def num_bytes(self) -> int:
-        """The size of its files of weights."""
+        """The size of its weight files."""
         return sum(file.stat().st_size for file in {tensor.file for tensor in self.stored.values()})
 
     @property
@@ -81,7 +81,7 @@ class HFFolder:
 
     @property
     def dtypes(self) -> list[str]:
-        """Names of the dtypes of its tensors, which are compared with the configuration first."""
+        """Names of the dtypes of its tensors, after a check against the configuration."""
         _ = self.parts
         return sorted({tensor.dtype for tensor in self.stored.values()})
 
@@ -105,7 +105,7 @@ class HFFolder:
         """The model, in evaluation mode without gradients; `dtype` None keeps what is stored.
 
         `progress(done, total)` is called after each tensor. Raises `CheckpointError` for everything that can be wrong
-        with the files, and where the memory does not suffice.
+        with the files, and if memory does not suffice.
         """
         self.check()
         config, stored, parts = self.config, self.stored, self.parts
@@ -156,7 +156,7 @@ class HFFolder:
 
     @functools.cached_property
     def parameter_dtypes(self) -> dict[str, torch.dtype]:
-        """In which each parameter is stored; where its tensors differ, one that holds the values of all."""
+        """The dtype that each parameter is stored in; if its tensors differ, one that can hold all their values."""
         found: dict[str, torch.dtype] = {}
         for name, part in self.parts.items():
             dtype = FLOAT_DTYPES[self.stored[name].dtype]
@@ -189,7 +189,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     is truncated or not safetensors.
     """
     weight_map: dict[str, Any] = {}
-    if (folder / SINGLE_NAME).is_file():  # wins over an index, as in transformers
+    if (folder / SINGLE_NAME).is_file():  # takes precedence over an index, as in transformers
         files = [SINGLE_NAME]
     elif (folder / INDEX_NAME).is_file():
         weight_map = read_index(folder / INDEX_NAME)
@@ -209,7 +209,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                 stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
     if set(weight_map) - set(stored):
         missing = sorted(set(weight_map) - set(stored))
-        raise CheckpointError(f"The index promises {some(missing)}, which the shards do not hold.")
+        raise CheckpointError(f"The index lists {some(missing)}, which the shards do not hold.")
     return stored
 
 
@@ -291,7 +291,7 @@ def _check_complete(config: ModelConfig, parts: dict[str, Part], expected: dict[
 
 
 def check_range(name: str, value: Tensor, converted: Tensor) -> None:
-    """float16 ends at 65504; a larger weight becomes infinite, and every text after it nonsense."""
+    """Raise `CheckpointError` for a weight beyond 65504: float16 would make it infinite, and every text nonsense."""
     if converted.dtype == torch.float16 and value.dtype != torch.float16:
         low, high = torch.aminmax(converted)
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -305,7 +305,7 @@ def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def open_file(file: Path) -> Any:
-    """`safe_open`, with what can be wrong with the file in one sentence."""
+    """`safe_open`, with one sentence for everything that can be wrong with the file."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -1,6 +1,6 @@
-"""What the tensors of an OLMoE checkpoint are called, and which part of which parameter each of them is. No torch.
+"""The names of the tensors in an OLMoE checkpoint, and which part of which parameter each of them is. No torch.
 
-The network has the experts of a layer stacked: `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F). In the per-expert
+The network stacks the experts of a layer: `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F). In the per-expert
 layout, which the hub holds and `export.save` writes, every expert has three matrices of its own.
 
 Shapes legend: D hidden, E experts, F expert width, V vocabulary.
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from olmoe.config import ModelConfig
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix where they are tied
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix if they are tied
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 EXPERTS = "mlp.experts"  # in a layer
-# One spelling a number, so that no two names mean the same tensor.
+# One spelling per number, so that no two names mean the same tensor.
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _LAYER_NAME = re.compile(rf"model\.layers\.({_NUMBER})\.")
 _EXPERT_NAME = re.compile(
@@ -27,7 +27,7 @@ _EXPERT_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the per-expert layout: a whole parameter, or of one `expert` the rows from `first_row` on."""
+    """A tensor of the per-expert layout: a whole parameter, or the rows of one `expert` from `first_row` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Part:
 
     @property
     def index(self) -> tuple[int | slice, ...]:
-        """Where the parameter holds it."""
+        """Its index within the parameter."""
         if self.expert is None:
             return ()
         return (self.expert, slice(self.first_row, self.first_row + self.shape[0]))
@@ -66,7 +66,7 @@ def parts_of(parameter: str, shape: tuple[int, ...]) -> Iterator[Part]:
 
 
 def expert_part(name: str, config: ModelConfig) -> Part | None:
-    """The part that a tensor of this name is, if it is called like a matrix of one expert."""
+    """The part that a tensor of this name is, if the name is that of a matrix of one expert."""
     match = _EXPERT_NAME.fullmatch(name)
     if match is None or int(match["expert"]) >= config.num_experts:
         return None
@@ -83,7 +83,7 @@ def layer_of(name: str) -> int | None:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """How many layers tensors of these names belong to."""
+    """How many layers the tensors of these names belong to."""
     return len({layer_of(name) for name in names} - {None})
 
 

@@ -1,15 +1,16 @@
 """Packed checkpoints: a folder whose matrices are stored as `olmoe.quant.formats.blocks` lays them out in memory.
 
-    config.json          the ordinary one, and under "quantization_config" an `olmoe.quant.PackedLayout`
+    config.json          as usual, with an `olmoe.quant.PackedLayout` under "quantization_config"
     model.safetensors    one file; tensors are named like the parameters of the packed modules (`save_pretrained`
                          may have made several with an index of it)
     tokenizer files
 
-Loading maps the file and hangs views of it into packed modules: nothing is read, converted or copied but norms,
+Loading maps the file and puts views of it into packed modules: nothing is read, converted or copied except norms,
 routers, biases and matrices that stay plain, which take the dtype that the model computes in. Packed tensors come
-first in the file, each at a multiple of 64 bytes (of 32 where a matrix has an odd number of blocks of 16 rows).
+first in the file, each at a multiple of 64 bytes (of 32 if a matrix has an odd number of blocks of 16 rows).
 
-What `save_pretrained` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read the same way.
+What `save_pretrained` and `olmoe quantize --format nf4` stored in nf4, fp4 or int8 (`olmoe.quant.SavedLayout`) is read
+the same way.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def is_packed(raw: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` with these contents says that the weights are packed, by this package or another."""
+    """Whether the contents of a `config.json` say that the weights are packed, by this package or another."""
     return raw.get(CONFIG_KEY) not in (None, {})
 
 
@@ -82,17 +83,17 @@ class PackedFile:
 
     @property
     def num_bytes(self) -> int:
-        """The size of its files of weights."""
+        """The size of its weight files."""
         return self.tensors.num_bytes
 
     @property
     def format(self) -> str:
-        """How its matrices are stored, for people: the recipe that packed them, or their format."""
+        """How its matrices are stored, for display: the recipe that packed them, or their format."""
         return self.layout.recipe or self.layout.weight_format
 
     @property
     def dtypes(self) -> list[str]:
-        """Names of the dtypes of its tensors, which are compared with the configuration first."""
+        """Names of the dtypes of its tensors, after a check against the configuration."""
         self.check()
         return sorted({entry.dtype for entry in self.tensors.entries.values()})
 
@@ -111,24 +112,30 @@ class PackedFile:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        frozen: bool = False,
     ) -> CausalLM:
         """The model, in evaluation mode without gradients. On a CPU its matrices are views of the file.
 
         `dtype` is that of hidden states and products (None: fp32). `progress(done, total)` is called after each tensor.
-        Raises `CheckpointError` for everything that can be wrong with the file.
+        Of a `frozen` model embeddings and head are views of the file too (see `frozen.py`). Raises
+        `CheckpointError` for everything that can be wrong with the file.
         """
         with garbage_collection_paused():
-            return self._load(dtype or torch.float32, device, progress)
+            return self._load(dtype or torch.float32, device, progress, frozen)
 
     def _load(
-        self, dtype: torch.dtype, device: torch.device | str, progress: Callable[[int, int], None] | None
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        progress: Callable[[int, int], None] | None,
+        frozen: bool,
     ) -> CausalLM:
         parts = self.table.parts()
         model = build(self.config, self.layout)
         set_compute_dtype(model, dtype)
         for done, (name, (_, _, fixed)) in enumerate(parts.items(), start=1):
             value = self.tensors.tensor(name)
-            if fixed is None:
+            if fixed is None and not (frozen and name in (EMBEDDING, HEAD)):
                 value = value.to(dtype)
             _set_parameter(model, name, value.to(device))
             if progress is not None:
@@ -160,7 +167,7 @@ class PackedFile:
 
 
 def open_tensors(folder: Path, config: ModelConfig) -> TensorFiles:
-    """The tensors of a packed folder, under the names that the network has for them."""
+    """The tensors of a packed folder, under the network's names."""
     files = TensorFiles(folder)
     if config.tie_word_embeddings and HEAD in files.entries and EMBEDDING not in files.entries:
         files.rename(HEAD, EMBEDDING)
@@ -168,7 +175,7 @@ def open_tensors(folder: Path, config: ModelConfig) -> TensorFiles:
 
 
 def check(config: ModelConfig, layout: Layout, entries: Mapping[str, Entry], path: Path) -> TensorTable:
-    """The table that a file's tensors fit exactly. Raises `CheckpointError` if they do not."""
+    """The table of a file's tensors, which must fit it exactly. Raises `CheckpointError` if they do not."""
     if (layers := count_layers(entries)) != config.num_hidden_layers:
         check_names(entries)
         # Before tensors are listed, so that a hostile layer count cannot fill the memory.
@@ -210,8 +217,8 @@ def build(config: ModelConfig, layout: Layout) -> CausalLM:
 def file_tensors(table: TensorTable, plain: torch.dtype | Mapping[str, torch.dtype]) -> Tensors:
     """Shape and dtype of every tensor of a packed file by name, in the order of the file.
 
-    `plain` is the dtype of what is not packed, one for all or by name. Codes come first, those of whole cache lines
-    before others, so that sizes keep the next one aligned.
+    `plain` is the dtype of what is not packed, one for all or by name. Codes come first, and among them those of whole
+    cache lines, so that each leaves the next one aligned.
     """
     tensors: Tensors = {}
     for name, (_, shape, fixed) in table.parts().items():
@@ -220,7 +227,7 @@ def file_tensors(table: TensorTable, plain: torch.dtype | Mapping[str, torch.dty
 
     def order(item: tuple[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bool, bool, int]:
         (shape, dtype) = item[1]
-        # Then wider values before narrower ones, so that none starts at an odd multiple.
+        # Then wider values before narrower ones, so that all are aligned.
         return dtype != torch.uint8, math.prod(shape) % 64 != 0, -dtype.itemsize
 
     return dict(sorted(tensors.items(), key=order))
@@ -231,7 +238,7 @@ def writer(path: Path, tensors: Tensors) -> TensorWriter:
     return TensorWriter(path, tensors, {"format": "pt"})
 
 
-def config_text(config: ModelConfig, layout: PackedLayout, stored: torch.dtype) -> str:
+def config_text(config: ModelConfig, layout: Layout, stored: torch.dtype) -> str:
     """`config.json` of a packed folder; `stored` is the dtype of what is not packed."""
     values = config.to_dict(str(stored).removeprefix("torch.")) | {CONFIG_KEY: layout.to_dict()}
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -1,7 +1,7 @@
 """Packing a model: from any weight source into a packed folder, one matrix at a time.
 
-Nothing but one matrix, one expert and the small tensors exists in memory. With calibration text a forward pass
-(`olmoe.weights.calibrate`) says what each matrix multiplies with, and codes are chosen by that (`olmoe.quant.search`).
+Only one matrix, one expert and the small tensors are in memory. With calibration text, a forward pass
+(`olmoe.weights.calibrate`) finds the inputs of each matrix, and codes are chosen by them (`olmoe.quant.search`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from olmoe.weights import packed_file, sample_text
 from olmoe.weights.calibrate import Calibrated, calibrate
 from olmoe.weights.checkpoint import open_source
 from olmoe.weights.contents import Packed, describe
-from olmoe.weights.recipes import RECIPES, Recipe
+from olmoe.weights.recipes import BASE_RECIPES, RECIPES, BaseRecipe, Recipe
 from olmoe.weights.source import BlockSource, WeightSource, read_finite, tokenizer_of
 from olmoe.weights.table import Row, TensorTable
 
-# Tokens that recipes are calibrated on; more cost time, and hardly help.
+# Tokens that recipes are calibrated on; more take time, and hardly help.
 CALIBRATION_TOKENS = 8192
 WINDOW = 512
 
@@ -41,7 +41,7 @@ WINDOW = 512
 def quantize(
     source: str | os.PathLike[str] | WeightSource,
     target: str | os.PathLike[str],
-    format: str | Recipe = "int4",
+    format: str | Recipe | BaseRecipe = "int4",
     *,
     calibration: str | os.PathLike[str] | Iterable[str | Chat] | None = sample_text.CALIBRATION,
     overwrite: bool = False,
@@ -50,20 +50,20 @@ def quantize(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Packed:
-    """Pack a model into a folder of fewer bits a weight, which `LLM`, `OlmoeForCausalLM` and all commands load.
+    """Pack a model into a folder with fewer bits per weight, which `LLM`, `OlmoeForCausalLM` and all commands load.
 
     >>> olmoe.quantize("allenai/OLMoE-1B-7B-0924", "olmoe-int4").bits_per_weight     # doctest: +SKIP
 
-    `source` is a checkpoint folder, a hub id (of `revision`, with `token`; `local_files_only` fetches nothing), a .gguf
-    file, or a `WeightSource` that is open already. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the
-    name of a weight format, which then takes every matrix.
+    `source` is a checkpoint folder, a hub id (at `revision`, with `token`; `local_files_only` downloads nothing), a
+    .gguf file, or an open `WeightSource`. `format` is "int4", "int4-high", "int8", "q4_0", a `Recipe`, or the name of a
+    weight format, which is then used for every matrix; "nf4" and "nf4-double" are for training adapters on top.
 
-    `calibration` is text like that the model will meet, for recipes that choose codes by their effect (int4 and
-    int4-high): a file (text, or .jsonl with text or messages), or texts and chats themselves. Default is a short
+    `calibration` is text like what the model will be used on, for recipes that choose codes by their effect (int4 and
+    int4-high): a file (text, or .jsonl with text or messages), or texts and chats themselves. The default is a short
     public-domain sample; None does without. `progress(done, total)` is called after each matrix, in weights.
 
-    `target` is written whole or not at all. What exists there is refused unless `overwrite`, and then only files of a
-    model are replaced. Raises `UserError` subclasses for what is wrong with source, target or text.
+    `target` is written whole or not at all. An existing one is refused unless `overwrite`, and then only files of a
+    model are replaced. Raises `UserError` subclasses for errors in source, target or text.
     """
     recipe = _recipe(format)
     target = Path(os.path.expanduser(target))
@@ -72,7 +72,7 @@ def quantize(
         targets.check_folder(target, (), overwrite=False, source=path)
     if isinstance(source, str | os.PathLike):
         source = open_source(source, revision=revision, token=token, local_files_only=local_files_only)
-    # Before hours of work, and without the exception that `pack` makes for its own folders.
+    # Before hours of work, and without `pack`'s exception for its own folders.
     names = {packed_file.FILE_NAME, "config.json", *source.files()}
     targets.check_folder(target, names, overwrite=overwrite, source=source.path)
     windows = None
@@ -81,20 +81,22 @@ def quantize(
     return pack(source, target, recipe, windows, progress, overwrite=overwrite)
 
 
-def _recipe(format: str | Recipe) -> Recipe:
-    """The recipe that a name means. Raises `UserError` if it means none."""
-    if isinstance(format, Recipe):
+def _recipe(format: str | Recipe | BaseRecipe) -> Recipe | BaseRecipe:
+    """The recipe of this name. Raises `UserError` if there is none."""
+    if isinstance(format, Recipe | BaseRecipe):
         return format
+    if isinstance(format, str) and format in BASE_RECIPES:
+        return BASE_RECIPES[format]
     if isinstance(format, str) and format in RECIPES:
         return RECIPES[format]
     if isinstance(format, str) and format in layout_formats():
         return Recipe(format, format)
-    known = dict.fromkeys((*RECIPES, *layout_formats()))
-    raise UserError(f"Nothing can be packed as {shown(format)}; choose one of {', '.join(known)}.")
+    known = dict.fromkeys((*RECIPES, *BASE_RECIPES, *layout_formats()))
+    raise UserError(f"There is no format {shown(format)}; choose one of {', '.join(known)}.")
 
 
 def _windows(source: WeightSource, calibration: str | os.PathLike[str] | Iterable[str | Chat]) -> list[list[int]]:
-    """Windows of token ids of calibration text, equally long."""
+    """Windows of calibration text as token ids, all of the same length."""
     tokenizer = tokenizer_of(source)
     if isinstance(calibration, str | os.PathLike):
         ids = sample_text.read_ids(calibration, tokenizer)
@@ -109,7 +111,7 @@ def _windows(source: WeightSource, calibration: str | os.PathLike[str] | Iterabl
 def pack(
     source: WeightSource,
     target: Path,
-    recipe: Recipe,
+    recipe: Recipe | BaseRecipe,
     calibration: list[list[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -117,17 +119,19 @@ def pack(
 ) -> Packed:
     """Write the packed folder `target`, whole or not at all.
 
-    An old packed folder there is replaced if it holds nothing else; another checkpoint only with `overwrite`, and
-    never what packing does not write itself.
+    An old packed folder is replaced if it holds nothing else; another checkpoint is replaced only with `overwrite`,
+    and files that packing does not write itself never are.
 
-    `calibration` are windows of token ids (equally long), used by recipes that search. `progress(done, total)` is
-    called after each matrix, in weights. Raises `UserError` subclasses for what is wrong with source or target.
+    `calibration` is a list of windows of token ids (of equal length), used by recipes that search.
+    `progress(done, total)` is called after each matrix, in weights. Raises `UserError` subclasses for errors in source
+    or target.
     """
     target = Path(os.path.expanduser(target))
     texts = source.files()
     names = {*texts, packed_file.FILE_NAME, "config.json"}
     _check_target(source, target, names, overwrite)
-    table = TensorTable(source.config, recipe.layout())
+    layout = recipe.layout() if isinstance(recipe, Recipe) else recipe.layout(source.config)
+    table = TensorTable(source.config, layout)
     plain = {name: source.read(name, row.first_expert).dtype for name, row in table.items() if row.format is None}
     tensors = packed_file.file_tensors(table, plain)
     known = calibrate(source, torch.tensor(calibration)) if calibration and recipe.searches else ()
@@ -137,7 +141,7 @@ def pack(
         for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
-        text = packed_file.config_text(source.config, recipe.layout(), tensors["model.norm.weight"][1])
+        text = packed_file.config_text(source.config, layout, tensors["model.norm.weight"][1])
         (temporary / "config.json").write_text(text, encoding="utf-8")
         size = (temporary / packed_file.FILE_NAME).stat().st_size
         # Again: hours may have passed, and something may have appeared there.
@@ -159,11 +163,11 @@ def _write(
     out: TensorWriter,
     table: TensorTable,
     source: WeightSource,
-    recipe: Recipe,
+    recipe: Recipe | BaseRecipe,
     known: Iterable[Calibrated],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Encode and write every matrix: first those whose inputs are `known`, in that order, then all others."""
+    """Encode and write every matrix: first those with `known` inputs, in that order, then all others."""
     left, done = dict.fromkeys(table), 0
 
     def others() -> Iterator[tuple[str, int | None, Tensor | None, search.Inputs | None]]:
@@ -186,7 +190,7 @@ def _write(
 
 
 def _encode(
-    row: Row, format: Format, weight: Tensor, recipe: Recipe, inputs: search.Inputs | None
+    row: Row, format: Format, weight: Tensor, recipe: Recipe | BaseRecipe, inputs: search.Inputs | None
 ) -> dict[str, Tensor]:
     """The parts of a matrix."""
     try:
@@ -198,7 +202,7 @@ def _encode(
 
 
 def _stored_parts(source: WeightSource, row: Row, expert: int | None) -> dict[str, Tensor] | None:
-    """The parts of a matrix that its source stores in its format already; None where it does not."""
+    """The parts of a matrix if its source already stores it in the target format; else None."""
     if not isinstance(source, BlockSource) or not isinstance(row.format, BlockFormat):
         return None
     if set(source.stored_as(row.name, expert)) != {row.format.name.upper()}:

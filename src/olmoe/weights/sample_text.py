@@ -1,4 +1,4 @@
-"""Text that models are calibrated and measured on: files of text or JSONL, to token ids, to windows.
+"""Text that models are calibrated and measured on: from files of text or JSONL to token ids to windows.
 
 Each document (see `olmoe.io.documents`) ends with the model's end-of-text token.
 """
@@ -13,7 +13,7 @@ from olmoe.errors import UserError
 from olmoe.io.documents import Chat, read_documents
 from olmoe.tokenizer import Tokenizer
 
-ASSETS = Path(__file__).parent.parent / "assets" / "text"  # sources and status in its README.md
+ASSETS = Path(__file__).parent.parent / "assets" / "text"  # its README.md has sources and licences
 HELD_OUT, CALIBRATION = ASSETS / "held_out.txt", ASSETS / "calibration.txt"
 
 
@@ -38,6 +38,6 @@ def ids_of(documents: Iterable[str | Chat], tokenizer: Tokenizer) -> list[int]:
 
 
 def windows(token_ids: list[int], length: int, most: int) -> list[list[int]]:
-    """At most `most` consecutive windows of `length` ids; one shorter window if there are not enough for one."""
+    """At most `most` consecutive windows of `length` ids; one shorter window if there are too few ids for that."""
     full = [token_ids[i : i + length] for i in range(0, len(token_ids) - length + 1, length)]
     return full[:most] or [token_ids]

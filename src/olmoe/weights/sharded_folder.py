@@ -1,9 +1,9 @@
 """Checkpoints that several processes wrote together, each its own shards: torch's DCP format, read without a group.
 
-A folder holds `.metadata`, which says where each part of each tensor lies, and files of shards. Any part of any tensor
-is read by itself, so that one process or any number of others can take over from those that wrote.
+A folder holds `.metadata`, which says where each part of each tensor is, and the shard files. Any part of any tensor
+can be read by itself, so that any number of processes can continue from what another number wrote.
 
-`.metadata` is a pickle, which could run code of whoever made it; here nothing but DCP's own description is unpickled.
+`.metadata` is a pickle, which could run code of whoever made it; here only DCP's own description is unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from olmoe.weights import source
 from olmoe.weights.names import parameter_shapes
 
 METADATA_NAME = ".metadata"
-# How parameters are called among the other tensors of a run.
+# The prefix of parameters among the other tensors of a run.
 MODEL_PREFIX = "model/"
 
 _MODULES = {
@@ -61,7 +61,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Shard(NamedTuple):
-    """A part of a tensor: where it begins in it, its shape, and its bytes in a file."""
+    """A part of a tensor: its offset in the tensor, its shape, and its bytes in a file."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class ShardFiles:
             raise CheckpointError(f"There is no file {folder / METADATA_NAME}; the checkpoint is incomplete.") from None
         except CheckpointError:
             raise
-        except Exception as error:  # whatever damaged or foreign bytes make of a pickle
+        except Exception as error:  # damaged or foreign bytes can raise anything
             reason = str(error).strip().rstrip(".") or type(error).__name__
             raise CheckpointError(f"{folder / METADATA_NAME} is damaged or foreign ({reason}).") from None
         self._check_files()
@@ -101,13 +101,13 @@ class ShardFiles:
             self._shards[name] = []
             for chunk in tensor.chunks:
                 if 0 in chunk.sizes:
-                    continue  # of a rank that has nothing of it
+                    continue  # of a rank that holds no part of it
                 info = stored[name, tuple(chunk.offsets)]
                 place = str(info.relative_path), info.offset, info.length
                 self._shards[name].append(_Shard(tuple(chunk.offsets), tuple(chunk.sizes), *place))
 
     def _check_files(self) -> None:
-        """Every shard must be there and whole, and each tensor in them."""
+        """Every shard must be present and complete, and so must each tensor in them."""
         ends: dict[str, int] = {}
         for name, shards in self._shards.items():
             if sum(math.prod(shard.shape) for shard in shards) != math.prod(self.shapes[name]):
@@ -124,12 +124,12 @@ class ShardFiles:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the files of shards."""
+        """The size of the shard files."""
         files = {shard.file for shards in self._shards.values() for shard in shards}
         return sum((self.folder / file).stat().st_size for file in files)
 
     def read(self, name: str, part: Sequence[slice] | None = None) -> Tensor:
-        """A part of a tensor (by default all of it): of each dimension, the range of a slice."""
+        """A part of a tensor (by default all of it), given by a slice for each dimension."""
         if name not in self.shapes:
             raise CheckpointError(f"{self.folder} does not hold {shown(name)}.")
         shape = self.shapes[name]
@@ -148,13 +148,13 @@ class ShardFiles:
         return out
 
     def _load(self, shard: _Shard) -> Tensor:
-        if self._last is not None and self._last[0] == shard:  # experts are read one after the other
+        if self._last is not None and self._last[0] == shard:  # experts are read one after another
             return self._last[1]
         try:
             with (self.folder / shard.file).open("rb") as file:
                 file.seek(shard.offset)
                 value = torch.load(io.BytesIO(file.read(shard.length)), map_location="cpu", weights_only=True)
-        except Exception:  # torch.load raises many kinds for damaged bytes, and whole pages of words
+        except Exception:  # torch.load raises many kinds of errors for damaged bytes, with very long messages
             raise CheckpointError(f"The shard {self.folder / shard.file} is damaged.") from None
         if not isinstance(value, Tensor) or tuple(value.shape) != shard.shape:
             raise CheckpointError(f"The shard {self.folder / shard.file} does not hold what {METADATA_NAME} says.")
@@ -184,7 +184,7 @@ class ShardedFolder:
 
     @property
     def format(self) -> str:
-        """The dtype of its weights."""
+        """The name of its weights' dtype."""
         return str(self._dtype()).removeprefix("torch.")
 
     @property

@@ -1,4 +1,4 @@
-"""Weights in several files: how they are cut, called and indexed, as transformers does it.."""
+"""Weights in several files: how they are split, named and indexed, as in transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cut(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], total: int) -> None:
-    """Write the index of the shards of `cut`, which hold `total` bytes; a single file needs none."""
+    """Write the index for the shards from `cut`, which hold `total` bytes; a single file needs none."""
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},

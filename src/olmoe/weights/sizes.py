@@ -1,6 +1,6 @@
-"""How many bytes a model takes in every format that this package stores, from nothing but its architecture. No torch.
+"""How many bytes a model takes in every format of this package, from its architecture alone. No torch.
 
-The numbers are those of the files but for their headers; `tests/test_sizes.py` compares them with what is written.
+The numbers are file sizes without headers; `tests/weights/test_sizes.py` compares them with what is written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from olmoe.config import ModelConfig
 
-# Of one block of 32 weights; rows come in groups of 16 (`olmoe.quant.formats.blocks`).
+# Bytes per block of 32 weights; rows come in groups of 16 (`olmoe.quant.formats.blocks`).
 _BLOCK_BYTES = {"q8_0": 34, "q5_0": 22, "q4_0": 18}
 _BLOCK, _GROUP = 32, 16
 # Recipes of `olmoe.weights.recipes` -> the formats of experts, of attention, and of embeddings and head.
@@ -23,7 +23,7 @@ PACKED = {
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of the weights in one format, and of the keys and values of one token beside them."""
+    """Bytes of the weights in one format, and of the keys and values of one token."""
 
     weights: int
     cache_per_token: int
@@ -53,7 +53,7 @@ def packed_bytes(config: ModelConfig, recipe: str) -> int:
 
 
 def _matrix(rows: int, columns: int, format: str) -> int:
-    """Bytes of one matrix; one whose columns are no whole blocks stays plain."""
+    """Bytes of one matrix; one whose columns are not whole blocks stays plain."""
     if columns % _BLOCK:
         return 2 * rows * columns
     return -(-rows // _GROUP) * _GROUP * (columns // _BLOCK) * _BLOCK_BYTES[format]

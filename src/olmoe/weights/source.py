@@ -24,7 +24,7 @@ from olmoe.weights import blueprint, generation
 
 # Bytes read before mapped files are closed, so that their pages no longer count as this process's memory.
 RELEASE_BYTES = 256 * 2**20
-# Text files of a checkpoint folder that go where its weights go.
+# Text files of a checkpoint folder that are copied with its weights.
 TRAVELLING = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,13 +41,14 @@ class WeightSource(Protocol):
 
     @property
     def path(self) -> Path:
-        """The file or folder that is read."""
+        """The file or folder being read."""
         ...
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
-        """A parameter of `model.CausalLM` by its name; of a stack of experts that of one `expert`, (2F, D) or (D, F).
+        """A parameter of `model.CausalLM` by its name; of a stack of experts, the matrix of one `expert`, (2F, D) or
 
-        Returns a floating CPU tensor in the precision that it is stored in (fp32 where it is quantized).
+        (D, F).
+        Returns a floating CPU tensor in the precision that it is stored in (fp32 if it is quantized).
         """
         ...
 
@@ -58,17 +59,17 @@ class WeightSource(Protocol):
 
 @runtime_checkable
 class BlockSource(WeightSource, Protocol):
-    """A source whose matrices may already be stored in GGUF's blocks, which then travel without rounding again."""
+    """A source whose matrices may already be stored in GGUF's blocks, which are then copied without rounding again."""
 
     def stored_as(self, parameter: str, expert: int | None = None) -> tuple[str, ...]:
-        """GGUF's names of the types of a parameter's tensors: ("Q4_0",), or two for a fused matrix.
+        """GGUF's names for the types of a parameter's tensors: ("Q4_0",), or two for a fused matrix.
 
-        Experts of one stack are stored alike, but for a source that computes some of them.
+        Experts of one stack are stored alike, unless the source computes some of them.
         """
         ...
 
     def blocks(self, parameter: str, expert: int | None = None) -> Any:
-        """The bytes of a matrix row by row, (R, bytes) uint8, as a numpy array; all its tensors have one type."""
+        """The bytes of a matrix row by row, (R, bytes) uint8, as a numpy array; all its tensors have the same type."""
         ...
 
 
@@ -93,7 +94,7 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
     files = source.files()
     if "tokenizer.json" not in files:
         raise TokenizerError(
-            "The model comes without a tokenizer.json, which is needed to read text; put one beside it, or do without "
+            "The model has no tokenizer.json, which is needed to read text; put one beside it, or do without "
             "calibration text (--calibration none) and reports."
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +107,7 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
 def load_model(
     source: WeightSource, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
 ) -> CausalLM:
-    """All weights of a source in an ordinary model, in evaluation mode without gradients.
+    """An ordinary model with all weights of a source, in evaluation mode without gradients.
 
     `progress(done, total)` is called after each parameter.
     """

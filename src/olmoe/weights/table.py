@@ -1,6 +1,6 @@
 """`TensorTable`: every parameter of a model and how a checkpoint stores it. The schema for packing, checking, reading.
 
-It follows from nothing but the architecture and a layout; no module is built for it.
+It follows from the architecture and a layout alone; no module is built for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PACKABLE = (EMBEDDING, HEAD, *(f".{name}.weight" for name in _ATTENTION), f".{G
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter: its shape, (R, C) or (n,), of one of `experts` in a stack; and its format, None for a plain one."""
+    """A parameter: its shape, (R, C) or (n,), in a stack that of one of `experts`; and its format, None if plain."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,12 +44,12 @@ class Row:
 
     @property
     def first_expert(self) -> int | None:
-        """0 for a stack, which is read one expert at a time; None for others."""
+        """0 for a stack, which is read one expert at a time; None otherwise."""
         return None if self.experts is None else 0
 
     @property
     def weights(self) -> int:
-        """How many weights it stands for."""
+        """How many weights it holds."""
         return math.prod(self.shape) * (self.experts or 1)
 
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -62,7 +62,7 @@ class Row:
         return {part_name(self.name, part): (stack + shape, dtype) for part, (shape, dtype) in parts.items()}
 
     def read(self, files: TensorFiles, expert: int | None = None) -> Tensor:
-        """Its values as a floating tensor, fp32 where it is packed; of a stack those of one `expert`."""
+        """Its values as a floating tensor, fp32 if it is packed; for a stack, those of one `expert`."""
 
         def stored(name: str) -> Tensor:
             value = files.tensor(name)
@@ -95,7 +95,7 @@ class TensorTable(Mapping[str, Row]):
         return len(self._rows)
 
     def parts(self) -> dict[str, tuple[Row, tuple[int, ...], torch.dtype | None]]:
-        """Every stored tensor by name: what it is a part of, its shape and dtype as `Row.parts` says."""
+        """Every stored tensor by name: the row it belongs to, and its shape and dtype as in `Row.parts`."""
         return {name: (row, *part) for row in self.values() for name, part in row.parts().items()}
 
 

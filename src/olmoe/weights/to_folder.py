@@ -1,7 +1,7 @@
 """Any checkpoint to a folder in Hugging Face's per-expert layout, which other software loads: export, part by part.
 
-Packed folders and GGUF files are decoded, fused experts taken apart. What is written is what transformers, vLLM and
-SGLang read by themselves, without this package.
+Packed folders and GGUF files are decoded, fused experts are split. Transformers, vLLM and SGLang read the result on
+their own, without this package.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def to_folder(
     """Write `config.json`, safetensors of at most `max_shard_bytes` and the tokenizer's files, atomically.
 
     Quantized weights are decoded and rounded once to `dtype`, one for all or by parameter. Tied embeddings are written
-    twice, since vLLM wants an `lm_head.weight`. `progress(done, total)` counts bytes. At most one tensor is in memory.
+    twice, since vLLM needs an `lm_head.weight`. `progress(done, total)` counts bytes. At most one tensor is in memory.
     Raises `CheckpointError` for values that `dtype` cannot hold, `TokenizerError` if a GGUF file's tokenizer is broken,
     `UserError` if the disk is full, or if `folder` holds anything; with `overwrite`, anything but the files of a
     checkpoint that was written like this.
@@ -58,7 +58,7 @@ def to_folder(
         for name, text in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
-        # Again, because something may have appeared there.
+        # Again, since something may have appeared there.
         targets.check_folder(folder, names, overwrite=overwrite, shards=True, source=source.path)
     if ignored := ignored_by_vllm(source.config):
         log.warning("vLLM computes OLMoE without %s, so its texts would differ from ours", ", ".join(ignored))
@@ -97,7 +97,7 @@ def write_weights(
 
 
 def ignored_by_vllm(config: ModelConfig) -> list[str]:
-    """Settings that vLLM's OLMoE does not read, with their values: it would load the model and compute another one.
+    """Settings that vLLM's OLMoE ignores, with their values: it would load the model but compute another one.
 
     The released models have none of them.
     """
@@ -121,7 +121,7 @@ def _parts(config: ModelConfig) -> dict[str, Part]:
 
 
 def written_files(source: WeightSource) -> dict[str, str]:
-    """The text files of the source, and what other software needs besides and can be derived."""
+    """The text files of the source, and others that other software needs and that can be derived."""
     files = {generation.FILE_NAME: generation.generation_text(source.config)} | source.files()
     if "tokenizer.json" in files and "tokenizer_config.json" not in files:
         length = source.config.max_position_embeddings

@@ -1,15 +1,15 @@
-"""Sparse upcycling: a mixture of experts out of a dense model, so that training goes on instead of starting anew.
+"""Sparse upcycling: a mixture of experts from a dense model, so that training continues instead of starting again.
 
 Every expert starts as a copy of the dense MLP, or as one of `split` parts of its width, and the router at random
-(Komatsuzaki et al. 2022; OLMoE, section 4.1.5). With parts, the experts are groups of `split` that hold the whole
-width and share their row of the router, so that a token's choice is whole groups at first (He et al. 2024).
+(Komatsuzaki et al. 2022; OLMoE, section 4.1.5). With parts, the experts form groups of `split` that hold the whole
+width and share their row of the router, so that a token at first chooses whole groups (He et al. 2024).
 
 A token's output is the sum of its K experts' outputs times their probabilities, and OLMoE does not divide these by
 their sum. Three forms treat that differently:
 
     normalized   `norm_topk_prob = true`: probabilities are divided by their sum, and the function is the dense one's
     scaled       `down` times E / K: the same on average, because a new router gives about 1 / E to each expert
-    plain        as the paper's script: outputs shrink to about K / E, and the loss jumps until training mends it
+    plain        as in the paper's script: outputs shrink to about K / E, and the loss jumps until training repairs it
 
 With `split` parts the first two multiply `down` by as much again, since each expert has only that share of the width.
 
@@ -36,10 +36,10 @@ ROUTER_STD = 0.02  # the paper's, for new routers and for noise
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """What to make of the MLP: `experts`, `top_k` of which a token chooses, each a copy or one of `split` parts.
+    """What to turn the MLP into: `experts`, `top_k` of which a token chooses, each a copy or one of `split` parts.
 
-    `noise` is the share of the experts' weights to which normal noise of `noise_std` is added (the paper tried half of
-    them with 0.02, and found no gain). Raises `UserError` for numbers that do not go together.
+    `noise` is the share of the experts' weights to which Gaussian noise of `noise_std` is added (the paper tried half
+    of them with 0.02, and found no gain). Raises `UserError` for numbers that do not fit together.
     """
 
     experts: int = 8
@@ -82,7 +82,7 @@ class UpcycledSource:
         """Raises `UserError` if `dense` has several experts, or a width that does not split."""
         config = dense.config
         if config.num_experts != 1:
-            raise UserError(f"{dense.path} is sparse already: it has {config.num_experts} experts.")
+            raise UserError(f"{dense.path} is already sparse: it has {config.num_experts} experts.")
         if config.intermediate_size % plan.split:
             raise UserError(f"The MLP's width of {config.intermediate_size} cannot be split into {plan.split} parts.")
         self._dense, self._plan = dense, plan
@@ -140,6 +140,6 @@ class UpcycledSource:
         return weight + (where * noise).to(weight.dtype)
 
     def _generator(self, name: str) -> torch.Generator:
-        """Of random numbers that depend on the seed and on what they are for, not on the order of reading."""
+        """A generator whose numbers depend on the seed and on `name`, not on the order of reading."""
         digest = hashlib.sha256(f"{self._plan.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

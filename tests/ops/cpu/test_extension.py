@@ -68,6 +68,22 @@ def test_the_pool_has_as_many_threads_as_torch(set_threads):
         assert extension.kernels().get_threads() == threads
 
 
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda pid: ())(0)) < 2, reason="needs two cores of Linux")
+def test_the_system_is_asked_once_how_many_cores_there_are():
+    """Every operation wants the pool: asking each time took a tenth of olmoe-tiny's decoding step."""
+    module, cores = extension.kernels(), os.sched_getaffinity(0)
+    module.set_threads(0)
+    assert module.get_threads() == len(cores)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert module.get_threads() == len(cores)
+        module.set_threads(0)
+        assert module.get_threads() == 1, "asked again"
+    finally:
+        os.sched_setaffinity(0, cores)
+        extension.kernels()
+
+
 def test_calls_from_several_threads_take_turns(set_threads):
     """With numbers of threads of their own, so that the pool changes between calls."""
     set_threads(2)

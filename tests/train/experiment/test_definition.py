@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from olmoe.errors import UserError
+from olmoe.train import shared_expert
 from olmoe.train.experiment.definition import find, load_experiment
 from olmoe.train.experiment.runs import lay_out
 from small_experiments import DENSE, write_experiment
@@ -70,6 +71,8 @@ def test_an_arm_that_starts_from_another_has_its_model(tmp_path, tokenizer_file)
         ({"one": {"model": DENSE}, "two": {"start": "one", "upcycle": {"form": "best"}}}, "'best'"),
         ({"one": {"model": DENSE}, "two": {"start": "one", "upcycle": {"experts": 3, "split": 3}}}, "split 3"),
         ({"one": {}, "two": {"run": {"initialize_from": "x"}}}, "start = ARM"),
+        ({"one": {"shared_expert": {"width": 8}}, "two": {"start": "one"}}, "no arm with a shared expert can"),
+        ({"one": {}, "two": {"start": "one", "shared_expert": {"width": 8}}}, "no arm with a shared expert can"),
     ],
     ids=lambda value: str(value)[-50:],
 )
@@ -107,20 +110,22 @@ def test_an_experiment_is_found_by_path_or_by_name(tmp_path, tokenizer_file, mon
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_experiments_are_what_they_say(path, tmp_path):
-    """Every arm trains on as many tokens; those of mixtures against dense and of granularity use as many parameters."""
+    """Every arm trains on as many tokens; most use as many parameters, and some have as many."""
     experiment = load_experiment(path)
     runs = lay_out(experiment, tmp_path, seeds=1)
     compared = [run for run in runs if run.arm.compared]
     assert len({run.tokens_before + run.tokens for run in compared}) == 1
     assert len({run.config.tokens_per_step for run in runs}) == 1
-    active = [run.config.model.num_active_parameters for run in compared]
+    shared = {run.arm.name: shared_expert.parameters(run.config) for run in compared}
+    active = [run.config.model.num_active_parameters + shared[run.arm.name] for run in compared]
     if path.stem != "upcycling":
         assert max(active) < 1.02 * min(active)  # the router's rows
-    if path.stem == "granularity":
-        sizes = [run.config.model.num_parameters for run in compared]
+    if path.stem in ("granularity", "shared-expert"):
+        sizes = [run.config.model.num_parameters + shared[run.arm.name] for run in compared]
         assert max(sizes) < 1.01 * min(sizes)
     assert not (tmp_path / "dense").exists()
 
 
 def test_the_experiments_that_are_shipped():
-    assert [path.stem for path in FILES] == ["dense", "granularity", "load-balancing", "upcycling", "z-loss"]
+    names = ["dense", "granularity", "load-balancing", "shared-expert", "upcycling", "z-loss"]
+    assert [path.stem for path in FILES] == names

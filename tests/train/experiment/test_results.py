@@ -22,7 +22,9 @@ def write_finished(run, losses, start=None):
     """A run's files as the trainer leaves them; the measured file must not count."""
     run.folder.mkdir(parents=True)
     held_out = dict(zip(("one", "two"), losses, strict=True))
-    evaluation = {"step": 8, "held_out_loss": held_out | {"measured": 99.0}}
+    # Two layers of three experts: nobody chose the last of the first layer, and the last two of the second.
+    load_LE = {"one": [[5, 0, 0], [9, 0, 0]], "two": [[5, 2, 0], [9, 0, 0]]}
+    evaluation = {"step": 8, "held_out_loss": held_out | {"measured": 99.0}, "expert_load_LE": load_LE}
     (run.folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     records = []
     for step in range(1, 13):
@@ -56,6 +58,7 @@ def test_arms_curves_and_comparisons(tmp_path, tokenizer_file):
     assert one["by_file"] == {"one": 4.0, "two": 6.0}
     assert one["curve"] == [[256, 13.0], [512, 9.0], [768, 5.0]]
     assert one["cross_entropy"] == 0.0  # the last tenth is the last step
+    assert one["unused_experts"] == [1, 2]
     assert (one["step"], one["steps"], one["max_load_over_mean"]) == (8, 12, 1.25)
     (row,) = found["comparisons"]
     assert (row["from"], row["to"], row["n"]) == ("dense", "sparse", 3)
@@ -95,6 +98,17 @@ def test_arms_for_others_to_start_from_are_not_compared_and_curves_go_on_from_th
     assert found["arms"]["on"]["runs"]["1"]["curve"] == [[768, 8.0], [1024, 13.5], [1280, 9.5], [1536, 5.5]]
     assert found["arms"]["on"]["tokens_before"] == 768
     assert [arm["compared"] for arm in found["arms"].values()] == [False, True, True]
+
+
+def test_a_shared_expert_is_among_the_parameters(tmp_path, tokenizer_file):
+    arms = {"plain": {}, "shared": {"shared_expert": {"width": 24}}}
+    experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
+    runs = lay_out(experiment, tmp_path / "out", seeds=1)
+    for run in runs:
+        write_finished(run, (5.0, 6.0))
+    plain, shared = collect(experiment, runs)["arms"].values()
+    for key in ("parameters", "active_parameters"):
+        assert shared[key] - plain[key] == 2 * 3 * 24 * 16  # layers, matrices, width, hidden size
 
 
 def test_an_experiment_without_held_out_text_is_told(tmp_path, tokenizer_file):

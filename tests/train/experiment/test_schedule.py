@@ -145,7 +145,7 @@ def test_an_interrupted_experiment_leaves_no_process_and_goes_on_to_the_same_res
     wait_for(lambda: not any((run.folder / "lock").exists() for run in runs))  # each was let go of by its process
     if number == signal.SIGINT:
         assert process.returncode == 130, err
-        assert (out, err) == ("", "olmoe: interrupted and saved; 0 of 2 runs are finished. The same command goes on.\n")
+        assert (out, err) == ("", "olmoe: interrupted, saved; 0 of 2 runs are finished. The same command continues.\n")
     assert not any(run.is_finished for run in runs)
     assert any(run.has_begun for run in runs)
     stopped = {run.arm.name: steps(run) for run in runs}

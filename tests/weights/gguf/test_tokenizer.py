@@ -124,7 +124,7 @@ def test_ids_with_gaps_are_kept():
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "The tokenizer's pre_tokenizer differs"),
         (lambda t: t["model"]["vocab"].update(z=1), "gives an id twice"),
         (lambda t: t["model"]["merges"].append(["a b", "c"]), "merges with spaces"),
-        (lambda t: t["model"]["vocab"].update(z=8), "ids up to 8, but the model only 8 vocabulary rows"),
+        (lambda t: t["model"]["vocab"].update(z=8), "ids up to 8, but the model has only 8 vocabulary rows"),
         (lambda t: t["model"]["vocab"].update(z=-1), "gives an id twice"),
         (lambda t: t.pop("model"), "is broken (KeyError"),
         (lambda t: t["model"]["vocab"].update(z="x"), "is broken (TypeError"),

@@ -19,7 +19,7 @@ def unsupported(format_name: str, weight: Tensor, factor: Tensor | None) -> str 
         return f"it chooses no codes for {format_name}"
     if (reason := unsupported_weight(weight)) is not None:
         return reason
-    # A matrix's last rows, where they fill no vector, torch computes otherwise when it compensates.
+    # When it compensates, torch computes a matrix's last rows differently if they do not fill a vector.
     if weight.shape[0] % (16 if factor is None else 32):
         return f"{weight.shape[0]} rows fill no whole groups"
     if factor is not None and not (factor.dtype == torch.float32 and factor.is_contiguous() and factor.is_cpu):
@@ -30,10 +30,10 @@ def unsupported(format_name: str, weight: Tensor, factor: Tensor | None) -> str 
 
 
 def encode(format_name: str, weight: Tensor, factor: Tensor | None) -> Tensor:
-    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8, for what `unsupported` has no reason against.
+    """A matrix (R, C) stored with chosen codes, (G, bytes) uint8, for arguments that are not `unsupported`.
 
-    With `factor` (C, C), upper triangular, columns are compensated, else only scales are searched. Scales that are not
-    finite are for the caller to find.
+    With `factor` (C, C), upper triangular, columns are compensated, otherwise only scales are searched. The caller must
+    check that scales are finite.
     """
     rows, columns = weight.shape
     assert columns % 32 == 0, columns

@@ -36,12 +36,12 @@ def _load() -> tuple[Any, str | None]:
 
 
 def available() -> bool:
-    """Whether the compiled kernels are here."""
+    """Whether the compiled kernels are installed."""
     return _load()[0] is not None
 
 
 def unavailable() -> str | None:
-    """Why the compiled kernels are not here; None if they are."""
+    """Why the compiled kernels are not installed; None if they are."""
     return _load()[1]
 
 
@@ -57,7 +57,7 @@ def kernels() -> Any:
 
 
 def packed_formats() -> dict[str, tuple[int, int]]:
-    """Formats of blocks that the kernels know: name -> `Type`, and bytes of a block of one row. None without them."""
+    """Block formats that the kernels support: name -> `Type`, and bytes of a row's block. Empty without kernels."""
     module, _ = _load()
     formats: dict[str, tuple[int, int]] = {} if module is None else module.packed_formats
     return formats
@@ -93,7 +93,7 @@ def unsupported(x: Tensor, *others: Tensor | None, gradients: bool = False) -> s
     if transformed(x, *others):
         return "transforms of torch.func and forward-mode derivatives cannot follow it"
     if observed():
-        return "a mode is at work that must see every operation"
+        return "a mode is active that must see every operation"
     for t in (x, *others):
         if t is None:
             continue
@@ -109,7 +109,7 @@ def unsupported(x: Tensor, *others: Tensor | None, gradients: bool = False) -> s
 
 
 def unsupported_weight(weight: Tensor) -> str | None:
-    """Why the kernels cannot read `weight` where it lies, or None."""
+    """Why the kernels cannot read `weight` in place, or None."""
     reason = unsupported(weight)
     if reason is None and weight.dtype not in FLOAT_TYPES:
         reason = f"it does not support weights of {weight.dtype}"
@@ -126,8 +126,8 @@ def wide(x: Tensor) -> Tensor:
 def float_matrix(weight: Tensor, inputs: torch.dtype = torch.float32) -> Any:
     """A contiguous matrix (R, C), or a stack (E, R, C), for the kernels. The caller keeps `weight` alive.
 
-    `inputs` is the dtype of what it is multiplied with. bf16 weights take bf16 inputs, and what the kernels compute
-    between the products of one call, in bf16, where the CPU has an instruction for it; fp32 inputs are never rounded.
+    `inputs` is the dtype of what it is multiplied with. With bf16 weights, bf16 inputs and what the kernels compute
+    between the products of a call stay in bf16 if the CPU has an instruction for it; fp32 inputs are never rounded.
     """
     rows, columns = weight.shape[-2:]
     assert weight.is_contiguous()

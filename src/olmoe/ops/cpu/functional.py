@@ -1,7 +1,7 @@
 """The backend "cpu" of `olmoe.ops`: the C++ kernels on plain fp32, bf16 and fp16 tensors, forward only.
 
-Inputs are converted to fp32 and results back to the input's dtype; weights are read as they lie. Shapes are checked
-here, because the kernels do not.
+Inputs are converted to fp32 and results back to the input's dtype; weights are read in place. Shapes are checked here,
+because the kernels do not check them.
 
 Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts per token, F expert width.
 """
@@ -22,7 +22,7 @@ from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
 from olmoe.runtime import cpu_has_amx, cpu_multiplies_bf16
 
-# Up to this many rows the kernels are taken whatever torch can do: the weights' way from memory is what counts.
+# Up to this many rows the kernels are used whatever torch can do: reading the weights from memory dominates.
 FEW_ROWS = 8
 # Narrower single products of many rows are torch's: a call of it costs less than ours.
 WIDE_COLUMNS = 1024
@@ -116,8 +116,8 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
 def _experts_preferred(rows: int, gate_up: Tensor) -> bool:
     """Whether the kernels compute `rows` routed rows faster than torch, on average over experts. gate_up (E, 2F, D).
 
-    Where `many_rows` leaves prompts to torch, what counts is how often a weight is used once it is read: with few rows
-    an expert both wait for memory, which the kernels read faster.
+    Where `many_rows` leaves prompts to torch, what matters is how often a weight is used once it is read: with few rows
+    per expert both wait for memory, which the kernels read faster.
     """
     by_instructions = gate_up.dtype == torch.bfloat16 and cpu_multiplies_bf16()
     limit = ROWS_PER_EXPERT if by_instructions else CONVERTED_ROWS_PER_EXPERT

@@ -1,4 +1,4 @@
-"""The C++ kernels on packed matrices: products with int4 and int8 blocks as they lie in memory or in a mapped file.
+"""The C++ kernels on packed matrices: products with int4 and int8 blocks as stored in memory or in a mapped file.
 
 Activations are quantized to int8 in blocks of 32 on the way (as llama.cpp does for the same formats); sums within a
 block are exact integers, sums over blocks fp32.

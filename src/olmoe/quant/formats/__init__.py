@@ -1,6 +1,6 @@
 """Weight formats, one file each, and the registry of their names.
 
-`base` defines a format, `registry` knows those that exist. `q8_0`, `q5_0` and `q4_0` share `blocks`, the layout of the
+`base` defines a format, `registry` lists those that exist. `q8_0`, `q5_0` and `q4_0` share `blocks`, the layout of the
 CPU kernels; `nf4` and `fp4` share `four_bit`; `int8` has a scale for each row. All are plain torch.
 """
 
@@ -50,7 +50,7 @@ for _kind in _OURS:
 
 
 def make_block_format(name: str) -> BlockFormat:
-    """`make_format` where only a format of blocks will do."""
+    """`make_format` for callers that need a block format."""
     format = make_format(name)
     assert isinstance(format, BlockFormat), f"{name} is not stored in blocks"
     return format

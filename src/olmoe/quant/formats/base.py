@@ -1,4 +1,4 @@
-"""What a weight format is: named parts in which a matrix is stored, and the way there and back.
+"""What a weight format is: the named parts that a matrix is stored in, and encoding and decoding.
 
 Shapes legend: N chosen rows, R rows (outputs), C columns (inputs) of a matrix.
 """
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-# The part that takes the matrix's own name; the others append theirs to it.
+# The part that has the matrix's own name; the others append theirs to it.
 CODES = "codes"
 
 
@@ -19,8 +19,8 @@ class Format(ABC):
 
     name: str
     bits: int  # of one weight's code
-    # What a checkpoint says that packs only some modules: names of those it skips, as bitsandbytes' wishes do, with one
-    # format for all others; or, with False, a format for each matrix (`olmoe.quant.layout`).
+    # How a checkpoint describes which modules are packed. True: it names those that are skipped, as in bitsandbytes'
+    # config, and one format for all others. False: it has a format for each matrix (`olmoe.quant.layout`).
     skips_modules = False
 
     def fits(self, rows: int, columns: int) -> bool:
@@ -28,7 +28,7 @@ class Format(ABC):
         return rows > 0 and columns > 0
 
     def with_packed_scales(self) -> Format:
-        """The same format with its scales quantized too, where it can ("double quantization"); else itself."""
+        """The same format with its scales quantized too ("double quantization"), if it supports that; else itself."""
         return self
 
     @abstractmethod
@@ -44,5 +44,5 @@ class Format(ABC):
         """The parts of a matrix -> (R, C), computed in fp32 and rounded once to `dtype`."""
 
     def decode_rows(self, parts: dict[str, Tensor], row_ids: Tensor, rows: int, columns: int) -> Tensor:
-        """The rows `row_ids` (N,) of the matrix, (N, C) in fp32. Formats that can, read no others."""
+        """The rows `row_ids` (N,) of the matrix, (N, C) in fp32. Formats that are able to read no others."""
         return self.decode(parts, rows, columns, torch.float32)[row_ids]

@@ -15,7 +15,7 @@ block, the scale first. Here 16 rows form a group, so that a vector register hol
         then 256 bytes with the low four bits as in q4_0
     q8_0, 512 bytes a block: byte j*64 + 4*r + i (j < 8) holds of row r column 4j+i as q + 128
 
-A last group of fewer rows is filled with zero codes and zero scales. 4.5, 5.5 and 8.5 bits a weight.
+A last group of fewer rows is filled with zero codes and zero scales. The formats take 8.5, 5.5 and 4.5 bits per weight.
 
 Shapes legend: R rows, C columns, B = C/32 blocks of a row, G = ceil(R/16) groups.
 """
@@ -37,7 +37,7 @@ GROUP = 16
 SCALE_BYTES = 2
 # Weights encoded or decoded at a time: 128 k in fp32 are 512 KB, which stay in the L2 cache.
 PART_WEIGHTS = 2**17
-# Above it a scale is not a finite fp16.
+# Above it a scale is not finite in fp16.
 MAX_SCALE = 65504.0
 
 
@@ -47,11 +47,11 @@ def packable(rows: int, columns: int) -> bool:
 
 
 class BlockFormat(Format):
-    """What Q8_0, Q5_0 and Q4_0 share: the interleaved layout, and the way to and from GGUF's rows of blocks."""
+    """What Q8_0, Q5_0 and Q4_0 share: the interleaved layout, and conversion to and from GGUF's rows of blocks."""
 
-    code_bytes: int  # of one block of one row
+    code_bytes: int  # per block of a row
     zero: int  # the code of the value 0
-    searched = True  # whether recipes that choose codes with care gain from it (`olmoe.quant.search`)
+    searched = True  # whether searching for codes improves it (`olmoe.quant.search`)
 
     def __init__(self) -> None:
         assert sys.byteorder == "little", "scales and interleaved words are little-endian"
@@ -66,7 +66,7 @@ class BlockFormat(Format):
         return packable(rows, columns)
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """See `Format.parts`. Raises `ConfigError` for columns that are no multiple of 32."""
+        """See `Format.parts`. Raises `ConfigError` for columns that are not a multiple of 32."""
         if not packable(rows, columns):
             raise ConfigError(
                 f"A matrix of {rows}x{columns} cannot be stored as {self.name}, whose blocks hold 32 columns; keep it "
@@ -177,13 +177,13 @@ class BlockFormat(Format):
         return values.mul_(scales.reshape(-1, 1).float()).view(len(row_ids), columns)
 
     def shared_bits(self, code_bytes: Tensor, packed: Tensor, group: Tensor, row: Tensor) -> Tensor:
-        """Bytes of codes (N, B, code_bytes) with what lies across rows put in: of rows `row` (N) of groups `group`."""
+        """Bytes of codes (N, B, code_bytes) with the bits that rows share filled in, for rows `row` (N) of `group`."""
         return code_bytes
 
     # ---- GGUF ----
 
     def from_gguf(self, rows_of_blocks: Tensor) -> Tensor:
-        """GGUF data of a matrix, (R, B * block_bytes) uint8, to the stored one, (G, bytes) uint8."""
+        """A matrix in GGUF's bytes, (R, B * block_bytes) uint8, to the stored layout, (G, bytes) uint8."""
         rows = rows_of_blocks.shape[0]
         blocks = rows_of_blocks.reshape(rows, -1, self.block_bytes)
         scales = blocks[:, :, :SCALE_BYTES].contiguous().view(torch.float16).squeeze(-1)
@@ -197,7 +197,7 @@ class BlockFormat(Format):
 
 
 def extreme(blocks: Tensor) -> Tensor:
-    """The value of largest magnitude of each block, the first of equal ones. (N, 32) -> (N,)."""
+    """The value of largest magnitude in each block, the first of equal ones. (N, 32) -> (N,)."""
     low, high = torch.aminmax(blocks, dim=1)
     values = torch.where(high > -low, high, low)
     tied = (high == -low) & (high > 0)
@@ -208,6 +208,6 @@ def extreme(blocks: Tensor) -> Tensor:
 
 
 def reciprocal(scales: Tensor) -> Tensor:
-    """1/scale, and 0 where that is not finite (blocks of zeros)."""
+    """1/scale, or 0 if that is not finite (blocks of zeros)."""
     inverse = scales.reciprocal()
     return torch.where(torch.isfinite(inverse), inverse, 0.0)

@@ -1,11 +1,13 @@
 """NF4 and FP4: 4-bit codes in blocks of 64 weights, with scales that may themselves be quantized.
 
     w ~ code[c] * absmax      absmax: the largest magnitude of the block, in fp32
-    absmax ~ dynamic[q] * nested_absmax + offset     with double quantization: 8 bits a scale, in blocks of 256
+    absmax ~ dynamic[q] * nested_absmax + offset     with double quantization: 8 bits per scale, in blocks of 256
 
 Code books, blocks, the order of nibbles and the arithmetic are those of QLoRA (arXiv 2305.14314) as
-bitsandbytes stores them, so what one encodes the other decodes to the same numbers. 4.5 bits a weight with
+bitsandbytes stores them, so what one encodes, the other decodes to the same numbers. A weight takes 4.5 bits with
 plain scales, 4.127 with double quantization. Blocks run over the flattened matrix; the last may be short.
+
+Both ways are here in torch and in C++ (csrc/isa/common/four_bit.h), with the same bits.
 
 Shapes legend: R rows, C columns, W = R*C weights, B = ceil(W/64) blocks.
 """
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe.errors import ConfigError
+from olmoe.ops.cpu import four_bit as kernels
 from olmoe.quant.formats.base import CODES, Format
 
 BLOCK = 64
@@ -35,7 +38,7 @@ _NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# FP4: a sign, two exponent bits and one of mantissa. Magnitudes by their three bits, of which 12 is the largest.
+# FP4: a sign, two exponent bits and one mantissa bit. Magnitudes by their three bits; the largest is 12.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
@@ -52,7 +55,7 @@ def code_book(name: str, device: torch.device) -> Tensor:
 def dynamic_code_book(device: torch.device) -> Tensor:
     """The 256 values of the signed dynamic 8-bit type (arXiv 1511.04561), ascending, fp32.
 
-    A value has a sign, a decimal exponent in unary, and a fraction in the bits that are left: 2^i fractions
+    A value has a sign, a decimal exponent in unary, and a fraction in the remaining bits: 2^i fractions
     between 0.1 and 1 for the exponent i - 6.
     """
     values = [0.0, 1.0]
@@ -101,10 +104,16 @@ class FourBit(Format):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """See `Format.encode`."""
-        scaled, absmax_B = _blocks(weight.detach().flatten().float(), BLOCK)
-        codes = _nearest(scaled, code_book(self.name, weight.device))
-        high, low = F.pad(codes, (0, codes.numel() % 2)).view(-1, 2).unbind(1)
-        parts = {CODES: high << 4 | low}
+        weight, book = weight.detach(), code_book(self.name, weight.device)
+        if kernels.supported(weight.numel(), weight, weight.dtype):
+            bounds, order = _ranking(book)
+            codes, absmax_B = kernels.encode(weight, bounds, order)
+        else:
+            scaled, absmax_B = _blocks(weight.flatten().float(), BLOCK)
+            numbers = _nearest(scaled, book)
+            high, low = F.pad(numbers, (0, numbers.numel() % 2)).view(-1, 2).unbind(1)
+            codes = high << 4 | low
+        parts = {CODES: codes}
         if not self.double_quant:
             return parts | {"absmax": absmax_B}
         offset = absmax_B.mean()
@@ -115,10 +124,12 @@ class FourBit(Format):
     def decode(self, parts: dict[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """See `Format.decode`."""
         codes, absmax_B = parts[CODES], self._absmax(parts)
+        if kernels.supported(rows * columns, codes, dtype):
+            return kernels.decode(codes, absmax_B, code_book(self.name, codes.device), dtype).view(rows, columns)
         blocks, pairs = absmax_B.numel(), _pairs(self.name, codes.device)
         codes = F.pad(codes, (0, blocks * BLOCK // 2 - codes.numel())).view(blocks, BLOCK // 2)
         out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-        # In parts that stay in cache; a GPU has no use for that.
+        # In parts that stay in the cache; a GPU does not need that.
         step = DECODE_BLOCKS if codes.device.type == "cpu" else max(blocks, 1)
         for start in range(0, blocks, step):
             here = slice(start, start + step)
@@ -147,15 +158,20 @@ def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _nearest(values: Tensor, book: Tensor) -> Tensor:
     """The code of the entry of `book` that is nearest to each value, uint8; between two, the smaller entry."""
-    ascending, order = book.sort(stable=True)
-    bounds = (ascending[:-1] + ascending[1:]) / 2
+    bounds, order = _ranking(book)
     if len(book) == 16:
-        # Fifteen vectorised comparisons take less time than a binary search.
+        # Fifteen vectorised comparisons are faster than a binary search.
         ranks = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
         for bound in bounds:
             ranks += values > bound
     else:
         ranks = torch.bucketize(values, bounds, out_int32=True).to(torch.uint8)
-    if torch.equal(book, ascending):  # NF4 and the dynamic type are sorted, FP4 is not
+    if torch.equal(order, torch.arange(len(order), device=order.device)):  # NF4 and the dynamic type, not FP4
         return ranks
-    return order.to(torch.uint8)[ranks.int()]
+    return order[ranks.int()]
+
+
+def _ranking(book: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies halfway between neighbouring entries of `book`, ascending, and the codes of the entries, uint8."""
+    ascending, order = book.sort(stable=True)
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""FP4: 4-bit codes of a sign, two exponent bits and one of mantissa."""
+"""FP4: 4-bit codes with a sign, two exponent bits and one mantissa bit."""
 
 from __future__ import annotations
 

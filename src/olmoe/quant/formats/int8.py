@@ -1,10 +1,10 @@
-"""Int8 by rows: each row of a matrix over its own largest magnitude, the vector-wise scheme of LLM.int8 weights.
+"""Int8 by rows: each row of a matrix is scaled by its largest magnitude, the vector-wise scheme of LLM.int8 weights.
 
-    w ~ q * absmax / 127      q in -127..127, absmax in fp32, one a row
+    w ~ q * absmax / 127      q in -127..127, absmax in fp32, one per row
 
-It stores 8 bits a weight and one scale an output. LLM.int8 (arXiv 2208.07339) also quantizes activations, and
-multiplies outlier columns of them in half precision because int8 would lose them. Here activations are never
-quantized: all of them, outliers included, multiply decoded weights in the compute dtype.
+It stores 8 bits per weight and one scale per output. LLM.int8 (arXiv 2208.07339) also quantizes activations, and
+multiplies their outlier columns in half precision because int8 would lose them. Here activations are never
+quantized: all of them, outliers included, are multiplied with decoded weights in the compute dtype.
 
 Shapes legend: R rows, C columns.
 """

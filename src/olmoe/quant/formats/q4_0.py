@@ -1,4 +1,4 @@
-"""Q4_0 of GGUF: blocks of 32 weights with codes of 4 bits, 4.5 bits a weight."""
+"""Q4_0 of GGUF: blocks of 32 weights with codes of 4 bits, 4.5 bits per weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from olmoe.quant.formats.blocks import BLOCK, BlockFormat, extreme, reciprocal
 
 
 class Q4_0(BlockFormat):  # noqa: N801  (GGUF's name)
-    """4-bit codes: scale = the value of largest magnitude / -8, so that this value is met."""
+    """4-bit codes: scale = the value of largest magnitude / -8, so that this value is exact."""
 
     name = "q4_0"
     bits = 4
@@ -24,7 +24,7 @@ class Q4_0(BlockFormat):  # noqa: N801  (GGUF's name)
     def round(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """See `BlockFormat.round`."""
         codes = blocks * reciprocal(scales.float()).unsqueeze(1)
-        return codes.add_(self.zero + 0.5).clamp_(0, 2 * self.zero - 1).to(torch.uint8)  # which cuts, as C does
+        return codes.add_(self.zero + 0.5).clamp_(0, 2 * self.zero - 1).to(torch.uint8)  # truncates, as C does
 
     def values(self, code_words: Tensor) -> Tensor:
         """See `BlockFormat.values`."""

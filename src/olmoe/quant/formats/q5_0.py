@@ -1,4 +1,4 @@
-"""Q5_0 of GGUF: blocks of 32 weights with codes of 5 bits, 5.5 bits a weight."""
+"""Q5_0 of GGUF: blocks of 32 weights with codes of 5 bits, 5.5 bits per weight."""
 
 from __future__ import annotations
 

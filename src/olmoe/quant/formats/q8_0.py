@@ -1,4 +1,4 @@
-"""Q8_0 of GGUF: blocks of 32 weights with codes of 8 bits, 8.5 bits a weight."""
+"""Q8_0 of GGUF: blocks of 32 weights with codes of 8 bits, 8.5 bits per weight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Q8_0(BlockFormat):  # noqa: N801  (GGUF's name)
     bits = 8
     code_bytes = 32
     zero = 128
-    searched = False  # plain rounding loses a hundredth of what 4 bits do
+    searched = False  # plain rounding loses a hundredth of what 4 bits lose
 
     def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """See `BlockFormat.quantize`: halves are rounded away from zero, by the fp32 scale."""
         low, high = torch.aminmax(blocks, dim=1)
         scales = torch.maximum(high, -low) / 127.0
-        # Twice the value, cut to an integer, shows on which side of a half it lies, exactly.
+        # Twice the value, truncated to an integer, shows exactly which side of a half it is on.
         doubled = (blocks * reciprocal(scales).unsqueeze(1)).mul_(2.0).to(torch.int16)
         codes = torch.div(doubled + doubled.sign(), 2, rounding_mode="trunc")
         return (codes + 128).to(torch.uint8), scales.half()

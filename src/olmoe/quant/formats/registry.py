@@ -1,7 +1,7 @@
 """The formats that exist, by name: ours, and those that others add with `register_format`.
 
 A new format is a class in one file and one registration. Whatever lists formats (layouts of packed folders, recipes,
-the Hugging Face face, GGUF) asks here. What the C++ kernels do not know runs on the backends `torch` and `reference`.
+the Hugging Face face, GGUF) asks here. Formats unknown to the C++ kernels run on the backends `torch` and `reference`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import TypeVar
 from olmoe.errors import ConfigError, shown
 from olmoe.quant.formats.base import Format
 
-# What layouts call a matrix that is not packed.
+# The name in layouts for a matrix that is not packed.
 PLAIN = "bf16"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _RESERVED = (PLAIN, "fp16", "fp32", "float16", "float32", "bfloat16")
 _REGISTRY: dict[str, type[Format]] = {}
-FORMATS: Collection[str] = _REGISTRY.keys()  # a view, in which later formats appear
+FORMATS: Collection[str] = _REGISTRY.keys()  # a view, so formats registered later appear in it
 
 Kind = TypeVar("Kind", bound=type[Format])
 
 
 def register_format(kind: Kind) -> Kind:
-    """Add a format, a class that is made without arguments, under its `name`; also a decorator.
+    """Add a format, a class that takes no arguments, under its `name`; also a decorator.
 
-    Raises `ConfigError` for a name that is taken, or that no layout could hold.
+    Raises `ConfigError` for a name that is taken, or that cannot be used in a layout.
     """
     name: object = getattr(kind, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:

@@ -10,9 +10,9 @@
     [arms.off]
     loss = { load_balancing = 0.0 }
 
-An arm may name another one that it goes on from (`start`), whose best checkpoint of the same seed it begins with, and
-how that becomes a mixture of experts first (`upcycle`, with the options of `olmoe upcycle`). The first arm that is
-compared is the one that the figure compares the others with.
+An arm may name another one that it continues from (`start`), whose best checkpoint of the same seed it starts with, and
+how to turn that into a mixture of experts first (`upcycle`, with the options of `olmoe upcycle`). The figure compares
+all other arms with the first compared arm.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from olmoe.weights.upcycle import Upcycling
 Tables = dict[str, dict[str, Any]]
 
 _SECTIONS = (
-    "run", "model", "tokenizer", "data", "batch", "schedule", "optimizer", "loss", "regularization", "evaluation",
-    "checkpoint",
+    "run", "model", "tokenizer", "data", "batch", "schedule", "optimizer", "loss", "regularization", "shared_expert",
+    "evaluation", "checkpoint",
 )  # fmt: skip
 _FOLDER = "experiments"
 
@@ -43,8 +43,8 @@ _FOLDER = "experiments"
 class Arm:
     """One arm: `tables` is its whole training configuration, with absolute paths.
 
-    `start` is the arm that it goes on from, and `upcycle` what is made of that one's model first. Arms that are not
-    `compared` are there for others to start from.
+    `start` is the arm that it continues from, and `upcycle` how that arm's model is changed first. Arms that are not
+    `compared` only serve as starts for others.
     """
 
     name: str
@@ -130,6 +130,8 @@ def _arm(name: str, table: Any, base: dict[str, Any], before: dict[str, Arm], pa
     if upcycle and start is None:
         raise ConfigError(f"{where} upcycles, but starts from no arm; add start = ARM.")
     if start is not None:
+        if "shared_expert" in tables or "shared_expert" in before[start].tables:
+            raise ConfigError(f"{where} starts from another arm, which no arm with a shared expert can; remove one.")
         if "model" in table:
             raise ConfigError(f"{where} starts from {start!r}, whose model it has; remove its [model].")
         tables["model"] = before[start].tables["model"] | _upcycled(before[start].tables["model"], upcycle, where)

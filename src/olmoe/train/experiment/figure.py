@@ -1,7 +1,7 @@
 """Results as a figure: loss against tokens with a band over seeds, and differences to the first arm, seed by seed.
 
-matplotlib is imported when it is drawn, and draws without its global state. Colours can be told apart by those who do
-not see all of them, and lines by their dashes in grey.
+matplotlib is imported when it is drawn, and used without its global state. Colours can be told apart by colour-blind
+readers, and lines by their dashes in grey.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STYLE: Any = {
 
 
 def require_matplotlib() -> None:
-    """Raise `UserError` where the figure cannot be drawn, before hours of training end in that."""
+    """Raise `UserError` if the figure cannot be drawn, before hours of training."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             "The figure of an experiment needs matplotlib, which is not installed; install olmoe[analysis], or do "
@@ -106,5 +106,5 @@ def _differences(ax: Any, results: dict[str, Any], looks: dict[str, Any]) -> Non
 
 
 def _label(text: str) -> str:
-    """A text that matplotlib does not read dollars of as mathematics."""
+    """A text with its dollar signs escaped, which matplotlib reads as mathematics."""
     return text.replace("$", r"\$")

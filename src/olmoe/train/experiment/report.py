@@ -1,4 +1,4 @@
-"""Writing what came out of an experiment into its folder."""
+"""Writing the results of an experiment into its folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What came out of an experiment, as results.json holds it: every finished run, every arm, every pair of arms.
+"""The results of an experiment, as in results.json: every finished run, every arm, every pair of arms.
 
-The loss is nats a token on held-out text, the mean over its files. What an arm reached is measured by its best
-checkpoint on all of that text; the curve on the windows that the trainer evaluates as it goes.
+The loss is in nats per token on held-out text, averaged over its files. An arm's result is that of its best
+checkpoint on all of that text; the curve is measured on the windows that the trainer evaluates as it goes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from olmoe.errors import UserError
+from olmoe.train import shared_expert
 from olmoe.train.experiment.definition import Experiment
-from olmoe.train.experiment.runs import Run, check_settings
+from olmoe.train.experiment.reuse import origin
+from olmoe.train.experiment.runs import RESULT, Run, check_settings
 from olmoe.train.experiment.schedule import START_RECORD
 from olmoe.train.experiment.statistics import Estimate, estimate, holm, paired
 
@@ -25,7 +27,7 @@ _MEASURED = ("cross_entropy", "load_balancing", "router_z", "max_load_over_mean"
 
 
 def collect(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
-    """The results of the runs that are finished. Raises `UserError` if none is, or one had other settings."""
+    """The results of the finished runs. Raises `UserError` if there are none, or if one had other settings."""
     finished = [run for run in runs if run.is_finished]
     for run in finished:
         check_settings(run)
@@ -51,13 +53,14 @@ def collect(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _arm(runs: Sequence[Run]) -> dict[str, Any]:
-    arm, first = runs[0].arm, runs[0]
+    arm, first, config = runs[0].arm, runs[0], runs[0].config
+    shared = shared_expert.parameters(config)
     measured = {str(run.seed): _run(run) for run in runs}
     return {
         "label": arm.label,
         "compared": arm.compared,
-        "parameters": first.config.model.num_parameters,
-        "active_parameters": first.config.model.num_active_parameters,
+        "parameters": config.model.num_parameters + shared,
+        "active_parameters": config.model.num_active_parameters + shared,
         "tokens": first.tokens,
         "tokens_before": first.tokens_before,
         "loss": _plain(estimate([run["loss"] for run in measured.values()])),
@@ -66,7 +69,7 @@ def _arm(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    evaluation = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
     held_out = [evaluation["held_out_loss"][name] for name in _held_out_names(run)]
     records = list(run.records())
     steps = [record for record in records if "cross_entropy" in record]
@@ -80,13 +83,25 @@ def _run(run: Run) -> dict[str, Any]:
     if start.is_file():
         losses = json.loads(start.read_text(encoding="utf-8"))["held_out_loss"]
         curve.insert(0, [run.tokens_before, _mean(losses.values())])
-    return {
+    found: dict[str, Any] = {
         "loss": _mean(held_out),
         "by_file": dict(zip(_held_out_names(run), held_out, strict=True)),
         "step": evaluation["step"],
         "steps": run.config.total_steps,
         "curve": curve,
-    } | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
+    }
+    if "expert_load_LE" in evaluation:
+        found["unused_experts"] = _unused(list(evaluation["expert_load_LE"].values()))
+    if (reused := origin(run.folder)) is not None:
+        found["reused_from"] = reused
+    return found | {name: round(statistics.fmean(record[name] for record in last), 5) for name in _MEASURED if last}
+
+
+def _unused(load_FLE: list[list[list[int]]]) -> list[int]:
+    """By layer, how many experts no held-out token chose, of the load in each file."""
+    return [
+        sum(not any(of_file) for of_file in zip(*of_layer, strict=True)) for of_layer in zip(*load_FLE, strict=True)
+    ]
 
 
 def _held_out_names(run: Run) -> list[str]:

@@ -1,6 +1,6 @@
-"""The training runs of an experiment: a folder each, with a configuration that `olmoe train` takes as well.
+"""The training runs of an experiment: a folder each, with a configuration that `olmoe train` also takes.
 
-`OUTPUT/ARM/seed-N/run.toml` is that configuration; what the trainer writes lies beside it. Runs of the same seed see
+`OUTPUT/ARM/seed-N/run.toml` is that configuration; what the trainer writes is beside it. Runs of the same seed see
 the same windows in the same order, whatever their arm.
 """
 
@@ -23,6 +23,7 @@ from olmoe.train.experiment.definition import Arm, Experiment, Tables
 from olmoe.train.run_folder import latest
 
 FILE = "run.toml"
+RESULT = "evaluation.json"  # what the trainer writes last
 # What a run that starts from another one adds to the seed, so that it does not see the same windows again.
 STAGE = 1_000_000
 
@@ -51,7 +52,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether it was trained and evaluated."""
-        return (self.folder / "evaluation.json").is_file()
+        return (self.folder / RESULT).is_file()
 
     @property
     def has_begun(self) -> bool:
@@ -65,11 +66,11 @@ class Run:
 
     @property
     def tokens_before(self) -> int:
-        """Tokens that its model was trained on when it began."""
+        """Tokens that its model had been trained on before it started."""
         return 0 if self.earlier is None else self.earlier.tokens_before + self.earlier.tokens
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What the trainer noted, step by step."""
+        """What the trainer recorded, step by step."""
         try:
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:

@@ -1,8 +1,9 @@
-"""Training the runs of an experiment, some at a time, in processes of their own.
+"""Training the runs of an experiment, several at a time, each in its own process.
 
-What is finished is not trained again, what was interrupted goes on from its checkpoint, and a run waits for the one
-that it starts from. A process trains one run, so that one that the system ends takes nothing with it. Should this
-process die, the others notice, because their standard input is a pipe from here; they save and leave.
+Runs that are finished, here or in an experiment beside this one (see `reuse`), are not trained again, interrupted ones
+continue from their checkpoint, and a run waits for the one that it starts from. A process trains one run, so that one
+that the system kills takes no other with it. Should this process die, the others notice, because their standard input
+is a pipe from here; they save and exit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from olmoe.io.atomic import write_text
 from olmoe.runtime import log
 from olmoe.train.evaluation import evaluate_all, summary
 from olmoe.train.experiment.definition import plan_of
+from olmoe.train.experiment.reuse import reuse
 from olmoe.train.experiment.runs import FILE, Run, write_configuration
 from olmoe.train.run_data import open_data
 from olmoe.weights import checkpoint, export
@@ -51,6 +53,8 @@ def train_all(runs: Sequence[Run], jobs: int = 1, progress: Progress | None = No
         raise UserError(f"At least 1 run must be trained at a time, not {jobs}.")
     for run in runs:
         write_configuration(run)
+    for run in runs:
+        reuse(run)
     for run in {run.arm.name: run for run in runs if not run.is_finished}.values():
         open_data(run.config, [])
     with _Working(jobs) as working:

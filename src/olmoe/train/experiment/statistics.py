@@ -31,7 +31,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """What values of different seeds say of their mean, if they are about normal. There must be at least one."""
+    """What values from different seeds say about their mean, if they are roughly normal. There must be at least one."""
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Estimate(n, mean, *[math.nan] * 5)

@@ -1,7 +1,7 @@
-"""One training run in a process of its own: `python -m olmoe.train.experiment.worker RUN.toml`.
+"""One training run in its own process: `python -m olmoe.train.experiment.worker RUN.toml`.
 
-It goes on from the run's newest checkpoint if there is one. When its standard input ends, because the experiment was
-interrupted or its process has died, it finishes the step, saves and leaves, as after Ctrl-C.
+It continues from the run's newest checkpoint if there is one. When its standard input ends, because the experiment was
+interrupted or its process has died, it finishes the step, saves and exits, as after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from olmoe.train.finetune.chats import Completion, Sample
 
 
 def prompt_of(sample: Sample, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The text and the ids that the last answer of a sample follows on."""
+    """The text and the ids that come before the last answer of a sample."""
     if isinstance(sample, Completion):
         text = sample.prompt
     else:

@@ -1,6 +1,6 @@
-"""Chats to learn from, in the formats that people have them in. No torch.
+"""Chats to learn from, in the usual formats. No torch.
 
-A file is JSONL (one object a line) or JSON (a list of objects). Each object is one sample, whose format its keys tell:
+A file is JSONL (one object per line) or JSON (a list of objects). Each object is one sample; its keys show the format:
 
 - `messages`: OpenAI's, with `role` and `content`; an assistant's message with `weight` 0 is not trained. `tools` beside
   them go to the chat template.
@@ -42,7 +42,7 @@ _SPEAKERS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that end with the assistant's; `trained` says of each message whether its answer is learned."""
+    """Messages that end with the assistant's; `trained` says for each message whether its answer is learned."""
 
     messages: list[Message]
     trained: tuple[bool, ...]
@@ -51,7 +51,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and how it goes on, which is what is learned. No chat template stands around them."""
+    """A text and its continuation, which is what is learned. There is no chat template around them."""
 
     prompt: str
     completion: str
@@ -145,7 +145,7 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: Any) -> str | None:
-    """A message's text, also where it comes in parts; None if it has none."""
+    """A message's text, even if it comes in parts; None if it has none."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         return None if None in parts else "".join(map(str, parts))
@@ -153,7 +153,7 @@ def _text(content: Any) -> str | None:
 
 
 def _with_system(value: Mapping[str, Any], where: str) -> list[Message]:
-    """The system message that stands beside the others, if there is one."""
+    """The system message that is given beside the others, if there is one."""
     system = value.get("system")
     if system in (None, ""):
         return []

@@ -28,6 +28,7 @@ from olmoe.train.finetune.masks import TOO_LONG, TURNS
 
 SCHEDULES = ("linear", "cosine", "constant")
 TARGETS = ("attention", "experts", "router")
+PRECISIONS = ("fp32", "bf16")
 LOSSES = ("dpo", "dpo_norm", "kto")
 
 
@@ -35,7 +36,7 @@ LOSSES = ("dpo", "dpo_norm", "kto")
 class ChatSource:
     """A JSONL or JSON file of samples (see `chats` and `preferences`), relative to the configuration file.
 
-    `repeat` is how often an epoch passes over it; a fraction takes that share of its samples, drawn anew each epoch.
+    `repeat` is how often an epoch passes over it; a fraction takes that share of its samples, drawn again each epoch.
     `chat` puts the chat template around prompts and answers that are texts.
     """
 
@@ -105,13 +106,15 @@ class AdapterConfig:
     """Low-rank adapters (LoRA) in place of training all weights: W + (alpha / rank) B A.
 
     `targets` are "attention", "experts", and "router", which is left alone unless it is named. `pack` packs the frozen
-    weights in memory ("nf4", "int8", "q4_0" ...), for a checkpoint that is not packed itself (QLoRA).
+    weights in memory ("nf4", "int8", "q4_0" ...), for a checkpoint that is not packed itself (QLoRA). `precision` is
+    that of products with the weights of attention and experts: "fp32", or "bf16", which rounds them and their inputs.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "experts")
     pack: str | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,7 @@ def _check_choices(config: FinetuneConfig) -> None:
     }
     if config.adapter is not None:
         choices["adapter.targets"] = (config.adapter.targets or ("",), TARGETS)
+        choices["adapter.precision"] = ((config.adapter.precision,), PRECISIONS)
     if isinstance(config, PreferenceConfig):
         choices["loss.kind"] = ((config.loss.kind,), LOSSES)
     for key, (values, known) in choices.items():

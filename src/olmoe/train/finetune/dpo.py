@@ -1,4 +1,4 @@
-"""Learning from preferences: DPO (summed or length-normalised) and KTO against the model that the run began with.
+"""Learning from preferences: DPO (summed or length-normalised) and KTO against the model that the run started with.
 
 The reference's log-probabilities are computed once, before the first step, and kept in the run's folder: no second
 model is in memory while training. With adapters the reference is the model without them, which is the same.
@@ -51,7 +51,7 @@ def dpo(config: PreferenceConfig, *, resume: bool = False, overwrite: bool = Fal
 
 
 class PreferenceTask:
-    """The examples of all files, and what steps compute of them. See `loop.Task`.
+    """The examples of all files, and what steps compute from them. See `loop.Task`.
 
     A unit is what a step counts: a pair is two examples in a row, for KTO one and the same prompt with the answer to
     another, by which z is measured.

@@ -49,11 +49,11 @@ class Task(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """The contents of the data, which must not change while a run goes on."""
+        """The contents of the data, which must not change during a run."""
         ...
 
     def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
-        """What the task needs of the model before it is trained, or finds in `output` where a run is `resumed`."""
+        """Compute what the task needs from the model before training, or find it in `output` if a run is `resumed`."""
         ...
 
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
@@ -61,13 +61,13 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
-        """Measures by their names, and the score that is best when lowest, on so many samples a file (0: all)."""
+        """Measures by name, and the score (lower is better), on this many samples of each file (0: all)."""
         ...
 
 
 @dataclass
 class Run:
-    """Everything that a run consists of between two steps."""
+    """The whole state of a run between two steps."""
 
     config: FinetuneConfig
     output: Path
@@ -124,7 +124,7 @@ def open_run(
     overwrite: bool,
     show_progress: bool,
 ) -> Run:
-    """Data, model and optimizer as the run begins, or as the checkpoint `newest` left them."""
+    """Data, model and optimizer as at the start of the run, or as the checkpoint `newest` left them."""
     device = resolve_device(config.run.device)
     start = open_start(config)
     task = make_task(start, device)

@@ -1,8 +1,8 @@
 """Which tokens of a chat are trained: those that the assistant writes, the end of its text included.
 
 They are found by the characters of the rendered text, never by comparing ids of a shorter text with those of a longer
-one: a tokenizer may join the end of a header with the beginning of an answer (OLMoE's does if that is a line break).
-A token is trained if any of its characters belongs to an answer. The end of a text is known by its id.
+one: a tokenizer may merge the end of a header with the start of an answer (OLMoE's does if that is a newline).
+A token is trained if any of its characters belongs to an answer. The end of a text is identified by its id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Example:
-    """What the network reads, and for each id the next one where that is trained, else `IGNORE`."""
+    """What the network reads, and for each id the next one if that is trained, else `IGNORE`."""
 
     inputs: Ids
     labels: Ids

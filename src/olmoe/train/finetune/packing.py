@@ -1,4 +1,4 @@
-"""Several examples in one row, each by itself: positions restart, and nobody attends to a neighbour.
+"""Several examples in one row, isolated: positions restart, and no token attends to another example.
 
 Rows are filled by best fit: the longest example first, each into the fullest row that has room. A row's examples run
 through the network end to end, without padding, and attention is computed for each of them alone (`isolated_attend` of

@@ -1,4 +1,4 @@
-"""Which examples each step of a run sees, decided before it begins: all follows from the seed and the step."""
+"""Which examples each step of a run sees, decided before it starts: everything follows from the seed and the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preferences to learn from: two answers of which one is better, or single ones that are good or bad. No torch.
+"""Preferences to learn from: two answers, one of them better, or single answers that are good or bad. No torch.
 
 A file is JSONL or JSON, as in `chats`. Each object has
 

@@ -46,7 +46,7 @@ def sft(config: SFTConfig, *, resume: bool = False, overwrite: bool = False, sho
 
 
 class ChatTask:
-    """The examples of all files, and what steps compute of them. See `loop.Task`."""
+    """The examples of all files, and what steps compute from them. See `loop.Task`."""
 
     def __init__(self, config: SFTConfig, start: Start, device: torch.device) -> None:
         self.config, self.device = config, device

@@ -1,4 +1,4 @@
-"""The model that a fine-tuning run trains, as the run begins, and how it is written and read again.
+"""The model that a fine-tuning run trains, as at its start, and how it is written and read again.
 
 Either all weights are trained, in fp32, and written as an ordinary checkpoint; or adapters over frozen ones, plain or
 packed, and only these are written.
@@ -18,15 +18,16 @@ from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.io.targets import folder_that_keeps, foreign_entries
 from olmoe.io.tensor_file import SINGLE_NAME
-from olmoe.model import CausalLM, set_backend
+from olmoe.model import CausalLM, DecoderLayer, set_backend
 from olmoe.quant.formats import make_format
 from olmoe.tokenizer import Tokenizer
+from olmoe.train import recompute
 from olmoe.train.finetune.config import AdapterConfig, FinetuneConfig, check_model
 from olmoe.train.inheritance import start_folder
 from olmoe.weights import checkpoint, export, generation
 from olmoe.weights.checkpoint import Checkpoint
+from olmoe.weights.frozen import load_frozen
 from olmoe.weights.generation import end_ids
-from olmoe.weights.packing import load_packed
 from olmoe.weights.source import texts_of
 
 
@@ -47,7 +48,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained of a model, and its way to a folder and back."""
+    """The trained part of a model, and how it is written to a folder and read back."""
 
     parameters: nn.ParameterList
     write: Callable[[CausalLM, Path], None]
@@ -83,13 +84,15 @@ def open_start(config: FinetuneConfig) -> Start:
 def load_model(start: Start, config: FinetuneConfig, device: torch.device) -> tuple[CausalLM, Trained]:
     """The model with the checkpoint's weights, ready to be trained."""
     settings = config.adapter
-    if settings is not None and settings.pack is not None:
-        model = load_packed(start.found.source(), settings.pack, device)
+    if settings is not None:
+        model = load_frozen(start.found.source(), settings.pack, device)
     else:
         model = start.found.load(dtype=torch.float32, device=device)
     trained = _whole(model) if settings is None else _adapted(model, start, config, settings)
     if config.recompute:
-        recompute_layers(model)
+        for layer in model.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            recompute.wrap(layer, "full")
     return model.train(), trained
 
 
@@ -113,7 +116,7 @@ def _adapted(model: CausalLM, start: Start, config: FinetuneConfig, settings: Ad
     adapter = adapters.new_adapter(start.model_config, rank, alpha, settings.targets, config.run.seed)
     device = model.model.norm.weight.device
     adapter.factors = {n: adapters.Factors(a.to(device), b.to(device)) for n, (a, b) in adapter.factors.items()}
-    adapters.adapt(model, adapter)
+    adapters.adapt(model, adapter, torch.bfloat16 if settings.precision == "bf16" else None)
     # The kernels round activations where nothing needs a gradient, that is, in evaluation and in the first layer.
     set_backend(model, "torch")
     resolved = config.resolve(config.start)
@@ -131,19 +134,6 @@ def _adapted(model: CausalLM, start: Start, config: FinetuneConfig, settings: Ad
 
     factors = adapters.factors_of(model).values()
     return Trained(nn.ParameterList(factor for pair in factors for factor in pair), write, read)
-
-
-def recompute_layers(model: CausalLM) -> None:
-    """Keep nothing of a layer but its input, and compute the rest again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint as recomputed
-
-    for layer in model.model.layers:
-        forward = layer.forward
-
-        def wrapped(*args: object, inner: Callable[..., object] = forward) -> object:
-            return recomputed(inner, *args, use_reentrant=False)
-
-        layer.forward = wrapped
 
 
 def save_best(model: CausalLM, trained: Trained, folder: Path, files: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
-"""The ways in which GGUF stores numbers: block layouts and dequantization.
+"""How GGUF stores numbers: block layouts and dequantization.
 
-A row is cut into blocks of 32 or 256 neighbouring columns. Each block holds its scales and small integers in a
-fixed number of bytes, little endian. Layouts are facts of ggml (`ggml-common.h`), verified in
+A row is divided into blocks of 32 or 256 adjacent columns. Each block holds its scales and small integers in a
+fixed number of bytes, little endian. The layouts are ggml's (`ggml-common.h`), verified in
 `tests/weights/gguf/test_block_types.py` against the `gguf` package and in `test_to_gguf_llama_cpp.py` against
 llama.cpp itself.
 
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Values decoded at a time, so that intermediate results stay in the cache.
+# Values decoded at a time: few enough for intermediate results to stay in the cache.
 PART_VALUES = 2**18
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """One of ggml's tensor types: its number in the file, values and bytes a block, and how to decode."""
+    """One of ggml's tensor types: its number in the file, values and bytes per block, and how to decode it."""
 
     code: int
     name: str
@@ -145,7 +145,7 @@ def _affine_256(blocks: Bytes, codes: Bytes) -> Floats:
 
 
 def _halves(packed: Bytes) -> Bytes:
-    """(n, 128) -> (n, 8, 32): each 32 bytes hold a group in their low halves and the next in their high ones."""
+    """(n, 128) -> (n, 8, 32): every 32 bytes hold one group in their low halves and the next in their high halves."""
     groups = packed.reshape(len(packed), 4, 1, 32)
     return np.concatenate((groups & 15, groups >> 4), axis=2).reshape(len(packed), 8, 32)
 

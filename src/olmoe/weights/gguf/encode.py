@@ -1,4 +1,4 @@
-"""Weights to the bytes of GGUF's block types, as llama.cpp's reference quantizers round."""
+"""Weights to the bytes of GGUF's block types, rounded as by llama.cpp's reference quantizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from olmoe.quant.formats.blocks import BLOCK
 from olmoe.weights.gguf.block_types import BY_NAME, BlockType, Bytes
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Formats of ours that GGUF has too, by its names for them.
+# Our formats that GGUF has too, by its names for them.
 _FORMATS = {name.upper(): make_format(name) for name in layout_formats() if name.upper() in BY_NAME}
 BLOCKS = {name: format for name, format in _FORMATS.items() if isinstance(format, BlockFormat)}
 ENCODABLE = (*_PLAIN, *BLOCKS)
@@ -20,12 +20,12 @@ PART_WEIGHTS = 2**20
 
 
 def fitting(kind: BlockType, columns: int) -> BlockType:
-    """`kind`, or BF16 where rows of `columns` values are no whole blocks of it."""
+    """`kind`, or BF16 if rows of `columns` values are not whole blocks of it."""
     return BY_NAME["BF16"] if columns % kind.block_values else kind
 
 
 def encode(name: str, weight: Tensor, kind: BlockType) -> Bytes:
-    """weight (..., C), any floating dtype, of the tensor `name` -> (..., bytes of a row).
+    """weight (..., C) of the tensor `name`, in any floating dtype -> (..., bytes of a row).
 
     Raises `CheckpointError` for values that the type cannot hold: infinite or not a number, or beyond fp16.
     """
@@ -57,8 +57,8 @@ def _encode_rows(name: str, rows: Tensor, kind: BlockType) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number, without a mask of their size."""
-    low, high = torch.aminmax(values)  # NaN is handed on
+    """Whether all values are finite, computed without a mask of their size."""
+    low, high = torch.aminmax(values)  # NaN propagates
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 

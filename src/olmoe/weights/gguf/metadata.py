@@ -1,10 +1,10 @@
 """The `olmoe.*` metadata of GGUF to and from `ModelConfig`.
 
-What llama.cpp reads was taken from its sources (`llama-arch.cpp`, `llama-model.cpp`, `models/olmoe.cpp`) and is
-verified by running it (`tests/weights/gguf/test_to_gguf_llama_cpp.py`). It
-fixes more than the metadata says: SiLU, softmax over all
-experts without renormalisation, no clipping, no biases, as many KV heads as heads, NeoX RoPE without a permutation
-of rows. A configuration that differs there would load in llama.cpp and compute something else, so it is refused.
+What llama.cpp reads was learnt from its sources (`llama-arch.cpp`, `llama-model.cpp`, `models/olmoe.cpp`) and is
+verified by running it (`tests/weights/gguf/test_to_gguf_llama_cpp.py`). It fixes more than the metadata says: SiLU,
+softmax over all experts without renormalisation, no clipping, no biases, as many KV heads as heads, NeoX RoPE without
+a permutation of rows. A configuration that differs in these would load in llama.cpp and compute something else, so it
+is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.weights.gguf.reader import Value
 
 ARCHITECTURE = "olmoe"
-# Keys of up to three ends of text; llama.cpp stops at each of them.
+# Keys of up to three end-of-text ids; llama.cpp stops at each of them.
 EOS_KEYS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 PADDING_KEY = "tokenizer.ggml.padding_token_id"
 
@@ -43,7 +43,7 @@ _READ = {
     "rope.scale_linear",  # the older name of the factor
     "vocab_size",
 }
-# Keys that change the network in llama.cpp's other architectures -> the values that leave OLMoE as it is.
+# Keys that change the network in llama.cpp's other architectures -> the values that leave OLMoE unchanged.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.causal": (True,),
@@ -73,7 +73,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def to_metadata(config: ModelConfig) -> dict[str, Value]:
     """The `olmoe.*` keys of a configuration.
 
-    Raises `ConfigError` for what llama.cpp's OLMoE cannot be told and would compute otherwise.
+    Raises `ConfigError` for settings that cannot be expressed and that llama.cpp's OLMoE would compute differently.
     """
     _check_expressible(config)
     metadata: dict[str, Value] = {
@@ -90,7 +90,7 @@ def to_metadata(config: ModelConfig) -> dict[str, Value]:
         metadata[f"{ARCHITECTURE}.rope.scaling.factor"] = float(config.rope.factor)
     metadata |= dict(zip(EOS_KEYS, config.eos_token_ids, strict=False))
     if config.eos_token_ids:
-        # OLMoE has no token for the beginning of a text; chat templates that ask for one get the end's.
+        # OLMoE has no start-of-text token; chat templates that ask for one get the end-of-text token.
         metadata["tokenizer.ggml.bos_token_id"] = config.eos_token_ids[0]
     if config.pad_token_id is not None:
         metadata[PADDING_KEY] = config.pad_token_id
@@ -116,7 +116,7 @@ def _check_expressible(config: ModelConfig) -> None:
         raise ConfigError("GGUF cannot express dynamic RoPE scaling; only default and linear can be written.")
     if len(config.eos_token_ids) > len(EOS_KEYS):
         raise ConfigError(
-            f"GGUF names at most {len(EOS_KEYS)} ends of text, but eos_token_id lists {len(config.eos_token_ids)}; "
+            f"GGUF has at most {len(EOS_KEYS)} end-of-text ids, but eos_token_id lists {len(config.eos_token_ids)}; "
             "shorten the list."
         )
 
@@ -125,7 +125,7 @@ def to_config(metadata: Mapping[str, Value], vocab_size: int, *, tied: bool) -> 
     """The configuration that `metadata` describes; `vocab_size` is the number of rows of the embedding.
 
     Raises `CheckpointError` for another architecture, and for keys that are missing, of the wrong type or
-    contradictory; `ConfigError` for values that no network can have. What GGUF does not say (dropout,
+    contradictory; `ConfigError` for values that no network can have. What GGUF does not store (dropout,
     initialisation, loss coefficients) gets `ModelConfig`'s defaults.
     """
     architecture = _plain(metadata.get("general.architecture"))
@@ -205,13 +205,13 @@ def _check_neutral(ours: Mapping[str, Value], config: ModelConfig) -> None:
 
 
 def _token(value: Value | None) -> Any:
-    """An id of a token; None for the number that stands for "there is none", -1 in 32 unsigned bits."""
+    """A token id; None for the number that means "there is none", -1 in 32 unsigned bits."""
     value = _plain(value)
     return None if isinstance(value, int) and value == 2**32 - 1 else value
 
 
 def _same_in_all_layers(value: Value, layers: Any) -> Value:
-    """A number that is given once for every layer, where it is the same for all; other values as they are."""
+    """The number in a list with one entry per layer, if it is the same for all; other values unchanged."""
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.size == 0 or value.size != layers:
         return value
     first: Value = value[0].item()
@@ -219,9 +219,9 @@ def _same_in_all_layers(value: Value, layers: Any) -> Value:
 
 
 def _plain(value: Value | None) -> Any:
-    """A value of the metadata as Python has it; of an array, which no key here wants, what shows in a message.
+    """A metadata value as a Python object; an array, which no key here takes, becomes a description for messages.
 
-    An fp32 number becomes the shortest decimal that means it: 1e-05, not 9.999999747378752e-06.
+    An fp32 number becomes the shortest decimal that stands for it: 1e-05, not 9.999999747378752e-06.
     """
     if isinstance(value, float):
         return float(str(np.float32(value)))

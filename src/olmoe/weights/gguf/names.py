@@ -21,9 +21,9 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Parameter -> the tensors that hold it, in llama.cpp's order of a file.
+    """Parameter -> the tensors that hold it, in llama.cpp's order within a file.
 
-    Each parameter is one tensor, but for the stacked gate and up projections of the experts, which are two:
+    Each parameter is one tensor, except the stacked gate and up projections of the experts, which are two:
     `ffn_gate_exps` and `ffn_up_exps` (E, F, D) hold the first and the second half of `gate_up_proj` (E, 2F, D).
     With tied embeddings there is no parameter `lm_head.weight`; files still hold `output.weight`, which
     llama.cpp requires of OLMoE.

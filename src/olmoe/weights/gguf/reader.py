@@ -1,9 +1,9 @@
-"""Reading GGUF files (versions 2 and 3): metadata and where each tensor lies, checked before anything is used.
+"""Reading GGUF files (versions 2 and 3): metadata and the location of each tensor, checked before anything is used.
 
 A file is a header (magic, version, counts), key-value metadata, tensor descriptions, and the tensors' bytes, each
 at a multiple of the alignment (`ggml/docs/gguf.md`). The file is memory-mapped: tensors are views, nothing is
-copied. Every count, length, shape and offset is compared with the size of the file before memory is taken for it,
-so whatever the bytes say, opening a file costs time and memory in proportion to its header.
+copied. Every count, length, shape and offset is compared with the size of the file before memory is allocated for
+it, so whatever the bytes are, opening a file costs time and memory in proportion to its header.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is row-major, the last dimension contiguous (GGUF stores the reverse)."""
+    """The location of a tensor. `shape` is row-major, the last dimension contiguous (GGUF stores the reverse)."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, which is the last dimension."""
+        """Bytes of one row, along the last dimension."""
         return self.kind.row_bytes(self.shape[-1])
 
     @property
@@ -74,7 +74,7 @@ class GGUFFile:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+                empty = os.fstat(file.fileno()).st_size == 0  # an empty file cannot be mapped
                 self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise CheckpointError(f"There is no file {self.path}; check the path.") from None
@@ -103,13 +103,13 @@ class GGUFFile:
         self.tensors: dict[str, TensorInfo] = header.tensors
 
     def release(self) -> None:
-        """Let go of the pages that were read, which then no longer count as this process's memory."""
+        """Release the pages that were read, which then no longer count as this process's memory."""
         if self._map is not None:
             with contextlib.suppress(OSError, AttributeError):  # some systems refuse or have no such call
                 self._map.madvise(mmap.MADV_DONTNEED)
 
     def rows(self, name: str, *index: int) -> Bytes:
-        """The bytes of a tensor, or of its part at the leading indices `index`: (..., bytes of a row), a view."""
+        """A view of the bytes of a tensor, or of its part at the leading indices `index`: (..., bytes of a row)."""
         tensor = self.tensors[name]
         values = self._data[tensor.start : tensor.start + tensor.num_bytes]
         view = values.reshape(*tensor.shape[:-1], tensor.row_bytes)
@@ -123,7 +123,7 @@ class _Header:
         self.name, self.data, self.size, self.at = name, data.data, len(data), 0
         magic = bytes(self.data[:4])
         if magic != MAGIC:
-            raise CheckpointError(f"{name} is not a GGUF file (it begins with {shown(magic)}, not {shown(MAGIC)}).")
+            raise CheckpointError(f"{name} is not a GGUF file (it starts with {shown(magic)}, not {shown(MAGIC)}).")
         self.at = 4
         self.version = self._version()
         tensor_count, key_count = self.number("<u8"), self.number("<u8")
@@ -255,13 +255,13 @@ class _Header:
             raise CheckpointError(f"{self.name} gives tensor {shown(name)} the impossible shape {shown(sizes[::-1])}.")
         if sizes[0] % kind.block_values:
             raise CheckpointError(
-                f"{self.name} gives tensor {shown(name)} rows of {sizes[0]} values, which are no whole blocks of "
+                f"{self.name} gives tensor {shown(name)} rows of {sizes[0]} values, which are not whole blocks of "
                 f"{kind.block_values} as {kind.name} needs."
             )
         return name, sizes[::-1], kind, offset
 
     def _placed(self, described: list[tuple[str, tuple[int, ...], BlockType, int]]) -> dict[str, TensorInfo]:
-        """The tensors in the data section, which begins at the next multiple of the alignment."""
+        """The tensors in the data section, which starts at the next multiple of the alignment."""
         begin = -(-self.at // self.alignment) * self.alignment
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in described:
@@ -269,7 +269,7 @@ class _Header:
                 raise CheckpointError(f"{self.name} holds tensor {shown(name)} twice; the file is damaged.")
             if offset % self.alignment:
                 raise CheckpointError(
-                    f"{self.name} puts tensor {shown(name)} at offset {offset}, which is no multiple of the alignment "
+                    f"{self.name} puts tensor {shown(name)} at offset {offset}, not a multiple of the alignment "
                     f"{self.alignment}."
                 )
             tensor = TensorInfo(name, shape, kind, begin + offset)

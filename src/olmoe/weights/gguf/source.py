@@ -48,7 +48,7 @@ class GGUFSource:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        """Every tensor of the network must be there in its shape, and no other."""
+        """Every tensor of the network must be present in its shape, and no other tensors."""
         expected = tensor_shapes(self.config)
         for name, shape in expected.items():
             tensor = self.file.tensors.get(name)
@@ -101,7 +101,7 @@ class GGUFSource:
         return tuple(self.file.tensors[name].kind.name for name in self._tensors[parameter])
 
     def blocks(self, parameter: str, expert: int | None = None) -> Bytes:
-        """The parameter's bytes as stored, (..., bytes of a row), for converting without a loss.
+        """The parameter's bytes as stored, (..., bytes of a row), for lossless conversion.
 
         Raises `CheckpointError` if its tensors are stored in different types.
         """

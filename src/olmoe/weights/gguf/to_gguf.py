@@ -19,7 +19,7 @@ from olmoe.weights.gguf.reader import Value
 from olmoe.weights.gguf.writer import PlannedTensor, write
 from olmoe.weights.source import BlockSource, WeightSource
 
-# Types of matrices that can be asked for -> general.file_type, llama.cpp's number for "mostly this".
+# Types of matrices that can be requested -> general.file_type, llama.cpp's number for "mostly this".
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
@@ -33,7 +33,7 @@ class _Output:
     tensor: PlannedTensor
     parameter: str
     experts: int | None = None
-    first_row: int = 0  # of the parameter's, where one parameter holds two tensors
+    first_row: int = 0  # of the parameter's rows, if one parameter holds two tensors
 
 
 def to_gguf(
@@ -46,9 +46,9 @@ def to_gguf(
 ) -> None:
     """Write the checkpoint in `folder` to the GGUF file `target`, atomically.
 
-    Matrices become `type_name`, one of `FILE_TYPES`; None keeps the blocks of a packed checkpoint as they are, value
-    for value, and makes bf16 of others. Norms and routers are fp32. A matrix whose rows are no whole blocks is
-    written as bf16. `progress(done, total)` counts bytes of the file. At most one tensor is in memory.
+    Matrices become `type_name`, one of `FILE_TYPES`; None keeps the blocks of a packed checkpoint value for value, and
+    converts others to bf16. Norms and routers are fp32. A matrix whose rows are not whole blocks is written as bf16.
+    `progress(done, total)` counts bytes of the file. At most one tensor is in memory.
 
     Raises `CheckpointError`, `ConfigError` or `TokenizerError` for what cannot be read or what GGUF cannot express,
     `UserError` if the disk is full, or if `target` exists and is not a file to `overwrite`.
@@ -78,7 +78,7 @@ def to_gguf(
                 done += data.nbytes
                 if progress is not None:
                     progress(done, total)
-        targets.check_file(target, overwrite=overwrite)  # again, because something may have appeared there
+        targets.check_file(target, overwrite=overwrite)  # again, since something may have appeared there
 
     write(target, metadata, [output.tensor for output in outputs], counted())
 
@@ -89,7 +89,7 @@ def _plan(source: WeightSource, type_name: str | None) -> list[_Output]:
     shapes = tensor_shapes(config)
     names = tensor_names(config)
     if config.tie_word_embeddings:
-        # llama.cpp's OLMoE needs a head of its own, so the shared matrix is written twice.
+        # llama.cpp's OLMoE needs a separate head, so the shared matrix is written twice.
         shapes[HEAD] = shapes[EMBEDDING]
     outputs: list[_Output] = []
     for parameter, tensors in names.items():

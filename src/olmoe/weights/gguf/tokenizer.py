@@ -1,7 +1,7 @@
 """The tokenizer in GGUF's metadata: `tokenizer.json` to `tokenizer.ggml.*` and back, with the same ids. No torch.
 
-llama.cpp's byte-level BPE (`tokenizer.ggml.model` gpt2, `pre` olmo) cuts text as GPT-2 does, then merges by rank. What
-it does not do is NFC normalisation, so text with decomposed accents may get other ids there.
+llama.cpp's byte-level BPE (`tokenizer.ggml.model` gpt2, `pre` olmo) splits text as GPT-2 does, then merges by rank. It
+does not apply NFC normalisation, so text with decomposed accents may get other ids there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 PREFIX = "tokenizer.ggml."
 # Names of pre-tokenizers for which llama.cpp uses GPT-2's pattern. OLMoE's own is olmo.
 GPT2_PATTERNS = ("olmo", "gpt-2", "mpt")
-# Vocabulary rows beyond this are refused before anything of their number is built.
+# More vocabulary rows than this are refused before anything of that size is built.
 MAX_TOKENS = 1 << 22
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -29,7 +29,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 def to_metadata(tokenizer_json: str, vocab_size: int, chat_template: str | None = None) -> dict[str, Value]:
     """The `tokenizer.*` keys for a `tokenizer.json`; ids up to `vocab_size` without a token become unused `[PADn]`.
 
-    Raises `TokenizerError` if the file is broken, is no byte-level BPE with GPT-2's pattern (llama.cpp would give
+    Raises `TokenizerError` if the file is broken, is not a byte-level BPE with GPT-2's pattern (llama.cpp would give
     other ids), or has more tokens than the model.
     """
     try:
@@ -51,7 +51,7 @@ def to_metadata(tokenizer_json: str, vocab_size: int, chat_template: str | None 
         )
     if largest >= vocab_size:
         raise TokenizerError(
-            f"The tokenizer has ids up to {largest}, but the model only {vocab_size} vocabulary rows; "
+            f"The tokenizer has ids up to {largest}, but the model has only {vocab_size} vocabulary rows; "
             "the two do not belong together."
         )
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], np.full(vocab_size, UNUSED, np.int32)
@@ -71,7 +71,7 @@ def to_metadata(tokenizer_json: str, vocab_size: int, chat_template: str | None 
 
 
 def _check_pipeline(contents: Any) -> None:
-    """Refuse a tokenizer that works in a way that GGUF's description of it leaves out."""
+    """Refuse a tokenizer whose behaviour GGUF's description would not capture."""
     model = contents["model"]
     stages = {
         "model": model.get("type") == "BPE"
@@ -98,7 +98,7 @@ def _is_gpt2_split(stage: Any) -> bool:
 
 
 def to_tokenizer_json(metadata: Mapping[str, Value], vocab_size: int) -> str:
-    """The `tokenizer.json` that `tokenizer.ggml.*` describes. Unused tokens, which pad the vocabulary, are left out.
+    """The `tokenizer.json` that `tokenizer.ggml.*` describes, without the unused tokens that pad the vocabulary.
 
     Raises `TokenizerError` if the keys are missing, malformed or contradictory, or describe another kind of tokenizer.
     """
@@ -155,7 +155,7 @@ def to_tokenizer_json(metadata: Mapping[str, Value], vocab_size: int) -> str:
 
 
 def chat_template(metadata: Mapping[str, Value]) -> str | None:
-    """The chat template of the file, if it brings one."""
+    """The chat template of the file, if it has one."""
     template = metadata.get("tokenizer.chat_template")
     return template if isinstance(template, str) else None
 

@@ -40,8 +40,8 @@ def write(
     tensors: Sequence[PlannedTensor],
     data: Iterable[Bytes],
 ) -> None:
-    """Write `target` atomically. `data` yields the bytes of all `tensors` in their order, in parts of any size that
-    do not cross from one tensor to the next; only one part is held at a time.
+    """Write `target` atomically. `data` yields the bytes of all `tensors` in order, in parts of any size that do
+    not cross from one tensor to the next; only one part is held at a time.
 
     Integers of the metadata are written as 32-bit (unsigned unless negative), floats as fp32, numpy arrays in their
     own dtype. Raises `UserError` if the disk is full or the file cannot be written.

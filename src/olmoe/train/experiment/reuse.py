@@ -1,0 +1,81 @@
+"""Runs that two experiments have in common are trained once: the other one takes over what came out of it.
+
+Experiments whose folders lie side by side share what their shared configuration says, so an arm of one is often an
+arm of another: the mixture that load balancing is switched off in is the one that is compared with a dense model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from olmoe.errors import UserError
+from olmoe.io.atomic import atomic_folder, write_text
+from olmoe.runtime import log
+from olmoe.train.config import TrainConfig, load_config
+from olmoe.train.experiment.runs import FILE, RESULT, Run
+from olmoe.train.run_data import open_data
+from olmoe.train.run_folder import latest, run_lock
+from olmoe.train.state import read_state
+
+RECORD = "reused.json"  # beside a run that was taken over: which one it is
+
+
+def reuse(run: Run) -> bool:
+    """Take over a finished run of an experiment beside this one that is the same run; whether there was one.
+
+    It is the same if the trainer would have gone on from one with the other (model, texts, order, optimizer, seed) and
+    evaluates and skips alike. Runs that start from another one are always trained.
+    """
+    if run.has_begun or run.earlier is not None:
+        return False
+    (run.folder / RECORD).unlink(missing_ok=True)  # of copying that was interrupted, perhaps
+    experiments = run.folder.parents[2]
+    fingerprint: dict[str, Any] | None = None
+    for found in sorted(experiments.glob(f"*/*/{run.folder.name}/{RESULT}")):
+        newest = latest(found.parent)
+        if newest is None or not _is_alike(found.parent, run.config):
+            continue
+        if fingerprint is None:
+            config, data = open_data(run.config, [])
+            fingerprint = config.fingerprint() | data.fingerprint()
+        try:
+            read_state(newest, fingerprint)
+        except UserError:  # other texts, for example
+            continue
+        with run_lock(run.folder):
+            _take_over(found.parent, run.folder, experiments)
+        log.info("%s is %s", run.name, found.parent.relative_to(experiments))
+        return True
+    return False
+
+
+def origin(folder: Path) -> str | None:
+    """The run that the one in `folder` was taken over from, as EXPERIMENT/ARM/seed-N; None if it was trained."""
+    path = folder / RECORD
+    return str(json.loads(path.read_text(encoding="utf-8"))["from"]) if path.is_file() else None
+
+
+def _is_alike(folder: Path, config: TrainConfig) -> bool:
+    """Whether a run has the settings that a fingerprint does not hold, or only roughly."""
+    try:
+        other = load_config(folder / FILE)
+    except UserError:  # of another version, or no run of an experiment
+        return False
+
+    def settings(c: TrainConfig) -> tuple[Any, ...]:
+        return c.run.seed, c.run.initialize_from, c.model, c.shared_expert, c.batch, c.evaluation, c.skip
+
+    return settings(other) == settings(config)
+
+
+def _take_over(source: Path, target: Path, experiments: Path) -> None:
+    """Copy what results are made of, and what arms start from; the file that says that it is finished comes last."""
+    with atomic_folder(target / "best") as temporary:
+        shutil.copytree(source / "best", temporary, dirs_exist_ok=True)
+    where = {"from": source.relative_to(experiments).as_posix()}
+    write_text(target / RECORD, json.dumps(where) + "\n")
+    for name in ("metrics.jsonl", RESULT):
+        write_text(target / name, (source / name).read_text(encoding="utf-8"))
