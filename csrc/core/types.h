@@ -169,11 +169,11 @@ struct Kernels {
                   float* scratch);
 };
 
-// Values that share a scale, and entries of a book, in formats of Kernels::decode_book.
-constexpr int kBookBlock = 64, kBookEntries = 16;
 // What Kernels::product adds up before it adds to C, and the rows and columns of C that it goes through at a time.
 constexpr int kDepth = 128, kProductRows = 256, kProductColumns = 256;
 constexpr size_t kProductScratch = size_t(kDepth) * (kProductColumns + kProductRows);
+// Values that share a scale, and entries of a book, in formats of Kernels::decode_book.
+constexpr int kBookBlock = 64, kBookEntries = 16;
 
 // Rows that are encoded together: in fp32 they stay in the second cache.
 constexpr int kPanel = 64;
