@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from olmoe.train.config import load_config
 from olmoe.train.loop import train
 from olmoe.train.throughput import flops_per_token
 from sentences import refused
 from training_runs import read_metrics, write_run
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):

@@ -6,28 +6,64 @@ Nothing here is torch's machinery of sharding, whose import a process alone does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.model import Experts
 from olmoe.train import recompute
-from olmoe.train.config import TrainConfig
+from olmoe.train.config import BatchConfig, ComputeConfig, ParallelConfig
 from olmoe.train.optim import scale_down
 from olmoe.train.ranks import Ranks
 from olmoe.train.shards import local
 from olmoe.train.step import StepReport
 
 
-def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
+class Sharing(Protocol):
+    """What decides how ranks share a run; training configurations say all of it."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    @property
+    def batch(self) -> BatchConfig:
+        """Sequences of a step."""
+        ...
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Ranks, and what each of them holds."""
+        ...
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How a layer computes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`Sharing` put together by hand."""
+
+    model: ModelConfig
+    batch: BatchConfig
+    parallel: ParallelConfig
+    compute: ComputeConfig
+
+
+def is_parallel(config: Sharing, ranks: Ranks) -> bool:
     """Whether a run trains a sharded model; one process in fp32 trains a plain one."""
     return ranks.size > 1 or config.compute.precision != "fp32"
 
 
-def check(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise `ConfigError` if the configuration cannot be shared by these ranks."""
+def check(config: Sharing, ranks: Ranks, command: str = "train") -> None:
+    """Raise `ConfigError` if the configuration of that command cannot be shared by these ranks."""
     parallel, sequences = config.parallel, config.batch.sequences
     wanted = parallel.ranks(ranks.size)
     if wanted != ranks.size:
@@ -36,7 +72,7 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         )
         raise ConfigError(
             f"[parallel] {asked} is for {wanted} processes, but there are {ranks.size}; start it with torchrun "
-            f"--nproc-per-node {wanted} -m olmoe train CONFIG.toml, or change [parallel]."
+            f"--nproc-per-node {wanted} -m olmoe {command} CONFIG.toml, or change [parallel]."
         )
     data = ranks.size // parallel.expert
     if data % parallel.replicate:
@@ -53,7 +89,7 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         placement(config, data // parallel.replicate)
 
 
-def placement(config: TrainConfig, shards: int) -> int:
+def placement(config: Sharing, shards: int) -> int:
     """The dimension along which the experts of one rank are sharded: experts if they suffice, else their rows.
 
     Raises `ConfigError` if neither can be cut evenly.
@@ -69,7 +105,7 @@ def placement(config: TrainConfig, shards: int) -> int:
     return 1
 
 
-def arrange(layer: Any, config: TrainConfig) -> None:
+def arrange(layer: Any, config: Sharing) -> None:
     """How one layer computes, on one rank or many: what backward recomputes, and compilation."""
     recompute.wrap(layer, config.compute.activation_checkpointing)
     if config.compute.compile:
