@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from conftest import make_model
+from olmoe.train.finetune import loop
+from olmoe.train.run import Interrupted
 from olmoe.weights import export
-from training_runs import to_toml
+from rank_processes import finetune_run
+from training_runs import at_step, to_toml
 
 TOPICS = "ball dog girl park day end".split()
 
@@ -66,11 +71,15 @@ def write_run(folder: Path, tokenizer: Path, /, *, row: Any = chat, rows: int = 
     return path
 
 
-def copy_of(finished: Path, place: Path) -> Path:
-    """The inputs of a finished run in another place, under the same folder name."""
-    return shutil.copytree(finished.parent, place / finished.parent.name, ignore=shutil.ignore_patterns("out"))
+def run(path: Path, command: str = "sft", *, resume: bool = False) -> Path:
+    """Run a configuration's fine-tuning to its end; its output folder."""
+    finetune_run(path, command, resume)
+    return path.parent / "out"
 
 
-def files(folder: Path) -> list[str]:
-    """Names of what is in a folder."""
-    return sorted(path.name for path in folder.iterdir())
+def interrupt(monkeypatch: pytest.MonkeyPatch, path: Path, command: str = "sft", *, number: int, step: int) -> None:
+    """Let a run begin, and a signal end it after so many steps."""
+    with monkeypatch.context() as patched:
+        at_step(patched, loop, step, lambda: signal.raise_signal(number))
+        with pytest.raises(Interrupted):
+            run(path, command)

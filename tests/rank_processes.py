@@ -22,6 +22,11 @@ import torch._dynamo  # FSDP imports it, for seconds
 
 from olmoe.train import loop
 from olmoe.train.config import load_config
+from olmoe.train.finetune import loop as finetuning
+from olmoe.train.finetune.config import PreferenceConfig, SFTConfig
+from olmoe.train.finetune.config import load_config as load_finetuning
+from olmoe.train.finetune.dpo import dpo
+from olmoe.train.finetune.sft import sft
 from olmoe.train.loop import Interrupted, train
 
 _TIMEOUT = 300  # for the compiler on a busy machine
@@ -112,6 +117,31 @@ def train_until(path: Path, step: int, on_rank: int, number: int, resume: bool =
         return interrupt.path.name
     finally:
         loop.train_step = original
+    raise AssertionError("the run was not interrupted")
+
+
+def finetune_run(path: Path, command: str, resume: bool = False) -> None:
+    """Run `olmoe sft` or `olmoe dpo` of the configuration in a file, to its end."""
+    kind, run = {"sft": (SFTConfig, sft), "dpo": (PreferenceConfig, dpo)}[command]
+    run(load_finetuning(path, kind), resume=resume, show_progress=False)
+
+
+def finetune_until(path: Path, command: str, step: int, on_rank: int, number: int) -> str:
+    """Fine-tune until one rank gets a signal in the middle of a step; the name of the checkpoint that is left."""
+    original = finetuning.advance
+
+    def advance(run: Any) -> Any:
+        if run.progress.step + 1 == step and run.ranks.rank == on_rank:
+            signal.raise_signal(number)
+        return original(run)
+
+    finetuning.advance = advance
+    try:
+        finetune_run(path, command)
+    except Interrupted as interrupt:
+        return interrupt.path.name
+    finally:
+        finetuning.advance = original
     raise AssertionError("the run was not interrupted")
 
 

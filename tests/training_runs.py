@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,28 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+
+def copy_of(finished: Path, place: Path) -> Path:
+    """The inputs of a finished run in another place, under the same folder name."""
+    return shutil.copytree(finished.parent, place / finished.parent.name, ignore=shutil.ignore_patterns("out"))
+
+
+def files(folder: Path) -> list[str]:
+    """Names of what is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, loop: Any, step: int, action: Callable[[], object]) -> None:
+    """Call `action` in the middle of a step of the module `loop`, counted from 1 in this process."""
+    calls, original = iter(range(1, 10**6)), loop.clip_gradients
+
+    def clip(*arguments: Any) -> Any:
+        if next(calls) == step:
+            action()
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

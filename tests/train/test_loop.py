@@ -28,25 +28,9 @@ from olmoe.train.optim import learning_rate
 from olmoe.weights import checkpoint
 from packed_folders import packed_folder
 from sentences import refused
-from training_runs import assert_same_run, fixed, read_metrics, text, write_run
+from training_runs import assert_same_run, at_step, copy_of, files, fixed, read_metrics, text, write_run
 
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Runs set the number of threads; other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C raises, also where whoever started the tests ignores it, as shells do for what runs in the background."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
 
 
 def run(folder: Path, tokenizer: Path | str, /, *, resume: bool = False, **changes) -> Path:
@@ -62,38 +46,16 @@ def finished(tmp_path_factory, tokenizer_file) -> Path:
     return run(tmp_path_factory.mktemp("finished"), tokenizer_file)
 
 
-def copy_of(finished: Path, tmp_path: Path) -> Path:
-    """The inputs of the finished run in another place, under the same folder name."""
-    return shutil.copytree(finished.parent, tmp_path / finished.parent.name, ignore=shutil.ignore_patterns("out"))
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """Call `action` in the middle of a step, counted from 1 in this process."""
-    calls = iter(range(1, 10**6))
-    original = loop.clip_gradients
-
-    def clip(*arguments):
-        if next(calls) == step:
-            action()
-        return original(*arguments)
-
-    monkeypatch.setattr(loop, "clip_gradients", clip)
-
-
 def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)  # to this thread: a signal to the process may be handled later
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
 
 
 # ---- what a run writes ----
 
 
 def test_a_run_leaves_metrics_checkpoints_the_best_and_its_evaluation(finished):
-    assert names(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl"]
-    assert names(finished / "checkpoints") == ["step-0000009", "step-0000012"]
+    assert files(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl"]
+    assert files(finished / "checkpoints") == ["step-0000009", "step-0000012"]
     assert checkpoint.load(finished / "best").config.num_experts == 4
     records = read_metrics(finished)
     steps = [r for r in records if "cross_entropy" in r]
@@ -228,7 +190,7 @@ def test_the_progress_bar_goes_to_stderr(tmp_path, tokenizer_file, capfd):
 @pytest.mark.parametrize("step", [1, 5, 8, 9, 12])  # first, between, at an evaluation, at a checkpoint, last
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, finished, monkeypatch, step):
     before = signal.getsignal(signal.SIGINT)
-    at_step(monkeypatch, step, interrupt)
+    at_step(monkeypatch, loop, step, interrupt)
     folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
     with pytest.raises(Interrupted) as caught:
@@ -245,17 +207,17 @@ def test_an_interrupted_run_with_dropout_equals_an_uninterrupted_one(tmp_path, t
     dropout = {"regularization": {"residual_dropout": 0.2}}
     whole = run(tmp_path / "whole" / "run", tokenizer_file, **dropout)
     assert read_metrics(whole)[0]["cross_entropy"] != read_metrics(finished)[0]["cross_entropy"]
-    at_step(monkeypatch, 5, interrupt)
+    at_step(monkeypatch, loop, 5, interrupt)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts" / "run", tokenizer_file, **dropout)
     assert_same_run(run(tmp_path / "parts" / "run", tokenizer_file, resume=True), whole)
 
 
 def test_terminating_is_interrupting(tmp_path, tokenizer_file, monkeypatch):
-    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(monkeypatch, loop, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         run(tmp_path, tokenizer_file)
-    assert names(tmp_path / "out" / "checkpoints") == ["step-0000002"]
+    assert files(tmp_path / "out" / "checkpoints") == ["step-0000002"]
 
 
 def test_an_interrupt_during_the_checkpoint_of_a_step_waits_for_the_next(tmp_path, tokenizer_file, monkeypatch):
@@ -283,11 +245,11 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monke
     folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
     with monkeypatch.context() as patched:
-        at_step(patched, 9, kill)
+        at_step(patched, loop, 9, kill)
         with pytest.raises(Killed):
             train(config, show_progress=False)
     output = folder / "out"
-    assert names(output / "checkpoints") == ["step-0000003", "step-0000006"]
+    assert files(output / "checkpoints") == ["step-0000003", "step-0000006"]
     assert [r["step"] for r in read_metrics(output)][-1] == 8
     # A killed process cannot clean up: half a checkpoint, half a best, half a line.
     for name in ("checkpoints/.step-0000009.0123.partial", ".best.0123.partial"):
@@ -306,7 +268,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finishe
     folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
     with monkeypatch.context() as patched:
-        at_step(patched, 3, kill)
+        at_step(patched, loop, 3, kill)
         with pytest.raises(Killed):
             train(config, show_progress=False)
     assert len(read_metrics(folder / "out")) == 2
@@ -325,10 +287,10 @@ def test_a_second_interrupt_stops_at_once_and_leaves_nothing_half_written(tmp_pa
         interrupt()
 
     with monkeypatch.context() as patched:
-        at_step(patched, 5, lambda: (interrupt(), patched.setattr(state, "write_state", write)))
+        at_step(patched, loop, 5, lambda: (interrupt(), patched.setattr(state, "write_state", write)))
         with pytest.raises(KeyboardInterrupt):
             train(config, show_progress=False)
-    assert names(folder / "out" / "checkpoints") == ["step-0000003"]
+    assert files(folder / "out" / "checkpoints") == ["step-0000003"]
     train(config, resume=True, show_progress=False)
     assert_same_run(folder / "out", finished)
 
@@ -346,7 +308,7 @@ def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(tmp_path, fi
     with monkeypatch.context() as patched:
         patched.setattr(state, "write_state", write)
         assert "disk is full" in refused(lambda: train(config, show_progress=False), UserError)
-    assert names(folder / "out" / "checkpoints") == ["step-0000003"]
+    assert files(folder / "out" / "checkpoints") == ["step-0000003"]
     train(config, resume=True, show_progress=False)
     assert_same_run(folder / "out", finished)
 
@@ -424,7 +386,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path, tokeni
     )
     assert told in message
     assert "learning_rate" in message
-    assert names(tmp_path / "out") == ["metrics.jsonl"]  # nothing that is not a number was saved
+    assert files(tmp_path / "out") == ["metrics.jsonl"]  # nothing that is not a number was saved
     assert all(math.isfinite(r["cross_entropy"]) for r in read_metrics(tmp_path / "out"))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
-import torch
 
 from configurations import VOCAB_SIZE
 from olmoe.errors import ConfigError
@@ -19,13 +19,6 @@ from sentences import refused
 from training_runs import assert_same_run, read_metrics, text, write_run
 
 MASKED = {"document_mask": True, "mask_repetitions": 3, "train": [{"path": "train.txt", "weight": 2.0}]}
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def prepared(folder, tokenizer_file, data):
@@ -46,7 +39,7 @@ def test_a_masked_run_resumes_exactly_and_is_measured_as_it_was_trained(tmp_path
 
     def advance(run):
         if run.progress.step == 6:
-            loop.signal.raise_signal(loop.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(run)
 
     with monkeypatch.context() as patch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from olmoe.train.config import load_config
 from olmoe.train.evaluation import evaluate_all
@@ -15,13 +14,6 @@ from olmoe.train.throughput import flops_per_token
 from olmoe.weights import checkpoint
 from sentences import refused
 from training_runs import read_metrics, write_run
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):

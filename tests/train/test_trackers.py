@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from olmoe.errors import ConfigError, UserError
 from olmoe.train import loop, trackers
@@ -36,13 +36,6 @@ def init(**settings):
     note("init", settings)
     return Run()
 """
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -87,7 +80,7 @@ def interrupted_at(monkeypatch, step: int, config) -> None:
 
     def advance(run):
         if run.progress.step + 1 == step:
-            loop.signal.raise_signal(loop.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(run)
 
     with monkeypatch.context() as patch:

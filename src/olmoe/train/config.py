@@ -289,12 +289,12 @@ def resolve_path(path: str, base: Path) -> Path:
     return found
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a configuration file. Raises `ConfigError` if it cannot be read."""
+def read_toml(path: Path, kind: str = "training configuration") -> dict[str, Any]:
+    """The tables of a TOML file, of which `kind` says what it is. Raises `ConfigError` if it cannot be read."""
     try:
         return tomllib.loads(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"There is no training configuration {path}.") from None
+        raise ConfigError(f"There is no {kind} {path}.") from None
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
     except tomllib.TOMLDecodeError as error:

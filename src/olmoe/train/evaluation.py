@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +55,7 @@ def evaluate(
     chosen = _windows(total, length, windows)
     predicted = sum(min(start + length, total) - start for start in chosen)
     nats, counts_LE = 0.0, torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.long, device=device)
-    for starts, counts in _share(_batches(chosen, total, length), ranks):
+    for starts, counts in ranks.share(_batches(chosen, total, length)):
         rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
@@ -113,10 +112,3 @@ def _batches(starts: list[int], total: int, length: int) -> list[list[int]]:
     size = max(1, BATCH_TOKENS // length)
     batches = [full[i : i + size] for i in range(0, len(full), size)]
     return batches if len(full) == len(starts) else [*batches, starts[-1:]]
-
-
-def _share(batches: list[list[int]], ranks: Ranks) -> Iterator[tuple[list[int], bool]]:
-    """This rank's batches, and whether each counts: all ranks compute equally many, because they compute together."""
-    for first in range(0, len(batches), ranks.size):
-        own = first + ranks.rank
-        yield (batches[own], True) if own < len(batches) else (batches[first], False)

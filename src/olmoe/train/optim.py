@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,26 @@ from olmoe.train.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters alike: norms, embeddings and routers decay too, as in OLMoE.
-
-    Parameters of each mesh form a group, because fused updates cannot mix meshes; plain parameters form one too.
-    """
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    """AdamW over all parameters alike: norms, embeddings and routers decay too, as in OLMoE."""
     return torch.optim.AdamW(
-        [{"params": parameters} for parameters in groups.values()],
+        groups(model.parameters()),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters as optimizers take them.
+
+    Those of one mesh form a group, because fused updates take no others together; plain ones have none.
+    """
+    found: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": each} for each in found.values()]
 
 
 def learning_rate(config: ScheduleConfig, peak: float, tokens: int) -> float:

@@ -6,33 +6,64 @@ torch's sharding machinery is used only in `sharding`, so that a single process 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.model import Experts
 from olmoe.train import recompute
-from olmoe.train.config import TrainConfig
+from olmoe.train.config import BatchConfig, ComputeConfig, ParallelConfig
 from olmoe.train.optim import scale_down
 from olmoe.train.ranks import Ranks
 from olmoe.train.shards import local
 from olmoe.train.step import StepReport
 
 
-def is_parallel(config: TrainConfig, ranks: Ranks) -> bool:
+class Sharing(Protocol):
+    """What decides how ranks share a run; training configurations say all of it."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    @property
+    def batch(self) -> BatchConfig:
+        """Sequences of a step."""
+        ...
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Ranks, and what each of them holds."""
+        ...
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How a layer computes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`Sharing` put together by hand."""
+
+    model: ModelConfig
+    batch: BatchConfig
+    parallel: ParallelConfig
+    compute: ComputeConfig
+
+
+def is_parallel(config: Sharing, ranks: Ranks) -> bool:
     """Whether a run trains a sharded model; one process trains a plain one if weights are fp32."""
     return ranks.size > 1 or config.compute.precision == "bf16"
 
 
-def check(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise `ConfigError` if the configuration cannot be shared by these ranks."""
-    if config.shared_expert.width and is_parallel(config, ranks):
-        raise ConfigError(
-            f"shared_expert.width {config.shared_expert.width} is trained by one process in fp32 only; leave out "
-            "[shared_expert], or torchrun and compute.precision."
-        )
+def check(config: Sharing, ranks: Ranks, command: str = "train") -> None:
+    """Raise `ConfigError` if the configuration of that command cannot be shared by these ranks."""
     parallel, sequences = config.parallel, config.batch.sequences
     wanted = parallel.ranks(ranks.size)
     if wanted != ranks.size:
@@ -41,7 +72,7 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         )
         raise ConfigError(
             f"[parallel] {asked} is for {wanted} processes, but there are {ranks.size}; start it with torchrun "
-            f"--nproc-per-node {wanted} -m olmoe train CONFIG.toml, or change [parallel]."
+            f"--nproc-per-node {wanted} -m olmoe {command} CONFIG.toml, or change [parallel]."
         )
     data = ranks.size // parallel.expert
     if data % parallel.replicate:
@@ -58,7 +89,7 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         placement(config, data // parallel.replicate)
 
 
-def placement(config: TrainConfig, shards: int) -> int:
+def placement(config: Sharing, shards: int) -> int:
     """The dimension along which the experts of one rank are sharded: experts if they suffice, else their rows.
 
     Raises `ConfigError` if neither can be cut evenly.
@@ -74,7 +105,7 @@ def placement(config: TrainConfig, shards: int) -> int:
     return 1
 
 
-def arrange(layer: Any, config: TrainConfig) -> None:
+def arrange(layer: Any, config: Sharing) -> None:
     """How one layer computes, on one rank or many: what backward recomputes, and compilation."""
     recompute.wrap(layer, config.compute.activation_checkpointing)
     if config.compute.compile:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -80,6 +80,12 @@ class Ranks:
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, raised where it is raised on some rank."""
         return [value > 0 for value in self.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
+
+    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This rank's items, and whether each counts: all ranks get equally many, because they compute together."""
+        for first in range(0, len(items), self.size):
+            own = first + self.rank
+            yield (items[own], True) if own < len(items) else (items[first], False)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, on all. A mistake that it meets there ends all."""

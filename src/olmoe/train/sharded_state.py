@@ -29,11 +29,9 @@ from olmoe.errors import UserError
 from olmoe.io.atomic import atomic_folder
 from olmoe.model import CausalLM
 from olmoe.train.ranks import Ranks
-from olmoe.train.shards import Part, local, moments, owned, set_moments
+from olmoe.train.shards import Part, local, moment_names, moments, owned, set_moments
 from olmoe.train.state import SHARDED_STATE_NAME, Progress, check_continues, one_sentence, unreadable
 from olmoe.weights.sharded_folder import MODEL_PREFIX, ShardedFolder, ShardFiles
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def tensors_of(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -42,7 +40,7 @@ def tensors_of(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, T
     for name, parameter in model.named_parameters():
         state = moments(optimizer, parameter)
         values[MODEL_PREFIX + name] = parameter.detach()
-        values |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
+        values |= {f"{moment}/{name}": state[moment] for moment in moment_names(optimizer)}
     return values
 
 
@@ -54,7 +52,9 @@ def texts_of(
     extra_files: dict[str, str],
 ) -> dict[str, str]:
     """The small files of a checkpoint by name."""
-    step = float(moments(optimizer, next(model.parameters()))["step"])  # AdamW's: steps that were skipped do not count
+    step = float(
+        moments(optimizer, next(model.parameters()))["step"]
+    )  # the optimizer's: steps that were skipped do not count
     state = {"progress": vars(progress), "fingerprint": fingerprint, "optimizer_step": step}
     return extra_files | {"config.json": model.config.to_json("float32"), SHARDED_STATE_NAME: json.dumps(state) + "\n"}
 
@@ -195,5 +195,7 @@ def restore_shards(
         for name, parameter in model.named_parameters():
             with torch.no_grad():
                 local(parameter).copy_(_Saved(files, MODEL_PREFIX + name)[owned(parameter)])
-            set_moments(optimizer, parameter, step, {key: _Saved(files, f"{key}/{name}") for key in MOMENTS})
+            set_moments(
+                optimizer, parameter, step, {key: _Saved(files, f"{key}/{name}") for key in moment_names(optimizer)}
+            )
     return progress

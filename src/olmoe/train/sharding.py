@@ -20,20 +20,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from olmoe.model import CausalLM, without_values
-from olmoe.train.config import ParallelConfig, TrainConfig
+from olmoe.quant import PackedModule
+from olmoe.train.config import ParallelConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
-from olmoe.train.parallel import arrange, placement
+from olmoe.train.parallel import Sharing, arrange, placement
 from olmoe.train.ranks import Ranks
 
 
-def build_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> CausalLM:
+def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: CausalLM | None = None) -> CausalLM:
     """The network of a configuration, sharded over all ranks, its values not set.
+
+    `model` may be one of that architecture to shard instead, such as one with adapters, whose values stay where it has
+    any; packed weights are not sharded, each rank keeps all of them.
 
     At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
     sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
     objective reads the output head.
     """
-    model, parallel, compute = without_values(config.model), config.parallel, config.compute
+    model = without_values(config.model) if model is None else model
+    parallel, compute = config.parallel, config.compute
     dense, sparse, expert = _meshes(parallel, ranks, device)
     lower = torch.bfloat16 if compute.precision == "bf16" else None
     options: dict[str, Any] = {
@@ -41,6 +46,9 @@ def build_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> C
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
+    packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
+    options["ignored_params"] = packed
+    tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
     layers: list[Any] = list(model.model.layers)
     for layer in layers:
         if expert is not None:
@@ -51,8 +59,8 @@ def build_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> C
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
         fully_shard(layer, mesh=dense, **options)
     _allocate(model, device)
-    if config.model.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # on the meta device they were one
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
     fully_shard(model, mesh=dense, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -82,4 +90,5 @@ def _allocate(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(part, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+                values = torch.empty(parameter.shape, device=device)
+                setattr(part, name, nn.Parameter(values, requires_grad=parameter.requires_grad))

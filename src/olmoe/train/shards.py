@@ -5,7 +5,7 @@ Everything here also takes plain tensors, which a process holds entirely.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
@@ -64,11 +64,16 @@ def assign(parameter: Tensor, values: Tensor) -> None:
     local(parameter).copy_(values[owned(parameter)])
 
 
-@torch.no_grad()
 def load_weights(model: CausalLM, source: WeightSource) -> None:
     """Fill a model from a source, reading of stacked experts only those that this process holds."""
+    load_parameters(model.named_parameters(), source)
+
+
+@torch.no_grad()
+def load_parameters(named: Iterable[tuple[str, nn.Parameter]], source: WeightSource) -> None:
+    """`load_weights` of some parameters, by the names that a model has for them."""
     tied = source.config.tie_word_embeddings
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if EXPERTS not in name:
             assign(parameter, source.read(EMBEDDING if name == HEAD and tied else name))
             continue
@@ -77,21 +82,36 @@ def load_weights(model: CausalLM, source: WeightSource) -> None:
             local(parameter)[place] = source.read(name, expert)[tuple(rest)]
 
 
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What AdamW, or RMSprop, calls what it remembers of a parameter."""
+    return ("square_avg",) if isinstance(optimizer, torch.optim.RMSprop) else ("exp_avg", "exp_avg_sq")
+
+
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    """What AdamW remembers of a parameter; zeros before its first step."""
+    """What an optimizer remembers of a parameter; zeros before its first step."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state |= {name: torch.zeros_like(parameter) for name in moment_names(optimizer)}
     return state
+
+
+def whole_moments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer as one process alone would have it, on the CPU; all call it together."""
+    found = optimizer.state_dict()
+    states = {
+        number: {name: whole(value).cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+        for number, state in found["state"].items()
+    }
+    return found | {"state": states}
 
 
 @torch.no_grad()
 def set_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, saved: Mapping[str, Parts]
 ) -> None:
-    """Give AdamW what it remembered of a parameter after `step` steps: of either moment by name, its parts."""
+    """Give an optimizer what it remembered of a parameter after `step` steps: of each moment by name, its parts."""
     state = moments(optimizer, parameter)
     state["step"].fill_(step)
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in moment_names(optimizer):
         local(state[name]).copy_(saved[name][owned(parameter)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from olmoe.config import ModelConfig
-from olmoe.errors import CheckpointError
+from olmoe.errors import CheckpointError, ConfigError
 from olmoe.model import CausalLM, Experts, RouterOutput, SparseMoeBlock
 from olmoe.ops.types import RoutePolicy
 from olmoe.train.config import TrainConfig
@@ -57,6 +57,15 @@ def add(model: CausalLM, width: int) -> None:
     """Give every block of a model that has no weights yet a shared expert of this width."""
     for layer in model.model.layers:
         layer.mlp = SharedExpertBlock(model.config, width)
+
+
+def check(config: TrainConfig, is_parallel: bool) -> None:
+    """Raise `ConfigError` for a shared expert in a run whose model is sharded."""
+    if config.shared_expert.width and is_parallel:
+        raise ConfigError(
+            f"shared_expert.width {config.shared_expert.width} is trained by one process in fp32 only; leave out "
+            "[shared_expert], or torchrun and compute.precision."
+        )
 
 
 def source_of(folder: Path, model: CausalLM) -> WeightSource:

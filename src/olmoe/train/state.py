@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,13 @@ def checkpoint_path(folder: Path, progress: Progress) -> Path:
 def save_state(
     folder: Path,
     model: CausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | dict[str, Any],
     progress: Progress,
     fingerprint: dict[str, Any],
     extra_files: dict[str, str],
     write_model: Callable[[CausalLM, Path], None] = export.write_model,
 ) -> Path:
-    """Write `checkpoints/step-N` under `folder` and return its path."""
+    """Write `checkpoints/step-N` under `folder` and return its path. An optimizer's state may stand for it."""
     target = checkpoint_path(folder, progress)
     with atomic_folder(target) as temporary:
         write_model(model, temporary)
@@ -167,7 +167,7 @@ def save_state(
             (temporary / name).write_text(text, encoding="utf-8")
         # The fingerprint travels as JSON text, which compares equal after a round trip.
         state = {
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer if isinstance(optimizer, dict) else optimizer.state_dict(),
             "progress": vars(progress),
             "fingerprint": json.dumps(fingerprint),
         }
@@ -208,15 +208,30 @@ def recorded_names(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        if (path / SHARDED_STATE_NAME).is_file():
-            recorded = json.loads((path / SHARDED_STATE_NAME).read_text(encoding="utf-8"))["fingerprint"]
-        else:
-            # Mapped, because the optimizer's state beside them can be large.
-            state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
-            recorded = json.loads(state["fingerprint"])
+        recorded = _recorded(path)
         return list(dict.fromkeys([*recorded["texts"], *recorded.get("measured", [])]))
     except Exception:  # a damaged file is reported by `restore`
         return []
+
+
+def check_resumable(path: Path, fingerprint: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a checkpoint that a configuration would not continue, before its weights are read."""
+    try:
+        was = _recorded(path)
+    except Exception:  # a damaged file is reported by `restore`
+        return
+    check_continues(path, was, fingerprint)
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The fingerprint in a checkpoint of one process or of many."""
+    if (path / SHARDED_STATE_NAME).is_file():
+        found: dict[str, Any] = json.loads((path / SHARDED_STATE_NAME).read_text(encoding="utf-8"))["fingerprint"]
+        return found
+    # Mapped, because the optimizer's state beside it can be large.
+    state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
+    found = json.loads(state["fingerprint"])
+    return found
 
 
 def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
@@ -228,11 +243,16 @@ def restore(path: Path, model: CausalLM, optimizer: torch.optim.Optimizer, finge
     progress, saved = read_state(path, fingerprint)
     with one_sentence(path):
         load_weights(model, source_of(path, model))
-    moments = saved["state"]
-    for (name, parameter), index in zip(model.named_parameters(), range(len(moments)), strict=False):
-        assert moments[index]["exp_avg"].shape == parameter.shape, name
-        set_moments(optimizer, parameter, float(moments[index]["step"]), moments[index])
+    restore_moments(optimizer, model.parameters(), saved)
     return progress
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], saved: dict[str, Any]
+) -> None:
+    """Give an optimizer the state that one process saved of these parameters."""
+    for parameter, state in zip(parameters, (saved["state"][i] for i in range(len(saved["state"]))), strict=False):
+        set_moments(optimizer, parameter, float(state["step"]), state)
 
 
 def read_state(path: Path, fingerprint: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:

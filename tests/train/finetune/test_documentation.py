@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from olmoe.cli.main import main
 from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
@@ -19,13 +18,6 @@ from olmoe.weights import checkpoint
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_command_runs(tmp_path, monkeypatch, capsys):

@@ -10,38 +10,22 @@ import pytest
 import torch
 
 from conftest import make_model
-from finetuning_runs import copy_of, files, preference, write_run
+from finetuning_runs import interrupt, preference, run, write_run
 from olmoe.errors import CheckpointError
 from olmoe.model import causal_attend
-from olmoe.train.finetune import loop
 from olmoe.train.finetune.chats import Completion, Conversation
 from olmoe.train.finetune.config import PreferenceConfig, load_config
-from olmoe.train.finetune.dpo import PreferenceTask, dpo, with_answer_of
+from olmoe.train.finetune.dpo import PreferenceTask, with_answer_of
 from olmoe.train.finetune.start import open_start
-from olmoe.train.loop import Interrupted
 from sentences import refused
-from training_runs import assert_same_run, read_metrics
+from training_runs import assert_same_run, copy_of, files, read_metrics
 
 SMALL = {"batch": {"sequences": 2, "accumulation": 2}, "schedule": {"epochs": 4}, "optimizer": {"learning_rate": 1e-3}}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-    torch.set_num_threads(before)
-
-
-def run(path: Path, *, resume: bool = False) -> Path:
-    dpo(load_config(path, PreferenceConfig), resume=resume, show_progress=False)
-    return path.parent / "out"
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer_file) -> Path:
-    return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file, row=preference, **SMALL))
+    return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file, row=preference, **SMALL), "dpo")
 
 
 def test_answers_become_better(finished):
@@ -97,20 +81,13 @@ def test_a_step_is_the_one_written_out_here(tmp_path, tokenizer_file, kind):
 
 def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
     """With the reference that was computed before the first step."""
-    folder, original, calls = copy_of(finished, tmp_path), loop.clip_gradients, iter(range(100))
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            loop,
-            "clip_gradients",
-            lambda *a: (next(calls) == 6 and signal.raise_signal(signal.SIGTERM), original(*a))[1],
-        )
-        with pytest.raises(Interrupted):
-            run(folder / "run.toml")
+    folder = copy_of(finished, tmp_path)
+    interrupt(monkeypatch, folder / "run.toml", "dpo", number=signal.SIGTERM, step=7)
     reference = (folder / "out" / "reference.npy").read_bytes()
     np.save(folder / "out" / "reference.npy", np.zeros(3, np.float32))
-    assert "is of other samples" in refused(lambda: run(folder / "run.toml", resume=True), CheckpointError)
+    assert "is of other samples" in refused(lambda: run(folder / "run.toml", "dpo", resume=True), CheckpointError)
     (folder / "out" / "reference.npy").unlink()  # computed anew, from the weights that the run began with
-    assert_same_run(run(folder / "run.toml", resume=True), finished)
+    assert_same_run(run(folder / "run.toml", "dpo", resume=True), finished)
     assert (folder / "out" / "reference.npy").read_bytes() == reference
 
 
@@ -120,7 +97,7 @@ def test_adapters_learn_preferences(tmp_path, tokenizer_file, kind):
     path = write_run(
         tmp_path, tokenizer_file, row=preference, loss={"kind": kind}, adapter={"rank": 2, "pack": "int8"}, **changes
     )
-    output = run(path)
+    output = run(path, "dpo")
     assert "adapter_model.safetensors" in files(output / "best")
     held_out = [r["held_out_loss"] for r in read_metrics(output) if "held_out_loss" in r]
     assert next(iter(held_out[-1].values())) < next(iter(held_out[0].values())) - 0.05

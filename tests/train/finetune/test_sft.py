@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import make_model
-from finetuning_runs import copy_of, files, write_run
+from finetuning_runs import interrupt, run, write_run
 from olmoe.engine.llm import LLM
 from olmoe.errors import ConfigError
 from olmoe.model import causal_attend
@@ -22,51 +22,18 @@ from olmoe.train.finetune import loop
 from olmoe.train.finetune.config import SFTConfig, load_config
 from olmoe.train.finetune.masks import IGNORE
 from olmoe.train.finetune.packing import Batch
-from olmoe.train.finetune.sft import ChatTask, sft
-from olmoe.train.finetune.start import open_start, recompute_layers
-from olmoe.train.loop import Interrupted
+from olmoe.train.finetune.sft import ChatTask
+from olmoe.train.finetune.start import open_start
+from olmoe.train.recompute import wrap
 from packed_folders import packed_folder
 from sentences import refused
-from training_runs import assert_same_run, fixed, read_metrics
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Runs set the number of threads; other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C raises, also where whoever started the tests ignores it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-def run(path: Path, *, resume: bool = False) -> Path:
-    sft(load_config(path, SFTConfig), resume=resume, show_progress=False)
-    return path.parent / "out"
+from training_runs import assert_same_run, at_step, copy_of, files, fixed, read_metrics
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer_file) -> Path:
     """The output of an uninterrupted run, which others must equal."""
     return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file))
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """Call `action` in the middle of a step, counted from 1 in this process."""
-    calls, original = iter(range(1, 10**6)), loop.clip_gradients
-
-    def clip(*arguments):
-        if next(calls) == step:
-            action()
-        return original(*arguments)
-
-    monkeypatch.setattr(loop, "clip_gradients", clip)
 
 
 def test_a_run_leaves_an_ordinary_checkpoint(finished):
@@ -134,10 +101,7 @@ def test_auxiliary_losses_are_off_unless_they_are_asked_for(tmp_path, tokenizer_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch, number):
     folder = copy_of(finished, tmp_path)
-    with monkeypatch.context() as patched:
-        at_step(patched, 5, lambda: signal.raise_signal(number))
-        with pytest.raises(Interrupted):
-            run(folder / "run.toml")
+    interrupt(monkeypatch, folder / "run.toml", number=number, step=5)
     assert_same_run(run(folder / "run.toml", resume=True), finished)
 
 
@@ -152,7 +116,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
 
     folder = copy_of(finished, tmp_path)
     with monkeypatch.context() as patched:
-        at_step(patched, 9, kill)
+        at_step(patched, loop, 9, kill)
         with pytest.raises(Killed):
             run(folder / "run.toml")
     assert files(folder / "out" / "checkpoints") == ["step-0000005"]
@@ -178,7 +142,8 @@ def test_dropout_draws_the_same_for_a_step_whenever_it_is_computed(tmp_path, tok
         task.plan.rows = task.plan.rows[:2] * 2  # two steps on the same rows
         model = make_model(max_position_embeddings=256).train().requires_grad_(True)
         if recompute:
-            recompute_layers(model)
+            for layer in model.model.layers:
+                wrap(layer, "full")
         first = task.accumulate(model, 0)["loss"]
         gradient = model.model.layers[0].mlp.gate.weight.grad
         losses.append((first, task.accumulate(model, 1)["loss"], gradient.clone()))
@@ -193,10 +158,7 @@ def test_a_run_with_dropout_continues_bit_for_bit(tmp_path, tokenizer_file, monk
     changes: dict[str, dict[str, object]] = {"regularization": {"residual_dropout": 0.1}, "schedule": {"epochs": 2}}
     whole = run(write_run(tmp_path / "whole", tokenizer_file, **changes))
     path = copy_of(whole, tmp_path / "parts") / "run.toml"
-    with monkeypatch.context() as patched:
-        at_step(patched, 5, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted):
-            run(path)
+    interrupt(monkeypatch, path, number=signal.SIGINT, step=5)
     assert_same_run(run(path, resume=True), whole)
 
 

@@ -8,33 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning_runs import copy_of, files, write_run
+from finetuning_runs import interrupt, run, write_run
 from olmoe.engine.llm import LLM
 from olmoe.errors import ConfigError
 from olmoe.io import hub
-from olmoe.train.finetune import loop
 from olmoe.train.finetune.config import SFTConfig, load_config
-from olmoe.train.finetune.sft import sft
 from olmoe.train.finetune.start import load_model, open_start
-from olmoe.train.loop import Interrupted
 from olmoe.weights.quantize import quantize
 from packed_folders import packed_folder, plain_folder
 from sentences import refused
-from training_runs import fixed, read_metrics
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-    torch.set_num_threads(before)
-
-
-def run(path: Path, *, resume: bool = False) -> Path:
-    sft(load_config(path, SFTConfig), resume=resume, show_progress=False)
-    return path.parent / "out"
+from training_runs import copy_of, files, fixed, read_metrics
 
 
 @pytest.fixture(scope="module", params=["plain", "nf4", "packed", "nf4 folder in bf16"])
@@ -62,15 +45,8 @@ def test_adapters_learn_and_are_small(finished):
 
 
 def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
-    folder, original, calls = copy_of(finished, tmp_path), loop.clip_gradients, iter(range(100))
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            loop,
-            "clip_gradients",
-            lambda *a: (next(calls) == 6 and signal.raise_signal(signal.SIGINT), original(*a))[1],
-        )
-        with pytest.raises(Interrupted):
-            run(folder / "run.toml")
+    folder = copy_of(finished, tmp_path)
+    interrupt(monkeypatch, folder / "run.toml", number=signal.SIGINT, step=7)
     output = run(folder / "run.toml", resume=True)
     assert list(map(fixed, read_metrics(output))) == list(map(fixed, read_metrics(finished)))
     for file in ("best/adapter_model.safetensors", "evaluation.json"):

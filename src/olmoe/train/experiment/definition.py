@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from olmoe.errors import ConfigError, shown
-from olmoe.io.text_file import read_text
-from olmoe.train.config import resolve_path
+from olmoe.train.config import read_toml, resolve_path
 from olmoe.weights.upcycle import Upcycling
 
 Tables = dict[str, dict[str, Any]]
@@ -207,14 +205,7 @@ def _with_path(source: Any, whole: Callable[[Any], Any]) -> Any:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}.") from None
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    return read_toml(path, "file")
 
 
 def _text(table: dict[str, Any], key: str, default: str, where: str) -> str:

@@ -12,6 +12,7 @@ from olmoe import ops
 from olmoe.model import CausalLM
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.finetune.chats import Completion, Sample
+from olmoe.train.ranks import ALONE, Ranks
 
 
 def prompt_of(sample: Sample, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -27,8 +28,8 @@ def prompt_of(sample: Sample, tokenizer: Tokenizer) -> tuple[str, list[int]]:
 
 
 @torch.no_grad()
-def answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], most: int) -> str:
-    """The likeliest tokens after a prompt until the text ends, `most` of them at most."""
+def answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], most: int, ranks: Ranks = ALONE) -> str:
+    """The likeliest tokens after a prompt until the text ends, `most` of them at most; ranks compute it together."""
     device = model.model.norm.weight.device
     keys: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
@@ -47,6 +48,7 @@ def answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], most: int) 
         ids = torch.tensor(new, device=device)
         hidden = model(ids, torch.arange(start, start + len(new), device=device), attend).hidden
         best = int(model.logits(hidden[-1:])[0, : tokenizer.vocab_size].argmax())
+        best = ranks.on_first(lambda token=best: token)  # type: ignore[misc]
         if best in tokenizer.eos_ids:
             break
         written.append(best)

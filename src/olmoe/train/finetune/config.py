@@ -17,8 +17,10 @@ from olmoe.errors import ConfigError, shown
 from olmoe.train.config import (
     BatchConfig,
     CheckpointConfig,
+    ComputeConfig,
     LossConfig,
     OptimizerConfig,
+    ParallelConfig,
     RegularizationConfig,
     RunConfig,
     build,
@@ -145,6 +147,7 @@ class FinetuneConfig:
     recompute: bool = False  # activations of a layer in the backward pass, which takes time and saves memory
     evaluation: FinetuneEvaluation = field(default_factory=FinetuneEvaluation)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
 
     def resolve(self, path: str) -> Path:
@@ -159,13 +162,19 @@ class FinetuneConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation, but for the contents of files."""
-        sections = {f.name for f in dataclasses.fields(self)} - {"run", "evaluation", "checkpoint", "base", "recompute"}
+        may_change = {"run", "evaluation", "checkpoint", "parallel", "base", "recompute"}
+        sections = {f.name for f in dataclasses.fields(self)} - may_change
         plain = {
             name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
             for name in sorted(sections)
             if (value := getattr(self, name)) is not None
         }
-        return plain | {"seed": self.run.seed}
+        return plain | {"seed": self.run.seed, "balance": self.parallel.balance}
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How a layer computes."""
+        return ComputeConfig(activation_checkpointing="full" if self.recompute else "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +243,14 @@ def load_config(path: str | Path, kind: type[Kind]) -> Kind:
     return config
 
 
+def _check_adapter(config: FinetuneConfig) -> None:
+    if config.adapter is not None and config.parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert {config.parallel.expert} is for training all weights, but there is an [adapter]; leave "
+            "parallel.expert out: the ranks of parallel.data share adapters and the weights beside them."
+        )
+
+
 def check_model(config: FinetuneConfig, model: ModelConfig) -> None:
     """Refuse what the starting checkpoint cannot be trained with."""
     if config.data.sequence_length > model.max_position_embeddings:
@@ -256,6 +273,7 @@ def _check(config: FinetuneConfig) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
     _check_choices(config)
+    _check_adapter(config)
     positive: dict[str, float] = {
         "data.sequence_length": config.data.sequence_length,
         "batch.sequences": config.batch.sequences,
@@ -268,6 +286,9 @@ def _check(config: FinetuneConfig) -> None:
         "evaluation.answer_tokens": config.evaluation.answer_tokens,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
+        "parallel.expert": config.parallel.expert,
+        "parallel.replicate": config.parallel.replicate,
     } | {f"repeat of {source.path!r}": source.repeat for source in config.data.train}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
@@ -303,6 +324,7 @@ def _check_choices(config: FinetuneConfig) -> None:
         "data.too_long": ((config.data.too_long,), TOO_LONG),
         "optimizer.kind": ((config.optimizer.kind,), ("adamw", "rmsprop")),
         "schedule.kind": ((config.schedule.kind,), SCHEDULES),
+        "parallel.balance": ((config.parallel.balance,), ("rank", "all")),
     }
     if config.adapter is not None:
         choices["adapter.targets"] = (config.adapter.targets or ("",), TARGETS)

@@ -23,7 +23,6 @@ from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.io.atomic import atomic_file
 from olmoe.model import CausalLM
 from olmoe.runtime import log
-from olmoe.train.data import name_files, sha256
 from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.chats import Completion, Conversation, Sample
 from olmoe.train.finetune.config import ChatSource, PreferenceConfig
@@ -31,10 +30,11 @@ from olmoe.train.finetune.loop import finetune
 from olmoe.train.finetune.losses import cross_entropy, head_weight
 from olmoe.train.finetune.masks import Example, fit, make_example
 from olmoe.train.finetune.packing import Batch
-from olmoe.train.finetune.plan import Plan
 from olmoe.train.finetune.preference_losses import dpo_loss, dpo_margins, kto_loss
 from olmoe.train.finetune.preferences import read_judged, read_pairs
 from olmoe.train.finetune.start import Start
+from olmoe.train.finetune.task import Task
+from olmoe.train.ranks import ALONE, Ranks
 
 REFERENCE_NAME = "reference.npy"
 
@@ -43,98 +43,91 @@ def dpo(config: PreferenceConfig, *, resume: bool = False, overwrite: bool = Fal
     """Learn from preferences, or continue to; see `finetune`."""
     return finetune(
         config,
-        lambda start, device: PreferenceTask(config, start, device),
+        "dpo",
+        lambda start, device, ranks: PreferenceTask(config, start, device, ranks),
         resume=resume,
         overwrite=overwrite,
         show_progress=show_progress,
     )
 
 
-class PreferenceTask:
-    """The examples of all files, and what steps compute from them. See `loop.Task`.
+class PreferenceTask(Task[PreferenceConfig]):
+    """The examples of all files, and the loss of the answers in them.
 
     A unit is what a step counts: a pair is two examples in a row, for KTO one and the same prompt with the answer to
     another, by which z is measured.
     """
 
-    def __init__(self, config: PreferenceConfig, start: Start, device: torch.device) -> None:
-        self.config, self.device, self.start = config, device, start
+    held_out: dict[str, list[int]]
+
+    def __init__(self, config: PreferenceConfig, start: Start, device: torch.device, ranks: Ranks = ALONE) -> None:
+        super().__init__(config, start, device, ranks)
         self._kto, self._norm = config.loss.kind == "kto", config.loss.kind == "dpo_norm"
-        self._names = name_files(config.resolve(s.path) for s in (*config.data.train, *config.data.valid))
         self.examples: list[Example] = []
         self._desirable: list[bool] = []  # of each unit, for KTO
-        self.prompts: list[Sample] = []
         sizes = [len(self._read(source)) for source in config.data.train]
-        self.held_out = {self._names[config.resolve(s.path)]: self._read(s, held_out=True) for s in config.data.valid}
-        self.plan = Plan(
-            [([1] * size, source.repeat) for size, source in zip(sizes, config.data.train, strict=True)],
-            capacity=None,
-            epochs=config.schedule.epochs,
-            batch=config.batch,
-            seed=config.run.seed,
-        )
+        self.held_out = {self.name_of(source): self._read(source, held_out=True) for source in config.data.valid}
+        self.plan = self._plan([[1] * size for size in sizes], capacity=None)
         self.reference = np.zeros(0, np.float32)  # of each example, from `prepare`
         log.info("%d %s; %d steps", sum(sizes), "answers" if self._kto else "pairs", self.steps)
 
-    @property
-    def steps(self) -> int:
-        """See `loop.Task`."""
-        return self.plan.steps
-
-    @property
-    def has_held_out(self) -> bool:
-        """See `loop.Task`."""
-        return bool(self.held_out)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """See `loop.Task`."""
-        sources = (*self.config.data.train, *self.config.data.valid)
-        paths = [self.config.resolve(source.path) for source in sources]
-        return {"texts": {self._names[path]: sha256(path) for path in paths}}
-
     def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
         """The log-probabilities of all examples under the model that the run begins with, or began with."""
-        path = output / REFERENCE_NAME
-        if resumed and path.is_file():
-            self.reference = _read_reference(path, len(self.examples))
+        path, ranks = output / REFERENCE_NAME, self.ranks
+        if resumed and ranks.on_first(path.is_file):
+            self.reference = ranks.on_all(lambda: _read_reference(path, len(self.examples)))
             return
         self.reference = np.zeros(len(self.examples), np.float32)
         order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].inputs))
         model.eval()
-        with torch.no_grad(), tqdm(order, desc="reference", unit="answer", disable=not show_progress) as bar:
-            for number in bar:
-                self.reference[number] = float(self._log_probs(model, [number])[0])
+        with torch.no_grad(), tqdm(total=len(order), desc="reference", unit="answer", disable=not show_progress) as bar:
+            for number, counts in ranks.share(order):
+                found = float(self._log_probs(model, [number])[0])
+                if counts:
+                    self.reference[number] = found
+                bar.update(min(ranks.size, len(order) - bar.n))
+        ranks.sum(torch.from_numpy(self.reference))  # in its memory
         model.train()
-        with atomic_file(path) as temporary, temporary.open("wb") as file:
-            np.save(file, self.reference)
+
+        def write() -> None:
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, self.reference)
+
+        ranks.on_first(write)
 
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
-        """See `loop.Task`."""
-        batches = self.plan.microbatches(step)
-        units = sum(map(len, batches))
-        baseline = self._baseline(model, [unit for batch in batches for unit in batch]) if self._kto else None
+        """See `Task`."""
+        ranks, units_in_step = self.ranks, self.plan.examples(step)
+        count = len(units_in_step)
+        baseline = self._baseline(model, units_in_step) if self._kto else None
         values: dict[str, float] = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        for batch in batches:
-            losses, margins = self._losses(model, batch, baseline)
-            (losses.sum() / units).backward()
-            values["loss"] += float(losses.detach().sum()) / units
-            values["accuracy"] += float((margins > 0).sum()) / units
-            values["margin"] += float(margins.sum()) / units
-        tokens = sum(len(self.examples[n].inputs) for batch in batches for unit in batch for n in self._of(unit))
-        return values | {"tokens": float(tokens)}
+        for units in self.plan.microbatches(step, ranks.rank, ranks.size):
+            # Who has none computes something with the others, and adds nothing.
+            weight = 1.0 if units else 0.0
+            losses, margins = self._losses(model, units or units_in_step[:1], baseline)
+            (losses.sum() / count * weight).backward()
+            values["loss"] += weight * float(losses.detach().sum()) / count
+            values["accuracy"] += weight * float((margins > 0).sum()) / count
+            values["margin"] += weight * float(margins.sum()) / count
+        tokens = sum(len(self.examples[n].inputs) for unit in units_in_step for n in self._of(unit))
+        return self._sum(values) | {"tokens": float(tokens)}
 
     @torch.no_grad()
     def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
-        """See `loop.Task`: the loss, and the share of pairs (or answers) on the right side of the reference."""
+        """See `Task`: the loss, and the share of pairs (or answers) on the right side of the reference."""
         losses, accuracies = {}, {}
         for name, units in self.held_out.items():
             chosen = units if samples == 0 else [
                 units[i] for i in np.linspace(0, len(units) - 1, min(samples, len(units))).astype(int)
             ]  # fmt: skip
             baseline = self._baseline(model, chosen) if self._kto else None
-            found = [self._losses(model, [unit], baseline) for unit in chosen]
-            losses[name] = round(statistics.fmean(float(loss) for loss, _ in found), 5)
-            accuracies[name] = round(statistics.fmean(float(margin > 0) for _, margin in found), 5)
+            found = torch.zeros(len(chosen), 2, dtype=torch.float64)
+            for place, counts in self.ranks.share(range(len(chosen))):
+                loss, margin = self._losses(model, [chosen[place]], baseline)
+                if counts:
+                    found[place] = torch.tensor([float(loss), float(margin > 0)])
+            each, right = self.ranks.sum(found).T.tolist()
+            losses[name], accuracies[name] = round(statistics.fmean(each), 5), round(statistics.fmean(right), 5)
         score = statistics.fmean(losses.values()) if losses else float("inf")
         return ({"held_out_loss": losses, "held_out_accuracy": accuracies} if losses else {}), score
 
@@ -147,8 +140,9 @@ class PreferenceTask:
     def _log_probs(self, model: CausalLM, numbers: Sequence[int]) -> Tensor:
         """The log-probability of each example's trained tokens, summed, or for "dpo_norm" their mean: (S,)."""
         examples = [self.examples[number] for number in numbers]
-        batch, weight = Batch.of(examples, self.device), head_weight(model)
+        batch = Batch.of(examples, self.device)
         hidden = model(batch.ids, batch.positions, isolated_attend(batch.lengths)).hidden
+        weight = head_weight(model)  # after the pass, which gathers it where ranks share it
         parts = zip(hidden.split(batch.lengths), batch.labels.split(batch.lengths), strict=True)
         sums = torch.stack([-cross_entropy(part, weight, labels) for part, labels in parts])
         if self._norm:
@@ -176,8 +170,13 @@ class PreferenceTask:
     @torch.no_grad()
     def _baseline(self, model: CausalLM, units: list[int]) -> Tensor:
         """KTO's z."""
-        moved = [self._log_probs(model, [2 * unit + 1]) - self._reference_of([2 * unit + 1]) for unit in units]
-        return torch.cat(moved).mean().clamp(min=0.0)
+        moved = torch.zeros(len(units), device=self.device)
+        for place, counts in self.ranks.share(range(len(units))):
+            numbers = [2 * units[place] + 1]
+            found = self._log_probs(model, numbers) - self._reference_of(numbers)
+            if counts:
+                moved[place] = found[0]
+        return self.ranks.sum(moved).mean().clamp(min=0.0)
 
     # ---- reading ----
 

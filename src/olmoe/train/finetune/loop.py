@@ -7,187 +7,170 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from olmoe.io.atomic import write_text
-from olmoe.model import CausalLM
-from olmoe.runtime import keep_freed_memory, log, resolve_device, set_threads
-from olmoe.train import state
+from olmoe.runtime import resolve_device
+from olmoe.train import parallel, state
 from olmoe.train.finetune.answers import answer, prompt_of
-from olmoe.train.finetune.chats import Sample
 from olmoe.train.finetune.config import FinetuneConfig, FinetuneOptimizer
-from olmoe.train.finetune.start import Start, Trained, load_model, open_start, save_best
-from olmoe.train.inheritance import check_start_stays
-from olmoe.train.loop import Interrupted, catch_interrupts
-from olmoe.train.optim import build_optimizer, clip_gradients
-from olmoe.train.run_folder import run_lock
+from olmoe.train.finetune.start import Start, Trained, load_model, open_start, save_best, sharing
+from olmoe.train.finetune.task import Task
+from olmoe.train.optim import build_optimizer, clip_gradients, groups
+from olmoe.train.ranks import Ranks
+from olmoe.train.run import BaseRun, catch_interrupts, opened
+from olmoe.train.shards import whole_moments
 from olmoe.train.step import check_finite
 
 
-class Task(Protocol):
-    """What is learned, and from what data."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        ...
-
-    @property
-    def prompts(self) -> list[Sample]:
-        """Held-out samples whose prompts are answered for the log."""
-        ...
-
-    @property
-    def has_held_out(self) -> bool:
-        """Whether there is data to choose the best checkpoint by."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The contents of the data, which must not change during a run."""
-        ...
-
-    def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
-        """Compute what the task needs from the model before training, or find it in `output` if a run is `resumed`."""
-        ...
-
-    def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
-        """Add the gradients of a step, counted from 0, and return what it measured; `tokens` among it."""
-        ...
-
-    def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
-        """Measures by name, and the score (lower is better), on this many samples of each file (0: all)."""
-        ...
-
-
-@dataclass
-class Run:
-    """The whole state of a run between two steps."""
+@dataclass(kw_only=True)
+class Run(BaseRun):
+    """Everything that a run consists of between two steps."""
 
     config: FinetuneConfig
-    output: Path
     start: Start
-    task: Task
-    model: CausalLM
+    task: Task[Any]
     trained: Trained
-    optimizer: torch.optim.Optimizer
-    progress: state.Progress
-    fingerprint: dict[str, Any]
 
-    def is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens after this one."""
-        return self.progress.step == self.task.steps or self.progress.step % every == 0
+    def restored(self, newest: Path) -> state.Progress:
+        """See `BaseRun.restored`. A checkpoint of adapters is the same whoever wrote it."""
+        adapter = self.trained.adapter
+        if adapter is None:
+            return super().restored(newest)
 
-    def record(self, metrics: TextIO, values: Mapping[str, Any]) -> None:
-        """Write one record of the step that was finished last."""
-        counters = {"step": self.progress.step, "tokens": self.progress.tokens}
-        metrics.write(json.dumps(counters | dict(values), ensure_ascii=False) + "\n")
-        metrics.flush()
+        def read() -> state.Progress:
+            progress, saved = state.read_state(newest, self.fingerprint)
+            with state.one_sentence(newest):
+                adapter.read(self.model, newest)
+            state.restore_moments(self.optimizer, self.trained.parameters, saved)
+            return progress
+
+        return self.ranks.on_all(read)
+
+    def save(self) -> Path:
+        """See `BaseRun.save`."""
+        files = self.trained.adapter
+        if files is None:
+            return super().save()
+        self.rest()
+        adapter, moments = files.collect(self.model), whole_moments(self.optimizer)
+
+        def write() -> Path:
+            path = state.save_state(
+                self.output, self.model, moments, self.progress, self.fingerprint, self.files,
+                lambda _, folder: files.write(adapter, folder),
+            )  # fmt: skip
+            state.prune(self.output, self.keep)
+            return path
+
+        return self.ranks.on_first(write)
+
+    def export(self, overwrite: bool = False) -> None:
+        """See `BaseRun.export`."""
+        files = self.trained.adapter
+        if files is None:
+            return super().export(overwrite)
+        self.rest()
+        adapter = files.collect(self.model)
+        return self.ranks.on_first(lambda: save_best(adapter, files, self.best, self.files))
+
+    def load_best(self) -> None:
+        """See `BaseRun.load_best`."""
+        files = self.trained.adapter
+        if files is None:
+            return super().load_best()
+        self.rest()
+        return self.ranks.on_all(lambda: files.read(self.model, self.best))
 
 
 def finetune(
     config: FinetuneConfig,
-    make_task: Callable[[Start, torch.device], Task],
+    command: str,
+    make_task: Callable[[Start, torch.device, Ranks], Task[Any]],
     *,
     resume: bool = False,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Path:
-    """Run (or continue) a fine-tuning run and return the folder of its best checkpoint, or adapter.
+    """Run (or continue) a fine-tuning run of that command and return the folder of its best checkpoint, or adapter.
 
     Writes into `run.output` what `train` writes there. Raises `UserError` for bad data or settings, and `Interrupted`
     after Ctrl-C.
     """
-    output = config.resolve(config.run.output)
-    if overwrite:
-        check_start_stays(config.start, config.resolve(config.start), output)
-    if not output.is_dir():
-        state.begin(output, resume, overwrite)  # makes it, or refuses
-    with run_lock(output):
-        newest = state.begin(output, resume, overwrite)
-        set_threads(config.run.threads)
-        keep_freed_memory()
-        run = open_run(config, make_task, output, newest, overwrite, show_progress)
-        return _train(run, show_progress)
+    with opened(config, resume, overwrite) as (ranks, output, newest):
+        show_progress = show_progress and ranks.is_first
+        device = ranks.device(resolve_device(config.run.device))
+        start = ranks.first_in_turn(lambda: open_start(config))
+        ranks.on_all(lambda: parallel.check(sharing(config, start.model_config), ranks, command))
+        task = ranks.on_all(lambda: make_task(start, device, ranks))
+        model, trained = load_model(start, config, device, ranks)
+        is_sharded = parallel.is_parallel(sharing(config, start.model_config), ranks)
+        run = Run(
+            config=config, output=output, device=device, model=model, start=start, task=task, trained=trained,
+            optimizer=_build_optimizer(trained, config.optimizer), files=start.files, steps=task.steps,
+            fingerprint=config.fingerprint() | task.fingerprint(), keep=config.checkpoint.keep, ranks=ranks,
+            is_sharded=is_sharded, saves_shards=is_sharded and trained.adapter is None,
+        )  # fmt: skip
+        with run.saving():
+            _begin(run, newest, overwrite, show_progress)
+            _train(run, show_progress)
+            return _report_best(run)
 
 
-def open_run(
-    config: FinetuneConfig,
-    make_task: Callable[[Start, torch.device], Task],
-    output: Path,
-    newest: Path | None,
-    overwrite: bool,
-    show_progress: bool,
-) -> Run:
-    """Data, model and optimizer as at the start of the run, or as the checkpoint `newest` left them."""
-    device = resolve_device(config.run.device)
-    start = open_start(config)
-    task = make_task(start, device)
-    model, trained = load_model(start, config, device)
-    optimizer = _build_optimizer(trained, config.optimizer)
-    fingerprint = config.fingerprint() | task.fingerprint()
-    run = Run(config, output, start, task, model, trained, optimizer, state.Progress(), fingerprint)
+def _begin(run: Run, newest: Path | None, overwrite: bool, show_progress: bool) -> None:
+    """Let a run be as it begins, or as the checkpoint `newest` left it."""
     if overwrite:
-        state.discard(output)
+        run.ranks.on_first(lambda: state.discard(run.output))
     if newest is not None:
-        run.progress, moments = state.read_state(newest, fingerprint)
-    task.prepare(model, output, newest is not None, show_progress)  # with the weights that the run began with
+        run.ranks.on_all(lambda: state.check_resumable(newest, run.fingerprint))
+    # With the weights that the run began with.
+    run.task.prepare(run.model, run.output, newest is not None, show_progress)
+    run.rest()
     if newest is not None:
-        with state.one_sentence(newest):
-            trained.read(model, newest)
-        optimizer.load_state_dict(moments)
-        log.info("resumed from %s", newest)
-        if not state.has_best(output):
-            log.warning("%s is missing; the best checkpoint from here on takes its place", output / "best")
-            run.progress.best, run.progress.best_step = float("inf"), 0
-    state.truncate_metrics(output / "metrics.jsonl", run.progress.step)
-    return run
+        run.resume(newest)
+    run.ranks.on_first(lambda: state.truncate_metrics(run.metrics_path, run.progress.step))
 
 
 def _build_optimizer(trained: Trained, config: FinetuneOptimizer) -> torch.optim.Optimizer:
     if config.kind == "adamw":
         return build_optimizer(trained.parameters, config)
     return torch.optim.RMSprop(
-        trained.parameters, lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay
+        groups(trained.parameters), lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay
     )
 
 
-def _train(run: Run, show_progress: bool) -> Path:
-    every = run.config.evaluation.every_steps
-    bar = tqdm(total=run.task.steps, initial=run.progress.step, unit="step", disable=not show_progress)
-    with catch_interrupts() as interrupted, bar, (run.output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+def _train(run: Run, show_progress: bool) -> None:
+    bar = tqdm(total=run.steps, initial=run.progress.step, unit="step", disable=not show_progress)
+    with catch_interrupts() as interrupted, bar, run.open_metrics() as metrics:
         if run.progress.step == 0:
             run.record(metrics, evaluate(run)[0])  # what the run is to be compared with
-        while run.progress.step < run.task.steps:
+        while run.progress.step < run.steps:
             values = advance(run)
             run.record(metrics, values)
             bar.update()
             bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
-            if run.is_due(every):
+            if run.is_due(run.config.evaluation.every_steps):
                 measured, score = evaluate(run)
                 run.record(metrics, measured)
-                _keep_best(run, score)
-            stop = bool(interrupted)  # asked once: what comes later waits for the next step
-            if stop or run.is_due(run.config.checkpoint.every_steps):
-                path = save(run)
-                if stop:
-                    raise Interrupted(path)
-    return _report_best(run)
+                run.keep_best(score, is_measured=run.task.has_held_out)
+            run.save_when_due(run.config.checkpoint.every_steps, bool(interrupted))
 
 
 def advance(run: Run) -> dict[str, float]:
     """Train by one step; what it measured, by name."""
     started, config, progress = time.perf_counter(), run.config, run.progress
-    rate = config.schedule.rate(config.optimizer.learning_rate, progress.step, run.task.steps)
+    rate = config.schedule.rate(config.optimizer.learning_rate, progress.step, run.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     values = run.task.accumulate(run.model, progress.step)
-    norm = float(clip_gradients(run.trained.parameters, config.optimizer.max_grad_norm))
+    clip = parallel.clip_across(run.ranks, config.parallel.replicate) if run.is_sharded else clip_gradients
+    norm = float(clip(run.trained.parameters, config.optimizer.max_grad_norm))
     check_finite("gradient norm", norm, progress.step + 1, config)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -208,37 +191,18 @@ def evaluate(run: Run) -> tuple[dict[str, Any], float]:
     answers = []
     for sample in run.task.prompts[: config.answers]:
         text, ids = prompt_of(sample, run.start.tokenizer)
-        given = answer(run.model, run.start.tokenizer, ids, config.answer_tokens)
+        given = answer(run.model, run.start.tokenizer, ids, config.answer_tokens, run.ranks)
         answers.append({"prompt": text, "answer": given})
     run.model.train()
     return measured | ({"answers": answers} if answers else {}), score
 
 
-def save(run: Run) -> Path:
-    """Write a resumable checkpoint and remove those that are too old; its path."""
-    path = state.save_state(
-        run.output, run.model, run.optimizer, run.progress, run.fingerprint, run.start.files, run.trained.write
-    )
-    state.prune(run.output, run.config.checkpoint.keep)
-    return path
-
-
-def _keep_best(run: Run, score: float) -> None:
-    """Save the model as the best one if its score says so, or if nothing is held out."""
-    if score < run.progress.best or not run.task.has_held_out:
-        run.progress.best, run.progress.best_step = score, run.progress.step
-        save_best(run.model, run.trained, run.output / "best", run.start.files)
-
-
 def _report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on all that is held out, into `evaluation.json`; its folder."""
-    best = run.output / "best"
-    if not state.has_best(run.output):  # removed in the meantime, or before a finished run was resumed
-        log.warning("%s is missing; the last state takes its place", best)
-        run.progress.best_step = run.progress.step
-        save_best(run.model, run.trained, best, run.start.files)
-    run.trained.read(run.model, best)
+    run.ensure_best()
+    run.load_best()
     run.model.eval()
     measured, _ = run.task.evaluate(run.model, 0)
-    write_text(run.output / "evaluation.json", json.dumps({"step": run.progress.best_step} | measured) + "\n")
-    return best
+    report = json.dumps({"step": run.progress.best_step} | measured) + "\n"
+    run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", report))
+    return run.best

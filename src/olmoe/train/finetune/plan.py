@@ -47,10 +47,26 @@ class Plan:
     def _rows_in_step(self) -> int:
         return self._batch.sequences * self._batch.accumulation
 
-    def microbatches(self, step: int) -> list[list[int]]:
-        """The numbers of the examples of each microbatch of a step, counted from 0."""
+    def microbatches(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+        """The numbers of the examples of each microbatch of a step, counted from 0; of each, one of `ranks`' share.
+
+        All ranks have equally many shares. Some may be empty in the last step.
+        """
+        parts = self._parts(step, ranks)
+        parts += [[]] * (-len(parts) % ranks)
+        return parts[rank::ranks]
+
+    def parts(self, step: int, ranks: int = 1) -> int:
+        """How many shares of microbatches have examples in them, of all ranks together."""
+        return len(self._parts(step, ranks))
+
+    def examples(self, step: int) -> list[int]:
+        """The numbers of all examples of a step."""
+        return [number for part in self._parts(step, 1) for number in part]
+
+    def _parts(self, step: int, ranks: int) -> list[list[int]]:
         rows = self.rows[step * self._rows_in_step : (step + 1) * self._rows_in_step]
-        size = self._batch.sequences
+        size = self._batch.sequences // ranks
         return [[n for row in rows[i : i + size] for n in row] for i in range(0, len(rows), size)]
 
 

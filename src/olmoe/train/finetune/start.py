@@ -6,7 +6,6 @@ packed, and only these are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,15 @@ from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.io.targets import folder_that_keeps, foreign_entries
 from olmoe.io.tensor_file import SINGLE_NAME
-from olmoe.model import CausalLM, DecoderLayer, set_backend
+from olmoe.model import CausalLM, set_backend, without_values
 from olmoe.quant.formats import make_format
 from olmoe.tokenizer import Tokenizer
-from olmoe.train import recompute
 from olmoe.train.finetune.config import AdapterConfig, FinetuneConfig, check_model
 from olmoe.train.inheritance import start_folder
-from olmoe.weights import checkpoint, export, generation
+from olmoe.train.parallel import Shared, arrange, is_parallel
+from olmoe.train.ranks import ALONE, Ranks
+from olmoe.train.shards import assign, load_parameters, whole
+from olmoe.weights import generation
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.frozen import load_frozen
 from olmoe.weights.generation import end_ids
@@ -48,11 +49,36 @@ class Start:
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained part of a model, and how it is written to a folder and read back."""
+    """The trained part of a model: all of it, or an adapter."""
 
     parameters: nn.ParameterList
-    write: Callable[[CausalLM, Path], None]
-    read: Callable[[CausalLM, Path], None]
+    adapter: AdapterFiles | None = None
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The way of a model's adapter to a folder and back. It is small: every rank may hold it whole."""
+
+    rank: int
+    alpha: float
+    base: str  # the model that it belongs to
+
+    def collect(self, model: CausalLM) -> adapters.Adapter:
+        """The adapter as it is now, whole; all ranks call it together."""
+        found = adapters.adapter_of(model, self.rank, self.alpha)
+        found.factors = {n: adapters.Factors(*(whole(part) for part in pair)) for n, pair in found.factors.items()}
+        return found
+
+    def write(self, adapter: adapters.Adapter, folder: Path) -> None:
+        """Write it into an existing folder."""
+        adapters.write_adapter(adapter, folder, self.base)
+
+    def read(self, model: CausalLM, folder: Path) -> None:
+        """Give a model the adapter in a folder, of which each rank keeps its part."""
+        saved = adapters.read_adapter(folder, model.config).factors
+        for name, pair in adapters.factors_of(model).items():
+            for parameter, value in zip(pair, saved[name], strict=True):
+                assign(parameter, value)
 
 
 def open_start(config: FinetuneConfig) -> Start:
@@ -81,67 +107,76 @@ def open_start(config: FinetuneConfig) -> Start:
     return Start(folder, found, tokenizer, files)
 
 
-def load_model(start: Start, config: FinetuneConfig, device: torch.device) -> tuple[CausalLM, Trained]:
-    """The model with the checkpoint's weights, ready to be trained."""
-    settings = config.adapter
-    if settings is not None:
-        model = load_frozen(start.found.source(), settings.pack, device)
+def sharing(config: FinetuneConfig, model: ModelConfig) -> Shared:
+    """How ranks share the fine-tuning of a model."""
+    return Shared(model, config.batch, config.parallel, config.compute)
+
+
+def load_model(
+    start: Start, config: FinetuneConfig, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[CausalLM, Trained]:
+    """The model with the checkpoint's weights, ready to be trained, sharded where there are several ranks.
+
+    Packed weights are not sharded: each rank has all of them, and adapters beside them are.
+    """
+    settings, shared = config.adapter, sharing(config, start.model_config)
+    is_shared = is_parallel(shared, ranks)
+    is_packed = settings is not None and (settings.pack is not None or start.found.layout is not None)
+    if is_shared and not is_packed:
+        model = without_values(start.model_config)
     else:
-        model = start.found.load(dtype=torch.float32, device=device)
-    trained = _whole(model) if settings is None else _adapted(model, start, config, settings)
-    if config.recompute:
+        model = ranks.on_all(lambda: _read(start, settings, device))
+    files = None
+    if settings is None:
+        model.requires_grad_(True)
+    else:
+        files = _adapt(model, start, config, settings, device)
+    if is_shared:
+        from olmoe.train.sharding import build_parallel
+
+        model = build_parallel(shared, ranks, device, model)
+        if not is_packed:
+            frozen = [
+                (name.replace(".base.", "."), p)
+                for name, p in model.named_parameters()
+                if settings is None or not p.requires_grad
+            ]
+            ranks.on_all(lambda: load_parameters(frozen, start.found.source()))
+    else:
         for layer in model.model.layers:
-            assert isinstance(layer, DecoderLayer)
-            recompute.wrap(layer, "full")
-    return model.train(), trained
+            arrange(layer, shared)
+    if settings is None:
+        return model.train(), Trained(nn.ParameterList(model.parameters()))
+    factors = [factor for pair in adapters.factors_of(model).values() for factor in pair]
+    return model.train(), Trained(nn.ParameterList(factors), files)
 
 
-def _whole(model: CausalLM) -> Trained:
-    """All weights are trained."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-
-    def read(model: CausalLM, path: Path) -> None:
-        found = checkpoint.load(path, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), found.parameters(), strict=True):
-                parameter.copy_(value)
-
-    return Trained(nn.ParameterList(model.parameters()), export.write_model, read)
+def _read(start: Start, settings: AdapterConfig | None, device: torch.device) -> CausalLM:
+    if settings is not None:
+        return load_frozen(start.found.source(), settings.pack, device)
+    return start.found.load(dtype=torch.float32, device=device)
 
 
-def _adapted(model: CausalLM, start: Start, config: FinetuneConfig, settings: AdapterConfig) -> Trained:
-    """Adapters are trained, and the weights beside them stay."""
+def _adapt(
+    model: CausalLM, start: Start, config: FinetuneConfig, settings: AdapterConfig, device: torch.device
+) -> AdapterFiles:
+    """Put adapters beside the weights, which stay; the former are what is trained."""
     rank, alpha = settings.rank, settings.alpha
     adapter = adapters.new_adapter(start.model_config, rank, alpha, settings.targets, config.run.seed)
-    device = model.model.norm.weight.device
     adapter.factors = {n: adapters.Factors(a.to(device), b.to(device)) for n, (a, b) in adapter.factors.items()}
     adapters.adapt(model, adapter, torch.bfloat16 if settings.precision == "bf16" else None)
     # The kernels round activations where nothing needs a gradient, that is, in evaluation and in the first layer.
     set_backend(model, "torch")
     resolved = config.resolve(config.start)
-    base = str(resolved.absolute()) if resolved.exists() else config.start
-
-    def write(model: CausalLM, folder: Path) -> None:
-        adapters.write_adapter(adapters.adapter_of(model, rank, alpha), folder, base)
-
-    def read(model: CausalLM, folder: Path) -> None:
-        saved = adapters.read_adapter(folder, start.model_config).factors
-        with torch.no_grad():
-            for name, pair in adapters.factors_of(model).items():
-                for parameter, value in zip(pair, saved[name], strict=True):
-                    parameter.copy_(value)
-
-    factors = adapters.factors_of(model).values()
-    return Trained(nn.ParameterList(factor for pair in factors for factor in pair), write, read)
+    return AdapterFiles(rank, alpha, str(resolved.absolute()) if resolved.exists() else config.start)
 
 
-def save_best(model: CausalLM, trained: Trained, folder: Path, files: dict[str, str]) -> None:
-    """Write what is trained into `folder`, in place of what an earlier call wrote there; all else stays."""
+def save_best(adapter: adapters.Adapter, to: AdapterFiles, folder: Path, files: dict[str, str]) -> None:
+    """Write an adapter into `folder`, in place of what an earlier call wrote there; all else stays."""
     written = {*files, "config.json", generation.FILE_NAME, SINGLE_NAME, adapters.CONFIG_NAME, adapters.WEIGHTS_NAME}
     foreign = foreign_entries(folder, written, shards=True) if folder.is_dir() else []
     with folder_that_keeps(folder, foreign) as temporary:
-        trained.write(model, temporary)
+        to.write(adapter, temporary)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
