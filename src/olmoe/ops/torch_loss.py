@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmoe.ops import widened
 from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import register
@@ -39,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_part, label = x[part].float(), labels[part]
             used = label != ignore_index
             target = label.where(used, 0).unsqueeze(1)
-            logits = matmul_transposed(x_part, wide_weight)
+            logits = widened.matmul_transposed(x_part, wide_weight)
             lse = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
             if need_x or need_weight:
