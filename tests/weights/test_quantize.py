@@ -301,7 +301,7 @@ def test_the_library_call_refuses_what_the_command_does(plain, tmp_path):
         (("nowhere/at/all", tmp_path / "new"), {}, "There is no folder"),
         ((plain, tmp_path / "new", "int3"), {}, "packed as 'int3'; choose one of int8, int4, int4-high, q4_0"),
         ((plain, tmp_path / "new", None), {}, "packed as None"),
-        ((plain, tmp_path / "new", "nf4"), {}, "packed as 'nf4'"),
+        ((plain, tmp_path / "new", "fp4"), {}, "packed as 'fp4'"),
         ((plain, tmp_path / "new"), {}, "has no tokenizer.json"),
         ((plain, tmp_path / "m", "int8"), {}, "overwrite=True"),
         ((plain, plain, "int8"), {"overwrite": True}, "are both"),

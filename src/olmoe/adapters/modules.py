@@ -91,7 +91,7 @@ class LoraExperts(nn.Module):
         if not (self.names or torch.is_grad_enabled()):
             return base(x_ND, expert_ids_NK, weights_NK)
         dtype = self.precision or (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
-        if torch.is_grad_enabled() and not transformed(x_ND):
+        if (torch.is_grad_enabled() or self.precision is not None) and not transformed(x_ND):
             pairs = {n: (self.get_parameter(f"{n}_a"), self.get_parameter(f"{n}_b")) for n in self.names}
             adapters = {name: Low(*pair, self.scale) for name, pair in pairs.items()}
             return adapted_experts(x_ND, expert_ids_NK, weights_NK, FrozenExperts(base, dtype), adapters)

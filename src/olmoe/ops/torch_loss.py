@@ -32,7 +32,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        wide_weight = weight.float() if need_weight else weight  # a frozen one is widened in parts
+        # A frozen one is widened in parts where memory is scarce.
+        wide_weight = weight if weight.is_cpu and not need_weight else weight.float()
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
         for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):

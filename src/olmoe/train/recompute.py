@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from olmoe.adapters.experts import outputs_unneeded
+from olmoe.adapters.modules import LoraExperts
 from olmoe.model import DecoderLayer
 
 MODES = ("off", "selective", "full")
@@ -46,14 +47,14 @@ def wrap(layer: DecoderLayer, mode: str) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        else:
-            options["context_fn"] = _full
+        elif isinstance(layer.mlp.experts, LoraExperts):
+            options["context_fn"] = _until_experts
         return checkpoint(inner, *arguments, **options)
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def _full() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _until_experts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What surrounds a layer in the forward pass, and again in backward, which ends before its experts' outputs."""
     return nullcontext(), outputs_unneeded()
 

@@ -92,7 +92,7 @@ def _recipe(format: str | Recipe | BaseRecipe) -> Recipe | BaseRecipe:
     if isinstance(format, str) and format in layout_formats():
         return Recipe(format, format)
     known = dict.fromkeys((*RECIPES, *BASE_RECIPES, *layout_formats()))
-    raise UserError(f"There is no format {shown(format)}; choose one of {', '.join(known)}.")
+    raise UserError(f"Nothing can be packed as {shown(format)}; choose one of {', '.join(known)}.")
 
 
 def _windows(source: WeightSource, calibration: str | os.PathLike[str] | Iterable[str | Chat]) -> list[list[int]]:

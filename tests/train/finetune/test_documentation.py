@@ -25,7 +25,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     commands = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         name, *arguments = shlex.split(command)
         assert name == "olmoe"
@@ -50,7 +50,8 @@ def test_tables_of_the_page_are_those_of_the_configurations():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("sft-tiny", SFTConfig), ("sft-tiny-lora", SFTConfig), ("dpo-tiny", PreferenceConfig)]
+    ("name", "kind"),
+    [("sft-tiny", SFTConfig), ("sft-tiny-lora", SFTConfig), ("qlora-tiny", SFTConfig), ("dpo-tiny", PreferenceConfig)],
 )
 def test_configurations_are_valid(name, kind):
     assert load_config(ROOT / "configs" / f"{name}.toml", kind).run.seed == 1
