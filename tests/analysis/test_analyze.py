@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from olmoe.analysis import analyze as module
+from olmoe.analysis import tracing
 from olmoe.analysis.analyze import analyze, top_tokens
 from olmoe.analysis.measurements import domains_of, measure
 from olmoe.analysis.trace import Trace
@@ -79,7 +80,7 @@ def test_packed_models_and_what_packing_changed(packed, plain, texts, tmp_path):
 
 
 def test_finished_domains_are_not_traced_again(plain, texts, tmp_path, monkeypatch):
-    record, traced = module.record, []
+    record, traced = tracing.record, []
 
     def interrupted(runner, documents, writer, **options):
         traced.append(sum(map(len, documents)))
@@ -89,7 +90,7 @@ def test_finished_domains_are_not_traced_again(plain, texts, tmp_path, monkeypat
             yield step
 
     whole = analyze(plain, texts, tmp_path / "whole", report=False)
-    monkeypatch.setattr(module, "record", interrupted)
+    monkeypatch.setattr(tracing, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         analyze(plain, texts, tmp_path / "out", report=False)
     assert [re.fullmatch(r"\.part-\w+\.safetensors", p.name) is not None for p in (tmp_path / "out").iterdir()] == [
@@ -127,13 +128,13 @@ def test_a_run_that_was_interrupted_while_drawing_goes_on(plain, texts, tmp_path
         patch.setattr(module, "_write_pictures", interrupted)
         with pytest.raises(KeyboardInterrupt):
             analyze(plain, texts, out, report=False)
-    monkeypatch.setattr(module, "record", None)  # nothing is traced again
+    monkeypatch.setattr(tracing, "record", None)  # nothing is traced again
     analyze(plain, texts, out, report=False)
     assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "trace.safetensors"]
 
 
 def test_other_settings_are_traced_anew(plain, texts, tmp_path, monkeypatch):
-    record, windows = module.record, []
+    record, windows = tracing.record, []
 
     def seen(runner, documents, writer, **options):
         windows.append(options["window"])
@@ -141,7 +142,7 @@ def test_other_settings_are_traced_anew(plain, texts, tmp_path, monkeypatch):
         if len(windows) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "record", seen)
+    monkeypatch.setattr(tracing, "record", seen)
     with pytest.raises(KeyboardInterrupt):
         analyze(plain, texts, tmp_path / "out", window=16, report=False)
     # Whatever was finished, it was with other windows.
@@ -154,7 +155,7 @@ def test_nothing_is_left_where_no_domain_was_finished(plain, texts, tmp_path, mo
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(module, "record", broken)
+    monkeypatch.setattr(tracing, "record", broken)
     with pytest.raises(KeyboardInterrupt):
         analyze(plain, texts, tmp_path / "out", report=False)
     assert list(tmp_path.iterdir()) == []

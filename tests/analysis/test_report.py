@@ -169,6 +169,7 @@ def test_one_token_and_one_expert(tmp_path):
     assert "chose 1 of 1 expert." in text
     assert "has 100.0% of the greatest entropy" in text
     assert "furthest from all domains" not in text  # they are alike
+    assert "only one token" in text
     for name in ("domains-top-k", "load", "vocabulary-experts"):
         ax = drawn[name].axes[0]
         assert all(place == int(place) for place in ax.get_xticks()), name

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 import training_runs
 from conftest import make_model
-from olmoe.analysis import analyze as module
+from olmoe.analysis import tracing
 from olmoe.analysis.analyze import analyze
 from olmoe.analysis.measurements import domains_of
 from olmoe.analysis.revisions import Revision, find, require_alike
@@ -184,7 +184,7 @@ def names_of(found):
 
 
 def test_one_at_a_time_and_finished_ones_are_not_traced_again(run, texts, tmp_path, monkeypatch):
-    record, traced = module.record, []
+    record, traced = tracing.record, []
 
     def interrupted(runner, documents, writer, **options):
         traced.append(writer._path.parent)
@@ -197,7 +197,7 @@ def test_one_at_a_time_and_finished_ones_are_not_traced_again(run, texts, tmp_pa
 
     most: list[int] = []
     whole = analyze(None, texts, tmp_path / "whole", revisions=[run], report=False)
-    monkeypatch.setattr(module, "record", interrupted)
+    monkeypatch.setattr(tracing, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         analyze(None, texts, tmp_path / "out", revisions=[run], report=False)
     # The model's two domains, those of the first revision, and the first of the second are done.

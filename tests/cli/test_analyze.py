@@ -72,6 +72,11 @@ def test_earlier_checkpoints(capsys, model, texts, tmp_path):
     assert "2 revisions: step1, step2\n" in out
     found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert {layer["saturation_k"] for each in found["revisions"] for layer in each["layers"].values()} == {1.0}
+    _, out, _ = run(
+        capsys, model, "--text", f"x={texts}/a.txt", "--revisions", tmp_path / "run" / "step1", "--device", "cpu",
+        "--output", tmp_path / "one", "--no-report",
+    )  # fmt: skip
+    assert "1 revision: step1\n" in out
 
 
 @pytest.mark.parametrize(

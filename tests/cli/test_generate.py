@@ -18,6 +18,7 @@ from olmoe.cli.main import main
 from olmoe.engine import llm as llm_module
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
+from olmoe.errors import UserError
 from olmoe.io import hub
 from olmoe.runner import Trace
 from olmoe.weights import checkpoint, export
@@ -251,13 +252,20 @@ def test_bad_stdin_is_one_sentence_and_2(capsys, monkeypatch, folder, content, s
     assert err.startswith(f"olmoe: {sentence}")
 
 
-def test_an_interrupt_leaves_the_cursor_on_a_new_line(capsys, monkeypatch, folder):
-    def interrupted(self):
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "olmoe: interrupted\n"),
+        (UserError("The disk is full."), 2, "olmoe: The disk is full.\n"),
+    ],
+)
+def test_an_early_end_leaves_the_cursor_on_a_new_line(capsys, monkeypatch, folder, fault, code, said):
+    def ended(self):
         yield " there was"
-        raise KeyboardInterrupt
+        raise fault
 
-    monkeypatch.setattr(llm_module.Stream, "__iter__", interrupted)
-    assert generate(capsys, PROMPT, "--model", str(folder)) == (130, f"{PROMPT} there was\n", "olmoe: interrupted\n")
+    monkeypatch.setattr(llm_module.Stream, "__iter__", ended)
+    assert generate(capsys, PROMPT, "--model", str(folder)) == (code, f"{PROMPT} there was\n", said)
 
 
 # ---- prompt files ----

@@ -265,6 +265,9 @@ def test_a_router_policy_for_requests_without_one(start, capsys, tmp_path):
     )
     assert first != own
     assert server.end() == 0
-    for content, sentence in (('{"pins": []}', "it has the key 'pins'"), ('{"k": 65}', "top_k must be from 1 to 64")):
+    for content, sentence in (
+        ('{"pins": []}', "it has the key 'pins'"),
+        ('{"k": 65}', "from 1 to 64 experts per token, not 65"),
+    ):
         policy.write_text(content, encoding="utf-8")
         assert sentence in refused(capsys, "--port", "0", "--router-policy", str(policy))

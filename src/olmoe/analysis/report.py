@@ -258,6 +258,8 @@ def _say_confidence(metrics: Metrics) -> str:
 
 
 def _say_neighbours(metrics: Metrics) -> str:
+    if metrics["tokens"] == 1:
+        return "There is only one token, so none has another before it."
     values = {layer: numbers["neighbours"] for layer, numbers in metrics["layers"].items()}
     mean, most = sum(values.values()) / len(values), max(values, key=values.__getitem__)
     return (

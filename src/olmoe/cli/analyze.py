@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         domains = ", ".join(f"{name} {numbers['tokens']:,}" for name, numbers in found["domains"].items())
         print(f"{found['tokens']:,} tokens of {found['model']} traced: {domains}")
         if "revisions" in found:
-            print(f"{len(found['revisions'])} revisions: {', '.join(each['name'] for each in found['revisions'])}")
+            names = [each["name"] for each in found["revisions"]]
+            print(f"{len(names)} revision{'' if len(names) == 1 else 's'}: {', '.join(names)}")
         print(Path(arguments.output).expanduser() / ("report.html" if arguments.report else "metrics.json"))
     return 0
 

@@ -307,13 +307,15 @@ def _decode(content: bytes, where: str) -> str:
 
 def _generate(stream: Stream, prompt: str, *, show: bool) -> Completion:
     """The whole text; if `show`, also written to stdout as it comes, after the prompt."""
+    from olmoe.errors import UserError
+
     try:
         if show:
             print(prompt, end="", flush=True)
         for piece in stream:
             if show:
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):  # such as a full disk at the end of a trace
         if show:
             print(flush=True)  # what follows on a terminal starts on its own line
         raise

@@ -53,7 +53,9 @@ class RouterPolicy:
         bias = self._biases(shape)
         top_k = config.num_experts_per_tok if self.top_k is None else self.top_k
         if not 1 <= top_k <= config.num_experts:
-            raise UserError(f"A router policy's top_k must be from 1 to {config.num_experts}, not {top_k}.")
+            raise UserError(
+                f"A router policy must choose from 1 to {config.num_experts} experts per token, not {top_k}."
+            )
         left = int(np.isfinite(bias).sum(axis=1).min())
         if left < top_k:
             raise UserError(f"A router policy leaves {left} experts in a layer, but each token chooses {top_k}.")
