@@ -86,11 +86,22 @@ def test_products_in_bf16_are_close_and_rounded(tmp_path, format):
         assert torch.equal(experts(x, ids, weights), y)
 
 
-def test_matrices_are_decoded_once_each_way(tmp_path, monkeypatch):
+def test_experts_without_an_adapter_have_its_precision():
+    model = make_model(**WHOLE)
+    x, ids, weights = random(6, model.config.hidden_size), torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
+    expected = model.model.layers[0].mlp.experts(x, ids, weights)
+    adapters.adapt(model, random_adapter(model.config, ("attention",)), torch.bfloat16)
+    set_backend(model, "torch")
+    y = model.model.layers[0].mlp.experts(x, ids, weights)
+    assert 1e-4 < (y - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("targets", [("attention", "experts"), ("attention",)])
+def test_matrices_are_decoded_once_each_way(tmp_path, monkeypatch, targets):
     """Also where the layer is computed again: that ends before the experts."""
     export.save(make_model(**WHOLE), tmp_path / "start")
     model = load_frozen(open_source(tmp_path / "start"), "nf4")
-    adapters.adapt(model, random_adapter(model.config))
+    adapters.adapt(model, random_adapter(model.config, targets))
     set_backend(model, "torch")
     for layer in model.model.layers:
         recompute.wrap(layer, "full")

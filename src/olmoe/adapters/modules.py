@@ -69,7 +69,7 @@ class LoraRouter(nn.Module):
 class LoraExperts(nn.Module):
     """The experts of a layer with adapters for one or both of their stacks; `precision` as in `LoraLinear`.
 
-    Packed ones are here without any too: a training pass decodes them less often.
+    Packed ones, and those with a `precision`, are here without any too: a training pass decodes them less often.
     """
 
     def __init__(
@@ -91,27 +91,16 @@ class LoraExperts(nn.Module):
         if not (self.names or torch.is_grad_enabled()):
             return base(x_ND, expert_ids_NK, weights_NK)
         dtype = self.precision or (base.compute_dtype if isinstance(base, PackedExperts) else None) or x_ND.dtype
+        low = {n: Low(self.get_parameter(f"{n}_a"), self.get_parameter(f"{n}_b"), self.scale) for n in self.names}
         if (torch.is_grad_enabled() or self.precision is not None) and not transformed(x_ND):
-            pairs = {n: (self.get_parameter(f"{n}_a"), self.get_parameter(f"{n}_b")) for n in self.names}
-            adapters = {name: Low(*pair, self.scale) for name, pair in pairs.items()}
-            return adapted_experts(x_ND, expert_ids_NK, weights_NK, FrozenExperts(base, dtype), adapters)
-        # Unbound once: indexing each expert would make a gradient as large as all of them every time.
-        low = {
-            name: (self.get_parameter(f"{name}_a").unbind(), self.get_parameter(f"{name}_b").unbind())
-            for name in self.names
-        }
-        stacks = {} if isinstance(base, PackedExperts) else dict(base.named_parameters())
-        plain = {name: stack.unbind() for name, stack in stacks.items()}
+            return adapted_experts(x_ND, expert_ids_NK, weights_NK, FrozenExperts(base, dtype), low)
 
         def product(x: Tensor, name: str, e: int) -> Tensor:
             if isinstance(base, PackedExperts):
                 y = base.product(x, name, e) if x.requires_grad else base.fastest_product(x, name, e)
             else:
-                y = ops.linear(x, plain[name][e], backend=base.backend)
-            if name not in low:
-                return y
-            a, b = low[name][0][e], low[name][1][e]
-            return y + (F.linear(F.linear(x.to(a.dtype), a), b) * self.scale).to(y.dtype)
+                y = ops.linear(x, base.get_parameter(name)[e], backend=base.backend)
+            return y + low[name].product(x.to(low[name].a.dtype), e).to(y.dtype) if name in low else y
 
         return routed(base, x_ND, expert_ids_NK, weights_NK, product, dtype)
 
@@ -137,7 +126,7 @@ def adapt(model: CausalLM, adapter: Adapter, precision: torch.dtype | None = Non
                 layer.mlp.gate = LoraRouter(layer.mlp.gate, factors, adapter.scale)
             else:
                 layer.set_submodule(owner, LoraLinear(layer.get_submodule(owner), factors, adapter.scale, precision))
-        if stacks or isinstance(layer.mlp.experts, PackedExperts):
+        if stacks or precision is not None or isinstance(layer.mlp.experts, PackedExperts):
             layer.mlp.experts = LoraExperts(layer.mlp.experts, stacks, adapter.scale, precision)
 
 
