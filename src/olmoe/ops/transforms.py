@@ -113,9 +113,12 @@ def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
     """The gradients of `function(*inputs)` for the inputs that are `wanted`, with their graph where it is followed."""
-    chosen = [t for t, needed in zip(inputs, wanted, strict=True) if needed]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = function(*inputs)
+        # Views, because one input may follow from another, as the weights of experts do from their inputs: what comes
+        # that way is not this function's.
+        own = [t.view_as(t) if needed else t for t, needed in zip(inputs, wanted, strict=True)]
+        out = function(*own)
+    chosen = [t for t, needed in zip(own, wanted, strict=True) if needed]
     found = iter(torch.autograd.grad(out, chosen, gradient, create_graph=again))
     return [next(found) if needed else None for needed in wanted]
