@@ -1,20 +1,34 @@
-"""Fine-tune a model on chats, by a TOML configuration, or continue an interrupted run with --resume."""
+"""Fine-tune a model on chats, by a TOML configuration, or continue an interrupted run with --resume.
+
+Several processes share a run that torchrun starts: torchrun --nproc-per-node 8 -m olmoe sft CONFIG.toml
+"""
 
 from __future__ import annotations
 
 import argparse
-import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from olmoe.cli.train import configure, follow
+from olmoe.cli.train import configure, launch
+
+if TYPE_CHECKING:
+    from olmoe.train.finetune.config import SFTConfig
 
 __all__ = ["configure", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune; Ctrl-C finishes the step, saves, and says how to continue."""
-    from olmoe.train.finetune.config import SFTConfig, load_config
 
-    config = load_config(arguments.config, SFTConfig)  # before torch is imported: mistakes are reported at once
-    from olmoe.train.finetune.sft import sft
+    def load(resume: bool) -> SFTConfig:
+        from olmoe.train.finetune.config import SFTConfig, load_config
 
-    return follow(arguments, functools.partial(sft, config), resume=arguments.resume, overwrite=arguments.overwrite)
+        return load_config(arguments.config, SFTConfig)
+
+    def loop() -> Callable[..., Path]:
+        from olmoe.train.finetune.sft import sft
+
+        return sft
+
+    return launch(arguments, load, loop)

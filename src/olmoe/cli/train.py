@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +29,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; Ctrl-C finishes the step, saves, and says how to continue."""
+
+    def load(resume: bool) -> Any:
+        from olmoe.train.config import load_config
+
+        return load_config(arguments.config, resume=resume)
+
+    def loop() -> Callable[..., Path]:
+        from olmoe.train.loop import train
+
+        return train
+
+    return launch(arguments, load, loop)
+
+
+def launch(arguments: argparse.Namespace, load: Callable[[bool], Any], loop: Callable[[], Callable[..., Path]]) -> int:
+    """Run what `loop` imports on the configuration that `load` reads, for a run that is resumed or not.
+
+    Torchrun's restarts go on from the newest checkpoint, and of several processes one tells the user's mistakes.
+    """
     from olmoe.cli.main import EXIT_USER_ERROR
     from olmoe.errors import UserError
-    from olmoe.train.config import load_config
     from olmoe.train.run_folder import latest
 
     if arguments.resume_or_start and (arguments.resume or arguments.overwrite):
@@ -38,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
     try:
         # Before torch is imported: mistakes are reported at once.
-        config = load_config(arguments.config, resume=arguments.resume or arguments.resume_or_start or restarted)
+        config = load(arguments.resume or arguments.resume_or_start or restarted)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # one process on each machine tells it
             return EXIT_USER_ERROR
@@ -47,16 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume_or_start or restarted:
         resume = latest(config.resolve(config.run.output)) is not None
         overwrite = restarted and not resume
-    from olmoe.train.loop import train
-
-    return follow(arguments, functools.partial(train, config), resume=resume, overwrite=overwrite)
+    return follow(arguments, functools.partial(loop(), config), resume=resume, overwrite=overwrite)
 
 
 def follow(arguments: argparse.Namespace, train: Callable[..., Path], *, resume: bool, overwrite: bool) -> int:
     """Train by the options of the command line, and print where the result is, or how to continue if interrupted."""
     from olmoe.cli.main import EXIT_INTERRUPTED, EXIT_USER_ERROR
-    from olmoe.train.loop import Interrupted
     from olmoe.train.ranks import ToldByAnother
+    from olmoe.train.run import Interrupted
 
     is_first = os.environ.get("RANK", "0") == "0"
     try:

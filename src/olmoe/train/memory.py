@@ -24,7 +24,7 @@ class Memory:
     """Bytes of one rank."""
 
     weights: int
-    gathered: int  # of other ranks' weights, while a layer and the head are computed
+    gathered: int  # of other ranks' weights and gradients, while a layer and the head are computed
     gradients: int
     optimizer: int
     activations: int
@@ -64,7 +64,8 @@ def memory(
     if ranks > 1:
         layer = sum(_size(s) for n, s in shapes.items() if ".layers.0." in n and n not in packed)
         head = sum(_size(s) for n, s in shapes.items() if ".layers." not in n)
-        gathered = (layer + head) * _FP32
+        # Of what is trained, gradients are as large until they are summed over ranks.
+        gathered = (layer + head) * _FP32 * (2 if adapter_rank is None else 1)
     return Memory(
         weights=plain // ranks + whole,
         gathered=gathered,

@@ -7,13 +7,20 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from olmoe.cli.main import main
+from olmoe.config import ModelConfig
+from olmoe.train.config import ParallelConfig, build
 from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
+from olmoe.train.memory import activations, memory
 from olmoe.weights import checkpoint
+from rank_processes import free_port
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
@@ -40,13 +47,48 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_of_the_page_are_those_of_the_configurations():
-    tables = [block for kind, block in BLOCKS if kind == "toml"]
+    *tables, shares = [block for kind, block in BLOCKS if kind == "toml"]
     assert len(tables) == 2
+    assert build(ParallelConfig, tomllib.loads(shares)["parallel"], "parallel") == ParallelConfig(data=2)
     plain, adapter = ((ROOT / "configs" / f"{name}.toml").read_text() for name in ("sft-tiny", "sft-tiny-lora"))
     for table, text in zip(tables, (plain, adapter), strict=True):
         for line in table.splitlines():
             key = line.partition("#")[0].strip()
             assert key == "" or key in text, key
+
+
+@pytest.mark.slow
+def test_commands_of_several_processes_run(tmp_path):
+    for folder in ("configs", "examples/chats"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        launcher, *words = shlex.split(line)
+        assert launcher == "torchrun"
+        command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words, "--quiet"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("best") == 1  # one rank tells where the result is
+    assert checkpoint.load(tmp_path / "runs" / "dpo-tiny" / "best").config.num_experts == 64
+
+
+RELEASED = ModelConfig(
+    vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+    num_experts=64, num_experts_per_tok=8, max_position_embeddings=4096,
+)  # fmt: skip
+KINDS = {"all weights": {}, "adapters": {"adapter_rank": 16}, "adapters on nf4": {"adapter_rank": 16, "pack": "nf4"}}
+
+
+def test_the_table_of_memory_is_calculated():
+    rows = re.findall(r"^\| ([a-z0-9 ]+) \| (\d+) \| (.*) \|$", TEXT, re.MULTILINE)
+    assert [(kind, int(ranks)) for kind, ranks, _ in rows] == [(k, n) for k in KINDS for n in (1, 2, 4, 8, 64)]
+    for kind, ranks, numbers in rows:
+        found = memory(RELEASED, 4096, ranks=int(ranks), recompute=True, **KINDS[kind])
+        parts = (found.weights, found.gathered, found.gradients, found.optimizer, found.activations, found.total)
+        assert numbers.split(" | ") == [f"{value / 1e9:.1f}" for value in parts]
+    without = [round(activations(RELEASED, 4096, rank) / 1e9) for rank in (None, 16)]
+    assert "activations take {} GB ({} with adapters)".format(*without) in " ".join(TEXT.split())
 
 
 @pytest.mark.parametrize(

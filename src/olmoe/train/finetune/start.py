@@ -136,12 +136,12 @@ def load_model(
 
         model = build_parallel(shared, ranks, device, model)
         if not is_packed:
-            frozen = [
+            stored = [
                 (name.replace(".base.", "."), p)
                 for name, p in model.named_parameters()
                 if settings is None or not p.requires_grad
             ]
-            ranks.on_all(lambda: load_parameters(frozen, start.found.source()))
+            ranks.on_all(lambda: load_parameters(stored, start.found.source()))
     else:
         for layer in model.model.layers:
             arrange(layer, shared)
