@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmoe.ops import lowered, reference, sampling, torch_fast, torch_loss  # noqa: F401  (they register their implementations)
+from olmoe.ops import lowered, reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
 from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401

@@ -28,12 +28,16 @@ from olmoe.ops import composable, widened
 from olmoe.ops.autocast import autocast_dtype, without_autocast
 from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import AUTO, call, register
+from olmoe.ops.gated_unit import gated_unit
 from olmoe.ops.reference import Activation
-from olmoe.ops.transforms import followed, mapped, plain_attention, transformed, twice_differentiable
+from olmoe.ops.reference import linear_cross_entropy as plain_cross_entropy
+from olmoe.ops.transforms import followed, mapped, plain_attention, plain_gradients, transformed, twice_differentiable
 from olmoe.ops.types import SortedRows
 from olmoe.ops.widened import matmul_transposed
 from olmoe.runtime import cpu_multiplies_bf16
 
+# Tokens whose logits exist at a time in linear_cross_entropy: 512 x 4096 fp32 are 8 MB.
+CROSS_ENTROPY_TOKENS = 512
 # Tokens whose rows are combined at a time in half precision: 64 x 8 x 2048 fp32 are 4 MB.
 COMBINE_TOKENS = 64
 # Below this many rows torch's bf16 matrix-vector product, which reads each weight once as bf16, beats
@@ -337,7 +341,7 @@ def _experts(
         if torch.is_grad_enabled() and (rows_MD.requires_grad or gate_up.requires_grad or down.requires_grad):
             return _experts(rows_MD.float(), offsets_E, gate_up.float(), down.float(), activation).to(dtype)
         return _experts_one_by_one(rows_MD, offsets_E, gate_up, down, activation)
-    hidden_MF = _GatedUnit.apply(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
+    hidden_MF = gated_unit(_grouped_linear(rows_MD, gate_up, offsets_E), activation)
     return _grouped_linear(hidden_MF, down, offsets_E)
 
 
@@ -353,32 +357,6 @@ def _lowered(lower: torch.dtype, x: Tensor, *weights: Tensor) -> tuple[Tensor, .
         for weight in weights:
             dtype = torch.promote_types(dtype, weight.dtype)
     return tuple(t.to(dtype) for t in (x, *weights))
-
-
-class _GatedUnit(torch.autograd.Function):
-    """act(gate) * up of (M, 2F) -> (M, F); backward writes both halves of the gradient into one buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up_M2F: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(gate_up_M2F)
-        ctx.activation = activation
-        gate, up = gate_up_M2F.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, None]:
-        (gate_up_M2F,) = ctx.saved_tensors
-        if followed(grad_MF):
-            return composable.gated_unit_gradient(grad_MF, gate_up_M2F, ctx.activation), None
-        gate, up = gate_up_M2F.chunk(2, dim=-1)
-        gate = gate.detach().requires_grad_()
-        with torch.enable_grad():
-            activated = ctx.activation(gate)
-        grad = torch.empty_like(gate_up_M2F)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grad_MF, activated.detach(), out=grad_up)
-        grad_gate.copy_(torch.autograd.grad(activated, gate, grad_MF * up)[0])
-        return grad, None
 
 
 def _experts_one_by_one(
@@ -398,6 +376,58 @@ def _experts_one_by_one(
             gate, up = F.linear(x, gate_up[e]).float().chunk(2, dim=-1)
             out[start:end] = F.linear((activation(gate) * up).to(x.dtype), down[e])
     return out
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one pass over parts of tokens, so that (N, V) logits never exist.
+
+    The gradient of a sum needs only the parts' own softmax, so it is computed with the loss and scaled
+    by the incoming gradient in backward. A gradient that is to be differentiated is that of the plain formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide_weight = weight.float() if need_weight else weight  # a frozen one is widened in parts
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = torch.zeros_like(wide_weight) if need_weight else None
+        for start in range(0, x.shape[0], CROSS_ENTROPY_TOKENS):
+            part = slice(start, start + CROSS_ENTROPY_TOKENS)
+            x_part, label = x[part].float(), labels[part]
+            used = label != ignore_index
+            target = label.where(used, 0).unsqueeze(1)
+            logits = matmul_transposed(x_part, wide_weight)
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            loss += ((lse - logits.gather(1, target)).squeeze(1) * used).sum()
+            if need_x or need_weight:
+                delta = logits.sub_(lse).exp_()  # softmax, in place of the logits
+                delta.scatter_add_(1, target, torch.full_like(target, -1, dtype=delta.dtype))
+                delta *= used.unsqueeze(1)
+                if grad_x is not None:
+                    grad_x[part] = widened.matmul(delta, wide_weight)
+                if grad_weight is not None:
+                    grad_weight.addmm_(delta.T, x_part)
+        ctx.ignore_index = ignore_index
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), x, weight, labels)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, x, weight, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def plain(x: Tensor, weight: Tensor) -> Tensor:
+                return plain_cross_entropy(x, weight, labels, ctx.ignore_index)
+
+            with without_autocast(x):
+                return (*plain_gradients(plain, (x, weight), ctx.needs_input_grad[:2], grad), None, None)
+        return (
+            None if grad_x is None else (grad_x * grad).to(grad_x.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(grad_weight.dtype),
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("olmoe::moe", mutates_args=())
@@ -441,3 +471,17 @@ def _moe(
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
     out_MD = _experts(gather_rows(x, rows), rows.offsets_E, gate_up, down, activation)
     return combine(out_MD, weights_NK, rows)
+
+
+@register("linear_cross_entropy", "torch")
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """See `reference.linear_cross_entropy`."""
+    if transformed():
+        return plain_cross_entropy(x, weight, labels, ignore_index)
+    if training.takes(x, weight, labels):
+
+        def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            return plain_cross_entropy(x, weight, labels, ignore_index)
+
+        return training.linear_cross_entropy(x, weight, labels, ignore_index, plain)
+    return _LinearCrossEntropy.apply(x, weight, labels, ignore_index)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def transformed(*tensors: Tensor | None) -> bool:
@@ -34,6 +35,12 @@ def transformed(*tensors: Tensor | None) -> bool:
 def observed() -> bool:
     """Whether a mode sees every operation on tensors: tracers, counters of flops, fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def only_checkpointed() -> bool:
+    """Whether the modes that see every operation are those of selective checkpointing, which computes some again."""
+    modes = _get_current_dispatch_mode_stack()
+    return all(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
 
 
 def mapped(t: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from olmoe.errors import BackendUnavailableError, UserError
-from olmoe.ops.transforms import observed, transformed
+from olmoe.ops.transforms import observed, only_checkpointed, transformed
 from olmoe.runtime import log
 
 # `Type` of csrc/core/traits.h.
@@ -92,7 +92,7 @@ def unsupported(x: Tensor, *others: Tensor | None, gradients: bool = False) -> s
         return "it cannot be traced"
     if transformed(x, *others):
         return "transforms of torch.func and forward-mode derivatives cannot follow it"
-    if observed():
+    if observed() and not (gradients and only_checkpointed()):
         return "a mode is active that must see every operation"
     for t in (x, *others):
         if t is None:
