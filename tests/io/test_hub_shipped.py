@@ -84,6 +84,18 @@ def test_the_card_says_what_was_measured():
     assert measured["greedy"]["all requests"]["obeyed"] > 3 * measured["stories"]["all requests"]["obeyed"]
 
 
+def test_it_does_what_it_is_asked(llm):
+    story = ask(llm, "Tell me a story about a dog named Max.")
+    assert "dog" in story
+    assert story.count("Max") > 1
+    assert len(story.split(". ")) > 4
+    beginning = "Once upon a time, there was a little girl named Lily."
+    assert ask(llm, f"Tell a story that begins with: {beginning}").startswith(beginning)
+    assert "cat" in ask(llm, "Tell a story with the word cat.")
+    assert "I can tell stories" in ask(llm, "What is the capital of Peru?")
+    assert ask(llm, "Hi!", "Tell me a story about a little bird named Kiki.").count("Kiki") > 1
+
+
 def test_olmoe_chat_talks_to_it_where_no_model_is_named(capsys, monkeypatch, llm):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi!\n"), encoding="utf-8"))
     assert main(["chat"]) == 0
