@@ -30,10 +30,6 @@ struct Running {
   std::lock_guard<std::mutex> lock{one_at_a_time()};
 };
 
-Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
-  return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
-}
-
 Sequences sequences(const Counts& counts, const Counts& lengths, const Table& table) {
   return Sequences{int(counts.size()), counts.data(), lengths.data(), table.data(), int64_t(table.shape(1))};
 }
@@ -65,7 +61,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__",
            [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
-             new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
+             new (self) Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
            })
       .def_ro("rows", &Matrix::rows)
       .def_ro("columns", &Matrix::columns);
