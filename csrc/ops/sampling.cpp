@@ -219,14 +219,15 @@ int draw(const float* shares, int n, double u, Scratch& s, const Kernels& kernel
   return last;
 }
 
-// Keep of n scores, and of their shares, those of at least `least`, and their ids in `s.ids`, which holds those of the
-// n unless they are all. Not worth the work, and not done, where more than `worth` would stay.
-int narrow(float least, int n, int all, int worth, Scratch& s, const Kernels& kernel) {
+// Keep of n scores, and of their shares unless these are null, those of at least `least`, and their ids in `s.ids`,
+// which holds those of the n unless they are all. Not worth the work, and not done, where more than `worth` would stay.
+int narrow(float least, float* shares, int n, int all, int worth, Scratch& s, const Kernels& kernel) {
   const int kept = kernel.at_least(s.scores.data(), n, least, s.ties.data());
   if (kept > worth) return n;
   for (int i = 0; i < kept; i++) {
     const int index = s.ties[i];
-    s.scores[i] = s.scores[index], s.shares[i] = s.shares[index];
+    s.scores[i] = s.scores[index];
+    if (shares) shares[i] = shares[index];
     s.ids[i] = n == all ? index : s.ids[index];
   }
   return kept;
@@ -241,7 +242,7 @@ int64_t choose(const SamplingRow& row, int all, float top, Scratch& s, const Ker
   kernel.scale_scores(z, n, top, temperature);
   if (row.top_k > 0 && row.top_k < n) {
     const Cut k = cut_after(z, n, 0.0f, row.top_k, s, kernel);
-    n = narrow(k.value, n, all, n, s, kernel);
+    n = narrow(k.value, nullptr, n, all, n, s, kernel);
   }
   kernel.exponentials(z, n, 0.0f, shares);
   float least = row.min_p > 0 ? float(std::log(row.min_p)) : -INFINITY;
@@ -250,7 +251,7 @@ int64_t choose(const SamplingRow& row, int all, float top, Scratch& s, const Ker
     // All with a share below (1 - p) * total / n together have less than what top-p leaves out, so each is out, as are
     // those that min-p leaves out, which come last. Half of it, because sums are rounded.
     const float bound = float(std::log((total - target) / n / 2));
-    n = narrow(std::max(bound, least), n, all, n / 2, s, kernel);
+    n = narrow(std::max(bound, least), shares, n, all, n / 2, s, kernel);
     const Cut p =
         cut(z, n, 0.0f, Histogram<double>{s.masses}, [shares](int i) { return double(shares[i]); }, target, s, kernel);
     least = std::max(least, p.value);

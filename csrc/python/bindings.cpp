@@ -21,10 +21,6 @@ namespace {
 using Counts = std::vector<int64_t>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // (B, blocks of a sequence)
 
-Matrix matrix(Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
-  return Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
-}
-
 Sequences sequences(const Counts& counts, const Counts& lengths, const Table& table) {
   return Sequences{int(counts.size()), counts.data(), lengths.data(), table.data(), int64_t(table.shape(1))};
 }
@@ -56,7 +52,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__",
            [](Matrix* self, Address data, int type, int rows, int columns, size_t stride, bool bf16_inputs) {
-             new (self) Matrix(matrix(data, type, rows, columns, stride, bf16_inputs));
+             new (self) Matrix{at<const uint8_t>(data), Type(type), rows, columns, stride, bf16_inputs};
            })
       .def_ro("rows", &Matrix::rows)
       .def_ro("columns", &Matrix::columns);

@@ -85,13 +85,23 @@ OLMOE_INLINE void transpose(vf (&v)[W]) {
 
 OLMOE_INLINE vf broadcast(const float* p) { return (vf)_mm256_broadcast_ss(p); }
 
+// The numbers of the lanes that are hit, rising, for each set of them; then zeros.
+struct HitLanes {
+  uint8_t lanes[1 << W][W] = {};
+  constexpr HitLanes() {
+    for (int set = 0; set < 1 << W; set++)
+      for (int j = 0, count = 0; j < W; j++)
+        if (set >> j & 1) lanes[set][count++] = uint8_t(j);
+  }
+};
+constexpr HitLanes kHitLanes;
+
 // Write the indices i + j of lanes that are hit (-1, else 0) after `count` others; the number of all.
 OLMOE_INLINE int append_lanes(vi hits, int i, int* ids, int count) {
-  for (int j = 0; j < W; j++) {  // without a branch: what comes next overwrites a miss
-    ids[count] = i + j;
-    count -= hits[j];
-  }
-  return count;
+  const int set = _mm256_movemask_ps((__m256)hits);
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kHitLanes.lanes[set]));
+  _mm256_storeu_si256((__m256i*)(ids + count), _mm256_add_epi32(lanes, _mm256_set1_epi32(i)));
+  return count + __builtin_popcount(set);
 }
 
 // kBlock values times `inverse`, rounded to integers of a byte, halves to even; their sum.

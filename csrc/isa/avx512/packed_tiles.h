@@ -23,6 +23,16 @@ OLMOE_INLINE void unpack(const uint8_t* codes, int j, __m512i& low, __m512i& hig
   }
 }
 
+// Sums of a tile that has `rows` rows to where they go.
+template <int GROUPS, int TOKENS>
+OLMOE_INLINE void store_sums(const __m512 (&total)[GROUPS][TOKENS], int rows, float* out, int ld) {
+  for (int g = 0; g < GROUPS; g++) {
+    const int count = rows - g * kGroup;
+    const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+    for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
+  }
+}
+
 template <Type T, int GROUPS, int TOKENS>
 OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, ptrdiff_t, int blocks, int rows,
                               const ActivationRow* x, float* out, int ld) {
@@ -72,11 +82,7 @@ OLMOE_INLINE void packed_tile(const uint8_t* group, size_t group_bytes, ptrdiff_
       }
     }
   }
-  for (int g = 0; g < GROUPS; g++) {
-    const int count = rows - g * kGroup;
-    const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
-    for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
-  }
+  store_sums(total, rows, out, ld);
 }
 
 // Few tokens against GROUPS groups side by side: memory is what counts, and several streams of it flow faster than one.
@@ -123,11 +129,7 @@ OLMOE_INLINE void packed_streams(const uint8_t* group, size_t group_bytes, ptrdi
                                       _mm512_mul_ps(scale, _mm512_set1_ps(a[t][b].d)), total[g][t]);
     }
   }
-  for (int g = 0; g < GROUPS; g++) {
-    const int count = rows - g * kGroup;
-    const __mmask16 mask = count >= kGroup ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
-    for (int t = 0; t < TOKENS; t++) _mm512_mask_storeu_ps(out + size_t(t) * ld + g * kGroup, mask, total[g][t]);
-  }
+  store_sums(total, rows, out, ld);
 }
 // Up to this many tokens weights are read in several streams, which fetch; tiles are for more, and need not.
 constexpr int kStreamedTokens = 8, kFetchedTokens = 0;

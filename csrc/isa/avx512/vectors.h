@@ -99,13 +99,11 @@ OLMOE_INLINE int append_lanes(vi hits, int i, int* ids, int count) {
 
 // kBlock values times `inverse`, rounded to integers of a byte, halves to even; their sum.
 OLMOE_INLINE int round_to_bytes(const float* x, float inverse, int8_t* out) {
-  int total = 0;
   __m512i low = _mm512_cvtps_epi32(_mm512_loadu_ps(x) * inverse);
   __m512i high = _mm512_cvtps_epi32(_mm512_loadu_ps(x + 16) * inverse);
   _mm_storeu_si128((__m128i*)out, _mm512_cvtsepi32_epi8(low));
   _mm_storeu_si128((__m128i*)(out + 16), _mm512_cvtsepi32_epi8(high));
-  total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-  return total;
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
 }
 
 inline void pack_bf16(const uint8_t*, size_t, size_t, size_t, float*) {}

@@ -47,7 +47,7 @@ inline void row_band(const uint8_t* weight, size_t row_bytes, int columns, const
 // these are fetched ahead, because rows are often whole pages, at whose ends the hardware's prefetching stops.
 template <Type T>
 inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, const float* x, float* out) {
-  constexpr int kRows = 8, kElement = T == Type::kF32 ? 4 : 2, kStep = 64 / kElement;  // a cache line of each row
+  constexpr int kRows = 8, kElement = sizeof_type(T), kStep = 64 / kElement;  // a cache line of each row
   vf total[kRows] = {};
   int i = 0;
   for (; i + kStep <= columns; i += kStep)
@@ -70,7 +70,7 @@ inline void row_vector(const uint8_t* weight, size_t row_bytes, int columns, con
 template <Type T>
 inline void float_rows(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                        int ld) {
-  const size_t row_bytes = size_t(columns) * (T == Type::kF32 ? 4 : 2);
+  const size_t row_bytes = size_t(columns) * sizeof_type(T);
   int r = 0;
   if (tokens == 1)
     for (; r + 8 <= rows; r += 8) row_vector<T>(group + r * row_bytes, row_bytes, columns, x->f32, out + r);

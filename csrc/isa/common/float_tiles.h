@@ -130,7 +130,7 @@ inline void lane_tiles(const float* panel, int steps, const ActivationRow* x, in
 template <Type T>
 inline void float_tiles(const uint8_t* group, int rows, int columns, const ActivationRow* x, int tokens, float* out,
                         int ld, float* scratch, const uint8_t* next) {
-  const size_t row_bytes = size_t(columns) * (T == Type::kF32 ? 4 : 2);
+  const size_t row_bytes = size_t(columns) * sizeof_type(T);
   const int steps = columns / W;
   const size_t stride = lane_stride(steps), level_size = size_t(tokens) * kPanelRows;
   float* panel = scratch;
