@@ -19,7 +19,7 @@ from olmoe.errors import UserError
 COMMANDS = {
     "generate": "continue a prompt and stream the text",
     "chat": "chat with a model in the terminal",
-    "serve": "serve a model over HTTP, as OpenAI and Anthropic do, with a chat page",
+    "serve": "serve a model over HTTP, as OpenAI and Anthropic do; a chat page",
     "batch": "run a file of requests in OpenAI's batch format",
     "train": "train a model from a TOML configuration",
     "plot": "draw a training run as an HTML page, even while it runs",
@@ -29,7 +29,7 @@ COMMANDS = {
     "upcycle": "turn a dense model into a mixture of experts",
     "convert": "convert a checkpoint to GGUF or back",
     "average": "average checkpoints of one architecture into a new one",
-    "quantize": "pack a model into 8 or 4 bits per weight, and measure its quality",
+    "quantize": "pack a model into 8 or 4 bits per weight; measure its quality",
     "analyze": "see which experts a model chooses on your texts, with figures",
     "policy": "make a router policy that favours the experts of a domain",
     "edit": "prune, merge or reorder experts; measure what it costs",
