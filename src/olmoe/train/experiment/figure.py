@@ -101,6 +101,7 @@ def _differences(ax: Any, results: dict[str, Any], looks: dict[str, Any]) -> Non
     labels = [_label(results["arms"][row["to"]]["label"]) for row in rows]
     ax.set_yticks(range(len(rows)), labels)
     ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    ax.locator_params(axis="x", nbins=4)  # the panel is narrow
     reference = _label(results["arms"][first]["label"]) if first else ""
     ax.set(xlabel="difference of the final loss", title=f"against {reference}")
 

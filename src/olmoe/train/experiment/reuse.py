@@ -1,7 +1,7 @@
 """Runs that two experiments have in common are trained once: the other one takes over what came out of it.
 
-Experiments whose folders lie side by side share what their shared configuration says, so an arm of one is often an
-arm of another: the mixture that load balancing is switched off in is the one that is compared with a dense model.
+Experiments whose folders lie side by side often begin with the same shared configuration, so that an arm of one is an
+arm of another: what one compares with a dense model, others train without load balancing, or with other experts.
 """
 
 from __future__ import annotations
