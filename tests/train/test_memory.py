@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from olmoe.weights.packing import load_packed
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import adapters
@@ -17,20 +16,21 @@ from olmoe.train.memory import activations, memory
 from olmoe.train.optim import build_optimizer
 from olmoe.weights import export
 from olmoe.weights.checkpoint import Checkpoint
+from olmoe.weights.frozen import load_frozen
 
 TARGETS = ("attention", "experts")
 TOKENS = 256
 
 
-def make(tmp_path, rank=None, pack=None, **changes):
+def make(tmp_path, rank=None, pack=None, frozen=False, **changes):
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_experts": 8}
     config = small_config(**shape | {"max_position_embeddings": 512} | changes)
     model = CausalLM(config)
     initialize(model, 0)
-    if pack is not None:
-        export.save(model, tmp_path / "model")
-        model = load_packed(Checkpoint.open(tmp_path / "model").source(), pack)
+    if frozen or pack is not None:
+        export.save(model, tmp_path / "model", dtype=torch.bfloat16 if frozen else torch.float32)
+        model = load_frozen(Checkpoint.open(tmp_path / "model").source(), pack)
     if rank is not None:
         adapters.adapt(model, adapters.new_adapter(config, rank, 8.0, TARGETS, 0))
         set_backend(model, "torch")
@@ -61,10 +61,13 @@ def saved_bytes(model):
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
-@pytest.mark.parametrize(("rank", "pack"), [(None, None), (4, None), (4, "nf4"), (4, "int8")])
-def test_weights_gradients_and_moments_are_those_of_a_step(tmp_path, rank, pack):
-    model = make(tmp_path, rank, pack)
-    found = memory(model.config, TOKENS, adapter_rank=rank, pack=pack)
+@pytest.mark.parametrize(
+    ("rank", "pack", "frozen"),
+    [(None, None, False), (4, None, False), (4, None, True), (4, "nf4", False), (4, "nf4", True), (4, "int8", True)],
+)
+def test_weights_gradients_and_moments_are_those_of_a_step(tmp_path, rank, pack, frozen):
+    model = make(tmp_path, rank, pack, frozen)
+    found = memory(model.config, TOKENS, adapter_rank=rank, pack=pack, frozen_bytes=2 if frozen else 4)
     assert found.weights == bytes_of(model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(torch.nn.ParameterList(trained), OptimizerConfig())

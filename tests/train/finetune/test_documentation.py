@@ -84,7 +84,7 @@ def test_the_table_of_memory_is_calculated():
     rows = re.findall(r"^\| ([a-z0-9 ]+) \| (\d+) \| (.*) \|$", TEXT, re.MULTILINE)
     assert [(kind, int(ranks)) for kind, ranks, _ in rows] == [(k, n) for k in KINDS for n in (1, 2, 4, 8, 64)]
     for kind, ranks, numbers in rows:
-        found = memory(RELEASED, 4096, ranks=int(ranks), recompute=True, **KINDS[kind])
+        found = memory(RELEASED, 4096, ranks=int(ranks), frozen_bytes=2, recompute=True, **KINDS[kind])
         parts = (found.weights, found.gathered, found.gradients, found.optimizer, found.activations, found.total)
         assert numbers.split(" | ") == [f"{value / 1e9:.1f}" for value in parts]
     without = [round(activations(RELEASED, 4096, rank) / 1e9) for rank in (None, 16)]
