@@ -2,7 +2,8 @@
 
 It counts what grows with the model: weights, gradients, AdamW's moments, what a layer or the head gathers from the
 other ranks, and the activations that the backward pass needs of the tokens that a rank computes at a time, in fp32 and
-with the C++ kernels. It does not count the interpreter and torch (about 0.4 GB), the data, and buffers of single operations.
+with the C++ kernels. It does not count the interpreter and torch (about 0.4 GB), the data, and buffers of single
+operations.
 
 Shapes legend: D hidden, G*Dh width of keys, F expert width, E experts, K experts per token, V vocabulary, r rank.
 """
