@@ -73,7 +73,7 @@ def test_layouts_hold_the_same(folder, expected, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["x"], "by --merge or by --layout"),
+        (["x"], "with --merge or --layout"),
         (["x.gguf", "--merge"], "leave --merge and --layout out"),
         (["x", "--type", "bf16", "--layout", "fused"], "--type bf16 does not suit"),
         (["x", "--merge", "--base", "packed"], "is packed"),

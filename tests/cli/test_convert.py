@@ -69,7 +69,7 @@ def test_both_ways_give_the_same_text(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("{tmp}/a.gguf", "{tmp}/b.gguf"), "One of SRC and DST may end in .gguf, but both end so"),
+        (("{tmp}/a.gguf", "{tmp}/b.gguf"), "Only one of SRC and DST may end in .gguf, but both do"),
         (("{folder}", "{tmp}"), "{tmp} exists already"),
         (("{folder}", "{tmp}/out", "--type", "q8_0"), "leave --type out and use `olmoe quantize`"),
         (("{tmp}/no", "{tmp}/out"), "There is no folder '{tmp}/no'"),

@@ -145,7 +145,7 @@ def test_replacing(capsys, model, tmp_path):
         (["OUT", "--prune", "2", "--calibration-tokens", "0"], "at least 1"),
         (["OUT", "--prune", "2", "--text", "{}/a.txt"], "add it"),
         (["OUT", "--prune", "2", "--json", "x.json"], "add --report"),
-        (["OUT", "--top-k", "2", "--report", "--json", "{}/a.txt/x.json"], "no folder that can"),
+        (["OUT", "--top-k", "2", "--report", "--json", "{}/a.txt/x.json"], "not a writable folder"),
         (["OUT", "--top-k", "2", "--report", "--text", "=x"], "NAME=FILE"),
         (["OUT", "--top-k", "2", "--report", "--text", "{}/a.txt", "a={}/b.jsonl"], "twice"),
         (["OUT", "--report"], "no folder 'OUT'"),

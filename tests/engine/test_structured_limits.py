@@ -64,7 +64,7 @@ def released(olmoe_tokenizer_file) -> Tokenizer:
         (lambda t: structured.json_schema({"enum": [{"a": [-(2**60)]}]}, t), "beyond 2^53"),
         (lambda t: structured.json_schema({"type": "integer", "minimum": 10**400}, t), "beyond 2^53"),
         (lambda t: structured.json_schema({"exclusiveMaximum": -(2.0**60)}, t), "beyond 2^53"),
-        (lambda t: structured.json_schema(False, t), "nothing fits it"),
+        (lambda t: structured.json_schema(False, t), "nothing satisfies it"),
         (lambda t: structured.json_schema({"minimum": float("nan")}, t), "is not JSON"),
         (lambda t: structured.json_schema({"enum": ["x" * 200_000]}, t), "at most 131072 are supported"),
         (lambda t: structured.json_schema({"minLength": 5, "maxLength": 3, "type": "string"}, t), "minLength (5)"),

@@ -104,7 +104,7 @@ CASES = {
     "deep nesting": (raw_file(b"[" * 100_000), "header of .* is damaged"),
     "endless digits": (raw_file(b'{"a": ' + b"9" * 10_000 + b"}"), "header of .* is damaged"),
     "a name twice": (raw_file(b'{"a": 1, "a": 1}'), "a name occurs twice"),
-    "a list": (raw_file([]), "no JSON object"),
+    "a list": (raw_file([]), "not a JSON object"),
     "metadata of numbers": (raw_file({"__metadata__": {"a": 1}}), "metadata of .* are not texts"),
     "an entry without shape": (raw_file({"a": {"dtype": "F32"}}), "not described as in safetensors"),
     "an unknown dtype": (raw_file(header(a={"dtype": "F8", "shape": [8], "data_offsets": [0, 8]})), "as 'F8'; only"),

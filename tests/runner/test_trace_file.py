@@ -102,7 +102,7 @@ def test_a_writer_for_a_model(tmp_path):
 
 def test_places_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    assert "no folder that can" in refused(lambda: writer_of(tmp_path / "file" / "t"))
+    assert "not a writable folder" in refused(lambda: writer_of(tmp_path / "file" / "t"))
     assert "not a regular file" in refused(lambda: writer_of(tmp_path))
 
     def full(*_, **__):

@@ -143,7 +143,7 @@ def test_allowed_tools_are_the_only_ones():
     body = translated(input="x", tools=[TOOL, TOOL | {"name": "mul"}], tool_choice=allowed)
     assert [tool["function"]["name"] for tool in body["tools"]] == ["mul"]
     assert body["tool_choice"] == "required"
-    with pytest.raises(ApiError, match="none of the functions") as caught:
+    with pytest.raises(ApiError, match="not one of the functions") as caught:
         translated(input="x", tools=[TOOL], tool_choice=allowed)
     assert caught.value.param == "tool_choice.tools[0]"
 

@@ -33,7 +33,7 @@ def test_a_port_in_use_is_one_sentence():
     [
         ("127.0.0.1", 99999, "between 0 and 65535"),
         ("nowhere.invalid", 8000, "The host 'nowhere.invalid' is unknown"),
-        ("198.51.100.7", 0, "no address of this machine"),
+        ("198.51.100.7", 0, "not an address of this machine"),
     ],
 )
 def test_addresses_that_cannot_be_had(host, port, sentence):

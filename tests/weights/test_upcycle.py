@@ -119,5 +119,5 @@ def test_a_width_that_does_not_split(dense):
 
 def test_a_sparse_model_is_refused(dense, tmp_path):
     sparse = UpcycledSource(dense, Upcycling())
-    with pytest.raises(UserError, match="sparse already: it has 8 experts"):
+    with pytest.raises(UserError, match="already sparse: it has 8 experts"):
         UpcycledSource(sparse, Upcycling())
