@@ -110,8 +110,8 @@ def test_a_trace_is_what_the_network_routes(kind):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (RouterPolicy(top_k=0), "from 1 to 8, not 0"),
-        (RouterPolicy(top_k=9), "from 1 to 8, not 9"),
+        (RouterPolicy(top_k=0), "from 1 to 8 experts per token, not 0"),
+        (RouterPolicy(top_k=9), "from 1 to 8 experts per token, not 9"),
         (RouterPolicy(bias=np.zeros((3, EXPERTS))), r"shape \(2, 8\)"),
         (RouterPolicy(bias=np.full((LAYERS, EXPERTS), math.nan)), "consist of numbers"),
         (RouterPolicy(bias=np.full((LAYERS, EXPERTS), math.inf)), "consist of numbers"),
