@@ -97,9 +97,16 @@ def bf16(measure: str, kernels: str) -> Callable[[Line], Figure | None]:
 
 def training(line: Line) -> Figure | None:
     """Training steps of the 7.6M-parameter model."""
-    if (line["sequences"], line["length"]) != (16, 256):
+    if (line["sequences"], line["length"], line["threads"]) != (16, 256, 2):
         return None
     return Figure(line["ours"], line["transformers"], "transformers", line["ratio"])
+
+
+def qlora(line: Line) -> Figure | None:
+    """Steps of a layer of the released shapes with adapters on attention and experts, over frozen weights in NF4."""
+    if (line["targets"], line["precision"]) != ("all", "fp32"):
+        return None
+    return Figure(line["ours"]["tokens_per_s"], line["trl"]["tokens_per_s"], "TRL + PEFT", line["ratio"])
 
 
 def footprint(mode: str) -> Callable[[Line], Figure | None]:
@@ -151,7 +158,6 @@ ROWS = [
     Row("serve", "clients_8", "serving 8 clients, int4", SPEED, serving("clients_8", _T, "llama.cpp")),
     Row("serve", "clients_8.ttft", "their first token", MS, serving("clients_8", _F, "llama.cpp")),
     Row("serve", "clients_16", "serving 16 clients, int4", SPEED, serving("clients_16", _T, "llama.cpp")),
-    Row("serve", "long", "4 clients, prompts of 2048, all", MS, serving("long", "e2e_ms", "llama.cpp")),
     Row("cpu_engines", "int4.prefill_512", "prompt of 512, int4", SPEED, engines("int4", "prefill_512")),
     Row("cpu_engines", "int4.decode_64", "decoding, int4", SPEED, engines("int4", "decode_64")),
     Row("cpu_engines", "whole.whole_64", "texts, sampled, int4", SPEED, engines("whole", "whole_64")),
@@ -160,8 +166,8 @@ ROWS = [
     Row("cpu_engines", "batch.decode_64_batch_8", "8 sequences, int4", SPEED, engines("batch", "decode_64_batch_8")),
     Row("prefill_transformers", "prefill", "prompt of 512, bf16", SPEED, bf16("prefill", "avx512")),
     Row("prefill_transformers", "decode", "decoding, bf16", SPEED, bf16("decode", "avx512")),
-    Row("prefill_transformers", "prefill.avx2", "prompt of 512, bf16", SPEED, bf16("prefill", "avx2")),
     Row("train_transformers", "16x256", "training olmoe-tiny's shape", SPEED, training),
+    Row("qlora_peft", "all", "QLoRA with experts, one layer", SPEED, qlora),
     Row("quantized_footprint", "nf4", "loaded in NF4, 108M weights", SHARE, footprint("nf4_double_quant")),
     Row("quantization_quality", "int4", "KL of int4, olmoe-tiny", NATS, quality("int4", "llama-Q4_0")),
 ]
