@@ -87,6 +87,8 @@ def _followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: T
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
     """See `ops.linear`."""
+    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return plain(x, weight, bias)  # which says what does not fit
     out: Tensor = _Linear.apply(x, weight, bias, plain)
     return out
 
@@ -128,6 +130,8 @@ class _Linear(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
     """See `ops.rms_norm`."""
+    if weight.shape != x.shape[-1:]:
+        return plain(x, weight)  # which says what does not fit
     out: Tensor = _RMSNorm.apply(x, weight, eps, plain)
     return out
 
@@ -165,8 +169,16 @@ class _RMSNorm(torch.autograd.Function):
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, plain: Plain) -> Tensor:
     """See `ops.apply_rope`; cos and sin want no gradients."""
+    angles = (*x.shape[:-2], x.shape[-1] // 2)
+    if x.shape[-1] % 2 or any(not _expands(t, angles) for t in (cos, sin)):
+        return plain(x, cos, sin)  # which broadcasts x as well, or says what does not fit
     out: Tensor = _Rope.apply(x, cos, sin, plain)
     return out
+
+
+def _expands(t: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether `t.expand(shape)` is possible."""
+    return t.dim() <= len(shape) and all(a in (1, b) for a, b in zip(t.shape[::-1], shape[::-1], strict=False))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
