@@ -1,8 +1,8 @@
-"""How much memory a rank needs to train a model: what is held between steps, and what a step adds.
+"""Estimates the memory that a rank needs to train a model: what is held between steps, and what a step adds.
 
-Counted is what grows with the model: weights, gradients, AdamW's moments, what a layer or the head gathers of the other
-ranks, and the activations that a backward pass needs of the tokens that a rank computes at a time, in fp32. Not counted
-is what does not: the interpreter and torch (about 0.4 GB), the data, and buffers of single operations.
+What grows with the model is counted: weights, gradients, AdamW's moments, what a layer or the head gathers from other
+ranks, and the activations that a backward pass needs for the tokens that a rank computes at a time, in fp32. The rest
+is not: the interpreter and torch (about 0.4 GB), the data, and buffers of single operations.
 
 Shapes legend: D hidden, G*Dh width of keys, F expert width, E experts, K experts per token, V vocabulary, r rank.
 """
@@ -45,7 +45,7 @@ def memory(
     pack: str | None = None,
     recompute: bool = False,
 ) -> Memory:
-    """What one of `ranks` needs that computes so many tokens at a time.
+    """The memory of one of `ranks`, which computes that many tokens at a time.
 
     Without `adapter_rank` all weights are trained. `pack` is the format of the frozen weights beside adapters, which
     every rank has whole; all else is sharded.
@@ -76,7 +76,7 @@ def memory(
 
 
 def activations(model: ModelConfig, tokens: int, adapter_rank: int | None = None, recompute: bool = False) -> int:
-    """Bytes that a backward pass needs of so many tokens: those of all layers, or of one and the inputs of others."""
+    """Bytes that a backward pass keeps for that many tokens: all layers, or one layer and the inputs of the others."""
     d, f, e, k = model.hidden_size, model.intermediate_size, model.num_experts, model.num_experts_per_tok
     keys = d // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
     if adapter_rank is None:
