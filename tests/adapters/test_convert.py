@@ -120,3 +120,4 @@ def test_adapters_that_name_no_model_are_refused(folder, tmp_path):
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     assert "does not name the model" in refused(lambda: LLM(adapter=tmp_path), CheckpointError)
+    assert "holds no adapter" in refused(lambda: LLM(adapter=tmp_path / "none"), CheckpointError)

@@ -1,7 +1,7 @@
 """The experts of a layer with adapters, as one step of a training pass that keeps nothing but its inputs.
 
-One expert at a time, forward and backward: its frozen matrices are decoded once in each, and neither the decoded ones
-of others nor what lies between its products exist meanwhile.
+Experts are computed one at a time, forward and backward: the frozen matrices of one are decoded once in each pass, and
+neither decoded matrices nor intermediate values of other experts exist at that time.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width, r rank; n rows
 of one expert.
@@ -40,7 +40,7 @@ _RECOMPUTATION = _Recomputation()
 
 @contextlib.contextmanager
 def outputs_unneeded() -> Iterator[None]:
-    """Within it a layer is computed again for what its backward pass needs, and its experts' outputs are not used."""
+    """A context for recomputing a layer only for its backward pass, which does not use its experts' outputs."""
     before, _RECOMPUTATION.unneeded = _RECOMPUTATION.unneeded, True
     try:
         yield
@@ -61,7 +61,7 @@ class Low(NamedTuple):
 
 
 class FrozenExperts(NamedTuple):
-    """Stacks of weights that stay as they are, and the dtype of products with them; their results are fp32."""
+    """Stacks of weights that are not trained, and the dtype of products with them; the results are fp32."""
 
     base: Experts | PackedExperts
     dtype: torch.dtype
@@ -150,7 +150,7 @@ class _AdaptedExperts(torch.autograd.Function):
             gate, up = _product(frozen, low, x, GATE_UP, e, gate_up).chunk(2, dim=-1)
             activated, slope = _differentiable(frozen.base.activation, gate)
             h = activated * up
-            # Of the unweighted output's gradient: what an expert's output would add is h times this.
+            # From the gradient of the unweighted output.
             grad_h = frozen.transposed(grad, frozen.matrix(DOWN, e))
             if DOWN in grads:
                 grad_h += grads[DOWN].add(e, h, grad, weight)

@@ -41,11 +41,17 @@ def is_adapter(folder: str | Path) -> bool:
 
 def base_of(folder: str | Path) -> str:
     """The model that the adapter in a folder names as its base. Raises `CheckpointError` if it names none."""
-    settings = read_optional_object(Path(folder).expanduser() / CONFIG_NAME, CheckpointError)
+    settings = _read_config(Path(folder).expanduser())
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise CheckpointError(f"{folder} does not name the model that it adapts; name it yourself.")
+        raise CheckpointError(f"{folder} does not name the model that it adapts; give that model as well.")
     return base
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not is_adapter(folder):
+        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it.")
+    return read_optional_object(folder / CONFIG_NAME, CheckpointError)
 
 
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
@@ -54,9 +60,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     Raises `CheckpointError` if there is none, or if it belongs to another model.
     """
     folder = Path(folder).expanduser()
-    if not is_adapter(folder):
-        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it.")
-    settings = read_optional_object(folder / CONFIG_NAME, CheckpointError)
+    settings = _read_config(folder)
     rank, alpha = _rank_and_alpha(settings, folder)
     try:
         tensors = load_file(folder / WEIGHTS_NAME)

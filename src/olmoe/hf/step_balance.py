@@ -32,7 +32,7 @@ _INPUTS = (
 
 @contextmanager
 def balanced_over(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, copies: int = 1) -> Iterator[None]:
-    """Let the training losses of `model` inside the block balance experts over all these batches, and all ranks' ones.
+    """Let the training losses of `model` inside the block balance experts over these batches, on all ranks.
 
     `batches` are what one optimizer step accumulates, as arguments of the model by name. Every rank of a process group
     enters the block together; `copies` is how many ranks have the same batches (tensor parallel). With
@@ -59,7 +59,7 @@ class BalancedSteps:
     >>> class Trainer(BalancedSteps, transformers.Trainer):                      # doctest: +SKIP
     ...     pass
 
-    A step costs a forward pass more. Raises `UserError` in training if losses are averaged otherwise than by
+    A step costs one more forward pass. Raises `UserError` in training if losses are averaged otherwise than by
     `average_tokens_across_devices`, transformers' default.
     """
 
@@ -113,7 +113,7 @@ def count_step(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, copies
 
 
 def _causal_lm(model: nn.Module) -> OlmoeForCausalLM:
-    """Our model, of itself or inside a wrapper such as PEFT's or DDP's."""
+    """Our model, by itself or inside a wrapper such as PEFT's or DDP's."""
     for module in model.modules():
         if isinstance(module, OlmoeForCausalLM):
             return module

@@ -36,9 +36,7 @@ _WRAPPERS = {
     "pretrained_model.": ("TRL's value head", f"{_REMEDY_WRAPPER} (`model.pretrained_model.save_pretrained(DIR)`)"),
     "language_model.": ("a model of several parts", "save its language model alone"),
 }
-_MERGE = (
-    "merge it first, with `peft`: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
-)
+_MERGE = "give it as --adapter, or merge it first with `olmoe convert DIR NEW --merge`"
 _MERGE_WEIGHTS = "merge them first (`model.merge_and_unload().save_pretrained(NEW)`)"
 _ADAPTER = re.compile(
     r"^base_model\.model\.|\.(lora_|base_layer\.|modules_to_save\.|original_module\.|hada_|ia3_|oft_)"

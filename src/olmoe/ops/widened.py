@@ -1,7 +1,6 @@
 """Products in fp32 with weights that stay in half precision: rows of them are widened as they are needed.
 
-For CPUs that multiply half precision slowly, and for frozen weights beside trained ones, whose fp32 copy would take as
-much memory as all that is trained.
+For CPUs that multiply half precision slowly, and for frozen weights, whose fp32 copy would take much memory.
 
 Shapes legend: N tokens, R rows (outputs) and C columns (inputs) of a weight; of experts as in `torch_fast`.
 """

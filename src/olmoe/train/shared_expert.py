@@ -31,7 +31,7 @@ _PLACE = ".mlp.shared_expert."  # in the name of a parameter
 
 
 class SharedExpertBlock(SparseMoeBlock):
-    """A mixture of experts with one more that all tokens use. What the router decided does not speak of it."""
+    """A mixture of experts with one more that all tokens use. It is not part of what the router decided."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__(config)
@@ -71,7 +71,7 @@ def check(config: TrainConfig, is_parallel: bool) -> None:
 def source_of(folder: Path, model: CausalLM) -> WeightSource:
     """The weights of a checkpoint of training for this model, which may have shared experts.
 
-    Raises `CheckpointError` if the checkpoint has not what the model has.
+    Raises `CheckpointError` if the checkpoint lacks something that the model has.
     """
     if not any(isinstance(layer.mlp, SharedExpertBlock) for layer in model.model.layers):
         return Checkpoint.open(folder).source()

@@ -336,9 +336,11 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing that changed between two fingerprints, in words."""
-    for section in now:
+    for section in {**now, **was}:
         if section not in was or section == "measured":  # older versions compared less
             continue
+        if section not in now:
+            return f"[{section}] was removed"
         if section == "texts":
             if (difference := _other_texts(was[section], now[section])) is not None:
                 return difference

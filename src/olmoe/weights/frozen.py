@@ -1,8 +1,8 @@
-"""Loading a model whose weights stay as they are while adapters over them are trained, in little memory.
+"""Loads a model with frozen weights for training adapters, in little memory.
 
-Matrices of half precision stay in it, since products with fp32 inputs widen a few rows at a time (`ops.widened`);
-routers, norms and biases are fp32. Attention and experts may be packed as they are read, one matrix at a time (QLoRA),
-in any format that needs no calibration; of a packed folder everything that is packed is a view of the mapped file.
+Matrices stored in half precision stay in it, since products with fp32 inputs widen a few rows at a time
+(`ops.widened`); routers, norms and biases are fp32. Attention and experts may be packed as they are read, one matrix at
+a time (QLoRA), in any format that needs no calibration; those of a packed folder are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from olmoe.weights.source import WeightSource, read_finite
 
 
 class WidenedEmbedding(nn.Embedding):
-    """An embedding in half precision that starts hidden states in fp32."""
+    """An embedding in half precision that returns fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of ids -> (..., D)."""
@@ -68,12 +68,12 @@ def _read(source: WeightSource, format: str | None) -> CausalLM:
 
 
 def _matrices(source: WeightSource, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Those of a stack of experts, one after the other."""
+    """The matrices of a stack of experts, one after the other."""
     return (read_finite(source, name, expert) for expert in range(shape[0]))
 
 
 def _plain(source: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A parameter as it is kept: matrices as they are stored, all else in fp32."""
+    """A parameter as it is kept: matrices in the dtype they are stored in, everything else in fp32."""
     if len(shape) == 3:
         stack: Tensor | None = None
         for expert, matrix in enumerate(_matrices(source, name, shape)):

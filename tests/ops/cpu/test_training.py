@@ -214,6 +214,35 @@ def test_what_is_left_to_torch():
         assert ops.linear(x, weight).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("linear", [(4, 32), (8, 16)]),  # inputs for twice as many rows
+        ("linear", [(4, 16), (8, 16), (6,)]),
+        ("linear", [(4, 16), (16,), (8,)]),
+        ("rms_norm", [(4, 32), (16,)]),
+        ("apply_rope", [(3, 4, 8), (3, 3), (3, 3)]),
+        ("apply_rope", [(3, 4, 7), (3, 3), (3, 3)]),
+        ("apply_rope", [(3, 4, 8), (5, 4), (5, 4)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shapes):
+    """The kernels would read and write beyond the memory of a tensor."""
+    x, *others = (torch.zeros(shape) for shape in shapes)
+    arguments = [x.requires_grad_(), *others, *([1e-5] if name == "rms_norm" else [])]
+    with pytest.raises(RuntimeError, match="shape|size|matrix"):
+        getattr(ops, name)(*arguments)
+
+
+def test_rotations_of_more_positions_than_inputs():
+    x, cos, sin = leaf(3, 4, 8), random(2, 3, 4, seed=1), random(2, 3, 4, seed=2)
+    ours = gradients(ops.apply_rope, [x, cos, sin])
+    expected = gradients(torch_fast._apply_rope, [x, cos, sin])
+    assert ours[0].shape == (2, 3, 4, 8)
+    assert torch.allclose(ours[0], expected[0])
+    assert torch.allclose(ours[1][0], expected[1][0])
+
+
 def test_a_loss_without_labels_is_zero():
     x, weight = leaf(5, 16), leaf(12, 16)
     loss, grads = gradients(ops.linear_cross_entropy, [x, weight, torch.full((5,), -100)])

@@ -27,6 +27,16 @@ def test_defaults_are_the_papers(tmp_path):
     assert pairs.loss.strength == 0.1
 
 
+def test_runs_from_before_there_was_a_precision_of_adapters_continue(tmp_path, tokenizer_file):
+    adapter = {"rank": 2}
+    plain = load_config(write_run(tmp_path / "a", tokenizer_file, adapter=adapter), SFTConfig).fingerprint()
+    rounded = load_config(
+        write_run(tmp_path / "b", tokenizer_file, adapter=adapter | {"precision": "bf16"}), SFTConfig
+    ).fingerprint()
+    assert plain["adapter"] == {"rank": 2, "alpha": 32.0, "targets": ("attention", "experts"), "pack": None}
+    assert rounded["adapter"] == plain["adapter"] | {"precision": "bf16"}
+
+
 def test_rates_are_those_of_the_log():
     """The released SFT run: 9,500 steps, 2e-5, a warm-up of 0.03 (its log counts steps from 1)."""
     rate = FinetuneSchedule().rate

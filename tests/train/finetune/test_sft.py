@@ -173,6 +173,16 @@ def test_a_changed_run_is_not_continued(finished, tmp_path):
     assert files(output) == files(finished)
 
 
+@pytest.mark.parametrize(
+    ("section", "values"), [("regularization", {"residual_dropout": 0.1}), ("adapter", {"rank": 2})]
+)
+def test_a_section_that_was_removed_is_missed(tmp_path, tokenizer_file, monkeypatch, section, values):
+    path = write_run(tmp_path, tokenizer_file, **{section: values})
+    interrupt(monkeypatch, path, number=signal.SIGINT, step=2)
+    write_run(tmp_path, tokenizer_file)
+    assert f"[{section}] was removed since" in refused(lambda: run(path, resume=True), ConfigError)
+
+
 def test_packed_weights_are_not_trained_whole(tmp_path, tokenizer_file):
     packed_folder(tmp_path / "start", "int4", tokenizer_file, max_position_embeddings=256)
     path = write_run(tmp_path, tokenizer_file)

@@ -28,7 +28,7 @@ def decode(codes: Tensor, absmax_B: Tensor, book: Tensor, dtype: torch.dtype) ->
     assert codes.numel() == blocks * BLOCK // 2, (codes.shape, blocks)
     assert absmax_B.dtype == book.dtype == torch.float32
     assert book.shape == (ENTRIES,)
-    scales = absmax_B.contiguous()
+    scales, book = absmax_B.contiguous(), book.contiguous()
     out = torch.empty(blocks, BLOCK, dtype=dtype)
     kernels().decode_book(
         codes.data_ptr(), scales.data_ptr(), blocks, book.data_ptr(), FLOAT_TYPES[dtype], out.data_ptr()
@@ -46,14 +46,16 @@ def encode(weight: Tensor, bounds: Tensor, numbers: Tensor) -> tuple[Tensor, Ten
     assert bounds.shape == (ENTRIES - 1,)
     assert numbers.shape == (ENTRIES,)
     assert numbers.dtype == torch.uint8
+    assert bounds.dtype == torch.float32
+    bounds, numbers = bounds.contiguous(), numbers.contiguous()
     blocks = weight.numel() // BLOCK
     codes, absmax_B = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8), torch.empty(blocks)
     kernels().encode_book(
         weight.data_ptr(),
         FLOAT_TYPES[weight.dtype],
         blocks,
-        bounds.contiguous().data_ptr(),
-        numbers.contiguous().data_ptr(),
+        bounds.data_ptr(),
+        numbers.data_ptr(),
         codes.data_ptr(),
         absmax_B.data_ptr(),
     )

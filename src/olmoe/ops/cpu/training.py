@@ -1,12 +1,12 @@
-"""Operations of training in fp32 by the C++ kernels, forward and backward: what `torch_fast` does there, faster.
+"""Operations of fp32 training in the C++ kernels, forward and backward: what `torch_fast` does there, but faster.
 
-Their products use all of a CPU's vectors, which torch's library does not on every CPU, and stay on torch's own threads.
-Of an operation no more is kept for the backward pass than its inputs, and of the experts the products with their first
+Their products use a CPU's full vector width, which torch's library does not on every CPU, and run on torch's own
+threads. Only the inputs of an operation are kept for the backward pass, and for experts the products with their first
 weight: rows are gathered again and the gated unit is computed again, so that what is kept does not grow with the number
-of experts of a token, as long as these are as wide together.
+of experts per token, as long as their total width is the same.
 
-Each function here takes what `takes` says yes to. A backward pass that is itself to be followed differentiates `plain`,
-the same function in torch's operations.
+The functions here are for tensors that `takes` accepts. A backward pass that is itself differentiated uses `plain`, the
+same function in torch's operations.
 
 Shapes legend: N tokens, D hidden, H heads, Dh head dim, E experts, K experts per token, M = N*K routed rows, F expert
 width, V vocabulary.
@@ -29,13 +29,13 @@ Plain = Callable[..., Tensor]
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether these tensors, of which one wants gradients, are what the functions of this module compute with."""
+    """Whether the functions of this module can compute with these tensors, and one of them needs gradients."""
     given = [t for t in tensors if t is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
         return False
     if any(t.dtype != torch.float32 or t.numel() == 0 for t in given if t.is_floating_point()):
         return False
-    # The kernels for any CPU have no vectors, and torch's have.
+    # The scalar kernels use no vectors, while torch's do.
     return unsupported(*given, gradients=True) is None and isa() != "scalar"
 
 
@@ -87,6 +87,8 @@ def _followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: T
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
     """See `ops.linear`."""
+    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return plain(x, weight, bias)  # which says what does not fit
     out: Tensor = _Linear.apply(x, weight, bias, plain)
     return out
 
@@ -128,6 +130,8 @@ class _Linear(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
     """See `ops.rms_norm`."""
+    if weight.shape != x.shape[-1:]:
+        return plain(x, weight)  # which says what does not fit
     out: Tensor = _RMSNorm.apply(x, weight, eps, plain)
     return out
 
@@ -164,9 +168,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, plain: Plain) -> Tensor:
-    """See `ops.apply_rope`; cos and sin want no gradients."""
+    """See `ops.apply_rope`; cos and sin have no gradients."""
+    angles = (*x.shape[:-2], x.shape[-1] // 2)
+    if x.shape[-1] % 2 or any(not _expands(t, angles) for t in (cos, sin)):
+        return plain(x, cos, sin)  # which broadcasts x as well, or says what does not fit
     out: Tensor = _Rope.apply(x, cos, sin, plain)
     return out
+
+
+def _expands(t: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether `t.expand(shape)` is possible."""
+    return t.dim() <= len(shape) and all(a in (1, b) for a, b in zip(t.shape[::-1], shape[::-1], strict=False))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -288,7 +300,7 @@ class _MoE(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, plain: Plain) -> Tensor:
-    """See `ops.linear_cross_entropy`. Both gradients are computed with the loss, as logits are at hand then."""
+    """See `ops.linear_cross_entropy`. Both gradients are computed with the loss, while the logits exist."""
     out: Tensor = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, plain)
     return out
 

@@ -1,7 +1,7 @@
 """Runs that two experiments have in common are trained once: the other one takes over what came out of it.
 
-Experiments whose folders lie side by side often begin with the same shared configuration, so that an arm of one is an
-arm of another: what one compares with a dense model, others train without load balancing, or with other experts.
+Experiments whose folders are side by side often have the same shared configuration, so that an arm of one is also an
+arm of another: 8 of 64 experts are compared with a dense model in one, and with other numbers of experts in the next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECORD = "reused.json"  # beside a run that was taken over: which one it is
 def reuse(run: Run) -> bool:
     """Take over a finished run of an experiment beside this one that is the same run; whether there was one.
 
-    It is the same if the trainer would have gone on from one with the other (model, texts, order, optimizer, seed) and
+    It is the same if the trainer would have continued one with the other (model, texts, order, optimizer, seed) and
     evaluates and skips alike. Runs that start from another one are always trained.
     """
     if run.has_begun or run.earlier is not None:

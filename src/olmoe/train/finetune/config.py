@@ -169,6 +169,8 @@ class FinetuneConfig:
             for name in sorted(sections)
             if (value := getattr(self, name)) is not None
         }
+        if self.adapter is not None and self.adapter.precision == AdapterConfig.precision:
+            del plain["adapter"]["precision"]  # unknown to older versions, whose runs must still resume
         return plain | {"seed": self.run.seed, "balance": self.parallel.balance}
 
     @property

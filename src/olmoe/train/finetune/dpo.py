@@ -72,7 +72,7 @@ class PreferenceTask(Task[PreferenceConfig]):
         log.info("%d %s; %d steps", sum(sizes), "answers" if self._kto else "pairs", self.steps)
 
     def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
-        """The log-probabilities of all examples under the model that the run begins with, or began with."""
+        """The log-probabilities of all examples under the model that the run starts with, or started with."""
         path, ranks = output / REFERENCE_NAME, self.ranks
         if resumed and ranks.on_first(path.is_file):
             self.reference = ranks.on_all(lambda: _read_reference(path, len(self.examples)))
@@ -235,8 +235,8 @@ def _read_reference(path: Path, count: int) -> npt.NDArray[np.float32]:
         found = np.load(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it anew."
+            f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it again."
         ) from None
     if found.shape != (count,) or found.dtype != np.float32:
-        raise CheckpointError(f"{path} is of other samples than these {count}; remove it to compute it anew.")
+        raise CheckpointError(f"{path} is of other samples than these {count}; remove it to compute it again.")
     return found

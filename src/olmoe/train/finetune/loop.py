@@ -39,7 +39,7 @@ class Run(BaseRun):
     trained: Trained
 
     def restored(self, newest: Path) -> state.Progress:
-        """See `BaseRun.restored`. A checkpoint of adapters is the same whoever wrote it."""
+        """See `BaseRun.restored`. A checkpoint of adapters is the same for any number of ranks."""
         adapter = self.trained.adapter
         if adapter is None:
             return super().restored(newest)
@@ -124,12 +124,12 @@ def finetune(
 
 
 def _begin(run: Run, newest: Path | None, overwrite: bool, show_progress: bool) -> None:
-    """Let a run be as it begins, or as the checkpoint `newest` left it."""
+    """Set a run up as at its start, or as the checkpoint `newest` left it."""
     if overwrite:
         run.ranks.on_first(lambda: state.discard(run.output))
     if newest is not None:
         run.ranks.on_all(lambda: state.check_resumable(newest, run.fingerprint))
-    # With the weights that the run began with.
+    # With the weights that the run starts with.
     run.task.prepare(run.model, run.output, newest is not None, show_progress)
     run.rest()
     if newest is not None:
@@ -149,7 +149,7 @@ def _train(run: Run, show_progress: bool) -> None:
     bar = tqdm(total=run.steps, initial=run.progress.step, unit="step", disable=not show_progress)
     with catch_interrupts() as interrupted, bar, run.open_metrics() as metrics:
         if run.progress.step == 0:
-            run.record(metrics, evaluate(run)[0])  # what the run is to be compared with
+            run.record(metrics, evaluate(run)[0])  # for comparison
         while run.progress.step < run.steps:
             values = advance(run)
             run.record(metrics, values)

@@ -1,4 +1,4 @@
-"""The model that a fine-tuning run trains, as at its start, and how it is written and read again.
+"""The model that a fine-tuning run starts with, and how what it trains is written and read again.
 
 Either all weights are trained, in fp32, and written as an ordinary checkpoint; or adapters over frozen ones, plain or
 packed, and only these are written.
@@ -57,7 +57,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The way of a model's adapter to a folder and back. It is small: every rank may hold it whole."""
+    """Writes and reads a model's adapter. It is small, so every rank may hold it whole."""
 
     rank: int
     alpha: float
@@ -100,7 +100,7 @@ def open_start(config: FinetuneConfig) -> Start:
         raise ConfigError(f"{folder} names no id that ends a text; set eos_token_id in its config.json.")
     tokenizer = Tokenizer.from_folder(folder, eos_ids=eos_ids, pad_id=found.config.pad_token_id)
     files = {name: text for name, text in texts_of(folder).items() if name in _TEXTS}
-    if tokenizer.chat_template is None:  # what the model learns is also what others are to render
+    if tokenizer.chat_template is None:  # others must render what the model learns
         files["chat_template.jinja"] = tokenizer.default_template
     if "tokenizer_config.json" not in files:
         files["tokenizer_config.json"] = tokenizer.transformers_config(found.config.max_position_embeddings)
@@ -160,7 +160,7 @@ def _read(start: Start, settings: AdapterConfig | None, device: torch.device) ->
 def _adapt(
     model: CausalLM, start: Start, config: FinetuneConfig, settings: AdapterConfig, device: torch.device
 ) -> AdapterFiles:
-    """Put adapters beside the weights, which stay; the former are what is trained."""
+    """Put adapters beside the weights, which are frozen; only the adapters are trained."""
     rank, alpha = settings.rank, settings.alpha
     adapter = adapters.new_adapter(start.model_config, rank, alpha, settings.targets, config.run.seed)
     adapter.factors = {n: adapters.Factors(a.to(device), b.to(device)) for n, (a, b) in adapter.factors.items()}
@@ -172,7 +172,7 @@ def _adapt(
 
 
 def save_best(adapter: adapters.Adapter, to: AdapterFiles, folder: Path, files: dict[str, str]) -> None:
-    """Write an adapter into `folder`, in place of what an earlier call wrote there; all else stays."""
+    """Write an adapter into `folder`, replacing what an earlier call wrote there; everything else is kept."""
     written = {*files, "config.json", generation.FILE_NAME, SINGLE_NAME, adapters.CONFIG_NAME, adapters.WEIGHTS_NAME}
     foreign = foreign_entries(folder, written, shards=True) if folder.is_dir() else []
     with folder_that_keeps(folder, foreign) as temporary:

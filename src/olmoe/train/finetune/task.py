@@ -45,7 +45,7 @@ class Task(ABC, Generic[Config]):
         return bool(self.held_out)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The contents of the data, which must not change while a run goes on."""
+        """The contents of the data, which must not change during a run."""
         return {"texts": {self.name_of(s): sha256(self.config.resolve(s.path)) for s in self._sources}}
 
     def name_of(self, source: ChatSource) -> str:
@@ -53,7 +53,7 @@ class Task(ABC, Generic[Config]):
         return self._names[self.config.resolve(source.path)]
 
     def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
-        """What the task needs of the model before it is trained, or finds in `output` where a run is `resumed`."""
+        """Compute what the task needs from the model before training, or read it from `output` if `resumed`."""
 
     @abstractmethod
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
-        """Measures by their names, and the score that is best when lowest, on so many samples a file (0: all)."""
+        """Measures by their names, and the score that is best when lowest, on that many samples per file (0: all)."""
 
     @property
     def _sources(self) -> tuple[ChatSource, ...]:
