@@ -179,6 +179,18 @@ class Run:
         if self.is_sharded:
             self.model.reshard()  # type: ignore[operator]
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Layers that stay whole for a backward pass become shards after each forward pass, which none follows."""
+        if not self.is_sharded:
+            yield
+            return
+        from olmoe.train.sharding import keep_whole, stays_whole
+
+        keep_whole(self.model, False)
+        yield
+        keep_whole(self.model, stays_whole(self.config))
+
     def must_stop(self, interrupted: bool) -> bool:
         """Whether any process was interrupted. Raises `UserError` on all if a checkpoint could not be written."""
         stop, failed = self.ranks.any(interrupted, self.saver is not None and self.saver.has_failed)
@@ -278,9 +290,9 @@ def advance(run: Run) -> dict[str, Any]:
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, Evaluation], float]:
     """Measure the model on the held-out files; also the score that decides which checkpoint is best (low is good)."""
-    results = evaluate_all(
-        run.model, run.data.held_out, run.length, run.config.evaluation.windows, run.ranks, run.config.mask_eos_id
-    )
+    windows = run.config.evaluation.windows
+    with run.measuring():
+        results = evaluate_all(run.model, run.data.held_out, run.length, windows, run.ranks, run.config.mask_eos_id)
     score = _score(results)
     if results:
         check_finite("held-out loss", score, run.progress.step, run.config)

@@ -11,6 +11,7 @@ and microbatches of the whole step; so dense and expert gradients need no correc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,21 +25,26 @@ from olmoe.train.config import ParallelConfig, TrainConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
 from olmoe.train.parallel import arrange, placement
 from olmoe.train.ranks import Ranks
+from olmoe.weights.names import parameter_shapes
+
+# Of a model that `stays_whole`: 1 GB of weights in fp32, on each rank.
+WHOLE_PARAMETERS = 2**28
 
 
 def build_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> CausalLM:
     """The network of a configuration, sharded over all ranks, its values not set.
 
-    At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
-    sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
-    objective reads the output head.
+    At most one layer is whole at any time, or, of a model that `stays_whole`, all of them until backward. The order
+    matters: experts to their ranks, recomputation, compilation, sharding of experts, layers and the rest, which always
+    stays whole between forward and backward because the objective reads the output head.
     """
     model, parallel, compute = without_values(config.model), config.parallel, config.compute
     dense, sparse, expert = _meshes(parallel, ranks, device)
     lower = torch.bfloat16 if compute.precision == "bf16" else None
     options: dict[str, Any] = {
         # Inputs are not cast: the angles of positions and the weights of experts stay in fp32.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "reshard_after_forward": not stays_whole(config),
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
     layers: list[Any] = list(model.model.layers)
@@ -59,6 +65,21 @@ def build_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> C
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def stays_whole(config: TrainConfig) -> bool:
+    """Whether all parameters fit in memory so easily that layers stay whole between forward and backward.
+
+    Otherwise they are gathered twice, to save it.
+    """
+    return sum(math.prod(shape) for shape in parameter_shapes(config.model).values()) <= WHOLE_PARAMETERS
+
+
+def keep_whole(model: CausalLM, whole: bool) -> None:
+    """Let layers stay whole between forward and backward, or be gathered again."""
+    for module in model.model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(not whole, recurse=False)
 
 
 def _meshes(
