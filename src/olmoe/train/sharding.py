@@ -11,6 +11,9 @@ and microbatches of the whole step; so dense and expert gradients need no correc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +22,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from olmoe.config import ModelConfig
 from olmoe.model import CausalLM, without_values
 from olmoe.quant import PackedModule
 from olmoe.train.config import ParallelConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
 from olmoe.train.parallel import Sharing, arrange, placement
 from olmoe.train.ranks import Ranks
+from olmoe.weights.names import parameter_shapes
+
+# Of a model that `stays_whole`: 1 GB of weights in fp32, on each rank.
+WHOLE_PARAMETERS = 2**28
 
 
 def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: CausalLM | None = None) -> CausalLM:
@@ -33,9 +41,9 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     `model` may be one of that architecture to shard instead, such as one with adapters, whose values stay where it has
     any; packed weights are not sharded, each rank keeps all of them.
 
-    At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
-    sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
-    objective reads the output head.
+    At most one layer is whole at any time, or, of a model that `stays_whole`, all of them until backward. The order
+    matters: experts to their ranks, recomputation, compilation, sharding of experts, layers and the rest, which always
+    stays whole between forward and backward because the objective reads the output head.
     """
     model = without_values(config.model) if model is None else model
     parallel, compute = config.parallel, config.compute
@@ -43,7 +51,9 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     lower = torch.bfloat16 if compute.precision == "bf16" else None
     options: dict[str, Any] = {
         # Inputs are not cast: the angles of positions and the weights of experts stay in fp32.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        # None is yes for all but the model itself, which the objective still needs.
+        "reshard_after_forward": False if stays_whole(config.model) else None,
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
     packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
@@ -67,6 +77,31 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def stays_whole(config: ModelConfig) -> bool:
+    """Whether all parameters fit in memory so easily that layers stay whole between forward and backward.
+
+    Otherwise they are gathered twice, to save it.
+    """
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values()) <= WHOLE_PARAMETERS
+
+
+@contextmanager
+def measuring(model: CausalLM) -> Iterator[None]:
+    """Within the block no backward pass follows a forward pass, so that layers are shards again after each of them.
+
+    FSDP2 fails in the next backward pass if layers that stay whole were gathered where no gradients are recorded.
+    """
+    layers = [module for module in model.model.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+    try:
+        yield
+    finally:
+        model.reshard()  # type: ignore[operator]
+        for layer in layers:
+            layer.set_reshard_after_forward(not stays_whole(model.config), recurse=False)
 
 
 def _meshes(
