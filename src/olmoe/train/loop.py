@@ -168,9 +168,9 @@ def advance(run: Run) -> dict[str, Any]:
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, Evaluation], float]:
     """Measure the model on the held-out files; also the score that decides which checkpoint is best (low is good)."""
-    windows = run.config.evaluation.windows
-    with run.measuring():
-        results = evaluate_all(run.model, run.data.held_out, run.length, windows, run.ranks, run.config.mask_eos_id)
+    results = evaluate_all(
+        run.model, run.data.held_out, run.length, run.config.evaluation.windows, run.ranks, run.config.mask_eos_id
+    )
     score = _score(results)
     if results:
         check_finite("held-out loss", score, run.progress.step, run.config)
@@ -184,8 +184,7 @@ def report_best(run: Run) -> Path:
     set_products(run.model, None)  # as whoever opens the checkpoint computes
     files = run.data.held_out + run.data.measured
     windows = run.config.evaluation.final_windows
-    with run.measuring():
-        final = evaluate_all(run.model, files, run.length, windows, run.ranks, run.config.mask_eos_id)
+    final = evaluate_all(run.model, files, run.length, windows, run.ranks, run.config.mask_eos_id)
     report: dict[str, Any] = {"step": run.progress.best_step} | summary(final)
     report["expert_load_LE"] = {name: r.counts_LE.tolist() for name, r in final.items()}
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", json.dumps(report) + "\n"))

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -121,14 +121,6 @@ class BaseRun:
         """Reshard a sharded model's parameters after a forward pass that no backward pass followed."""
         if self.is_sharded:
             self.model.reshard()  # type: ignore[operator]
-
-    def measuring(self) -> AbstractContextManager[None]:
-        """Within the block no backward pass follows a forward pass; every such forward pass belongs here."""
-        if not self.is_sharded:
-            return nullcontext()
-        from olmoe.train.sharding import measuring
-
-        return measuring(self.model)
 
     # ---- records ----
 

@@ -12,8 +12,6 @@ and microbatches of the whole step; so dense and expert gradients need no correc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,11 +25,12 @@ from olmoe.model import CausalLM, without_values
 from olmoe.quant import PackedModule
 from olmoe.train.config import ParallelConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
+from olmoe.train.one_machine import GatherInMemory, ReduceInMemory, SharedMemory
 from olmoe.train.parallel import Sharing, arrange, placement
 from olmoe.train.ranks import Ranks
 from olmoe.weights.names import parameter_shapes
 
-# Of a model that `stays_whole`: 1 GB of weights in fp32, on each rank.
+# Of a model that `is_gathered_at_once`: 1 GB of weights in fp32, and as much of gradients, on each rank.
 WHOLE_PARAMETERS = 2**28
 
 
@@ -41,9 +40,9 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     `model` may be one of that architecture to shard instead, such as one with adapters, whose values stay where it has
     any; packed weights are not sharded, each rank keeps all of them.
 
-    At most one layer is whole at any time, or, of a model that `stays_whole`, all of them until backward. The order
-    matters: experts to their ranks, recomputation, compilation, sharding of experts, layers and the rest, which always
-    stays whole between forward and backward because the objective reads the output head.
+    At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
+    sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
+    objective reads the output head. Of a model that `is_gathered_at_once` the layers belong to that rest.
     """
     model = without_values(config.model) if model is None else model
     parallel, compute = config.parallel, config.compute
@@ -51,23 +50,24 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     lower = torch.bfloat16 if compute.precision == "bf16" else None
     options: dict[str, Any] = {
         # Inputs are not cast: the angles of positions and the weights of experts stay in fp32.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        # None is yes for all but the model itself, which the objective still needs.
-        "reshard_after_forward": False if stays_whole(config.model) else None,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
     packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
     options["ignored_params"] = packed
     tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
+    at_once = is_gathered_at_once(config.model)
+    memory = _memory_of(expert) if device.type == "cpu" else None
     layers: list[Any] = list(model.model.layers)
     for layer in layers:
         if expert is not None:
-            layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device)
+            layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device, memory)
         _allocate(layer, device)
         arrange(layer, config)
         if expert is not None:
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
-        fully_shard(layer, mesh=dense, **options)
+        if not at_once:
+            fully_shard(layer, mesh=dense, **options)
     _allocate(model, device)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -76,32 +76,31 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if device.type == "cpu":
+        _share_memory(model, dense, sparse)
     return model
 
 
-def stays_whole(config: ModelConfig) -> bool:
-    """Whether all parameters fit in memory so easily that layers stay whole between forward and backward.
+def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None) -> None:
+    """Let shards travel through memory instead of sockets where the ranks that hold them are on one machine."""
+    of_dense, of_sparse = (_memory_of(mesh) for mesh in (dense, sparse))
+    for module in model.modules():
+        memory = of_sparse if isinstance(module, ExpertsAcrossRanks) else of_dense
+        if isinstance(module, FSDPModule) and memory is not None:
+            module.set_custom_all_gather(GatherInMemory(memory))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(ReduceInMemory(memory))  # type: ignore[arg-type]
 
-    Otherwise they are gathered twice, to save it.
+
+def _memory_of(mesh: DeviceMesh | None) -> SharedMemory | None:
+    return None if mesh is None or mesh.size(-1) == 1 else SharedMemory.of(mesh.get_group(mesh.ndim - 1))
+
+
+def is_gathered_at_once(config: ModelConfig) -> bool:
+    """Whether all parameters fit in memory so easily that they are gathered once a step, by one message.
+
+    Otherwise layers are gathered one by one, in forward and in backward.
     """
     return sum(math.prod(shape) for shape in parameter_shapes(config).values()) <= WHOLE_PARAMETERS
-
-
-@contextmanager
-def measuring(model: CausalLM) -> Iterator[None]:
-    """Within the block no backward pass follows a forward pass, so that layers are shards again after each of them.
-
-    FSDP2 fails in the next backward pass if layers that stay whole were gathered where no gradients are recorded.
-    """
-    layers = [module for module in model.model.modules() if isinstance(module, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(True, recurse=False)
-    try:
-        yield
-    finally:
-        model.reshard()  # type: ignore[operator]
-        for layer in layers:
-            layer.set_reshard_after_forward(not stays_whole(model.config), recurse=False)
 
 
 def _meshes(

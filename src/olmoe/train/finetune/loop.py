@@ -130,8 +130,8 @@ def _begin(run: Run, newest: Path | None, overwrite: bool, show_progress: bool) 
     if newest is not None:
         run.ranks.on_all(lambda: state.check_resumable(newest, run.fingerprint))
     # With the weights that the run began with.
-    with run.measuring():
-        run.task.prepare(run.model, run.output, newest is not None, show_progress)
+    run.task.prepare(run.model, run.output, newest is not None, show_progress)
+    run.rest()
     if newest is not None:
         run.resume(newest)
     run.ranks.on_first(lambda: state.truncate_metrics(run.metrics_path, run.progress.step))
@@ -184,16 +184,15 @@ def advance(run: Run) -> dict[str, float]:
 def evaluate(run: Run) -> tuple[dict[str, Any], float]:
     """Measures and answers on held-out data, and the score that decides which checkpoint is best (low is good)."""
     config = run.config.evaluation
-    answers = []
     run.model.eval()
-    with run.measuring():
-        measured, score = run.task.evaluate(run.model, config.samples)
-        if run.task.has_held_out:
-            check_finite("held-out loss", score, run.progress.step, run.config)
-        for sample in run.task.prompts[: config.answers]:
-            text, ids = prompt_of(sample, run.start.tokenizer)
-            given = answer(run.model, run.start.tokenizer, ids, config.answer_tokens, run.ranks)
-            answers.append({"prompt": text, "answer": given})
+    measured, score = run.task.evaluate(run.model, config.samples)
+    if run.task.has_held_out:
+        check_finite("held-out loss", score, run.progress.step, run.config)
+    answers = []
+    for sample in run.task.prompts[: config.answers]:
+        text, ids = prompt_of(sample, run.start.tokenizer)
+        given = answer(run.model, run.start.tokenizer, ids, config.answer_tokens, run.ranks)
+        answers.append({"prompt": text, "answer": given})
     run.model.train()
     return measured | ({"answers": answers} if answers else {}), score
 
@@ -203,8 +202,7 @@ def _report_best(run: Run) -> Path:
     run.ensure_best()
     run.load_best()
     run.model.eval()
-    with run.measuring():
-        measured, _ = run.task.evaluate(run.model, 0)
+    measured, _ = run.task.evaluate(run.model, 0)
     report = json.dumps({"step": run.progress.best_step} | measured) + "\n"
     run.ranks.on_first(lambda: write_text(run.output / "evaluation.json", report))
     return run.best
