@@ -26,19 +26,15 @@ from olmoe import ops
 from olmoe.config import ModelConfig
 from olmoe.model import Experts, activation
 from olmoe.ops import SortedRows
-from olmoe.train.one_machine import SharedMemory
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Dispatch:
-    """Lets tokens be computed where their experts are. Every rank of `group` must call it, if only with no tokens.
+    """Lets tokens be computed where their experts are. Every rank of `group` must call it, if only with no tokens."""
 
-    Rows travel through the `memory` that these ranks share, if they do.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, memory: SharedMemory | None = None) -> None:
-        self.group, self.size, self.rank, self.memory = group, group.size(), group.rank(), memory
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
     def __call__(
         self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, num_experts: int, compute: Compute
@@ -54,37 +50,20 @@ class Dispatch:
         again_NK = (to_NK.unsqueeze(2) == to_NK.unsqueeze(1)).tril(-1).any(dim=-1)
         there = chosen_rows(to_NK.masked_fill(again_NK, self.size), self.size)
         sent_P = there.offsets_E.diff()
-        counts_PP = self._everywhere(sent_P)
+        received_P = torch.empty_like(sent_P)
+        dist.all_to_all_single(received_P, sent_P, group=self.group)
+        sent, received = torch.stack((sent_P, received_P)).tolist()
         routing_N2K = torch.cat((expert_ids_NK.float(), weights_NK.float()), dim=1)
-        leaving = (ops.gather_rows(t, there)[: sum(counts_PP[self.rank])] for t in (x_ND, routing_N2K))
-        arrived_RD, routing_R2K = _Exchange.apply(self, counts_PP, *leaving)
+        leaving = (ops.gather_rows(t, there)[: sum(sent)] for t in (x_ND, routing_N2K))
+        arrived_RD, routing_R2K = _Exchange.apply(received, sent, self.group, *leaving)
         ids_RK, weights_RK = routing_R2K.tensor_split(2, dim=1)
         ids_RK = ids_RK.detach().long() - self.rank * own
         ids_RK = ids_RK.masked_fill((ids_RK < 0) | (ids_RK >= own), own)
         results_RD = compute(arrived_RD, ids_RK, weights_RK)
-        (back_SD,) = _Exchange.apply(self, _transposed(counts_PP), results_RD)
+        (back_SD,) = _Exchange.apply(sent, received, self.group, results_RD)
         ones_NK = (~again_NK).to(weights_NK.dtype)
         total_ND: Tensor = ops.combine(F.pad(back_SD, (0, 0, 0, 1)), ones_NK, there)
         return total_ND
-
-    def exchange(self, rows: Tensor, counts_PP: list[list[int]]) -> Tensor:
-        """The rows that come to this rank; see `SharedMemory.exchange`."""
-        if self.memory is not None:
-            return self.memory.exchange(rows, counts_PP)
-        sent, received = counts_PP[self.rank], [counts[self.rank] for counts in counts_PP]
-        arrived = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
-        return arrived
-
-    def _everywhere(self, sent_P: Tensor) -> list[list[int]]:
-        """How many rows each rank sends to each."""
-        counts_PP = sent_P.new_empty(self.size, self.size)
-        if self.memory is not None:
-            self.memory.gather(counts_PP, sent_P)
-        else:
-            dist.all_gather_single(counts_PP.view(-1), sent_P.contiguous(), group=self.group)
-        rows: list[list[int]] = counts_PP.tolist()
-        return rows
 
 
 class ExpertsAcrossRanks(Experts):
@@ -93,14 +72,12 @@ class ExpertsAcrossRanks(Experts):
     The parameters are DTensors of all experts, of which each rank holds Ep consecutive ones.
     """
 
-    def __init__(
-        self, config: ModelConfig, mesh: DeviceMesh, device: torch.device, memory: SharedMemory | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh, device: torch.device) -> None:
         nn.Module.__init__(self)
         e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
         self.num_experts, self.hidden_dim, self.intermediate_dim = e, d, f
         self.act_fn = activation(config.hidden_act)
-        self.dispatch = Dispatch(mesh.get_group(), memory)
+        self.dispatch = Dispatch(mesh.get_group())
         self.gate_up_proj = _shared(torch.empty(e // mesh.size(), 2 * f, d, device=device), mesh)
         self.down_proj = _shared(torch.empty(e // mesh.size(), d, f, device=device), mesh)
 
@@ -128,25 +105,27 @@ class ExpertsAcrossRanks(Experts):
 
 
 class _Exchange(torch.autograd.Function):
-    """`Dispatch.exchange` of each tensor.
+    """all-to-all of the rows of each tensor: `sent[p]` of them to rank p, `received[p]` from it, in the order of ranks.
 
     All in one function, so that in backward, too, every rank exchanges all of them, in one order.
     """
 
     @staticmethod
-    def forward(ctx: Any, dispatch: Dispatch, counts_PP: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dispatch, ctx.counts_PP = dispatch, counts_PP
-        return tuple(dispatch.exchange(rows, counts_PP) for rows in tensors)
+    def forward(
+        ctx: Any, received: list[int], sent: list[int], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        return tuple(_exchange(rows, received, sent, group) for rows in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        back_PP = _transposed(ctx.counts_PP)
-        return (None, None, *(ctx.dispatch.exchange(grad, back_PP) for grad in gradients))
+        return (None, None, None, *(_exchange(grad, ctx.sent, ctx.received, ctx.group) for grad in gradients))
 
 
-def _transposed(counts_PP: list[list[int]]) -> list[list[int]]:
-    """What travels if all goes back."""
-    return [list(counts) for counts in zip(*counts_PP, strict=True)]
+def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+    return arrived
 
 
 def chosen_rows(ids_NK: Tensor, count: int) -> SortedRows:

@@ -81,29 +81,6 @@ class SharedMemory:
             for term in terms[2:]:
                 out_N.add_(term)
 
-    def exchange(self, rows: Tensor, counts_PP: list[list[int]]) -> Tensor:
-        """The rows that come to this rank, in the order of ranks, where rank p sends `counts_PP[p][q]` to rank q.
-
-        `rows` are those that this rank sends, in the order of ranks, too.
-        """
-        width, capacity = rows.shape[1] * rows.element_size(), self.sets.shape[-1]
-        leaving = rows.contiguous().view(torch.uint8).flatten()
-        arrived = rows.new_empty(sum(counts[self.rank] for counts in counts_PP), rows.shape[1])
-        into = arrived.view(torch.uint8).flatten()
-        for start in range(0, max(sum(counts) for counts in counts_PP) * width, capacity):
-            slots_PN = self._slots(torch.uint8)
-            part = leaving[start : start + capacity]
-            slots_PN[self.rank, : len(part)].copy_(part)
-            self._meet()
-            done = 0
-            for slot_N, counts in zip(slots_PN, counts_PP, strict=True):
-                first, length = sum(counts[: self.rank]) * width, counts[self.rank] * width
-                low, high = max(first, start), min(first + length, start + capacity)
-                if low < high:
-                    into[done + low - first : done + high - first].copy_(slot_N[low - start : high - start])
-                done += length
-        return arrived
-
     def _count(self, values: Tensor) -> int:
         """Numbers that fit in a slot."""
         return self.sets.shape[-1] // values.element_size()

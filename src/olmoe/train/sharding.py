@@ -57,11 +57,10 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     options["ignored_params"] = packed
     tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
     at_once = is_gathered_at_once(config.model)
-    memory = _memory_of(expert) if device.type == "cpu" else None
     layers: list[Any] = list(model.model.layers)
     for layer in layers:
         if expert is not None:
-            layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device, memory)
+            layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device)
         _allocate(layer, device)
         arrange(layer, config)
         if expert is not None:
