@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from olmoe.adapters.adapter import targeted
 from olmoe.config import ModelConfig
 from olmoe.quant.formats import make_format
+from olmoe.train.parallel import is_gathered_at_once
 from olmoe.weights.names import parameter_shapes
 
 _FP32 = 4
@@ -24,7 +25,7 @@ class Memory:
     """Bytes of one rank."""
 
     weights: int
-    gathered: int  # of other ranks' weights and gradients, while a layer and the head are computed
+    gathered: int  # of other ranks' weights and gradients, while a layer and the head are computed, or a small model
     gradients: int
     optimizer: int
     activations: int
@@ -62,7 +63,8 @@ def memory(
         plain += trained
     gathered = 0
     if ranks > 1:
-        layer = sum(_size(s) for n, s in shapes.items() if ".layers.0." in n and n not in packed)
+        layers = ".layers." if is_gathered_at_once(model) else ".layers.0."
+        layer = sum(_size(s) for n, s in shapes.items() if layers in n and n not in packed)
         head = sum(_size(s) for n, s in shapes.items() if ".layers." not in n)
         # Of what is trained, gradients are as large until they are summed over ranks.
         gathered = (layer + head) * _FP32 * (2 if adapter_rank is None else 1)

@@ -5,6 +5,7 @@ torch's sharding machinery is used only in `sharding`, so that a single process 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ from olmoe.train.optim import scale_down
 from olmoe.train.ranks import Ranks
 from olmoe.train.shards import local
 from olmoe.train.step import StepReport
+from olmoe.weights.names import parameter_shapes
+
+# Of a model that `is_gathered_at_once`: 1 GB of weights in fp32, and as much of gradients, on each rank.
+WHOLE_PARAMETERS = 2**28
 
 
 class Sharing(Protocol):
@@ -103,6 +108,14 @@ def placement(config: Sharing, shards: int) -> int:
             f"{shards} shards; choose numbers that divide them, or their hidden_size and intermediate_size."
         )
     return 1
+
+
+def is_gathered_at_once(config: ModelConfig) -> bool:
+    """Whether all parameters fit in memory so easily that they are gathered once a step, by one message.
+
+    Otherwise layers are gathered one by one, in forward and in backward.
+    """
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values()) <= WHOLE_PARAMETERS
 
 
 def arrange(layer: Any, config: Sharing) -> None:

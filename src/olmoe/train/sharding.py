@@ -11,7 +11,6 @@ and microbatches of the whole step; so dense and expert gradients need no correc
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,18 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from olmoe.config import ModelConfig
 from olmoe.model import CausalLM, without_values
 from olmoe.quant import PackedModule
 from olmoe.train.config import ParallelConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
 from olmoe.train.one_machine import GatherInMemory, ReduceInMemory, SharedMemory
-from olmoe.train.parallel import Sharing, arrange, placement
+from olmoe.train.parallel import Sharing, arrange, is_gathered_at_once, placement
 from olmoe.train.ranks import Ranks
-from olmoe.weights.names import parameter_shapes
-
-# Of a model that `is_gathered_at_once`: 1 GB of weights in fp32, and as much of gradients, on each rank.
-WHOLE_PARAMETERS = 2**28
 
 
 def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: CausalLM | None = None) -> CausalLM:
@@ -92,14 +86,6 @@ def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None)
 
 def _memory_of(mesh: DeviceMesh | None) -> SharedMemory | None:
     return None if mesh is None or mesh.size(-1) == 1 else SharedMemory.of(mesh.get_group(mesh.ndim - 1))
-
-
-def is_gathered_at_once(config: ModelConfig) -> bool:
-    """Whether all parameters fit in memory so easily that they are gathered once a step, by one message.
-
-    Otherwise layers are gathered one by one, in forward and in backward.
-    """
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values()) <= WHOLE_PARAMETERS
 
 
 def _meshes(
