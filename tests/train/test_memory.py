@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from olmoe.weights.packing import load_packed
 
 from configurations import VOCAB_SIZE, small_config
 from olmoe import adapters
@@ -17,6 +16,7 @@ from olmoe.train.memory import activations, memory
 from olmoe.train.optim import build_optimizer
 from olmoe.weights import export
 from olmoe.weights.checkpoint import Checkpoint
+from olmoe.weights.frozen import load_frozen
 
 TARGETS = ("attention", "experts")
 TOKENS = 256
@@ -30,7 +30,7 @@ def make(tmp_path, rank=None, pack=None, **changes):
     initialize(model, 0)
     if pack is not None:
         export.save(model, tmp_path / "model")
-        model = load_packed(Checkpoint.open(tmp_path / "model").source(), pack)
+        model = load_frozen(Checkpoint.open(tmp_path / "model").source(), pack)
     if rank is not None:
         adapters.adapt(model, adapters.new_adapter(config, rank, 8.0, TARGETS, 0))
         set_backend(model, "torch")

@@ -1,6 +1,6 @@
 """Messages between ranks of one machine, through memory that they share instead of through sockets.
 
-gloo's sockets move 1 GB a second, a memory copy ten times as much. Only `sharding` needs it, for processors.
+gloo's sockets move 1 GB a second, a memory copy ten times as much. Only `sharding` needs it, on CPUs.
 """
 
 from __future__ import annotations
