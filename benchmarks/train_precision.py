@@ -19,6 +19,7 @@ import torch
 from machine import alternate, ceilings, machine
 
 from olmoe.config import ModelConfig
+from olmoe.io.hub import SHIPPED
 from olmoe.model import CausalLM, initialize, set_products
 from olmoe.runtime import keep_freed_memory, set_threads
 from olmoe.train import loop
@@ -122,7 +123,7 @@ def _config(arguments: argparse.Namespace, folder: Path, name: str) -> TrainConf
     return TrainConfig(
         run=RunConfig(output=str(folder / name), seed=arguments.seed, threads=arguments.threads, device="cpu"),
         model=MODEL,
-        tokenizer=TokenizerConfig(path=str(folder / "tokenizer.json"), vocab_size=MODEL.vocab_size),
+        tokenizer=TokenizerConfig(path=str(SHIPPED / "tokenizer.json")),
         data=DataConfig(
             train=tuple(Source(path=str(Path(p).resolve())) for p in arguments.train),
             valid=tuple(Source(path=str(Path(p).resolve())) for p in arguments.valid),

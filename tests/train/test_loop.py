@@ -451,7 +451,7 @@ def test_a_packed_checkpoint_is_no_start(tmp_path, tokenizer_file):
 
 
 def test_a_run_starts_from_the_shipped_model_by_its_name(tmp_path, finished, tokenizer_file, monkeypatch):
-    monkeypatch.setattr(hub, "SHIPPED", finished / "best")
+    monkeypatch.setitem(hub._SHIPPED_FOLDERS, hub.SHIPPED_NAME, finished / "best")
     path = write_run(tmp_path, tokenizer_file, run={"initialize_from": "OLMoE-tiny"})
     started, before = loop._start(load_config(path), resumed=False), checkpoint.load(finished / "best").state_dict()
     assert all(torch.equal(before[name], value) for name, value in started.state_dict().items())

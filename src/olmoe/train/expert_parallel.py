@@ -1,11 +1,13 @@
 """Experts that several ranks share: each holds some of them whole, and rows travel to the experts that they chose.
 
-The mixture's own operations stay as they are; a `Dispatch` stands between sorting and experts:
+A token travels once to each rank that has experts which it chose, with its routing, and their weighted sum comes back:
 
-    sort_by_expert -> gather_rows -> [counts, rows to their ranks -> sort -> experts -> unsort -> rows back] -> combine
+    counts -> tokens to the ranks -> [sort, gather, experts, combine] there -> sums back -> sum over ranks
 
-Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width, P ranks that
-share the experts, Ep = E/P experts of one rank, R rows that arrive at one.
+With 8 experts a token and 2 ranks that is a quarter of the rows that travel if each choice does.
+
+Shapes legend: N tokens, D hidden, E experts, K experts per token, M routed rows, P ranks that share the experts,
+Ep = E/P experts of one rank, S tokens that one sends, R tokens that arrive at one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -24,28 +27,43 @@ from olmoe.config import ModelConfig
 from olmoe.model import Experts, activation
 from olmoe.ops import SortedRows
 
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 class Dispatch:
-    """Lets rows be computed where their experts are. Every rank of `group` must call it, if only with no rows."""
+    """Lets tokens be computed where their experts are. Every rank of `group` must call it, if only with no tokens."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
-    def __call__(self, rows_MD: Tensor, offsets_E: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Rows sorted by expert (M, D) and offsets (E+1,) -> their results (M, D) in the same order.
+    def __call__(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, num_experts: int, compute: Compute
+    ) -> Tensor:
+        """The weighted sum of each token's experts, wherever they are: x (N, D), ids and weights (N, K) -> (N, D).
 
-        `compute` is called with the rows of this rank's own experts, from all ranks, and their offsets (Ep+1,).
+        `compute` is called with the tokens (R, D) that chose experts of this rank, which of their choices these are
+        (R, K), counted from its own first one and Ep where another rank has them, and their weights (R, K).
         """
-        sent_PE = offsets_E.diff().view(self.size, -1)  # (P, Ep): for each rank, the rows of each of its experts
-        received_PE = torch.empty_like(sent_PE)  # (P, Ep): from each rank, the rows of each of ours
-        dist.all_to_all_single(received_PE, sent_PE, group=self.group)
-        sent, received = torch.stack((sent_PE.sum(dim=1), received_PE.sum(dim=1))).tolist()
-        arrived_RD = _Exchange.apply(rows_MD, received, sent, self.group)
-        order = _by_expert(received_PE, sum(received))
-        results_RD = compute(ops.gather_rows(arrived_RD, order), order.offsets_E)
-        back_RD = ops.gather_rows(results_RD, _inverse(order))
-        results_MD: Tensor = _Exchange.apply(back_RD, sent, received, self.group)
-        return results_MD
+        own = num_experts // self.size
+        to_NK = expert_ids_NK // own
+        # A token goes to each rank once, however many experts it chose there.
+        again_NK = (to_NK.unsqueeze(2) == to_NK.unsqueeze(1)).tril(-1).any(dim=-1)
+        there = chosen_rows(to_NK.masked_fill(again_NK, self.size), self.size)
+        sent_P = there.offsets_E.diff()
+        received_P = torch.empty_like(sent_P)
+        dist.all_to_all_single(received_P, sent_P, group=self.group)
+        sent, received = torch.stack((sent_P, received_P)).tolist()
+        routing_N2K = torch.cat((expert_ids_NK.float(), weights_NK.float()), dim=1)
+        leaving = (ops.gather_rows(t, there)[: sum(sent)] for t in (x_ND, routing_N2K))
+        arrived_RD, routing_R2K = _Exchange.apply(received, sent, self.group, *leaving)
+        ids_RK, weights_RK = routing_R2K.tensor_split(2, dim=1)
+        ids_RK = ids_RK.detach().long() - self.rank * own
+        ids_RK = ids_RK.masked_fill((ids_RK < 0) | (ids_RK >= own), own)
+        results_RD = compute(arrived_RD, ids_RK, weights_RK)
+        (back_SD,) = _Exchange.apply(sent, received, self.group, results_RD)
+        ones_NK = (~again_NK).to(weights_NK.dtype)
+        total_ND: Tensor = ops.combine(F.pad(back_SD, (0, 0, 0, 1)), ones_NK, there)
+        return total_ND
 
 
 class ExpertsAcrossRanks(Experts):
@@ -65,13 +83,19 @@ class ExpertsAcrossRanks(Experts):
 
     def forward(self, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """x (N, D), expert ids and weights (N, K) -> (N, D)."""
-        rows = ops.sort_by_expert(expert_ids_NK, self.num_experts, backend=self.backend)
-        out_MD = self.dispatch(ops.gather_rows(x_ND, rows, backend=self.backend), rows.offsets_E, self._own)
-        return ops.combine(out_MD, weights_NK, rows, backend=self.backend)
+        return self.dispatch(x_ND, expert_ids_NK, weights_NK, self.num_experts, self._own)
 
-    def _own(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """The experts of this rank on their rows."""
+    def _own(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        """The weighted sum of this rank's experts; ids of Ep are not its own."""
         gate_up, down = (_local(weight) for weight in (self.gate_up_proj, self.down_proj))
+        if not len(x_RD):
+            return self._experts(x_RD, ids_RK.new_zeros(len(gate_up) + 1), gate_up, down)
+        rows = chosen_rows(ids_RK, len(gate_up))
+        own = slice(0, len(rows.token_ids_M) - 1)
+        out_MD = self._experts(ops.gather_rows(x_RD, rows)[own], rows.offsets_E, gate_up, down)
+        return ops.combine(F.pad(out_MD, (0, 0, 0, 1)), weights_RK.masked_fill(ids_RK == len(gate_up), 0.0), rows)
+
+    def _experts(self, rows_RD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         if self.products is not None:  # a mixture of one expert for each row
             ids_R = torch.repeat_interleave(offsets_E.diff(), output_size=len(rows_RD))
             one_R1 = rows_RD.new_ones(len(rows_RD), 1)
@@ -81,16 +105,21 @@ class ExpertsAcrossRanks(Experts):
 
 
 class _Exchange(torch.autograd.Function):
-    """all-to-all of rows: `sent[p]` of them to rank p, `received[p]` from it, in the order of ranks."""
+    """all-to-all of the rows of each tensor: `sent[p]` of them to rank p, `received[p]` from it, in the order of ranks.
+
+    All in one function, so that in backward, too, every rank exchanges all of them, in one order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, received: list[int], sent: list[int], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.received, ctx.sent, ctx.group = received, sent, group
-        return _exchange(rows, received, sent, group)
+        return tuple(_exchange(rows, received, sent, group) for rows in tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *(_exchange(grad, ctx.sent, ctx.received, ctx.group) for grad in gradients))
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -99,18 +128,16 @@ def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.Pr
     return arrived
 
 
-def _by_expert(received_PE: Tensor, rows: int) -> SortedRows:
-    """Rows that came rank by rank, from each sorted by expert, in the order of experts; ties by rank, then token."""
-    ranks, experts = received_PE.shape
-    ids_PE = torch.arange(experts, device=received_PE.device).repeat(ranks)
-    ids_R = ids_PE.repeat_interleave(received_PE.flatten(), output_size=rows)
-    return ops.sort_by_expert(ids_R.unsqueeze(1), experts)
+def chosen_rows(ids_NK: Tensor, count: int) -> SortedRows:
+    """The choices with ids below `count`, sorted by these; behind them one row that stands for all others.
 
-
-def _inverse(order: SortedRows) -> SortedRows:
-    """The order that undoes one in which every row occurs once."""
-    position_R = order.position_NK.flatten()
-    return SortedRows(position_R, position_R, order.order_M.unsqueeze(1), order.offsets_E)
+    What is gathered by it for that row means nothing, and what is combined by it must be zero there.
+    """
+    order = ops.sort_by_expert(ids_NK, count + 1)
+    offsets_E = order.offsets_E[: count + 1]
+    chosen = int(offsets_E[-1])
+    order_M = F.pad(order.order_M, (0, 1))[: chosen + 1]  # padded for the case that there are no others
+    return SortedRows(order_M, order_M // ids_NK.shape[1], order.position_NK.clamp(max=chosen), offsets_E)
 
 
 def _shared(own: Tensor, mesh: DeviceMesh) -> nn.Parameter:

@@ -1,15 +1,9 @@
 """Estimates the memory that a rank needs to train a model: what is held between steps, and what a step adds.
 
-<<<<<<< HEAD
 It counts what grows with the model: weights, gradients, AdamW's moments, what a layer or the head gathers from the
 other ranks, and the activations that the backward pass needs of the tokens that a rank computes at a time, in fp32 and
 with the C++ kernels. It does not count the interpreter and torch (about 0.4 GB), the data, and buffers of single
 operations.
-=======
-What grows with the model is counted: weights, gradients, AdamW's moments, what a layer or the head gathers from other
-ranks, and the activations that a backward pass needs for the tokens that a rank computes at a time, in fp32. The rest
-is not: the interpreter and torch (about 0.4 GB), the data, and buffers of single operations.
->>>>>>> h-review
 
 Shapes legend: D hidden, G*Dh width of keys, F expert width, E experts, K experts per token, V vocabulary, r rank.
 """
@@ -21,6 +15,7 @@ from dataclasses import dataclass
 from olmoe.adapters.adapter import targeted
 from olmoe.config import ModelConfig
 from olmoe.quant.formats import make_format
+from olmoe.train.parallel import is_gathered_at_once
 from olmoe.weights.names import EMBEDDING, EXPERTS, HEAD, parameter_shapes
 
 _FP32 = 4
@@ -31,7 +26,7 @@ class Memory:
     """Bytes of one rank."""
 
     weights: int
-    gathered: int  # of other ranks' weights and gradients, while a layer and the head are computed
+    gathered: int  # of other ranks' weights and gradients, while a layer and the head are computed, or a small model
     gradients: int
     optimizer: int
     activations: int
@@ -53,11 +48,7 @@ def memory(
     frozen_bytes: int = _FP32,
     recompute: bool = False,
 ) -> Memory:
-<<<<<<< HEAD
     """What one of `ranks` needs if it computes `tokens` tokens at a time.
-=======
-    """The memory of one of `ranks`, which computes that many tokens at a time.
->>>>>>> h-review
 
     Without `adapter_rank` all weights are trained. `pack` is the format of the frozen weights beside adapters, which
     every rank holds whole; everything else is sharded. `frozen_bytes` is the size of a frozen weight in the checkpoint
@@ -81,7 +72,8 @@ def memory(
         plain += trained
     gathered = 0
     if ranks > 1:
-        layer = sum(bytes_of(name) for name in shapes if ".layers.0." in name and name not in packed)
+        layers = ".layers." if is_gathered_at_once(model) else ".layers.0."
+        layer = sum(bytes_of(name) for name in shapes if layers in name and name not in packed)
         head = sum(bytes_of(name) for name in shapes if ".layers." not in name)
         # Gradients of trained weights take as much, until they are summed over ranks.
         gathered = (layer + head) * (2 if adapter_rank is None else 1)
@@ -95,11 +87,7 @@ def memory(
 
 
 def activations(model: ModelConfig, tokens: int, adapter_rank: int | None = None, recompute: bool = False) -> int:
-<<<<<<< HEAD
     """Bytes kept for the backward pass of `tokens` tokens: of all layers, or of one and the inputs of the others."""
-=======
-    """Bytes that a backward pass keeps for that many tokens: all layers, or one layer and the inputs of the others."""
->>>>>>> h-review
     d, f, e, k = model.hidden_size, model.intermediate_size, model.num_experts, model.num_experts_per_tok
     keys = d // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
     layer = 7 * d + 3 * keys + 3 * e + 3 * k + model.num_attention_heads + 1

@@ -5,6 +5,7 @@ torch's sharding machinery is used only in `sharding`, so that a single process 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ from olmoe.train.optim import scale_down
 from olmoe.train.ranks import Ranks
 from olmoe.train.shards import local
 from olmoe.train.step import StepReport
+from olmoe.weights.names import parameter_shapes
+
+# Of a model that `is_gathered_at_once`: 1 GB of weights in fp32, and as much of gradients, on each rank.
+WHOLE_PARAMETERS = 2**28
 
 
 class Sharing(Protocol):
@@ -105,6 +110,14 @@ def placement(config: Sharing, shards: int) -> int:
     return 1
 
 
+def is_gathered_at_once(config: ModelConfig) -> bool:
+    """Whether all parameters fit in memory so easily that they are gathered once a step, by one message.
+
+    Otherwise layers are gathered one by one, in forward and in backward.
+    """
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values()) <= WHOLE_PARAMETERS
+
+
 def arrange(layer: Any, config: Sharing) -> None:
     """How one layer computes, on one rank or many: what backward recomputes, and compilation."""
     recompute.wrap(layer, config.compute.activation_checkpointing)
@@ -115,13 +128,16 @@ def arrange(layer: Any, config: Sharing) -> None:
 
 def combine(report: StepReport, ranks: Ranks) -> None:
     """Add to a report what the other ranks measured."""
-    own = [report.cross_entropy, report.load_balancing, report.router_z]
-    summed = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-    report.cross_entropy, report.load_balancing, report.router_z = summed
-    if report.counts_LE is not None:
-        report.counts_LE = ranks.sum(report.counts_LE)
-    if report.margins_L2 is not None:
-        report.margins_L2 = ranks.sum(report.margins_L2)
+    assert report.counts_LE is not None
+    assert report.margins_L2 is not None
+    counts_LE, margins_L2 = report.counts_LE, report.margins_L2
+    losses = counts_LE.new_tensor([report.cross_entropy, report.load_balancing, report.router_z], dtype=torch.float64)
+    # One message: whole numbers as large as counts are exact in fp64.
+    own = torch.cat([part.double().flatten() for part in (losses, counts_LE, margins_L2)])
+    losses, counts, margins = ranks.sum(own).split([3, counts_LE.numel(), margins_L2.numel()])
+    report.cross_entropy, report.load_balancing, report.router_z = losses.tolist()
+    report.counts_LE = counts.view_as(counts_LE).to(counts_LE.dtype)
+    report.margins_L2 = margins.view_as(margins_L2).to(margins_L2.dtype)
 
 
 def clip_across(ranks: Ranks, replicate: int) -> Callable[[Iterable[Tensor], float], Tensor]:
@@ -133,8 +149,8 @@ def clip_across(ranks: Ranks, replicate: int) -> Callable[[Iterable[Tensor], flo
     @torch.no_grad()
     def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-        squares = ranks.sum(torch.stack(norms).square().sum())
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        squares = ranks.sum(norms.double().square().sum())
         norm = (squares / replicate).sqrt().float()
         scale_down(gradients, norm, max_norm)
         return norm

@@ -23,7 +23,8 @@ from olmoe.model import CausalLM, without_values
 from olmoe.quant import PackedModule
 from olmoe.train.config import ParallelConfig
 from olmoe.train.expert_parallel import ExpertsAcrossRanks
-from olmoe.train.parallel import Sharing, arrange, placement
+from olmoe.train.one_machine import GatherInMemory, ReduceInMemory, SharedMemory
+from olmoe.train.parallel import Sharing, arrange, is_gathered_at_once, placement
 from olmoe.train.ranks import Ranks
 
 
@@ -35,7 +36,7 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
 
     At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
     sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
-    objective reads the output head.
+    objective reads the output head. Of a model that `is_gathered_at_once` the layers belong to that rest.
     """
     model = without_values(config.model) if model is None else model
     parallel, compute = config.parallel, config.compute
@@ -49,6 +50,7 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
     options["ignored_params"] = packed
     tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
+    at_once = is_gathered_at_once(config.model)
     layers: list[Any] = list(model.model.layers)
     for layer in layers:
         if expert is not None:
@@ -57,7 +59,8 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         arrange(layer, config)
         if expert is not None:
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
-        fully_shard(layer, mesh=dense, **options)
+        if not at_once:
+            fully_shard(layer, mesh=dense, **options)
     _allocate(model, device)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -66,7 +69,23 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if device.type == "cpu":
+        _share_memory(model, dense, sparse)
     return model
+
+
+def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None) -> None:
+    """Let shards travel through memory instead of sockets where the ranks that hold them are on one machine."""
+    of_dense, of_sparse = (_memory_of(mesh) for mesh in (dense, sparse))
+    for module in model.modules():
+        memory = of_sparse if isinstance(module, ExpertsAcrossRanks) else of_dense
+        if isinstance(module, FSDPModule) and memory is not None:
+            module.set_custom_all_gather(GatherInMemory(memory))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(ReduceInMemory(memory))  # type: ignore[arg-type]
+
+
+def _memory_of(mesh: DeviceMesh | None) -> SharedMemory | None:
+    return None if mesh is None or mesh.size(-1) == 1 else SharedMemory.of(mesh.get_group(mesh.ndim - 1))
 
 
 def _meshes(
