@@ -66,6 +66,9 @@ inline void turn_pairs(const float* const* rows, int count, int columns, float* 
   }
 }
 
+// Rows that are fetched ahead of the one that is packed: those that indices name follow no pattern.
+constexpr int kAhead = 8;
+
 // See Singles.
 struct Pairs {
   static constexpr int kNumbers = 2;
@@ -89,6 +92,8 @@ struct Pairs {
     }
     for (int k = 0; k < depth; k += 2) {
       const bool both = k + 1 < depth;
+      for (int ahead = k + kAhead; ahead < k + kAhead + 2 && ahead < depth; ahead++)
+        fetch_ahead(row_of(b, first + ahead) + column, size_t(columns) * sizeof(float));
       const float *row = row_of(b, first + k) + column, *next = both ? row_of(b, first + k + 1) + column : row;
       for (int p = 0; p < columns; p += kPanelColumns) {
         const int some = columns - p < kPanelColumns ? columns - p : kPanelColumns, width = vectors_of(some) * W;
@@ -117,6 +122,7 @@ struct Pairs {
     }
     for (int i = 0; i < count; i++) {
       const float* from = row_of(a, row + i) + first;
+      if (i + kAhead < count) fetch_ahead(row_of(a, row + i + kAhead) + first, size_t(depth) * sizeof(float));
       float* out = memory + size_t(i) * kDepth;
       int k = 0;
       for (; k + 2 * W <= depth; k += 2 * W) store(out + k / 2, neighbours(from + k));
