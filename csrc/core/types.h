@@ -167,9 +167,13 @@ struct Kernels {
   // kProductScratch floats and lies at a multiple of 64 bytes.
   void (*product)(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
                   float* scratch);
+  // The same of factors rounded to bf16, summed in fp32; null where the CPU has no instruction for it.
+  void (*bf16_product)(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
+                       float* scratch);
 };
 
-// What Kernels::product adds up before it adds to C, and the rows and columns of C that it goes through at a time.
+// What Kernels::product adds up before it adds to C (bf16_product twice as many), and the rows and columns of C that it
+// goes through at a time.
 constexpr int kDepth = 128, kProductRows = 256, kProductColumns = 256;
 constexpr size_t kProductScratch = size_t(kDepth) * (kProductColumns + kProductRows);
 // Values that share a scale, and entries of a book, in formats of Kernels::decode_book.

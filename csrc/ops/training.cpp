@@ -20,9 +20,11 @@ float* aligned(std::vector<float>& memory, size_t size) {
   return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
 }
 
-void product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add = false) {
+void product(Products in, const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld,
+             bool add = false) {
   static thread_local std::vector<float> memory;
-  kernels().product(a, m, depth, b, n, c, ld, add, aligned(memory, kProductScratch));
+  const auto kernel = in == Products::kBF16 ? kernels().bf16_product : kernels().product;
+  kernel(a, m, depth, b, n, c, ld, add, aligned(memory, kProductScratch));
 }
 
 // A factor from another row and column on.
@@ -69,13 +71,14 @@ void combine(const float* results, const float* weights, const RoutedRows& route
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // c (m, n) = A B with A and B as `product` has them, m and n in blocks for the threads.
-void shared_product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add = false) {
+void shared_product(Products in, const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld,
+                    bool add = false) {
   const int tall = std::clamp(ceil_div(m, get_threads()), kLeastRows, kProductRows);
   const int bands = ceil_div(n, kProductColumns);
   share(ceil_div(m, tall) * bands, [&](int task) {
     const int i = task / bands * tall, j = task % bands * kProductColumns;
-    product(a.turned ? part(a, 0, i) : part(a, i), std::min(tall, m - i), depth, b.turned ? part(b, j) : part(b, 0, j),
-            std::min(kProductColumns, n - j), c + i * ld + j, ld, add);
+    product(in, a.turned ? part(a, 0, i) : part(a, i), std::min(tall, m - i), depth,
+            b.turned ? part(b, j) : part(b, 0, j), std::min(kProductColumns, n - j), c + i * ld + j, ld, add);
   });
 }
 
@@ -97,8 +100,8 @@ bool sort_rows(const int64_t* ids, const RoutedRows& routed) {
   return true;
 }
 
-void experts_forward(const float* x, const float* weights, const RoutedRows& routed, const ExpertWeights& experts,
-                     float* units, float* results, float* out) {
+void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& routed,
+                     const ExpertWeights& experts, float* units, float* results, float* out) {
   const int d = experts.hidden, f = experts.width;
   const Factor inputs{x, size_t(d), routed.token_ids};
   const std::vector<Block> blocks = blocks_of(routed);
@@ -107,17 +110,18 @@ void experts_forward(const float* x, const float* weights, const RoutedRows& rou
     const Factor gate_up{experts.gate_up + size_t(e) * 2 * f * d, size_t(d), nullptr, true};
     const Factor down{experts.down + size_t(e) * d * f, size_t(f), nullptr, true};
     float* unit = units + size_t(first) * 2 * f;
-    product(part(inputs, first), rows, d, gate_up, 2 * f, unit, 2 * f);
+    product(in, part(inputs, first), rows, d, gate_up, 2 * f, unit, 2 * f);
     static thread_local std::vector<float> memory;
     float* hidden = aligned(memory, size_t(rows) * f);
     for (int r = 0; r < rows; r++, unit += 2 * f) kernels().swiglu(unit, unit + f, f, hidden + size_t(r) * f);
-    product({hidden, size_t(f)}, rows, f, down, d, results + size_t(first) * d, d);
+    product(in, {hidden, size_t(f)}, rows, f, down, d, results + size_t(first) * d, d);
   });
   combine(results, weights, routed, d, out);
 }
 
-void experts_backward(const float* x, const float* weights, const RoutedRows& routed, const ExpertWeights& experts,
-                      const float* units, const float* grad, const ExpertGradients& gradients) {
+void experts_backward(Products in, const float* x, const float* weights, const RoutedRows& routed,
+                      const ExpertWeights& experts, const float* units, const float* grad,
+                      const ExpertGradients& gradients) {
   const int d = experts.hidden, f = experts.width;
   const Factor inputs{x, size_t(d), routed.token_ids}, grads{grad, size_t(d), routed.token_ids};
   const std::vector<Block> blocks = blocks_of(routed);
@@ -125,7 +129,7 @@ void experts_backward(const float* x, const float* weights, const RoutedRows& ro
     const auto [e, first, rows] = blocks[task];
     static thread_local std::vector<float> memory;
     float* grad_hidden = aligned(memory, size_t(rows) * f);
-    product(part(grads, first), rows, d, {experts.down + size_t(e) * d * f, size_t(f)}, f, grad_hidden, f);
+    product(in, part(grads, first), rows, d, {experts.down + size_t(e) * d * f, size_t(f)}, f, grad_hidden, f);
     for (int r = 0; r < rows; r++) {
       const size_t row = first + r;
       const int choice = routed.order[row];
@@ -137,7 +141,7 @@ void experts_backward(const float* x, const float* weights, const RoutedRows& ro
       if (gradients.weights) gradients.weights[choice] = weight;
     }
     if (gradients.x)
-      product({gradients.grad_units + size_t(first) * 2 * f, size_t(2) * f}, rows, 2 * f,
+      product(in, {gradients.grad_units + size_t(first) * 2 * f, size_t(2) * f}, rows, 2 * f,
               {experts.gate_up + size_t(e) * 2 * f * d, size_t(d)}, d, gradients.grad_rows + size_t(first) * d, d);
   });
   // Bands of the weights' gradients, each over all rows of its expert.
@@ -149,21 +153,22 @@ void experts_backward(const float* x, const float* weights, const RoutedRows& ro
     if (band < gate_up_bands) {
       const int i = band * kProductRows;
       const Factor units{gradients.grad_units + size_t(first) * 2 * f + i, size_t(2) * f, nullptr, true};
-      product(units, std::min(kProductRows, 2 * f - i), rows, part(inputs, first), d,
+      product(in, units, std::min(kProductRows, 2 * f - i), rows, part(inputs, first), d,
               gradients.gate_up + (size_t(e) * 2 * f + i) * d, d);
       return;
     }
     const int i = (band - gate_up_bands) * kProductRows;
     Factor turned = part(grads, first, i);
     turned.turned = true;
-    product(turned, std::min(kProductRows, d - i), rows, {gradients.hidden + size_t(first) * f, size_t(f)}, f,
+    product(in, turned, std::min(kProductRows, d - i), rows, {gradients.hidden + size_t(first) * f, size_t(f)}, f,
             gradients.down + (size_t(e) * d + i) * f, f);
   });
   if (gradients.x) combine(gradients.grad_rows, nullptr, routed, d, gradients.x);
 }
 
-void linear_forward(const float* x, const float* weight, const float* bias, int n, int rows, int columns, float* y) {
-  shared_product({x, size_t(columns)}, n, columns, {weight, size_t(columns), nullptr, true}, rows, y, rows);
+void linear_forward(Products in, const float* x, const float* weight, const float* bias, int n, int rows, int columns,
+                    float* y) {
+  shared_product(in, {x, size_t(columns)}, n, columns, {weight, size_t(columns), nullptr, true}, rows, y, rows);
   if (!bias) return;
   share(ceil_div(n, kTokens), [&](int task) {
     for (int t = task * kTokens; t < std::min(n, (task + 1) * kTokens); t++)
@@ -171,11 +176,12 @@ void linear_forward(const float* x, const float* weight, const float* bias, int 
   });
 }
 
-void linear_backward(const float* x, const float* weight, const float* grad, int n, int rows, int columns,
+void linear_backward(Products in, const float* x, const float* weight, const float* grad, int n, int rows, int columns,
                      float* grad_x, float* grad_weight) {
-  if (grad_x) shared_product({grad, size_t(rows)}, n, rows, {weight, size_t(columns)}, columns, grad_x, columns);
+  if (grad_x) shared_product(in, {grad, size_t(rows)}, n, rows, {weight, size_t(columns)}, columns, grad_x, columns);
   if (grad_weight)
-    shared_product({grad, size_t(rows), nullptr, true}, rows, n, {x, size_t(columns)}, columns, grad_weight, columns);
+    shared_product(in, {grad, size_t(rows), nullptr, true}, rows, n, {x, size_t(columns)}, columns, grad_weight,
+                   columns);
 }
 
 void norm_forward(const float* x, const float* weight, float eps, int n, int d, float* y) {
@@ -213,15 +219,15 @@ void rotate(const float* x, const float* cos, const float* sin, int n, int heads
   });
 }
 
-double cross_entropy(const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n, int d,
-                     int words, float* logits, float* grad_x, float* grad_weight) {
+double cross_entropy(Products in, const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n,
+                     int d, int words, float* logits, float* grad_x, float* grad_weight) {
   constexpr int kLogitTokens = 8;  // of one task of the softmax
   std::vector<double> losses(n);
   const bool gradient = grad_x || grad_weight;
   for (int first = 0; first < n; first += kLossTokens) {
     const int count = std::min(kLossTokens, n - first);
     const Factor inputs{x + size_t(first) * d, size_t(d)}, delta{logits, size_t(words)};
-    shared_product(inputs, count, d, {weight, size_t(d), nullptr, true}, words, logits, words);
+    shared_product(in, inputs, count, d, {weight, size_t(d), nullptr, true}, words, logits, words);
     share(ceil_div(count, kLogitTokens), [&](int task) {
       for (int t = task * kLogitTokens; t < std::min(count, (task + 1) * kLogitTokens); t++) {
         float* row = logits + size_t(t) * words;
@@ -233,11 +239,11 @@ double cross_entropy(const float* x, const float* weight, const int64_t* labels,
         losses[first + t] = kernels().cross_entropy(row, words, int(label), gradient);
       }
     });
-    if (grad_x) shared_product(delta, count, words, {weight, size_t(d)}, d, grad_x + size_t(first) * d, d);
+    if (grad_x) shared_product(in, delta, count, words, {weight, size_t(d)}, d, grad_x + size_t(first) * d, d);
     if (grad_weight) {
       Factor turned = delta;
       turned.turned = true;
-      shared_product(turned, words, count, inputs, d, grad_weight, d, first > 0);
+      shared_product(in, turned, words, count, inputs, d, grad_weight, d, first > 0);
     }
   }
   double total = 0;

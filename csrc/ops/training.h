@@ -20,6 +20,10 @@ struct RoutedRows {
   int rows() const { return tokens * k; }
 };
 
+// What numbers products multiply: fp32 as they are, or rounded to bf16, with fp32 sums and results. The latter only
+// where the kernels have `bf16_product`.
+enum class Products { kFP32, kBF16 };
+
 // False if an id is not one of an expert. ids (N, K).
 bool sort_rows(const int64_t* ids, const RoutedRows& rows);
 
@@ -31,8 +35,8 @@ struct ExpertWeights {
 
 // x (N, D) -> out (N, D), the sum of each token's rows times weights (N, K). Kept for `experts_backward` are the
 // products with gate_up, units (M, 2 F); results (M, D) is memory that is needed meanwhile.
-void experts_forward(const float* x, const float* weights, const RoutedRows& rows, const ExpertWeights& experts,
-                     float* units, float* results, float* out);
+void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& rows,
+                     const ExpertWeights& experts, float* units, float* results, float* out);
 
 // What is to be differentiated, and memory that is needed meanwhile: hidden (M, F), grad_units (M, 2 F) and, where the
 // gradient of x is wanted, grad_rows (M, D).
@@ -40,12 +44,14 @@ struct ExpertGradients {
   float *x, *weights, *gate_up, *down;
   float *hidden, *grad_units, *grad_rows;
 };
-void experts_backward(const float* x, const float* weights, const RoutedRows& rows, const ExpertWeights& experts,
-                      const float* units, const float* grad, const ExpertGradients& gradients);
+void experts_backward(Products in, const float* x, const float* weights, const RoutedRows& rows,
+                      const ExpertWeights& experts, const float* units, const float* grad,
+                      const ExpertGradients& gradients);
 
 // x (N, C) times weight (R, C) transposed, plus bias -> y (N, R).
-void linear_forward(const float* x, const float* weight, const float* bias, int n, int rows, int columns, float* y);
-void linear_backward(const float* x, const float* weight, const float* grad, int n, int rows, int columns,
+void linear_forward(Products in, const float* x, const float* weight, const float* bias, int n, int rows, int columns,
+                    float* y);
+void linear_backward(Products in, const float* x, const float* weight, const float* grad, int n, int rows, int columns,
                      float* grad_x, float* grad_weight);
 
 void norm_backward(const float* x, const float* weight, const float* grad, float eps, int n, int d, float* grad_x,
@@ -59,7 +65,7 @@ void rotate(const float* x, const float* cos, const float* sin, int n, int heads
 // The sum of -log softmax(x weight^T)[label] over the tokens whose label is not `ignored`, and its gradients.
 // x (N, D), weight (V, D). `logits` holds kLossTokens * V floats.
 constexpr int kLossTokens = 512;
-double cross_entropy(const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n, int d,
-                     int words, float* logits, float* grad_x, float* grad_weight);
+double cross_entropy(Products in, const float* x, const float* weight, const int64_t* labels, int64_t ignored, int n,
+                     int d, int words, float* logits, float* grad_x, float* grad_weight);
 
 }  // namespace olmoe

@@ -12,6 +12,9 @@ void bind_training(nb::module_& m) {
   m.def("set_parallel", [](Address parallel) { set_parallel(reinterpret_cast<Parallel>(parallel)); });
   m.attr("loss_tokens") = kLossTokens;
 
+  nb::enum_<Products>(m, "Products").value("FP32", Products::kFP32).value("BF16", Products::kBF16);
+  m.def("has_bf16_products", [] { return kernels().bf16_product != nullptr; });
+
   // Holds addresses: of offsets, order, token ids and positions.
   nb::class_<RoutedRows>(m, "RoutedRows")
       .def("__init__",
@@ -33,31 +36,33 @@ void bind_training(nb::module_& m) {
       .def("__init__", [](ExpertWeights* self, Address gate_up, Address down, int hidden, int width) {
         new (self) ExpertWeights{at<float>(gate_up), at<float>(down), hidden, width};
       });
-  m.def("experts_forward", [](Address x, Address weights, const RoutedRows& rows, const ExpertWeights& experts,
-                              Address units, Address results, Address out) {
+  m.def("experts_forward", [](Products in, Address x, Address weights, const RoutedRows& rows,
+                              const ExpertWeights& experts, Address units, Address results, Address out) {
     Running running;
-    experts_forward(at<float>(x), at<float>(weights), rows, experts, at<float>(units), at<float>(results),
+    experts_forward(in, at<float>(x), at<float>(weights), rows, experts, at<float>(units), at<float>(results),
                     at<float>(out));
   });
   // Gradients are those of x, weights, gate_up and down, then comes memory: see ExpertGradients.
-  m.def("experts_backward", [](Address x, Address weights, const RoutedRows& rows, const ExpertWeights& experts,
-                               Address units, Address grad, Address grad_x, Address grad_weights, Address grad_gate_up,
-                               Address grad_down, Address hidden, Address grad_units, Address grad_rows) {
-    Running running;
-    experts_backward(at<float>(x), at<float>(weights), rows, experts, at<float>(units), at<float>(grad),
-                     {at<float>(grad_x), at<float>(grad_weights), at<float>(grad_gate_up), at<float>(grad_down),
-                      at<float>(hidden), at<float>(grad_units), at<float>(grad_rows)});
-  });
-  m.def("linear_forward", [](Address x, Address weight, Address bias, int n, int rows, int columns, Address y) {
-    Running running;
-    linear_forward(at<float>(x), at<float>(weight), at<float>(bias), n, rows, columns, at<float>(y));
-  });
-  m.def("linear_backward",
-        [](Address x, Address weight, Address grad, int n, int rows, int columns, Address grad_x, Address grad_weight) {
+  m.def("experts_backward",
+        [](Products in, Address x, Address weights, const RoutedRows& rows, const ExpertWeights& experts, Address units,
+           Address grad, Address grad_x, Address grad_weights, Address grad_gate_up, Address grad_down, Address hidden,
+           Address grad_units, Address grad_rows) {
           Running running;
-          linear_backward(at<float>(x), at<float>(weight), at<float>(grad), n, rows, columns, at<float>(grad_x),
-                          at<float>(grad_weight));
+          experts_backward(in, at<float>(x), at<float>(weights), rows, experts, at<float>(units), at<float>(grad),
+                           {at<float>(grad_x), at<float>(grad_weights), at<float>(grad_gate_up), at<float>(grad_down),
+                            at<float>(hidden), at<float>(grad_units), at<float>(grad_rows)});
         });
+  m.def("linear_forward",
+        [](Products in, Address x, Address weight, Address bias, int n, int rows, int columns, Address y) {
+          Running running;
+          linear_forward(in, at<float>(x), at<float>(weight), at<float>(bias), n, rows, columns, at<float>(y));
+        });
+  m.def("linear_backward", [](Products in, Address x, Address weight, Address grad, int n, int rows, int columns,
+                              Address grad_x, Address grad_weight) {
+    Running running;
+    linear_backward(in, at<float>(x), at<float>(weight), at<float>(grad), n, rows, columns, at<float>(grad_x),
+                    at<float>(grad_weight));
+  });
   m.def("norm_forward", [](Address x, Address weight, float eps, int n, int d, Address y) {
     Running running;
     norm_forward(at<float>(x), at<float>(weight), eps, n, d, at<float>(y));
@@ -72,10 +77,10 @@ void bind_training(nb::module_& m) {
     Running running;
     rotate(at<float>(x), at<float>(cos), at<float>(sin), n, heads, head_dim, back, at<float>(y));
   });
-  m.def("cross_entropy", [](Address x, Address weight, Address labels, int64_t ignored, int n, int d, int words,
-                            Address logits, Address grad_x, Address grad_weight) {
+  m.def("cross_entropy", [](Products in, Address x, Address weight, Address labels, int64_t ignored, int n, int d,
+                            int words, Address logits, Address grad_x, Address grad_weight) {
     Running running;
-    return cross_entropy(at<float>(x), at<float>(weight), at<int64_t>(labels), ignored, n, d, words, at<float>(logits),
-                         at<float>(grad_x), at<float>(grad_weight));
+    return cross_entropy(in, at<float>(x), at<float>(weight), at<int64_t>(labels), ignored, n, d, words,
+                         at<float>(logits), at<float>(grad_x), at<float>(grad_weight));
   });
 }

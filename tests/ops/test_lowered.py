@@ -1,4 +1,7 @@
-"""Products of fp32 tensors in bf16 against the reference, and against products in fp32 within what rounding may do."""
+"""Products of fp32 tensors in bf16 against the reference, and against products in fp32 within what rounding may do.
+
+Both ways: by the kernels, whose results are fp32, and by operations on tensors of bf16.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,22 @@ import torch
 import torch.nn.functional as F
 
 from olmoe import ops
-from olmoe.ops import lowered
+from olmoe.ops.cpu import extension, training
+from ops.cpu.matrices import error
 from ops.tolerances import forward_tolerance, gradient_tolerance
 
 BF16 = torch.bfloat16
+KERNELS = extension.available() and extension.kernels().has_bf16_products()
+
+
+@pytest.fixture(params=["kernels", "composed"])
+def way(request, monkeypatch):
+    """How it is computed."""
+    if request.param == "composed":
+        monkeypatch.setattr(training, "takes_products", lambda *arguments: False)
+    elif not KERNELS:
+        pytest.skip("this CPU has no instruction for products in bf16, or there are no kernels")
+    return request.param
 
 
 def random(*shape, seed=0):
@@ -50,13 +65,12 @@ def assert_near(ours, theirs, operation="moe"):
         ((1, 8, 2, 16, 8), "one token: most experts empty"),
         ((20, 6, 2, 8, 5), "odd widths"),
         ((30, 5, 2, 16, 8, "first"), "two experts get everything"),
-        ((700, 4, 2, 32, 160), "more rows than the gated unit takes at once"),
+        ((700, 4, 2, 32, 160), "more rows than a block has"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("activation", [F.silu, F.gelu], ids=["silu", "gelu"])
-def test_mixture(shape, reason, activation, monkeypatch):
-    monkeypatch.setattr(lowered, "UNIT_NUMBERS", 2**16)
+def test_mixture(shape, reason, activation, way):
     ids, inputs = mixture(*shape)
 
     def moe(x, weights, gate_up, down, **options):
@@ -76,22 +90,82 @@ def test_mixture_of_no_tokens():
     assert out.shape == (0, 8)
 
 
-def test_padding_depends_on_counts_only_by_its_step():
-    """A fraction of a mean count, so that oneDNN meets few shapes and few rows are computed in vain."""
-    assert [lowered._step(rows, 64) for rows in (1, 64 * 64, 64 * 512, 64 * 10**5)] == [16, 16, 128, 512]
+def rounded(t):
+    return t.detach().bfloat16().float()
+
+
+def by_definition(x, weight, grad):
+    """x W^T and its gradients for `grad`: products of rounded factors, in fp32."""
+    return [rounded(x) @ rounded(weight).T, rounded(grad) @ rounded(weight), rounded(grad).T @ rounded(x)]
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(bias):
+def test_linear(bias, way):
     inputs = [random(2, 9, 24), random(12, 24, seed=1), *([random(12, seed=2)] if bias else [])]
     ours = computed(ops.linear, inputs, products=BF16)
+    assert_near(ours, computed(ops.linear, inputs, products=BF16, backend="reference"), "linear")
     assert_near(ours, computed(ops.linear, inputs), "linear")
-    rounded = [t.bfloat16().float() for t in inputs[:2]] + inputs[2:]
-    assert torch.allclose(ours[0], ops.linear(*rounded), rtol=2**-7, atol=2**-7)  # one rounding, of the result
+    expected = rounded(inputs[0]) @ rounded(inputs[1]).T + (inputs[2] if bias else 0)
+    assert error(ours[0], expected) < (2e-6 if way == "kernels" else 2**-8)
+
+
+@pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
+@pytest.mark.parametrize(
+    ("n", "columns", "rows"),
+    [
+        pytest.param(1, 1, 1, id="one number"),
+        pytest.param(6, 32, 64, id="one tile"),
+        pytest.param(7, 257, 65, id="odd depths, one more of each than a tile has"),
+        pytest.param(33, 600, 37, id="several depths, less than a panel"),
+        pytest.param(300, 40, 520, id="more rows and columns than are gone through at a time"),
+    ],
+)
+def test_kernels_round_factors_and_nothing_else(n, columns, rows):
+    x, weight, grad = random(n, columns), random(rows, columns, seed=1), random(n, rows, seed=9)
+    ours = computed(ops.linear, [x, weight], products=BF16)
+    for mine, expected in zip(ours, by_definition(x, weight, grad), strict=True):
+        assert error(mine, expected) < 2e-6
+
+
+@pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
+@pytest.mark.parametrize("shape", [(37, 8, 3, 33, 17), (700, 2, 1, 130, 70), (20, 30, 2, 300, 140)], ids=str)
+def test_a_mixture_by_kernels_is_the_reference_but_for_halves(shape):
+    """Numbers between two neighbours of bf16 that differ in their last bit of fp32 may round to either of these."""
+    ids, inputs = mixture(*shape)
+    with torch.no_grad():
+        ours, reference = (
+            ops.moe(inputs[0], inputs[1], ids, *inputs[2:], F.silu, products=BF16, backend=backend)
+            for backend in ("torch", "reference")
+        )
+    off = (ours - reference).abs() / reference.abs().max()
+    assert float(off.mean()) < 2e-6
+    assert float(off.max()) < 1e-3
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    again = ops.moe(leaves[0], leaves[1], ids, *leaves[2:], F.silu, products=BF16)
+    assert torch.equal(again.detach(), ours)  # whether gradients are wanted changes nothing
+
+
+@pytest.mark.skipif(not KERNELS, reason="there is nothing to leave out")
+def test_kernels_without_the_instruction_leave_it_to_torch():
+    x, weight = random(3, 8).requires_grad_(), random(4, 8)
+    assert training.takes_products(BF16, x, weight)
+    assert not training.takes_products(torch.float16, x, weight)
+    before = extension.isa()
+    try:
+        for name in extension.isas():
+            extension.set_isa(name)
+            assert training.takes_products(BF16, x, weight) == (name == before)
+            assert_near(
+                computed(ops.linear, [x.detach(), weight], products=BF16),
+                computed(ops.linear, [x.detach(), weight]),
+                "linear",
+            )
+    finally:
+        extension.set_isa(before)
 
 
 @pytest.mark.parametrize(("n", "ignored"), [(10, 3), (700, 1), (5, 5)])
-def test_cross_entropy(n, ignored):
+def test_cross_entropy(n, ignored, way):
     labels = torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(3))
     labels[:ignored] = -100
 
@@ -104,7 +178,7 @@ def test_cross_entropy(n, ignored):
     assert_near(ours, computed(loss, inputs), "linear_cross_entropy")
 
 
-def test_derivatives_of_derivatives_are_those_of_the_reference():
+def test_derivatives_of_derivatives_are_those_of_the_reference(way):
     ids, inputs = mixture(9, 4, 2, 8, 4)
     labels = torch.arange(9)
 
@@ -122,7 +196,7 @@ def test_derivatives_of_derivatives_are_those_of_the_reference():
         assert float((a - b).abs().max()) <= 2**-5 * float(b.abs().max())
 
 
-def test_transforms_of_torch_func_follow():
+def test_transforms_of_torch_func_follow(way):
     ids, (x, weights, gate_up, down) = mixture(9, 4, 2, 8, 4)
 
     def loss(x):

@@ -19,7 +19,7 @@ OPERATIONS = [
     "linear", "rms_norm", "apply_rope", "attention", "route", "sort_by_expert",
     "gather_rows", "experts", "combine", "moe", "linear_cross_entropy",
     "sample",  # in cpu/test_sampling_parity.py
-    "lowered_moe", "lowered_cross_entropy",  # in test_lowered.py
+    "lowered_linear", "lowered_moe", "lowered_cross_entropy",  # in test_lowered.py
 ]  # fmt: skip
 
 

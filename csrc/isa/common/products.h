@@ -63,8 +63,22 @@ inline void pack(const Factor& b, int first, int depth, int column, int columns,
   }
 }
 
+// How a product reads its factors: as the fp32 numbers that they are. The other way is in bf16_products.h.
+struct Singles {
+  static constexpr int kNumbers = 1;  // along depth that are multiplied at once, in the place of one fp32 number
+  static OLMOE_INLINE vf multiply_add(vf x, vf b, vf total) { return total + x * b; }
+  static void pack(const Factor& b, int first, int depth, int column, int columns, float* panels) {
+    olmoe::pack(b, first, depth, column, columns, panels);
+  }
+  // Rows of A, whose numbers are read one after the other: each one's columns from `first` on, `depth` of them.
+  static void rows(const Factor& a, int row, int count, int first, int depth, float* memory, const float** rows) {
+    if (a.turned) turn(a, first, depth, row, count, memory, kDepth);
+    for (int i = 0; i < count; i++) rows[i] = a.turned ? memory + size_t(i) * kDepth : row_of(a, row + i) + first;
+  }
+};
+
 // A tile of C. A function of its own, so that its pointers get all registers.
-template <int ROWS, int VECTORS>
+template <typename Numbers, int ROWS, int VECTORS>
 __attribute__((noinline)) void product_tile(const float* const* a, size_t start, int depth, const float* panel,
                                             float* c, size_t ld, int columns, bool add) {
   const float* rows[ROWS];
@@ -81,7 +95,7 @@ __attribute__((noinline)) void product_tile(const float* const* a, size_t start,
     for (int r = 0; r < ROWS; r++) {
       const vf x = splat(rows[r][k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) total[r][v] += x * b[v];
+      for (int v = 0; v < VECTORS; v++) total[r][v] = Numbers::multiply_add(x, b[v], total[r][v]);
     }
   } while (++k < depth);
   if (columns == VECTORS * W) {
@@ -102,47 +116,49 @@ __attribute__((noinline)) void product_tile(const float* const* a, size_t start,
   }
 }
 
-using Tile = decltype(&product_tile<1, 1>);
+using Tile = decltype(&product_tile<Singles, 1, 1>);
 
-template <int ROWS>
+template <typename Numbers, int ROWS>
 inline Tile tile_of(int vectors) {
-  if (vectors == 1) return &product_tile<ROWS, 1>;
-  if (vectors == 2) return &product_tile<ROWS, 2>;
+  if (vectors == 1) return &product_tile<Numbers, ROWS, 1>;
+  if (vectors == 2) return &product_tile<Numbers, ROWS, 2>;
   if constexpr (kColumnVectors > 2) {
-    if (vectors == 3) return &product_tile<ROWS, 3>;
-    return &product_tile<ROWS, 4>;
+    if (vectors == 3) return &product_tile<Numbers, ROWS, 3>;
+    return &product_tile<Numbers, ROWS, 4>;
   }
   __builtin_unreachable();
 }
 
+template <typename Numbers>
 inline Tile tile_of(int rows, int vectors) {
   switch (rows) {
-    case 1: return tile_of<1>(vectors);
-    case 2: return tile_of<2>(vectors);
-    case 3: return tile_of<3>(vectors);
-    case 4: return tile_of<4>(vectors);
-    case 5: return tile_of<5>(vectors);
-    default: return tile_of<kSumRows>(vectors);
+    case 1: return tile_of<Numbers, 1>(vectors);
+    case 2: return tile_of<Numbers, 2>(vectors);
+    case 3: return tile_of<Numbers, 3>(vectors);
+    case 4: return tile_of<Numbers, 4>(vectors);
+    case 5: return tile_of<Numbers, 5>(vectors);
+    default: return tile_of<Numbers, kSumRows>(vectors);
   }
 }
 
+template <typename Numbers = Singles>
 inline void product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
                     float* scratch) {
   float* panels = scratch;
-  float* turned = scratch + size_t(kDepth) * kProductColumns;
+  float* row_memory = scratch + size_t(kDepth) * kProductColumns;
   if (depth == 0 && !add)
     for (int i = 0; i < m; i++) std::memset(c + i * ld, 0, size_t(n) * sizeof(float));
   const float* rows[kProductRows];
+  constexpr int kPart = kDepth * Numbers::kNumbers;
   for (int i0 = 0; i0 < m; i0 += kProductRows) {
     const int tall = m - i0 < kProductRows ? m - i0 : kProductRows;
-    for (int k0 = 0; k0 < depth; k0 += kDepth) {
-      const int part = depth - k0 < kDepth ? depth - k0 : kDepth;
-      // A's part as rows, which are read one value after the other.
-      if (a.turned) turn(a, k0, part, i0, tall, turned, kDepth);
-      for (int i = 0; i < tall; i++) rows[i] = a.turned ? turned + size_t(i) * kDepth : row_of(a, i0 + i) + k0;
+    for (int k0 = 0; k0 < depth; k0 += kPart) {
+      const int part = depth - k0 < kPart ? depth - k0 : kPart;
+      const int places = (part + Numbers::kNumbers - 1) / Numbers::kNumbers;
+      Numbers::rows(a, i0, tall, k0, part, row_memory, rows);
       for (int j0 = 0; j0 < n; j0 += kPanels * kPanelColumns) {
         const int wide = n - j0 < kPanels * kPanelColumns ? n - j0 : kPanels * kPanelColumns;
-        pack(b, k0, part, j0, wide, panels);
+        Numbers::pack(b, k0, part, j0, wide, panels);
         for (int p = 0; p < wide; p += kPanelColumns) {
           const int columns = wide - p < kPanelColumns ? wide - p : kPanelColumns;
           for (int i = 0; i < tall;) {
@@ -150,8 +166,8 @@ inline void product(const Factor& a, int m, int depth, const Factor& b, int n, f
             const int left = tall - i, count = left <= kSumRows      ? left
                                                : left < 2 * kSumRows ? (left + 1) / 2
                                                                      : kSumRows;
-            tile_of(count, vectors_of(columns))(rows + i, 0, part, panels + size_t(p) * part,
-                                                c + (i0 + i) * ld + j0 + p, ld, columns, add || k0 > 0);
+            tile_of<Numbers>(count, vectors_of(columns))(rows + i, 0, places, panels + size_t(p) * places,
+                                                         c + (i0 + i) * ld + j0 + p, ld, columns, add || k0 > 0);
             i += count;
           }
         }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "bf16_products.h"
 #include "bf16_rows.h"
 #include "elementwise.h"
 #include "encode.h"
@@ -43,7 +44,9 @@ inline void tiles(Type type, const uint8_t* group, int rows, int columns, const 
 
 #if defined(__AVX512BF16__)
 constexpr auto kBF16Rows = &bf16_rows;
+constexpr auto kBF16Product = &bf16_product;
 #else
+constexpr decltype(Kernels::bf16_product) kBF16Product = nullptr;
 constexpr decltype(Kernels::bf16_rows) kBF16Rows = nullptr;
 #endif
 
@@ -85,7 +88,8 @@ inline Kernels make_table(const char* name) {
                  .swiglu_backward = swiglu_backward,
                  .rms_norm_backward = rms_norm_backward,
                  .cross_entropy = cross_entropy,
-                 .product = product};
+                 .product = product,
+                 .bf16_product = kBF16Product};
 }
 
 }  // namespace

@@ -59,8 +59,7 @@ def linear(
     what is not a product, and the dtype of results and gradients, stays as it is.
     """
     if products is not None:
-        y = call("linear", backend, x.to(products), weight.to(products), None).to(x.dtype)
-        return y if bias is None else y + bias
+        return call("lowered_linear", backend, x, weight, bias, products)
     return call("linear", backend, x, weight, bias)
 
 

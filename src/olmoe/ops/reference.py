@@ -137,6 +137,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     return torch.nn.functional.cross_entropy(logits_NV, labels, ignore_index=ignore_index, reduction="sum")
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of x rounded to `dtype`, in x's own dtype. Gradients pass as they are."""
+    return x + (x.to(dtype).to(x.dtype) - x).detach()  # the difference of neighbours is exact
+
+
+@register("lowered_linear", "reference")
+def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear` of x and weight rounded to `dtype`, and nothing else: not the result.
+
+    Here and below, the products of gradients multiply rounded factors, too; faster backends also round what arrives.
+    """
+    return linear(rounded(x, dtype), rounded(weight, dtype), bias)
+
+
 @register("lowered_moe", "reference")
 def lowered_moe(
     x: Tensor,
@@ -147,17 +161,19 @@ def lowered_moe(
     activation: Activation,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`moe` whose experts multiply x and weights rounded to `dtype`; combined in fp32. x (N, D) -> (N, D)."""
+    """`moe` whose experts multiply numbers rounded to `dtype`: those of x, of weights, and of the gated unit."""
     rows = sort_by_expert(expert_ids_NK, gate_up.shape[0])
-    gathered_MD = gather_rows(x.to(dtype), rows)
-    out_MD = experts(gathered_MD, rows.offsets_E, gate_up.to(dtype), down.to(dtype), activation)
-    return combine(out_MD.float(), weights_NK, rows).to(x.dtype)
+    rows_MD, offsets, outputs = rounded(gather_rows(x, rows).float(), dtype), rows.offsets_E.tolist(), []
+    for e, (first, second) in enumerate(zip(gate_up.float(), down.float(), strict=True)):
+        gate, up = (rows_MD[offsets[e] : offsets[e + 1]] @ rounded(first, dtype).T).chunk(2, dim=-1)
+        outputs.append(rounded(activation(gate) * up, dtype) @ rounded(second, dtype).T)
+    return combine(torch.cat(outputs), weights_NK, rows).to(x.dtype)
 
 
 @register("lowered_cross_entropy", "reference")
 def lowered_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """`linear_cross_entropy` of x and weight rounded to `dtype`."""
-    return linear_cross_entropy(x.to(dtype), weight.to(dtype), labels, ignore_index)
+    return linear_cross_entropy(rounded(x.float(), dtype), rounded(weight.float(), dtype), labels, ignore_index)
 
 
 # What the C++ kernels define beyond the operations above. They differentiate nothing and have no other backend.

@@ -1,5 +1,8 @@
 """Operations of fp32 training in the C++ kernels, forward and backward: what `torch_fast` does there, but faster.
 
+With `products=torch.bfloat16` the same operations multiply numbers rounded to bf16, on CPUs with an instruction for it
+(`lowered`); sums and everything else stay in fp32.
+
 Their products use a CPU's full vector width, which torch's library does not on every CPU, and run on torch's own
 threads. Only the inputs of an operation are kept for the backward pass, and for experts the products with their first
 weight: rows are gathered again and the gated unit is computed again, so that what is kept does not grow with the number
@@ -30,9 +33,19 @@ Plain = Callable[..., Tensor]
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the functions of this module can compute with these tensors, and one of them needs gradients."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) and _reads(*tensors)
+
+
+def takes_products(products: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Whether the functions of this module can compute with these tensors and `products`.
+
+    Without gradients too, so that a loss is the same in training and in evaluation.
+    """
+    return products is torch.bfloat16 and _reads(*tensors) and bool(kernels().has_bf16_products())
+
+
+def _reads(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
-        return False
     if any(t.dtype != torch.float32 or t.numel() == 0 for t in given if t.is_floating_point()):
         return False
     # The scalar kernels use no vectors, while torch's do.
@@ -53,6 +66,11 @@ def _kernels() -> Any:
     module = kernels()
     _share_threads()
     return module
+
+
+def _numbers(products: torch.dtype | None) -> Any:
+    """What the kernels are told to multiply."""
+    return kernels().Products.FP32 if products is None else kernels().Products.BF16
 
 
 def _room(*shape: int) -> Tensor:
@@ -85,24 +103,33 @@ def _followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: T
     return [None if t is None else next(found) for t in inputs]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain, products: torch.dtype | None = None) -> Tensor:
     """See `ops.linear`."""
     if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return plain(x, weight, bias)  # which says what does not fit
-    out: Tensor = _Linear.apply(x, weight, bias, plain)
+    out: Tensor = _Linear.apply(x, weight, bias, plain, products)
     return out
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plain: Plain, products: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.plain = plain
+        ctx.plain, ctx.products = plain, products
         inputs, w, b = _dense(x), _dense(weight), None if bias is None else _dense(bias)
         out = _room(*x.shape[:-1], weight.shape[0])
         rows, columns = weight.shape
         _kernels().linear_forward(
-            inputs.data_ptr(), w.data_ptr(), _address(b), x.numel() // columns, rows, columns, out.data_ptr()
+            _numbers(products),
+            inputs.data_ptr(),
+            w.data_ptr(),
+            _address(b),
+            x.numel() // columns,
+            rows,
+            columns,
+            out.data_ptr(),
         )
         return out
 
@@ -110,12 +137,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weight, bias), grad), None)
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+            return (*_followed_gradients(ctx, (x, weight, bias), grad), None, None)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         inputs, w, gradient = _dense(x), _dense(weight), _dense(grad)
         grad_x, grad_weight = _if(need_x, x), _if(need_weight, weight)
         rows, columns = weight.shape
         _kernels().linear_backward(
+            _numbers(ctx.products),
             inputs.data_ptr(),
             w.data_ptr(),
             gradient.data_ptr(),
@@ -125,7 +153,7 @@ class _Linear(torch.autograd.Function):
             _address(grad_x),
             _address(grad_weight),
         )
-        return grad_x, grad_weight, gradient.view(-1, rows).sum(dim=0) if need_bias else None, None
+        return grad_x, grad_weight, gradient.view(-1, rows).sum(dim=0) if need_bias else None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
@@ -227,9 +255,17 @@ def _expert_weights(gate_up: Tensor, down: Tensor) -> Any:
     return _kernels().ExpertWeights(gate_up.data_ptr(), down.data_ptr(), hidden, width)
 
 
-def moe(x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, plain: Plain) -> Tensor:
+def moe(
+    x: Tensor,
+    weights_NK: Tensor,
+    expert_ids_NK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    plain: Plain,
+    products: torch.dtype | None = None,
+) -> Tensor:
     """See `ops.moe`, with silu."""
-    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain)
+    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain, products)
     return out
 
 
@@ -247,7 +283,14 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, p
 class _MoE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, gate_up: Tensor, down: Tensor, plain: Plain
+        ctx: Any,
+        x: Tensor,
+        weights_NK: Tensor,
+        expert_ids_NK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        plain: Plain,
+        products: torch.dtype | None,
     ) -> Tensor:
         count, d, f = down.shape
         assert gate_up.shape == (count, 2 * f, d)
@@ -257,6 +300,7 @@ class _MoE(torch.autograd.Function):
         inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
         units_M2F, results_MD, out = _room(m, 2 * f), _room(m, d), _room(*x.shape)
         _kernels().experts_forward(
+            _numbers(products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
@@ -265,16 +309,16 @@ class _MoE(torch.autograd.Function):
             results_MD.data_ptr(),
             out.data_ptr(),
         )
-        ctx.plain = plain
+        ctx.plain, ctx.products = plain, products
         ctx.save_for_backward(x, weights_NK, expert_ids_NK, gate_up, down, units_M2F)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights_NK, expert_ids_NK, gate_up, down, units_M2F = ctx.saved_tensors
-        need_x, need_weights, _, need_gate_up, need_down, _ = ctx.needs_input_grad
+        need_x, need_weights, _, need_gate_up, need_down, *_ = ctx.needs_input_grad
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None)
+            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None)
         rows, m = _Rows(expert_ids_NK, down.shape[0]), expert_ids_NK.numel()
         inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
         gradient, hidden_MF = _dense(grad), _room(m, down.shape[2])
@@ -282,6 +326,7 @@ class _MoE(torch.autograd.Function):
         grad_x, grad_weights = _if(need_x, x), _if(need_weights, weights_NK)
         grad_gate_up, grad_down = _if(need_gate_up, gate_up), _if(need_down, down)
         _kernels().experts_backward(
+            _numbers(ctx.products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
@@ -296,18 +341,33 @@ class _MoE(torch.autograd.Function):
             grad_units_M2F.data_ptr(),
             _address(grad_rows_MD),
         )
-        return grad_x, grad_weights, None, grad_gate_up, grad_down, None
+        return grad_x, grad_weights, None, grad_gate_up, grad_down, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, plain: Plain) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    plain: Plain,
+    products: torch.dtype | None = None,
+) -> Tensor:
     """See `ops.linear_cross_entropy`. Both gradients are computed with the loss, while the logits exist."""
-    out: Tensor = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, plain)
+    out: Tensor = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, plain, products)
     return out
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, plain: Plain) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        plain: Plain,
+        products: torch.dtype | None,
+    ) -> Tensor:
         inputs, w, targets = _dense(x), _dense(weight), _dense(labels).long()
         words, d = weight.shape
         assert x.shape == (len(labels), d)
@@ -320,6 +380,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         module = _kernels()
         logits = _room(min(len(labels), module.loss_tokens), words)
         loss = module.cross_entropy(
+            _numbers(products),
             inputs.data_ptr(),
             w.data_ptr(),
             targets.data_ptr(),
@@ -339,5 +400,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, *gradients = ctx.saved_tensors
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weight, labels), grad)[:2], None, None, None)
-        return (*(None if g is None else g * grad for g in gradients), None, None, None)
+            return (*_followed_gradients(ctx, (x, weight, labels), grad)[:2], None, None, None, None)
+        return (*(None if g is None else g * grad for g in gradients), None, None, None, None)
