@@ -32,6 +32,7 @@ ASKED = {
     "then": '"Go on." after half a story: as the rest of a beginning',
     "another": "another story after a first one, perhaps with words or about someone",
     "sentence": "one sentence with given words: they are in it, and it is one",
+    "short": "a short story with given words: they are in it, and it has two to six sentences",
     "talk": "greetings, thanks, questions from outside its world: it says what it can do",
 }
 
@@ -73,7 +74,7 @@ def measure(held_out: Path) -> dict[str, Any]:
         "stories": (rows, story_obedience.strangers(rows)),
     }
     first = {row["kind"]: number for number, row in reversed(list(enumerate(rows)))}
-    shown = [first[kind] for kind in ("words", "about", "begins", "talk")]
+    shown = [first[kind] for kind in ("words", "short", "about", "begins", "talk")]
     return {
         "benchmark": "story_obedience",
         "date": time.strftime("%Y-%m-%d"),
@@ -97,7 +98,7 @@ def obedience_table(measured: dict[str, Any]) -> str:
         )
     greedy, sampled, chance = (found[name]["all requests"] for name in ("greedy", "sampled", "stories"))
     rows.append(
-        f"| all but talk | {greedy['n']} | {_with_interval(greedy)} | {_with_interval(sampled)} | {chance['obeyed']:.0%} |"
+        f"| all but short stories and talk | {greedy['n']} | {_with_interval(greedy)} | {_with_interval(sampled)} | {chance['obeyed']:.0%} |"
     )
     return "\n".join(rows)
 
@@ -140,17 +141,18 @@ Of single words asked for, {single["obeyed"]:.0%} are in the story. olmoe-tiny i
 it does not know what a chat is.
 
 ## What it says
-Temperature 0, the first held-out request of four kinds:
+Temperature 0, the first held-out request of five kinds:
 
 {shown}
 
 ## How it was made
 `scripts/story_chats.py` writes chats out of the corpus's TinyStories: several requests of each story in many phrasings, single sentences
-with given words, stories that go on when asked to, a second story after a first, greetings, and questions that a storyteller
-cannot answer. The answers are the corpus's stories, half of them with another name or thing in place of one. Then
+and short passages with given words, stories that go on when asked to, a second story after a first, greetings, and questions that a storyteller
+cannot answer. The answers are the corpus's stories, most of them with other names, things or adjectives in
+place of some. Then
 
 ```
-python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 3 --most 750 --seed 1
+python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 5 --most 750 --seed 1
 python scripts/story_chats.py CORPUS/valid/stories_tinystories.txt runs/chats-valid.jsonl --held-out
 olmoe sft configs/{name}
 python scripts/ship_instruct.py configs/{name} --credits CORPUS --checkpoint {weights.relative_to(run)}
