@@ -112,6 +112,8 @@ def write_card(config: SFTConfig, name: str, run: Path, weights: Path, measured:
     """The model card as Markdown."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
+    if weights.name.startswith("step-"):  # the run may have gone on after it
+        steps = steps[: int(weights.name.removeprefix("step-"))]
     shown = "\n\n".join(
         f"**{asked}**\n\n> " + answer.strip().replace("\n", "\n> ") for asked, answer in measured["samples"]
     )
@@ -164,7 +166,7 @@ trains all weights for {len(steps):,} steps, {steps[-1]["tokens"] / 1e6:.1f}M to
 ## Limits
 Its world is that of TinyStories: it knows no facts, and nothing but short stories for small children in plain English. It
 repeats itself, loses its thread and mixes up who did what. Whom a story is about it mostly heeds, a first sentence half of the time; of
-several words it seldom brings all. What does not look like a request for a story it answers with what it can do, or with a
+words asked for it brings one in three, and seldom all of several; some it says over and over. What does not look like a request for a story it answers with what it can do, or with a
 story.
 
 ## Data and credits
