@@ -164,7 +164,9 @@ def scripts(monkeypatch):
 def test_chats_are_obeyed_by_the_stories_that_they_were_made_of(scripts, held_out):
     made, measured = script("story_chats"), script("story_obedience")
     rows = list(made.chats(stories(144), 4, 1200, 1, held_out))
-    assert {row["kind"] for row in rows} == {*made.KINDS, "short", "talk"}
+    kinds = {row["kind"] for row in rows}
+    assert kinds - {"short"} == {*made.KINDS, "talk"}
+    assert held_out or "short" in kinds  # held out, few of these stories have enough words for one
     for row in rows:
         assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
         assert measured.obeys(row, row["messages"][-1]["content"]), row
