@@ -6,7 +6,7 @@
 `story_requests.py` makes one plain request of each story. This makes several of each, every round other ones in other
 words, and what else is said in a chat: a story that goes on when it is asked to, another one after it, greetings, and
 questions that a storyteller has no answer to. The answers are the corpus's stories, so whoever wrote them said what is
-learned; but in half of the chats to learn from a name or a thing is another, so that it is read in the request.
+learned; but in most chats to learn from, names, things or adjectives are others, so that they are read in the request.
 `story_obedience.py` measures how often a model does what they ask.
 """
 
