@@ -32,6 +32,7 @@ ASKED = {
     "then": '"Go on." after half a story: as the rest of a beginning',
     "another": "another story after a first one, perhaps with words or about someone",
     "sentence": "one sentence with given words: they are in it, and it is one",
+    "short": "a short story with given words: they are in it, and it has two to six sentences",
     "talk": "greetings, thanks, questions from outside its world: it says what it can do",
 }
 
@@ -73,7 +74,7 @@ def measure(held_out: Path) -> dict[str, Any]:
         "stories": (rows, story_obedience.strangers(rows)),
     }
     first = {row["kind"]: number for number, row in reversed(list(enumerate(rows)))}
-    shown = [first[kind] for kind in ("words", "about", "begins", "talk")]
+    shown = [first[kind] for kind in ("words", "short", "about", "begins", "talk")]
     return {
         "benchmark": "story_obedience",
         "date": time.strftime("%Y-%m-%d"),
@@ -97,7 +98,7 @@ def obedience_table(measured: dict[str, Any]) -> str:
         )
     greedy, sampled, chance = (found[name]["all requests"] for name in ("greedy", "sampled", "stories"))
     rows.append(
-        f"| all but talk | {greedy['n']} | {_with_interval(greedy)} | {_with_interval(sampled)} | {chance['obeyed']:.0%} |"
+        f"| all but short stories and talk | {greedy['n']} | {_with_interval(greedy)} | {_with_interval(sampled)} | {chance['obeyed']:.0%} |"
     )
     return "\n".join(rows)
 
@@ -111,6 +112,8 @@ def write_card(config: SFTConfig, name: str, run: Path, weights: Path, measured:
     """The model card as Markdown."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
+    if weights.name.startswith("step-"):  # the run may have gone on after it
+        steps = steps[: int(weights.name.removeprefix("step-"))]
     shown = "\n\n".join(
         f"**{asked}**\n\n> " + answer.strip().replace("\n", "\n> ") for asked, answer in measured["samples"]
     )
@@ -140,17 +143,18 @@ Of single words asked for, {single["obeyed"]:.0%} are in the story. olmoe-tiny i
 it does not know what a chat is.
 
 ## What it says
-Temperature 0, the first held-out request of four kinds:
+Temperature 0, the first held-out request of five kinds:
 
 {shown}
 
 ## How it was made
 `scripts/story_chats.py` writes chats out of the corpus's TinyStories: several requests of each story in many phrasings, single sentences
-with given words, stories that go on when asked to, a second story after a first, greetings, and questions that a storyteller
-cannot answer. The answers are the corpus's stories, half of them with another name or thing in place of one. Then
+and short passages with given words, stories that go on when asked to, a second story after a first, greetings, and questions that a storyteller
+cannot answer. The answers are the corpus's stories, most of them with other names, things or adjectives in
+place of some. Then
 
 ```
-python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 3 --most 750 --seed 1
+python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 5 --most 750 --seed 1
 python scripts/story_chats.py CORPUS/valid/stories_tinystories.txt runs/chats-valid.jsonl --held-out
 olmoe sft configs/{name}
 python scripts/ship_instruct.py configs/{name} --credits CORPUS --checkpoint {weights.relative_to(run)}
@@ -162,7 +166,7 @@ trains all weights for {len(steps):,} steps, {steps[-1]["tokens"] / 1e6:.1f}M to
 ## Limits
 Its world is that of TinyStories: it knows no facts, and nothing but short stories for small children in plain English. It
 repeats itself, loses its thread and mixes up who did what. Whom a story is about it mostly heeds, a first sentence half of the time; of
-several words it seldom brings all. What does not look like a request for a story it answers with what it can do, or with a
+words asked for it brings one in three, and seldom all of several; some it says over and over. What does not look like a request for a story it answers with what it can do, or with a
 story.
 
 ## Data and credits

@@ -6,7 +6,7 @@
 `story_requests.py` makes one plain request of each story. This makes several of each, every round other ones in other
 words, and what else is said in a chat: a story that goes on when it is asked to, another one after it, greetings, and
 questions that a storyteller has no answer to. The answers are the corpus's stories, so whoever wrote them said what is
-learned; but in half of the chats to learn from a name or a thing is another, so that it is read in the request.
+learned; but in most chats to learn from, names, things or adjectives are others, so that they are read in the request.
 `story_obedience.py` measures how often a model does what they ask.
 """
 
@@ -40,12 +40,15 @@ Row = dict[str, Any]
 
 # How often each kind is asked for, of a hundred requests.
 KINDS = {"words": 36, "about": 18, "begins": 13, "go on": 12, "any": 3, "then": 4, "another": 8, "sentence": 8}
+# Besides each of them, to learn from: one sentence, or a few.
+SHORT = ("sentence", "sentence", "sentence", "sentence", "short", "short", "short")
 _ARTICLE = r"\b([Aa]n?|the) "
 _NOUN = re.compile(_ARTICLE + r"([a-z]{3,})(?=[.,!?]| (?:in|on|with|and|that|who|from|near|under|was|to)\b)")
 _AFTER_ARTICLE = re.compile(_ARTICLE + r"([a-z]{3,})\b")
 _BEING = re.compile(
     r"\bthere (?:was|lived) (an? (?:[a-z]+ ){0,2}[a-z]{3,})(?= (?:who|that|in|with|and|named|called)\b|[.,])"
 )
+_ADJECTIVE = re.compile(_ARTICLE + r"([a-z]{3,}) ([a-z]{3,})\b")
 _NAMED = re.compile(r"\b(an? (?:[a-z]+ ){0,2}([a-z]{3,})),? (?:named|called) ([A-Z][a-z]+)\b")
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
 _BEGINNING = re.compile(
@@ -90,7 +93,10 @@ class Writer:
             being.rpartition(" ")[2] for being in _BEING.findall(text)
         }
         self.nouns = nouns
-        self.classes = [sorted((nouns & beings) - _PEOPLE), sorted(nouns - beings - _PEOPLE)]
+        adjectives = Counter(found[2] for found in _ADJECTIVE.finditer(text) if found[3] in nouns)
+        common = {word for word, count in adjectives.items() if count > 2 and count > 0.6 * all_[word]}
+        self.adjectives = (common & self.asked_for) - nouns
+        self.classes = [sorted((nouns & beings) - _PEOPLE), sorted(nouns - beings - _PEOPLE), sorted(self.adjectives)]
         named = {(noun, name) for story in stories for _, noun, name in _NAMED.findall(story)}
         self.names = [sorted({name for noun, name in named if noun in kind}) for kind in (_GIRLS, _BOYS)]
 
@@ -105,46 +111,62 @@ class Writer:
             return text
         return (text[0].lower() + text[1:]).rstrip(".")
 
-    def varied(self, story: str) -> tuple[str, str]:
-        """The story with another name for its girl or boy and another thing or animal in place of one; and that one.
+    def varied(self, story: str, most: int = 2) -> tuple[str, list[str]]:
+        """The story with another name for its girl or boy, and other words in place of up to `most`; and those words.
 
-        Each half of the time, and never where stories are held out. What is asked for can so be known from the request
-        alone, also by a model that knows the story by heart.
+        Things, animals and adjectives are exchanged for any of their kind, and names half of the time; nothing where
+        stories are held out. What is asked for can so be known from the request alone, also by a model that knows the
+        story by heart.
         """
         if self.held_out:
-            return story, ""
+            return story, []
         found = _NAMED.search(story)
         if found is not None and self.random.random() < 0.5:
             names = next((self.names[i] for i, kind in enumerate((_GIRLS, _BOYS)) if found[2] in kind), [])
             name = self.pick(names) if names else found[3]
             story = story if name in story else re.sub(rf"\b{found[3]}\b", name, story)
-        here = sorted({noun[2] for noun in _NOUN.finditer(story)} & self.nouns - _PEOPLE)
-        if not here or self.random.random() < 0.5:
-            return story, ""
-        old = self.pick(here)
-        new = str(self.pick(next(kind for kind in self.classes if old in kind)))
-        if re.search(rf"\b{new}", story):
-            return story, ""
-        story = re.sub(rf"\b(a)n? {old}\b", rf"\1{'n' if new[0] in 'aeiou' else ''} {new}", story, flags=re.IGNORECASE)
-        return re.sub(rf"\b{old}(?=s?\b)", new, story), new
+        here = {noun[2] for noun in _NOUN.finditer(story)} & self.nouns - _PEOPLE
+        here |= {found[2] for found in _ADJECTIVE.finditer(story)} & self.adjectives
+        order = sorted(here)
+        new: list[str] = []
+        for i in self.random.permutation(len(order))[: int(self.random.integers(most + 1))]:
+            story = self._exchanged(story, order[i], new)
+        return story, new
 
-    def words(self, story: str, new: str = "") -> tuple[str, list[str]]:
-        """Some words of a story as people list them, and the list; empty if it has too few."""
-        found = {word for word in WORD.findall(story) if word in self.asked_for} - {new}
+    def _exchanged(self, story: str, old: str, new: list[str]) -> str:
+        """The story with a word like `old` in its place, which is added to `new`; as it is if it has that already."""
+        word = str(self.pick(next(kind for kind in self.classes if old in kind)))
+        if re.search(rf"\b{word}", story) or any(other in old for other in new):
+            return story
+        new.append(word)
+        article = rf"\1{'n' if word[0] in 'aeiou' else ''} {word}"
+        story = re.sub(rf"\b(a)n? {old}\b", article, story, flags=re.IGNORECASE)
+        return re.sub(rf"\b{old}(?=s?\b)", word, story)
+
+    def words(self, story: str, new: Sequence[str] = ()) -> tuple[str, list[str]]:
+        """Some words of a story as people list them, `new` ones first of all; empty if it has too few.
+
+        To learn from, of a story's first half: a model that waits for a word's turn must remember it for long.
+        """
+        new = [word for word in new if _holds(story, word)]
+        if not self.held_out:
+            sentences = sentences_of(story)
+            story = " ".join(sentences[: max(4, len(sentences) // 2)])
+        found = {word for word in WORD.findall(story) if word in self.asked_for} - set(new)
         nouns = sorted(found & self.nouns)
         count = int(self.pick((1, 2, 2, 3, 3, 3, 3)))
-        if len(found) < count:
+        if len(found) + len(new) < count:
             return "", []
         order = [nouns[i] for i in self.random.permutation(len(nouns))[: (count + 1) // 2]]
         rest = sorted(found - set(order))
-        order = ([new] if new else []) + order + [rest[i] for i in self.random.permutation(len(rest))]
+        order = [*new, *order] + [rest[i] for i in self.random.permutation(len(rest))]
         chosen = [order[i] for i in self.random.permutation(count)]
         if count == 1:
             return chosen[0], chosen
         last = self.pick((" and ", " and ", " and ", ", ", ", and " if count == 3 else " and "))
         return ", ".join(chosen[:-1]) + last + chosen[-1], chosen
 
-    def topic(self, story: str, new: str = "") -> tuple[str, list[str]]:
+    def topic(self, story: str, new: Sequence[str] = ()) -> tuple[str, list[str]]:
         """Whom or what a story is about, and the words that must be in it; empty if that cannot be seen."""
         beginning = story[:250]
         options: list[tuple[str, list[str]]] = []
@@ -154,13 +176,15 @@ class Writer:
             options += [(whole, [noun]), (name if noun in _PEOPLE else f"{name} the {noun}", [name])]
         if found := _BEING.search(beginning):
             options += [(found[1], [found[1].rpartition(" ")[2]])] * 2
-        things = [new] if new else sorted({found[2] for found in _NOUN.finditer(story)} & self.nouns & self.asked_for)
+        things = [word for word in new if word in self.nouns and _holds(story, word)] or sorted(
+            {found[2] for found in _NOUN.finditer(story)} & self.nouns & self.asked_for
+        )
         if things:
             thing = self.pick(things)
             options += [(("an " if thing[0] in "aeiou" else "a ") + thing, [thing])] * 2
         return self.pick(options) if options else ("", [])
 
-    def request(self, kind: str, story: str, new: str = "") -> Row:
+    def request(self, kind: str, story: str, new: Sequence[str] = ()) -> Row:
         """One request for a whole story or, if it does not lend itself to the kind, for any."""
         prefix = "another" if kind == "another" else ""
         if prefix:
@@ -197,29 +221,27 @@ def chats(stories: Sequence[str], rounds: int, most: int, seed: int, held_out: b
             if held_out:
                 continue
             # Short ones besides: of all their tokens more are read in the request.
-            short = (_chat(writer, "sentence", writer.pick(fitting), "") for _ in range(3))
-            yield from (each for each in short if each["kind"] == "sentence")
+            for short in SHORT:
+                yield from _excerpt(writer, short, writer.pick(stories))
             if writer.random.random() < 0.06:
                 yield _talk(writer, *writer.pick(talk))
     if held_out:
+        for number in writer.random.permutation(len(fitting))[: len(fitting) // 8]:
+            yield from _excerpt(writer, "short", fitting[number])
         yield from (_talk(writer, *each) for each in talk)
 
 
 def _chat(writer: Writer, kind: str, story: str, other: str) -> Row:
     """A chat whose last answer is a story, the rest of one, or a sentence."""
+    if kind == "sentence":
+        for row in _excerpt(writer, kind, story):
+            return row
+        kind = "words"
     story, new = writer.varied(story)
     sentences = sentences_of(story)
     if kind == "begins":
         asked = _user(writer.phrase(kind, sentences[0]))
         return {"kind": kind, "asked": [sentences[0]], "messages": [asked, _assistant(story)]}
-    if kind == "sentence":
-        options = [s for s in sentences if new in s and '"' not in s and 6 <= len(s.split()) <= 25]
-        sentence = writer.pick(options) if options else ""
-        text, words = writer.words(sentence, new)
-        if words:
-            asked = _user(writer.phrase(kind, text))
-            return {"kind": kind, "asked": words, "messages": [asked, _assistant(sentence)]}
-        kind = "words"
     if kind in ("go on", "then"):
         return _continued(writer, kind, story, sentences)
     row = writer.request(kind, story, new)
@@ -233,6 +255,27 @@ def _chat(writer: Writer, kind: str, story: str, other: str) -> Row:
             row["messages"][0] = _user(writer.pick(YES))
         row["messages"] = before + row["messages"]
     return row
+
+
+def _excerpt(writer: Writer, kind: str, story: str) -> Iterator[Row]:
+    """A request for one sentence with some words, or a few that follow one another; none if the story has no such."""
+    sentences = sentences_of(story)
+    if kind == "sentence":
+        options = [s for s in sentences if '"' not in s and 6 <= len(s.split()) <= 25]
+    else:
+        length = int(writer.random.integers(2, 5))
+        first = range(len(sentences) - length + 1 if writer.random.random() < 0.5 else 1)
+        options = [" ".join(sentences[i : i + length]) for i in first]
+        options = [text for text in options if text[:1].isupper() and '"' not in text and len(text) < 300]
+    text, new = writer.varied(writer.pick(options) if options else "")
+    listed, asked = writer.words(text, new)
+    if asked:
+        phrase = "short word" if kind == "short" and len(asked) == 1 else kind
+        yield {
+            "kind": kind,
+            "asked": asked,
+            "messages": [_user(writer.phrase(phrase, listed)), _assistant(text)],
+        }
 
 
 def _continued(writer: Writer, kind: str, story: str, sentences: list[str]) -> Row:
@@ -266,6 +309,10 @@ def small_talk(held_out: bool) -> Iterator[tuple[str, str]]:
             yield from ((asked, UNKNOWN) for asked in (pairs[:2] if held_out else pairs[::3]))
         else:
             yield from ((question.format(each), UNKNOWN) for each in fill)
+
+
+def _holds(text: str, word: str) -> bool:
+    return re.search(rf"\b{word}\b", text) is not None
 
 
 def _talk(writer: Writer, asked: str, answer: str) -> Row:

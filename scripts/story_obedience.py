@@ -52,8 +52,9 @@ def obeys(row: Row, answer: str) -> bool:
 
     words, about, another: every word that was asked for, the noun and the name are in it, and another story is another
     one; begins: it begins with the sentence, letter by letter; go on, then: it takes up a name of the given part (or a
-    rare word, where there are no names) and does not repeat it; sentence: the words are in it, and it is one; talk: it
-    speaks of stories, and tells none. All but talk end with a whole sentence.
+    rare word, where there are no names) and does not repeat it; sentence: the words are in it, and it is one; short:
+    the words are in it, and it has two to six sentences; talk: it speaks of stories, and tells none. All but talk end
+    with a whole sentence.
     """
     kind, asked, answer = row["kind"], row["asked"], answer.strip()
     if kind == "talk":
@@ -62,6 +63,8 @@ def obeys(row: Row, answer: str) -> bool:
         return False
     if kind == "sentence":
         return all(_holds(answer, word) for word in asked) and len(sentences_of(answer)) == 1
+    if kind == "short":
+        return all(_holds(answer, word) for word in asked) and 2 <= len(sentences_of(answer)) <= 6
     if kind == "begins":
         return answer.startswith(asked[0])
     goes_on = kind in ("go on", "then")
@@ -90,7 +93,11 @@ def strangers(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 
 def summary(rows: Sequence[Row], answers: Sequence[tuple[str, bool]]) -> Row:
-    """Of each kind how many requests there were, the share that was obeyed, and its 95 % interval (Wilson's)."""
+    """Of each kind how many requests there were, the share that was obeyed, and its 95 % interval (Wilson's).
+
+    "all requests" is without talk and without the short stories, which were asked for later than the rest: so it
+    remains comparable with what was measured before.
+    """
     found: dict[str, list[bool]] = {}
     single: list[bool] = []
     for row, (answer, ended) in zip(rows, answers, strict=True):
@@ -98,7 +105,7 @@ def summary(rows: Sequence[Row], answers: Sequence[tuple[str, bool]]) -> Row:
         if row["kind"] == "words":
             single += [_holds(answer, word) for word in row["asked"]]
     kinds = {kind: _share(kept) for kind, kept in sorted(found.items())}
-    requests = [each for kind, kept in found.items() if kind != "talk" for each in kept]
+    requests = [each for kind, kept in found.items() if kind not in ("talk", "short") for each in kept]
     ended = [end for _, end in answers]
     return {"kinds": kinds, "all requests": _share(requests), "single words": _share(single), "ended": _share(ended)}
 
@@ -111,10 +118,6 @@ def _share(kept: Sequence[bool]) -> Row:
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return {"n": n, "obeyed": round(p, 3), "interval": [max(0.0, round(low, 3)), round(high, 3)]}
-
-
-def _nothing(story: str, new: str) -> tuple[str, list[str]]:
-    return "", []
 
 
 def _holds(text: str, word: str) -> bool:

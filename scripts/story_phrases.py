@@ -18,6 +18,14 @@ PHRASES = {
         "Write a sentence with the words {}.", "A sentence with {}, please.", "Use {} in a sentence.",
         "Make a sentence with {}.",
     ),
+    "short": (
+        "Tell a short story with the words {}.", "Write a very short story with the words {}.",
+        "A short story with {}, please.", "Tell me a short story with {}.", "Use {} in a short story.",
+    ),
+    "short word": (
+        "Tell a short story with the word {}.", "A short story with the word {}, please.",
+        "Write a very short story with the word {}.",
+    ),
     "about": (
         "Tell a story about {}.", "Tell me a story about {}.", "Write a story about {}.", "A story about {}, please.",
         "Can you tell me a story about {}?", "I want a story about {}.", "Please write a short story about {}.",

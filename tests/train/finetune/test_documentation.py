@@ -164,7 +164,9 @@ def scripts(monkeypatch):
 def test_chats_are_obeyed_by_the_stories_that_they_were_made_of(scripts, held_out):
     made, measured = script("story_chats"), script("story_obedience")
     rows = list(made.chats(stories(144), 4, 1200, 1, held_out))
-    assert {row["kind"] for row in rows} == {*made.KINDS, "talk"}
+    kinds = {row["kind"] for row in rows}
+    assert kinds - {"short"} == {*made.KINDS, "talk"}
+    assert held_out or "short" in kinds  # held out, few of these stories have enough words for one
     for row in rows:
         assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
         assert measured.obeys(row, row["messages"][-1]["content"]), row
@@ -196,6 +198,9 @@ def test_what_is_measured_was_not_learned(scripts):
         ("go on", ["Max"], "Max found a hat.", False),  # as it was given
         ("sentence", ["hat"], "Max had a hat.", True),
         ("sentence", ["hat"], "Max had a hat. It was red.", False),
+        ("short", ["hat"], "Max had a hat. It was red.", True),
+        ("short", ["hat"], "Max had a hat.", False),
+        ("short", ["hat"], "Max ran. " * 6 + "He had a hat.", False),
         ("talk", ["stories"], "I can tell stories.", True),
     ],
 )
