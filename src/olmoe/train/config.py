@@ -5,6 +5,7 @@ Every unknown key, wrong type and contradictory value is refused with its key in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -484,10 +485,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
-            try:
+            with contextlib.suppress(ConfigError):
                 return _convert(option, value, name)
-            except ConfigError:
-                continue
         raise ConfigError(f"{name} has the value {shown(value)} of the wrong type.")
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
