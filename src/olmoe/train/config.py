@@ -149,8 +149,7 @@ class ParallelConfig:
 class ComputeConfig:
     """How a step is computed: the dtype of products and activations, what backward recomputes, and compilation.
 
-    With `bf16`, weights, gradients' sums and the optimizer stay in fp32. With `bf16-products` activations do, too (see
-    `precision`).
+    Weights, gradients' sums and the optimizer stay in fp32; so do activations with `bf16-products` (see `precision`).
     """
 
     precision: str = "fp32"
