@@ -84,7 +84,7 @@ def test_at_least_as_many_as_a_token_chooses():
         (metrics(), {"how": "boost", "strength": 0}, "must be above 0 and at most 10000, not 0"),
         (metrics(schema="x"), {}, "the schema 'x', not olmoe-metrics-1; make them with olmoe analyze"),
         ({"schema": "olmoe-metrics-1"}, {}, "incomplete .'layers_count'.; make them with olmoe analyze"),
-        (metrics(experts=7), {}, "a layer has no 7 shares"),
+        (metrics(experts=7), {}, "a layer lacks its 7 shares"),
         (metrics(layers={}), {}, "incomplete .'0'."),
     ],
 )

@@ -215,7 +215,7 @@ def test_lists(tmp_path, start):
         ('{"a": [1]}', "JSON"),
         ('{"0": [1]}', "no experts of layer 1"),
         ('{"0": [1], "2": [1]}', "no layer 2"),
-        ("[[1]]", "1 lists of experts, but the model has 2 layers"),
+        ("[[1]]", "1 lists of experts, but 2 layers"),
         ("[[1], 2]", "lists of numbers"),
         ("[[1], [true]]", "lists of numbers"),
         ('"12"', "lists of numbers"),

@@ -10,7 +10,7 @@ import pytest
 from olmoe.cli import quantize
 from olmoe.cli.main import main
 from olmoe.weights import packed_file
-from olmoe.weights.recipes import RECIPES
+from olmoe.weights.recipes import BASE_RECIPES, RECIPES
 from packed_folders import WHOLE, plain_folder
 
 
@@ -88,7 +88,7 @@ def test_reports_on_a_gguf_file_and_packs_one(capsys, plain, tmp_path, text):
 
 
 def test_the_choices_are_the_recipes():
-    assert set(quantize.FORMATS) == set(RECIPES)
+    assert set(quantize.FORMATS) == {*RECIPES, *BASE_RECIPES}
 
 
 def test_mistakes_are_one_sentence(capsys, plain, tmp_path, text):

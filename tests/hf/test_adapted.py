@@ -256,7 +256,7 @@ def test_half_precision_prepared_and_checkpointed(models, format, reentrant):
         model = stir(lora(model, modules_to_save=["lm_head"], **BOTH)).train()
         gradients.append(trained(model))
         assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
-    close(*gradients, atol=1e-6)
+    close(*gradients, atol=1e-5)
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 

@@ -340,7 +340,9 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
         if section not in was or section == "measured":  # older versions compared less
             continue
         if section not in now:
-            return f"[{section}] was removed"
+            if "seed" in now:  # as in every whole fingerprint; a part of one is compared as far as it goes
+                return f"[{section}] was removed"
+            continue
         if section == "texts":
             if (difference := _other_texts(was[section], now[section])) is not None:
                 return difference
