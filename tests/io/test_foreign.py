@@ -137,7 +137,7 @@ FOLDERS = {
     "hub cache": (cache, ["owner/tiny", "abc123"]),
     "hub cache's snapshots": (lambda f: cache(f) / "snapshots", ["owner/tiny", "abc123"]),
     "whole hub cache": (lambda f: cache(f).parent, ["owner/tiny"]),
-    "adapter": (adapter, ["owner/base", "merge_and_unload"]),
+    "adapter": (adapter, ["owner/base", "olmoe convert DIR NEW --merge"]),
     "run": (run, ["best"]),
     "trainer": (trainer, ["checkpoint-100"]),
     "run without best": (lambda f: trainer(f / "checkpoints").parent, ["checkpoint-100"]),
@@ -196,7 +196,7 @@ def test_an_adapter_beside_its_model_is_no_hindrance(tmp_path, tokenizer_file):
 def test_an_adapter_with_the_configuration_of_its_base(tmp_path):
     folder = adapter(tmp_path / "a")
     shutil.copy(plain_folder(tmp_path / "m") / "config.json", folder)
-    assert "merge_and_unload" in refused(lambda: checkpoint.load(folder), CheckpointError)
+    assert "olmoe convert DIR NEW --merge" in refused(lambda: checkpoint.load(folder), CheckpointError)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])

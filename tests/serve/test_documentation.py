@@ -119,8 +119,8 @@ def test_every_field_is_named():
     assert fields - implied - without_effect <= named(text)
     others = {"functions", "param", "finish_reason", "max_model_len"}
     assert {name for name in named(text) if re.fullmatch(r"[a-z_]+", name)} <= fields | refused | others
-    assert f"`n` ({MOST_CHOICES} at most)" in " ".join(text.split())
-    assert f"`top_logprobs` ({MOST_LOGPROBS} at most)" in " ".join(text.split())
+    assert f"`n` (at most {MOST_CHOICES})" in " ".join(text.split())
+    assert f"`top_logprobs` (at most {MOST_LOGPROBS})" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("best_of", 2), ("functions", [{"name": "x"}])])

@@ -108,7 +108,7 @@ def test_mistakes_have_a_path(value, param):
         ({"pin": [{"expert": 1}], "ban": [{"expert": 1}]}, "both pins and bans the expert 1 of layer 0"),
         ({"pin": [{"experts": [1, 2, 3]}], "k": 2}, "pins 3 experts in a layer, but each token chooses 2"),
         ({"allow": [{"experts": [1, 2, 3]}]}, "leaves 3 experts in a layer, but each token chooses 8"),
-        ({"temperature": [1, 1]}, "one number or 4, one a layer"),
+        ({"temperature": [1, 1]}, "one number or 4, one per layer"),
     ],
 )
 def test_policies_that_contradict_themselves(server, value, sentence):
