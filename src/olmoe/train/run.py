@@ -198,8 +198,7 @@ class BaseRun:
         """Go on from a checkpoint."""
         self.progress = self.restored(newest)
         log.info("resumed from %s", newest)
-        has_best = self.ranks.on_first(lambda: state.has_best(self.output))
-        if not has_best and self.progress.best_step > 0:  # 0: nothing had been evaluated yet
+        if not self.ranks.on_first(lambda: state.has_best(self.output)):
             log.warning("%s is missing; the best checkpoint from here on takes its place", self.best)
             self.progress.best, self.progress.best_step = float("inf"), 0
 
