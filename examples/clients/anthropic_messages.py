@@ -13,7 +13,9 @@ client = Anthropic(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "
 model = client.models.list().data[0].id
 messages = [{"role": "user", "content": "Tell me a story."}]
 
-message = client.messages.create(model=model, system="You tell stories.", messages=messages, max_tokens=40)
+message = client.messages.create(
+    model=model, system="You tell stories.", messages=messages, max_tokens=40, temperature=0
+)
 print(message.content[0].text, message.usage.output_tokens)
 
 with client.messages.stream(model=model, messages=messages, max_tokens=40) as stream:
