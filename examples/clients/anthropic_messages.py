@@ -14,7 +14,11 @@ model = client.models.list().data[0].id
 messages = [{"role": "user", "content": "Tell me a story."}]
 
 message = client.messages.create(
-    model=model, system="You tell stories.", messages=messages, max_tokens=40, temperature=0
+    model=model,
+    system="You tell stories.",
+    messages=messages,
+    max_tokens=40,
+    extra_body={"temperature": 0},  # the likeliest answer
 )
 print(message.content[0].text, message.usage.output_tokens)
 
