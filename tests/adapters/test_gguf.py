@@ -34,7 +34,7 @@ def test_the_file_holds_both_factors_of_every_tensor(tmp_path):
 
 
 def test_ranks_that_differ_give_the_same_sum(tmp_path):
-    """llama.cpp divides alpha by the rank of each pair of tensors: two A for gate and up, joined, have twice the rank."""
+    """llama.cpp divides alpha by the rank of each pair of tensors, which an A each for gate and up doubles."""
     model = make_model()
     adapter = random_adapter(model.config, ("experts",))
     generator = torch.Generator().manual_seed(3)

@@ -276,4 +276,3 @@ def with_answer_of(sample: Sample, other: Sample) -> Sample:
         return Completion(sample.prompt, text)
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
     return Conversation([*sample.messages[:-1], message], sample.trained, sample.tools)
-
