@@ -76,9 +76,9 @@ class PreferenceTask(Task[PreferenceConfig]):
         """The log-probabilities of all examples under the model that the run starts with, or started with."""
         path, ranks = output / REFERENCE_NAME, self.ranks
         if resumed:
-            found = ranks.on_all(lambda: self._read_reference(path))
-            if found is not None:
-                self.reference = found
+            saved = ranks.on_all(lambda: self._read_reference(path))
+            if saved is not None:
+                self.reference = saved
                 return
         self.reference = np.zeros(len(self.examples), np.float32)
         order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].inputs))
