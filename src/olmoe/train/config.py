@@ -20,9 +20,9 @@ from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
 from olmoe.io.text_file import read_text
 from olmoe.train.inheritance import inherit
+from olmoe.train.ranges import check_ranges
 
 BF16_PRODUCTS = "bf16-products"  # of compute.precision
-_LIMIT = 2**63  # of every number: what a seed or a file size can be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +377,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "parallel.replicate": config.parallel.replicate,
-    } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
+        "batch.sequences x batch.accumulation x data.sequence_length": config.tokens_per_step,
+    }
     positive |= {f"weight of {source.path!r}": source.weight for source in data.sources if source.weight is not None}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
@@ -392,12 +393,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }
-    for key, value in positive.items():
-        if not 0 < value < _LIMIT:  # false for nan and inf as well
-            raise ConfigError(f"{key} must be above 0 and below 2^63, not {shown(value)}.")
-    for key, value in not_negative.items():
-        if not 0 <= value < _LIMIT:
-            raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
+    repeats = {f"repeat of {source.path!r}": source.repeat for source in data.sources}
+    check_ranges(positive=positive, not_negative=not_negative, counts=repeats)
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
     check_dropout(config.regularization.residual_dropout)
@@ -424,8 +421,9 @@ def _check_data(data: DataConfig) -> None:
     """Check that the settings of the sources fit together."""
     weighted = [source for source in data.train if source.weight is not None]
     for source in (*data.valid, *data.measure):
-        if source.weight is not None:
-            raise ConfigError(f"{source.path!r} is not trained on, so its weight means nothing; remove it.")
+        key = "weight" if source.weight is not None else "repeat"
+        if key == "weight" or source.repeat != 1:
+            raise ConfigError(f"{source.path!r} is not trained on, so its {key} means nothing; remove it.")
     for source in weighted:
         if source.repeat != 1:
             raise ConfigError(f"{source.path!r} has both repeat and weight, which say the same; remove one of them.")

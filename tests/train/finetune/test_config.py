@@ -64,7 +64,12 @@ def test_rates_are_those_of_the_log():
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
         ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
+        ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # for ever
+        ({"data": {"train": [{"path": "train.jsonl", "repeat": 2**40}]}}, "repeat of 'train.jsonl' must be above 0"),
+        ({"data": {"valid": [{"path": "valid.jsonl", "repeat": 2}]}}, "is not trained on, so its repeat means nothing"),
+        ({"run": {"peak_flops": 1e12}}, "run.peak_flops is for the MFU of olmoe train"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
+        ({"adapter": {"rank": 2**62}}, "adapter.rank must be above 0 and at most 1,000,000"),  # was a traceback
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
         ({"adapter": {"targets": []}}, "adapter.targets must be"),
         ({"adapter": {"precision": "fp8"}}, "adapter.precision must be fp32 or bf16, not 'fp8'"),

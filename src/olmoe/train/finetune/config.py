@@ -29,6 +29,7 @@ from olmoe.train.config import (
     resolve_path,
 )
 from olmoe.train.finetune.masks import TOO_LONG, TURNS
+from olmoe.train.ranges import check_ranges
 
 SCHEDULES = ("linear", "cosine", "constant")
 TARGETS = ("attention", "experts", "router")
@@ -274,13 +275,19 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not config.data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
+    if config.run.peak_flops is not None:
+        raise ConfigError(
+            "run.peak_flops is for the MFU of olmoe train, which fine-tuning does not measure; remove it."
+        )
+    for source in config.data.valid:
+        if source.repeat != 1:
+            raise ConfigError(f"{source.path!r} is not trained on, so its repeat means nothing; remove it.")
     _check_choices(config)
     _check_adapter(config)
     positive: dict[str, float] = {
         "data.sequence_length": config.data.sequence_length,
         "batch.sequences": config.batch.sequences,
         "batch.accumulation": config.batch.accumulation,
-        "schedule.epochs": config.schedule.epochs,
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.eps": config.optimizer.eps,
         "optimizer.max_grad_norm": config.optimizer.max_grad_norm,
@@ -291,7 +298,9 @@ def _check(config: FinetuneConfig) -> None:
         "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "parallel.replicate": config.parallel.replicate,
-    } | {f"repeat of {source.path!r}": source.repeat for source in config.data.train}
+    }
+    counts = {"schedule.epochs": config.schedule.epochs}
+    counts |= {f"repeat of {source.path!r}": source.repeat for source in config.data.train}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
         "schedule.final_fraction": config.schedule.final_fraction,
@@ -300,7 +309,8 @@ def _check(config: FinetuneConfig) -> None:
         "evaluation.answers": config.evaluation.answers,
     }
     if config.adapter is not None:
-        positive |= {"adapter.rank": config.adapter.rank, "adapter.alpha": config.adapter.alpha}
+        positive |= {"adapter.alpha": config.adapter.alpha}
+        counts |= {"adapter.rank": config.adapter.rank}
     if isinstance(config, SFTConfig):
         check_dropout(config.residual_dropout)
         not_negative |= {"loss.load_balancing": config.loss.load_balancing, "loss.router_z": config.loss.router_z}
@@ -308,12 +318,7 @@ def _check(config: FinetuneConfig) -> None:
         positive |= {"loss.beta": config.loss.strength}
         not_negative |= {"loss.desirable_weight": config.loss.desirable_weight}
         not_negative |= {"loss.undesirable_weight": config.loss.undesirable_weight}
-    for key, value in positive.items():
-        if not 0 < value < 2**63:  # false for nan and inf as well
-            raise ConfigError(f"{key} must be above 0 and below 2^63, not {shown(value)}.")
-    for key, value in not_negative.items():
-        if not 0 <= value < 2**63:
-            raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
+    check_ranges(positive=positive, not_negative=not_negative, counts=counts)
     for share in (*config.optimizer.betas, config.schedule.warmup):
         if not 0 <= share < 1:
             raise ConfigError(f"optimizer.betas and schedule.warmup must be from 0 to below 1, not {shown(share)}.")
