@@ -12,12 +12,12 @@ import torch
 from olmoe.errors import BackendUnavailableError
 from olmoe.model import CausalLM, set_products
 from olmoe.runtime import cpu_multiplies_bf16
-from olmoe.train.config import BF16_PRODUCTS, TrainConfig
+from olmoe.train.config import BF16_PRODUCTS, ComputeConfig
 
 
-def check(config: TrainConfig, device: torch.device) -> None:
+def check(config: ComputeConfig, device: torch.device) -> None:
     """Raise `BackendUnavailableError` if the device multiplies bf16 no faster than fp32, though it is asked to."""
-    if config.compute.precision != BF16_PRODUCTS:
+    if config.precision != BF16_PRODUCTS:
         return
     fits = cpu_multiplies_bf16() if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
     if not fits:
@@ -28,7 +28,7 @@ def check(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def set_up(model: CausalLM, config: TrainConfig) -> None:
+def set_up(model: CausalLM, config: ComputeConfig) -> None:
     """Let a model compute as the configuration says."""
-    if config.compute.precision == BF16_PRODUCTS:
+    if config.precision == BF16_PRODUCTS:
         set_products(model, torch.bfloat16)

@@ -18,8 +18,6 @@ from olmoe.adapters.experts import outputs_unneeded
 from olmoe.adapters.modules import LoraExperts
 from olmoe.model import DecoderLayer
 
-MODES = ("off", "selective", "full")
-
 _aten = torch.ops.aten
 # Products and attention: nearly all of a layer's time.
 _KEPT = {
