@@ -1,8 +1,9 @@
 """Run the tests of the C++ kernels with sanitizers: `make sanitize`.
 
-Builds the extension module with the address and undefined-behaviour sanitizers in build/sanitize, and runs
-tests/ops/cpu, tests/runner and those of the kernels in tests/hf with it in the place of the installed one. Also builds
-and runs the thread pool's own test (csrc/tests/threads.cpp) with the thread sanitizer. Needs GCC, CMake and nanobind.
+Builds the extension module with the address and undefined-behaviour sanitizers in build/sanitize, and runs the tests
+of whatever calls it with it in the place of the installed one: operations, runner, quantization, the kernels' layer of
+the Hugging Face classes. Also builds and runs the programs of csrc/tests, which test the thread pool and the operations
+of training, with the thread sanitizer. Needs GCC, CMake and nanobind.
 
 Arguments after the script's name are given to pytest. As a pytest plugin (`-p sanitize`) this file loads the module
 that OLMOE_TEST_KERNELS names.
@@ -68,11 +69,19 @@ def build() -> Path:
 
 
 def check_threads() -> None:
-    """The thread pool under the thread sanitizer, which Python and torch could not run under."""
-    program = BUILD / "threads"
-    sources = ROOT / "csrc" / "tests" / "threads.cpp", ROOT / "csrc" / "core" / "threads.cpp"
-    run(compiler(), "-std=c++20", "-g", "-O1", "-fsanitize=thread", *sources, "-o", program, "-pthread")
-    run(program)
+    """The programs of csrc/tests under the thread sanitizer, which Python and torch could not run under.
+
+    GNU's OpenMP library, whose threads training borrows from torch, would be reported as one race: the sanitizer does
+    not see how it orders its threads. The programs lend the same operations threads of their own.
+    """
+    core = sorted((ROOT / "csrc" / "core").glob("*.cpp"))
+    training = [ROOT / "csrc" / "ops" / name for name in ("training.cpp", "dispatch.cpp")]
+    scalar = sorted((ROOT / "csrc" / "isa" / "scalar").glob("*.cpp"))
+    for name, sources in {"threads": core, "training": core + training + scalar}.items():
+        test, program = ROOT / "csrc" / "tests" / f"{name}.cpp", BUILD / name
+        flags = "-std=c++20", "-g", "-O1", "-fsanitize=thread", "-DOLMOE_ISAS=ISA(scalar)"
+        run(compiler(), *flags, test, *sources, "-o", program, "-pthread")
+        run(program)
 
 
 def main() -> None:
@@ -80,8 +89,9 @@ def main() -> None:
     module = build()
     check_threads()
     tests = sys.argv[1:] or [
-        "tests/ops/cpu",
+        "tests/ops",
         "tests/runner",
+        "tests/quant",
         "tests/hf/test_kernel_layer.py",
         "tests/hf/test_kernel_layer_changes.py",
     ]

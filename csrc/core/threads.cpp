@@ -163,12 +163,12 @@ void ThreadPool::help() {
 }
 
 std::mutex& one_at_a_time() {
+  handle_forks();  // here, because training takes this lock without ever asking for the pool
   static std::mutex mutex;
   return mutex;
 }
 
 ThreadPool& pool() {
-  handle_forks();
   std::lock_guard lock(pool_mutex);
   const int threads = wanted_threads();
   if (!current || current->threads() != threads) {

@@ -101,12 +101,12 @@ def test_sentences_are_computed(numbers):
         in (said["domains-top-1"])
     )
     assert "against 37.5% if routing were uniform" in said["domains-top-k"]
-    assert "m4 chooses 70.0% as well on average, least on $other$ in layer 4 (50.0%)" in said["agreement"]
+    assert "m4 also chooses 70.0% of the experts that tokens choose here; the models agree least on $other$ in layer 4 (50.0%)" in said["agreement"]
     assert "no expert is unused" in said["load"]
     often = sum(numbers["layers"][layer]["often_together"] for layer in ("0", "2", "4"))
     assert f"{often} of 168 ordered pairs" in said["coactivation"]
     changed = numbers | {"layers": {k: v | {"dead": 2} for k, v in numbers["layers"].items()}}
-    assert "10 experts of all layers took no token" in findings(changed)["load"]
+    assert "10 experts over all layers received no token" in findings(changed)["load"]
 
 
 def test_two_models_side_by_side(trained):
@@ -118,7 +118,7 @@ def test_two_models_side_by_side(trained):
     assert outline[1:] == pytest.approx(bars[1:])
     before = trained["domains"]["$other$"]["layers"]["2"]["top_k"][0]
     assert (
-        f"$other$ that chooses expert 0 of layer 2 differs most: {before:.1%}, and 0.0% in m4" in said["before-after"]
+        f"differs most for $other$ and expert 0 of layer 2: {before:.1%} here and 0.0% in m4" in said["before-after"]
     )
 
 
@@ -137,7 +137,7 @@ def test_curves_over_training(trained):
     many = draw(trained | {"revisions": unnamed})["revisions"].axes[1]
     assert len(many.get_xticks()) == 8
     assert many.get_xticklabels()[0].get_text() == "r0r0r0r0r0r0r…"
-    assert "Over training" in page(trained, {"revisions": drawn})
+    assert "During training" in page(trained, {"revisions": drawn})
 
 
 def test_an_expert_by_domain(numbers):
@@ -165,10 +165,10 @@ def test_one_token_and_one_expert(tmp_path):
     found = json.loads(json.dumps(measure(Trace.open(tmp_path / "t"))))
     drawn = draw(found)
     text = page(found | {"tokens": 1}, drawn)
-    assert "1 token of 2 domains" in text
+    assert "1 token from 2 domains" in text
     assert "chose 1 of 1 expert." in text
-    assert "has 100.0% of the greatest entropy" in text
-    assert "furthest from all domains" not in text  # they are alike
+    assert "reaches 100.0% of the maximum entropy" in text
+    assert "from all domains together and" not in text  # they are alike
     assert "only one token" in text
     for name in ("domains-top-k", "load", "vocabulary-experts"):
         ax = drawn[name].axes[0]

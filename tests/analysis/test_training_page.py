@@ -30,30 +30,30 @@ def test_the_page_is_complete_in_itself(tmp_path):
 def test_a_page_that_is_followed_is_read_again(tmp_path):
     text = training_page("run", read_curves(write_records(tmp_path, steps=30), most=10), reload=20)
     assert '<meta http-equiv="refresh" content="20">' in text
-    assert "A point is the mean of 4 steps, a band their range." in text
+    assert "Each point is the mean of 4 steps, each band their range." in text
 
 
 def test_sentences_are_computed(tmp_path):
     said = training_findings(read_curves(write_records(tmp_path, steps=30)))
     assert all(re.fullmatch(r"[A-Z][^\n]*[^.]\.", sentence) for sentence in said.values())
-    assert "from 2.970 to 2.100 nats a token; the held-out file books has 1.333." in said["loss"]
-    assert "was lowest with 0.6667 at 1,920 tokens and is 0.6667 now" in said["bits"]
+    assert "from 2.970 to 2.100 nats per token; on the held-out file books it is 1.333." in said["loss"]
+    assert "was lowest at 1,920 tokens (0.6667) and is now 0.6667" in said["bits"]
     assert (
         "3.00e-02 after a peak of 3.00e-02; the largest gradient norm before clipping was 10 (step 1)"
         in (said["schedule"])
     )
     assert (
-        "expert 0 of layer 0 took most with 2.00 times the uniform load, and expert 3 of layer 0 least with 0.00"
+        "expert 0 of layer 0 had the highest load, 2.00 times the uniform one, and expert 3 of layer 0 the lowest (0.00)"
         in (said["load"])
     )
     assert (
-        "1.97 times the uniform load, the entropy of a layer's load is 0.700 of the greatest, 1.0 experts"
+        "1.97 times the uniform load, the entropy of a layer's load is 0.700 of the maximum, 1.0 experts"
         in (said["balance"])
     )
-    assert "probability is 0.150 above the second's (at first 0.150)" in said["margins"]
-    assert "is 0.1600 above the next, least in layer 0 (0.0200)" in said["margins"]
-    assert "1,000 tokens a second in the median, which is 25.0% of what the devices can do" in said["speed"]
-    assert "took 1.00 GB at most" in said["speed"]
+    assert "probability is 0.150 above the second's (0.150 at the start of the run)" in said["margins"]
+    assert "is 0.1600 above the next one's, with the smallest margin in layer 0 (0.0200)" in said["margins"]
+    assert "The median throughput is 1,000 tokens per second, 25.0% of the devices' peak" in said["speed"]
+    assert "used at most 1.00 GB" in said["speed"]
 
 
 def test_sentences_of_a_run_that_recorded_less(tmp_path):

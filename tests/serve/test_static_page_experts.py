@@ -167,7 +167,7 @@ def test_banning_changes_the_text(opened, backend):  # noqa: F811
     changed = [i for i, (a, b) in enumerate(zip(before.split(), after.split(), strict=True)) if a != b]
     assert changed
     assert [span.text_content().strip() for span in turn.locator(".token.changed").all()]
-    expect(turn.locator(".compared")).to_contain_text("differ from the answer before; the first is token")
+    expect(turn.locator(".compared")).to_contain_text("differ from the previous answer; the first is token")
     expect(turn.locator(".meta")).to_contain_text(f"Ban L2 · E{expert}")
     expect(page.locator("#rerun")).to_be_hidden()
     for span in turn.locator(".token").all()[::5]:

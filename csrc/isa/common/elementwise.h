@@ -107,26 +107,35 @@ inline void load_from(const void* x, int n, Type type, float* out) {
                                    : scalar_as<Type::kF16>(x, i);
 }
 
+// Magnitudes as integers: these compare just as the numbers do, and NaN, which must not get lost, is above all others.
+OLMOE_INLINE vi magnitude_bits(vf v) { return (vi)v & 0x7fffffff; }
+OLMOE_INLINE int32_t largest_lane(vi v) {
+  int32_t top = v[0];
+  for (int i = 1; i < W; i++) top = v[i] > top ? v[i] : top;
+  return top;
+}
+OLMOE_INLINE float number_of(int32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
 // max|x| / 127 of n values.
 OLMOE_INLINE float byte_scale(const float* x, int n) {
-  // As integers, magnitudes compare just as they do as numbers, and NaN is above all others: it must not get lost.
   vi largest = {};
   int i = 0;
   for (; i + W <= n; i += W) {
-    const vi magnitude = (vi)load(x + i) & 0x7fffffff;
+    const vi magnitude = magnitude_bits(load(x + i));
     largest = magnitude > largest ? magnitude : largest;
   }
-  int32_t top = largest[0];
-  for (int j = 1; j < W; j++) top = largest[j] > top ? largest[j] : top;
+  int32_t top = largest_lane(largest);
   for (; i < n; i++) {
     int32_t magnitude;
     std::memcpy(&magnitude, x + i, sizeof magnitude);
     magnitude &= 0x7fffffff;
     top = magnitude > top ? magnitude : top;
   }
-  float d;
-  std::memcpy(&d, &top, sizeof d);
-  return d / 127.0f;
+  return number_of(top) / 127.0f;
 }
 
 // What values of that scale are multiplied with, and whether they are numbers at all. If not, 0 times the scale is NaN,

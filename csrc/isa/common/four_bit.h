@@ -36,14 +36,16 @@ inline void encode_book_as(const void* x, int blocks, const float* bounds, const
   constexpr float kTiny = 1e-38f;  // keeps the inverse of a block of zeros finite
   typedef uint8_t vb __attribute__((vector_size(W)));
   for (int b = 0; b < blocks; b++) {
-    vf v[kVectors], most = {};
+    vf v[kVectors];
+    vi most = {};
     for (int i = 0; i < kVectors; i++) {
       v[i] = load_as<T>(x, size_t(b) * kBookBlock + i * W);
-      most = vmax(most, vmax(v[i], -v[i]));
+      const vi magnitude = magnitude_bits(v[i]);
+      most = magnitude > most ? magnitude : most;
     }
-    const float largest = max_of(most);
+    const float largest = number_of(largest_lane(most));
     scales[b] = largest;
-    const vf inverse = splat(1.0f / (largest > kTiny ? largest : kTiny));
+    const vf inverse = splat(1.0f / (largest < kTiny ? kTiny : largest));  // NaN passes
     uint8_t ranks[kBookBlock];
     for (int i = 0; i < kVectors; i++) {
       const vf scaled = v[i] * inverse;

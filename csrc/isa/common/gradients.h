@@ -11,7 +11,11 @@ struct UnitGradient {
 };
 
 OLMOE_INLINE UnitGradient unit_gradient(vf g, vf u, vf grad) {
-  const vf share = 1.0f / (vexp(-vmax(splat(-88.0f), g)) + 1.0f);  // as in swiglu
+  const vf lowest = splat(-88.0f);  // as in swiglu
+  const vf clamped = vmax(lowest, g);
+  // Zero below that: what is left of a sigmoid there matters again where it is multiplied with a large weight.
+  const vf share = g < lowest ? vf{} : 1.0f / (vexp(-clamped) + 1.0f);
+  g = clamped;
   const vf activated = g * share;
   return {activated * u, grad * u * share * (1.0f + g * (1.0f - share)), grad * activated};
 }

@@ -149,7 +149,7 @@ def _vocabulary(metrics: Metrics) -> Any:
 def _vocabulary_experts(metrics: Metrics) -> Any | None:
     """How exclusively each expert of a middle layer takes the ids whose favourite it is (Fig. 23)."""
     vocabulary = metrics["layers"][str(middle_layer(metrics))]["vocabulary"]
-    keys = {"experts": ("input", "id that is read"), "experts_predicted": ("predicted", "id that is predicted")}
+    keys = {"experts": ("input", "input id"), "experts_predicted": ("predicted", "predicted id")}
     shown = {key: names for key, names in keys.items() if key in vocabulary}
     if not shown:
         return None
@@ -188,7 +188,7 @@ def _token_shares(metrics: Metrics) -> Any | None:
     return figure
 
 
-_SEEN = {"input": "id that is read", "predicted": "id that is predicted", "next": "id that follows"}
+_SEEN = {"input": "input id", "predicted": "predicted id", "next": "next id"}
 
 
 def _flow(metrics: Metrics) -> Any | None:

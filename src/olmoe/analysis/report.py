@@ -19,17 +19,17 @@ _LISTED = 16
 _TITLES = {
     "domains-top-k": "Domains: all chosen experts",
     "domains-top-1": "Domains: first choices",
-    "load": "Load of experts",
-    "coactivation": "Experts that are chosen together",
-    "vocabulary": "Experts and the vocabulary",
-    "vocabulary-experts": "Experts of one layer and the vocabulary",
-    "token-shares": "Tokens of an expert by domain",
+    "load": "Expert load",
+    "coactivation": "Experts chosen together",
+    "vocabulary": "Vocabulary specialisation",
+    "vocabulary-experts": "Vocabulary specialisation of one layer’s experts",
+    "token-shares": "An expert’s tokens by domain",
     "flow": "From layer to layer",
-    "confidence": "How sure routers are",
+    "confidence": "Router confidence",
     "neighbours": "Neighbouring tokens",
     "agreement": "Agreement with another model",
     "before-after": "Domains in both models",
-    "revisions": "Over training",
+    "revisions": "During training",
 }
 
 
@@ -41,8 +41,9 @@ def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
     return document(
         title,
         f"<p>{html.escape(_summary(metrics))}</p>\n{_domain_table(metrics)}{sections}{_token_table(metrics)}"
-        "<p><small>Definitions: OLMoE: Open Mixture-of-Experts Language Models (Muennighoff et al. 2024), section 5. "
-        "Dashed lines are what uniform routing would give. All numbers are in metrics.json.</small></p>\n",
+        "<p><small>Definitions are those of “OLMoE: Open Mixture-of-Experts Language Models” (Muennighoff et al. 2024), "
+        "section 5. Dashed lines show uniform routing unless a caption says otherwise. All numbers are in metrics.json."
+        "</small></p>\n",
     )
 
 
@@ -74,7 +75,7 @@ def findings(metrics: Metrics) -> dict[str, str]:
 
 def _summary(metrics: Metrics) -> str:
     return (
-        f"{_number(metrics['tokens'], 'token')} of {_number(len(metrics['domains']), 'domain')} went through "
+        f"{_number(metrics['tokens'], 'token')} from {_number(len(metrics['domains']), 'domain')} passed through "
         f"{_number(metrics['layers_count'], 'layer')}, in each of which every token chose {metrics['top_k']} of "
         f"{_number(metrics['experts'], 'expert')}."
     )
@@ -92,8 +93,8 @@ def _domain_table(metrics: Metrics) -> str:
     )
     return (
         f'<div class="table"><table>\n<tr><th>domain</th><th class="number">tokens</th>{heads}</tr>\n{rows}'
-        "</table></div>\n<p>Columns of layers: how far the first choices of a domain are from those of all domains, "
-        "from 0 (the same) to 1 (no expert in common).</p>\n"
+        "</table></div>\n<p>The layer columns say how far a domain’s first choices are from those of all domains "
+        "together, from 0 (the same) to 1 (no expert in common).</p>\n"
     )
 
 
@@ -117,9 +118,9 @@ def _token_table(metrics: Metrics) -> str:
     )
     return (
         f'<section id="tokens">\n<h2>Tokens of experts in layer {found["layer"]}</h2>\n<div class="table"><table>\n'
-        f'<tr><th class="number">expert</th><th>tokens, and the share of them that choose it first</th></tr>\n{rows}'
-        f"</table></div>\n<p>Tokens that occur at least {found['least']} times; the experts that take theirs most "
-        "exclusively come first.</p>\n</section>\n"
+        f'<tr><th class="number">expert</th><th>tokens, each with the share of its occurrences that choose this expert first</th></tr>\n{rows}'
+        f"</table></div>\n<p>Only tokens that occur at least {found['least']} times; the experts with the most exclusive "
+        "tokens come first.</p>\n</section>\n"
     )
 
 
@@ -151,7 +152,7 @@ def _say_domains(metrics: Metrics, which: str) -> str:
         apart = {name: _distance(numbers, last) for name, numbers in metrics["domains"].items()}
         most, least = max(apart, key=apart.__getitem__), min(apart, key=apart.__getitem__)
         if apart[most] > apart[least]:
-            text += f"; in the last layer {most} is furthest from all domains together, {least} nearest to them"
+            text += f"; in the last layer, {most} differs most from all domains together and {least} least"
     return text + "."
 
 
@@ -160,10 +161,10 @@ def _say_load(metrics: Metrics) -> str:
     dead = sum(numbers["dead"] for numbers in layers.values())
     peak = max(layers, key=lambda layer: layers[layer]["max_over_mean"])
     even = min(layers, key=lambda layer: layers[layer]["entropy"])
-    unused = "no expert is unused" if dead == 0 else f"{_number(dead, 'expert')} of all layers took no token"
+    unused = "no expert is unused" if dead == 0 else f"{_number(dead, 'expert')} over all layers received no token"
     return (
         f"The busiest expert has {layers[peak]['max_over_mean']:.1f} times the uniform load (layer {peak}), the least "
-        f"even layer ({even}) has {layers[even]['entropy']:.1%} of the greatest entropy, and {unused}."
+        f"balanced layer ({even}) reaches {layers[even]['entropy']:.1%} of the maximum entropy, and {unused}."
     )
 
 
@@ -175,13 +176,14 @@ def _say_coactivation(metrics: Metrics) -> str:
     ]
     chance = metrics["chance"]["coactivation"]
     if not found:
-        return "No two experts are chosen together, since a token chooses one alone."
+        return "No two experts are chosen together, because a token chooses only one."
     share, layer, i, j = max(found)
     often = sum(metrics["layers"][str(layer)]["often_together"] for layer in shown_layers(metrics))
     pairs = sum(metrics["experts"] * (metrics["experts"] - 1) for _ in shown_layers(metrics))
     return (
-        f"Of the tokens of expert {i} in layer {layer}, {share:.0%} choose expert {j} too, against {chance:.1%} by "
-        f"chance; in the layers shown, {often:,} of {pairs:,} ordered pairs are together more than half the time."
+        f"Of the tokens that choose expert {i} of layer {layer}, {share:.0%} also choose expert {j}, against "
+        f"{chance:.1%} by chance; in the layers shown, {often:,} of {pairs:,} ordered pairs are chosen together more "
+        "than half the time."
     )
 
 
@@ -189,15 +191,15 @@ def _say_vocabulary(metrics: Metrics) -> str:
     last = str(metrics["layers_count"] - 1)
     first, final = metrics["layers"]["0"]["vocabulary"], metrics["layers"][last]["vocabulary"]
     text = (
-        f"The expert that an id is sent to first takes {first['input']['top_1']:.0%} of the id's tokens in layer 0 and "
-        f"{final['input']['top_1']:.0%} in layer {last} on average over ids that are read"
+        f"On average over input ids, an id’s favourite expert is the first choice for {first['input']['top_1']:.0%} of "
+        f"its occurrences in layer 0 and {final['input']['top_1']:.0%} in layer {last}"
     )
     if "predicted" in final:
         more = final["predicted"]["top_1"] > final["input"]["top_1"]
-        follows = "comes out more than what goes in" if more else "goes in at least as much as what comes out"
+        follows = "the output token more than the input" if more else "the input token at least as much as the output"
         text += (
-            f", and {final['predicted']['top_1']:.0%} there over ids that are predicted, so that the last layer "
-            f"follows what {follows}"
+            f"; over predicted ids it is {final['predicted']['top_1']:.0%} there, so the last layer’s routing follows "
+            f"{follows}"
         )
     return text + "."
 
@@ -210,9 +212,9 @@ def _say_vocabulary_experts(metrics: Metrics) -> str:
         return f"No expert of layer {layer} is the favourite of any id."
     most, least = max(found), min(found)
     return (
-        f"In layer {layer}, expert {-most[1]} keeps most to its own ids, of which it takes {most[0]:.0%} of the "
-        f"occurrences on average, and expert {-least[1]} least ({least[0]:.0%}); the dashed line is the mean over ids, "
-        f"{vocabulary['input']['top_1']:.0%} of those that are read."
+        f"In layer {layer}, expert {-most[1]} is the most specialised: on average it takes {most[0]:.0%} of the "
+        f"occurrences of the ids that prefer it, and expert {-least[1]}, the least specialised, {least[0]:.0%}; the "
+        f"dashed line is the mean over ids, {vocabulary['input']['top_1']:.0%} for input ids."
     )
 
 
@@ -227,22 +229,22 @@ def _say_token_shares(metrics: Metrics) -> str:
     most, least = max(own, key=own.__getitem__), min(own, key=own.__getitem__)
     return (
         f"Expert {experts[0]} of layer {found['layer']} takes at least half of the occurrences of "
-        f"{_number(own[most], 'id')} in {most}, and of {own[least]:,} in {least}; a row shows how an expert's ids in a "
-        f"domain spread over the share of their occurrences that it takes there, and beside it how many there are, of "
-        f"those that it took {found['least']} times or more."
+        f"{_number(own[most], 'id')} in {most}, and of {own[least]:,} in {least}; each row is a histogram of the "
+        "ids of one expert in one domain by the share of their occurrences that the expert takes there, with the number "
+        f"of these ids beside it (only ids that it took at least {found['least']} times)."
     )
 
 
 def _say_flow(metrics: Metrics) -> str:
     found = [(tokens, i, j, *name.split("-")) for name, triples in metrics["flow"].items() for i, j, tokens in triples]
     if not found:
-        return "There is one layer alone, so nothing flows."
+        return "There is only one layer, so there are no paths between layers."
     tokens, i, j, a, b = max(found)
     chance = 1 / metrics["experts"] ** 2
     return (
-        f"The widest path goes from expert {i} of layer {a} to expert {j} of layer {b} with "
+        f"The widest path, from expert {i} of layer {a} to expert {j} of layer {b}, carries "
         f"{tokens / metrics['tokens']:.1%} of all tokens, against {chance:.2%} if first choices were uniform and "
-        "independent; only the widest paths are drawn, by first choices."
+        "independent; paths follow first choices, and only the widest are drawn."
     )
 
 
@@ -251,20 +253,20 @@ def _say_confidence(metrics: Metrics) -> str:
     sure = max(layers, key=lambda layer: layers[layer]["first"])
     unsure = min(layers, key=lambda layer: layers[layer]["first"])
     return (
-        f"Routers are surest in layer {sure}, where the first expert has a probability of {layers[sure]['first']:.2f} "
-        f"on average and leads by {layers[sure]['margin']:.2f}, and least sure in layer {unsure} "
-        f"({layers[unsure]['first']:.2f}, by {layers[unsure]['margin']:.2f})."
+        f"Routers are most confident in layer {sure}, where the first expert’s probability is "
+        f"{layers[sure]['first']:.2f} on average, {layers[sure]['margin']:.2f} above the second’s, and least confident "
+        f"in layer {unsure} ({layers[unsure]['first']:.2f}, {layers[unsure]['margin']:.2f} above the second’s)."
     )
 
 
 def _say_neighbours(metrics: Metrics) -> str:
     if metrics["tokens"] == 1:
-        return "There is only one token, so none has another before it."
+        return "There is only one token, so it has no neighbour."
     values = {layer: numbers["neighbours"] for layer, numbers in metrics["layers"].items()}
     mean, most = sum(values.values()) / len(values), max(values, key=values.__getitem__)
     return (
-        f"A token shares {mean:.0%} of its experts with the one before it on average over layers, most in layer {most} "
-        f"({values[most]:.0%}), against {metrics['chance']['saturation_k']:.1%} by chance."
+        f"On average over layers, a token shares {mean:.0%} of its experts with the token before it, against "
+        f"{metrics['chance']['saturation_k']:.1%} by chance; it shares most in layer {most} ({values[most]:.0%})."
     )
 
 
@@ -277,8 +279,8 @@ def _say_agreement(metrics: Metrics) -> str:
     mean = sum(share for share, *_ in found) / len(found)
     least, name, layer = min(found)
     return (
-        f"Of the experts that tokens choose, {metrics['against']['model']} chooses {mean:.1%} as well on average, "
-        f"least on {name} in layer {layer} ({least:.1%})."
+        f"On average, {metrics['against']['model']} also chooses {mean:.1%} of the experts that tokens choose here; the "
+        f"models agree least on {name} in layer {layer} ({least:.1%})."
     )
 
 
@@ -295,9 +297,9 @@ def _say_before_after(metrics: Metrics) -> str:
     _, before, after, name, layer, expert = max(found)
     mean = sum(item[0] for item in found) / len(found)
     return (
-        f"Of all domains, layers shown and experts, the share of {name} that chooses expert {expert} of layer {layer} "
-        f"differs most: {before:.1%}, and {after:.1%} in {other['model']}; the mean difference is {mean:.2%} of a "
-        "domain's tokens."
+        f"The share of tokens that choose an expert differs most for {name} and expert {expert} of layer {layer}: "
+        f"{before:.1%} here and {after:.1%} in {other['model']}; the mean absolute difference over domains, experts and "
+        f"the layers shown is {100 * mean:.2f} percentage points."
     )
 
 
@@ -311,10 +313,10 @@ def _say_revisions(metrics: Metrics) -> str:
     slowest = min(end["layers"], key=lambda layer: end["layers"][layer]["saturation_k"])
     grown = "" if end is start else f", and {end['name']} {mean(end, 'saturation_k'):.0%}"
     return (
-        f"On average over layers {start['name']} chooses {mean(start, 'saturation_k'):.0%} of the final experts"
+        f"On average over layers, {start['name']} chooses {mean(start, 'saturation_k'):.0%} of the final experts"
         f"{grown} ({mean(end, 'saturation_1'):.0%} of first choices), against "
-        f"{metrics['chance']['saturation_k']:.1%} by chance; layer {slowest} is furthest from its final choices there "
-        f"({end['layers'][slowest]['saturation_k']:.0%})."
+        f"{metrics['chance']['saturation_k']:.1%} by chance; in {end['name']}, layer {slowest} is furthest from its "
+        f"final choices ({end['layers'][slowest]['saturation_k']:.0%})."
     )
 
 

@@ -17,8 +17,8 @@ _TITLES = {
     "bits": "Held-out bits per byte",
     "schedule": "Learning rate and gradients",
     "load": "Load of every expert",
-    "balance": "How evenly layers use their experts",
-    "margins": "How sure routers are",
+    "balance": "Load balance",
+    "margins": "Router confidence",
     "speed": "Speed and memory",
 }
 
@@ -28,7 +28,7 @@ def training_page(name: str, curves: TrainingCurves, reload: float | None = None
     sentences = training_findings(curves)
     figures = draw_training(curves)
     sections = "".join(section(key, _TITLES[key], figure, sentences[key]) for key, figure in figures.items())
-    many = "" if curves.stride == 1 else f" A point is the mean of {curves.stride} steps, a band their range."
+    many = "" if curves.stride == 1 else f" Each point is the mean of {curves.stride} steps, each band their range."
     return document(
         f"Training of {name}",
         f"<p>{html.escape(_summary(curves) + many)}</p>\n{_table(curves)}{sections}"
@@ -77,26 +77,26 @@ def _table(curves: TrainingCurves) -> str:
 
 def _say_loss(curves: TrainingCurves) -> str:
     values = curves.mean.get("cross_entropy", np.array([math.nan]))
-    text = f"The training loss went from {values[0]:.3f} to {values[-1]:.3f} nats a token"
+    text = f"The training loss went from {values[0]:.3f} to {values[-1]:.3f} nats per token"
     if curves.held_out:
         last = {name: points[-1][1] for name, points in curves.held_out.items()}
         worst, best = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
         if len(last) == 1:
-            text += f"; the held-out file {best} has {last[best]:.3f}"
+            text += f"; on the held-out file {best} it is {last[best]:.3f}"
         else:
-            text += f"; of held-out files {best} is easiest ({last[best]:.3f}) and {worst} hardest ({last[worst]:.3f})"
+            text += f"; of the held-out files, {best} is the easiest ({last[best]:.3f}) and {worst} the hardest ({last[worst]:.3f})"
     return text + "."
 
 
 def _say_bits(curves: TrainingCurves) -> str:
     known = [points for points in curves.held_out.values() if math.isfinite(points[-1][2])]
     if not known:
-        return "The bytes of the held-out files are not known."
+        return "The sizes of the held-out files in bytes are not known."
     sums = [sum(each) / len(known) for each in zip(*([p[2] for p in points] for points in known), strict=False)]
     at = min(range(len(sums)), key=sums.__getitem__)
     return (
-        f"The mean over files, which decides which checkpoint is best, was lowest with {sums[at]:.4f} at "
-        f"{known[0][at][0]:,} tokens and is {sums[-1]:.4f} now."
+        f"The mean over files, by which the best checkpoint is chosen, was lowest at {known[0][at][0]:,} tokens "
+        f"({sums[at]:.4f}) and is now {sums[-1]:.4f}."
     )
 
 
@@ -112,14 +112,14 @@ def _say_schedule(curves: TrainingCurves) -> str:
 
 def _say_load(curves: TrainingCurves) -> str:
     if curves.load is None:
-        return "The load of experts was not recorded."
+        return "Expert load was not recorded."
     load = curves.load[-1]
     layer, expert = np.unravel_index(int((load / load.mean(axis=1, keepdims=True)).argmax()), load.shape)
     least = np.unravel_index(int((load / load.mean(axis=1, keepdims=True)).argmin()), load.shape)
     times = [load[at] / load[at[0]].mean() for at in ((layer, expert), least)]
     return (
-        f"In the last {_steps(curves)} expert {expert} of layer {layer} took most with {times[0]:.2f} times the "
-        f"uniform load, and expert {least[1]} of layer {least[0]} least with {times[1]:.2f}."
+        f"In the last {_steps(curves)}, expert {expert} of layer {layer} had the highest load, {times[0]:.2f} times the "
+        f"uniform one, and expert {least[1]} of layer {least[0]} the lowest ({times[1]:.2f})."
     )
 
 
@@ -127,31 +127,32 @@ def _say_balance(curves: TrainingCurves) -> str:
     parts = []
     if curves.load is not None:
         parts.append(
-            f"the busiest expert of a layer takes {max_over_mean(curves)[-1].mean():.2f} times the uniform load"
+            f"the busiest expert of a layer has {max_over_mean(curves)[-1].mean():.2f} times the uniform load"
         )
     if "expert_entropy" in curves.by_layer:
         parts.append(
-            f"the entropy of a layer's load is {curves.by_layer['expert_entropy'][-1].mean():.3f} of the greatest"
+            f"the entropy of a layer's load is {curves.by_layer['expert_entropy'][-1].mean():.3f} of the maximum"
         )
     if "dead_experts" in curves.by_layer:
-        parts.append(f"{curves.by_layer['dead_experts'][-1].sum():.1f} experts of all layers take no token of a step")
+        parts.append(f"{curves.by_layer['dead_experts'][-1].sum():.1f} experts over all layers get no token in a step")
     if not parts:
-        return "How evenly experts are used was not recorded."
-    return f"In the last {_steps(curves)}, on average, {', '.join(parts)}."
+        return "Load balance was not recorded."
+    return f"In the last {_steps(curves)}, on average: {', '.join(parts)}."
 
 
 def _say_margins(curves: TrainingCurves) -> str:
     if "router_margin" not in curves.by_layer:
-        return "Margins of routers were not recorded."
+        return "Router margins were not recorded."
     first, now = (curves.by_layer["router_margin"][at].mean() for at in (0, -1))
     text = (
-        f"On average over layers the first expert's probability is {now:.3f} above the second's (at first {first:.3f})"
+        f"On average over layers, the first expert's probability is {now:.3f} above the second's ({first:.3f} at the "
+        "start of the run)"
     )
     if "router_cutoff_margin" in curves.by_layer:
         cutoff = curves.by_layer["router_cutoff_margin"][-1]
         text += (
-            f", and the last expert that is chosen is {cutoff.mean():.4f} above the next, least in layer "
-            f"{int(cutoff.argmin())} ({cutoff.min():.4f})"
+            f", and the last chosen expert's is {cutoff.mean():.4f} above the next one's, with the smallest margin in "
+            f"layer {int(cutoff.argmin())} ({cutoff.min():.4f})"
         )
     return text + "."
 
@@ -159,11 +160,11 @@ def _say_margins(curves: TrainingCurves) -> str:
 def _say_speed(curves: TrainingCurves) -> str:
     if "tokens_per_second" not in curves.mean:
         return "Speed was not recorded."
-    text = f"A step trains {np.nanmedian(curves.mean['tokens_per_second']):,.0f} tokens a second in the median"
+    text = f"The median throughput is {np.nanmedian(curves.mean['tokens_per_second']):,.0f} tokens per second"
     if "mfu" in curves.mean:
-        text += f", which is {np.nanmedian(curves.mean['mfu']):.1%} of what the devices can do (MFU, active parameters)"
+        text += f", {np.nanmedian(curves.mean['mfu']):.1%} of the devices' peak (MFU, by active parameters)"
     if "peak_memory_bytes" in curves.mean:
-        text += f"; the process took {np.nanmax(curves.high['peak_memory_bytes']) / 1e9:.2f} GB at most"
+        text += f"; the process used at most {np.nanmax(curves.high['peak_memory_bytes']) / 1e9:.2f} GB"
     return text + "."
 
 

@@ -61,10 +61,9 @@ def moe(
         out_MD = torch_fast.experts(gathered_MD, rows.offsets_E, gate_up, down, activation)
         return torch_fast.combine(out_MD.float(), weights_NK, rows).to(x.dtype)
 
-    tensors = x, weights_NK, expert_ids_NK, gate_up, down
-    if activation is F.silu and training.takes_products(dtype, *tensors):
-        return training.moe(*tensors, plain, dtype)
-    return plain(*tensors)
+    if activation is F.silu and training.takes_products(dtype, x, weights_NK, gate_up, down, indices=expert_ids_NK):
+        return training.moe(x, weights_NK, expert_ids_NK, gate_up, down, plain, dtype)
+    return plain(x, weights_NK, expert_ids_NK, gate_up, down)
 
 
 class _LoweredCrossEntropy(torch.autograd.Function):
@@ -126,7 +125,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
 
     if transformed():
         return plain(x, weight, labels)
-    if training.takes_products(dtype, x, weight, labels):
+    if training.takes_products(dtype, x, weight, indices=labels):
         return training.linear_cross_entropy(x, weight, labels, ignore_index, plain, dtype)
     loss: Tensor = _LoweredCrossEntropy.apply(x, weight, labels, ignore_index, dtype)
     return loss

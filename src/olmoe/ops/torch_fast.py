@@ -319,7 +319,7 @@ def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, a
         rows, *weights = _lowered(lower, rows_MD, gate_up, down)
         with without_autocast(rows_MD):
             return experts(rows, offsets_E, *weights, activation).to(rows_MD.dtype)
-    if activation is F.silu and training.takes(rows_MD, offsets_E, gate_up, down):
+    if activation is F.silu and training.takes(rows_MD, gate_up, down, indices=offsets_E):
         return training.experts(rows_MD, offsets_E, gate_up, down, _experts)
     return _experts(rows_MD, offsets_E, gate_up, down, activation)
 
@@ -455,7 +455,7 @@ def moe(
             return moe(inputs, weights_NK, expert_ids_NK, *weights, activation).to(x.dtype)
     if mapped(expert_ids_NK):
         return composable.moe(x, weights_NK, expert_ids_NK, gate_up, down, activation)
-    if activation is F.silu and training.takes(x, weights_NK, expert_ids_NK, gate_up, down):
+    if activation is F.silu and training.takes(x, weights_NK, gate_up, down, indices=expert_ids_NK):
         return training.moe(x, weights_NK, expert_ids_NK, gate_up, down, _moe)
     return _moe(x, weights_NK, expert_ids_NK, gate_up, down, activation)
 
@@ -478,7 +478,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     """See `reference.linear_cross_entropy`."""
     if transformed():
         return plain_cross_entropy(x, weight, labels, ignore_index)
-    if training.takes(x, weight, labels):
+    if training.takes(x, weight, indices=labels):
 
         def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             return plain_cross_entropy(x, weight, labels, ignore_index)

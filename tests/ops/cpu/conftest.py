@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from olmoe.ops import cpu
+from olmoe.ops.cpu import extension, training
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +36,13 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch's threads", "our threads"])
+def team(request):
+    """The threads that torch has, and the pool for where they cannot be had."""
+    training._share_threads()
+    if request.param == "our threads":
+        extension.kernels().set_parallel(0)
+    yield request.param
+    training._share_threads.cache_clear()

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -130,6 +131,43 @@ def test_a_fork_while_another_thread_computes_can_compute(set_threads):
         stop.set()
         worker.join()
     assert torch.equal(product(x), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are Unix's")
+def test_a_fork_while_another_thread_trains_can_train():
+    """In a process of its own, which never asks for the pool: operations of training run on torch's threads."""
+    script = """
+import os, sys, threading
+import torch
+from olmoe import ops
+
+torch.set_num_threads(2)
+x, weight, stop, started = torch.ones(400, 600), torch.ones(600, 600, requires_grad=True), [], threading.Event()
+
+def busy():
+    while not stop:
+        ops.linear(x, weight)
+        started.set()
+
+worker = threading.Thread(target=busy)
+worker.start()
+started.wait()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if float(ops.linear(x[:1, :8], weight[:4, :8])[0, 0]) == 8 else 3)
+    timer = threading.Timer(60, os.kill, (child, 9))
+    timer.start()
+    status = os.waitpid(child, 0)[1]
+    timer.cancel()
+    if status:
+        break
+stop.append(True)
+worker.join()
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=300, check=False).returncode == 0
 
 
 def wait(child: int, seconds: float = 20.0) -> int:

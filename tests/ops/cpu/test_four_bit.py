@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,24 @@ def test_bits_are_those_of_torch(plain, shape, name, dtype, double_quant):
         assert torch.equal(value, expected[part]), part
     for wanted in DTYPES:
         assert torch.equal(format.decode(parts, *shape, wanted), plain(format.decode, parts, *shape, wanted)), wanted
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("place", [0, 5, 63])
+def test_blocks_that_hold_a_value_that_is_not_finite(plain, place, value, dtype):
+    """One NaN makes its block NaN, wherever it stands; it must not become an ordinary weight."""
+    format, values = FourBit("nf4"), weight(4, 64, dtype)
+    values[2, place] = value
+    parts, expected = format.encode(values), plain(format.encode, values)
+    assert torch.equal(parts["codes"], expected["codes"])
+    assert torch.equal(parts["absmax"].isnan(), expected["absmax"].isnan())
+    assert parts["absmax"][2].isnan() == math.isnan(value)
+    decoded, by_torch = (f(format.decode, parts, 4, 64, dtype) for f in (lambda d, *a: d(*a), plain))
+    assert torch.equal(decoded[2].isfinite(), by_torch[2].isfinite())
+    assert not decoded[2].isfinite().any()
+    assert decoded[[0, 1, 3]].isfinite().all()
 
 
 def test_what_the_kernels_do_not_take():

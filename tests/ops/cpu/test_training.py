@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from olmoe import ops
 from olmoe.ops import torch_fast
-from olmoe.ops.cpu import extension, training
+from olmoe.ops.cpu import training
 from ops.cpu.matrices import error, random
+from ops.cpu.training_calls import CALLS, doubled, gradients, leaf, moe, moe_inputs
 
 
 @pytest.fixture
@@ -24,47 +25,6 @@ def kernels_only(monkeypatch):
 
     for name in ("_moe", "_experts", "_apply_rope"):
         monkeypatch.setattr(torch_fast, name, refuse)
-
-
-@pytest.fixture(params=["torch's threads", "our threads"])
-def team(request):
-    """The threads that torch has, and the pool for where they cannot be had."""
-    training._share_threads()
-    if request.param == "our threads":
-        extension.kernels().set_parallel(0)
-    yield request.param
-    training._share_threads.cache_clear()
-
-
-def leaf(*shape, seed=0, scale=1.0):
-    return random(*shape, seed=seed, scale=scale).requires_grad_()
-
-
-def gradients(function, inputs, seed=9):
-    """The value of `function`, and the gradients of `inputs` for a random one of it."""
-    out = function(*inputs)
-    grad = random(max(out.numel(), 1), seed=seed).view(out.shape).to(out.dtype)
-    return out.detach(), torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)
-
-
-def doubled(inputs):
-    """The same in double precision."""
-    return [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs]
-
-
-def chosen(n, e, k, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(n)])
-
-
-def moe_inputs(n, e, k, d, f):
-    weights = torch.rand(n, k, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    gate_up, down = leaf(e, 2 * f, d, seed=1, scale=d**-0.5), leaf(e, d, f, seed=2, scale=f**-0.5)
-    return [leaf(n, d), weights, chosen(n, e, k), gate_up, down]
-
-
-def moe(*inputs):
-    return ops.moe(*inputs, F.silu)
 
 
 @pytest.mark.parametrize(
@@ -125,21 +85,6 @@ def test_gradients_of_some_inputs_only(frozen, kernels_only):
         assert torch.equal(mine, every[i])
 
 
-CALLS = {
-    "linear": (ops.linear, lambda: [leaf(150, 96), leaf(300, 96, seed=1)]),
-    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), lambda: [leaf(300, 48), leaf(48, seed=1)]),
-    "apply_rope": (
-        lambda x, cos, sin: ops.apply_rope(x, cos, sin),
-        lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
-    ),
-    "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
-    "linear_cross_entropy": (
-        ops.linear_cross_entropy,
-        lambda: [leaf(1100, 32), leaf(90, 32, seed=1), torch.arange(1100) % 90],
-    ),
-}
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_results_do_not_depend_on_threads(name, isa, team, set_threads):
     if isa == "scalar":
@@ -158,7 +103,7 @@ def test_results_do_not_depend_on_threads(name, isa, team, set_threads):
 def test_what_torch_computes_without_the_kernels_is_the_same(name, monkeypatch):
     function, make = CALLS[name]
     ours = gradients(function, make())
-    monkeypatch.setattr(training, "takes", lambda *tensors: False)
+    monkeypatch.setattr(training, "takes", lambda *tensors, **indices: False)
     theirs = gradients(function, make())
     assert error(ours[0], theirs[0]) < 2e-6
     assert all(error(a, b) < 5e-6 for a, b in zip(ours[1], theirs[1], strict=True))

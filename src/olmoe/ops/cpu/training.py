@@ -30,26 +30,36 @@ from olmoe.ops.transforms import followed, plain_gradients
 
 Plain = Callable[..., Tensor]
 
+_INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# The kernels number tokens and routed rows in 32 bits.
+_MOST_ROWS = 2**31 - 1
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the functions of this module can compute with these tensors, and one of them needs gradients."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) and _reads(*tensors)
+
+def takes(*tensors: Tensor | None, indices: Tensor | None = None) -> bool:
+    """Whether the functions of this module can compute with these tensors, and one of them needs gradients.
+
+    `indices` are expert ids, offsets or labels; all other tensors are numbers.
+    """
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return needed and _reads(tensors, indices)
 
 
-def takes_products(products: torch.dtype, *tensors: Tensor | None) -> bool:
+def takes_products(products: torch.dtype, *tensors: Tensor | None, indices: Tensor | None = None) -> bool:
     """Whether the functions of this module can compute with these tensors and `products`.
 
     Without gradients too, so that a loss is the same in training and in evaluation.
     """
-    return products is torch.bfloat16 and _reads(*tensors) and bool(kernels().has_bf16_products())
+    return products is torch.bfloat16 and _reads(tensors, indices) and bool(kernels().has_bf16_products())
 
 
-def _reads(*tensors: Tensor | None) -> bool:
+def _reads(tensors: tuple[Tensor | None, ...], indices: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
-    if any(t.dtype != torch.float32 or t.numel() == 0 for t in given if t.is_floating_point()):
+    if any(t.dtype != torch.float32 or t.numel() == 0 for t in given):
+        return False
+    if indices is not None and (indices.dtype not in _INDEX_TYPES or indices.numel() > _MOST_ROWS):
         return False
     # The scalar kernels use no vectors, while torch's do.
-    return unsupported(*given, gradients=True) is None and isa() != "scalar"
+    return unsupported(*given, indices, gradients=True) is None and isa() != "scalar"
 
 
 @functools.cache
@@ -371,6 +381,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         inputs, w, targets = _dense(x), _dense(weight), _dense(labels).long()
         words, d = weight.shape
         assert x.shape == (len(labels), d)
+        assert labels.dim() == 1
         used = targets[targets != ignore_index]
         if len(used):
             low, high = (int(t) for t in torch.aminmax(used))

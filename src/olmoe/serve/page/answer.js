@@ -19,7 +19,7 @@ export class Answer {
     this.finish = null; // "stop", "length", "stopped" (by the reader) or "error"
     this.error = null; // {message, ...}
     this.usage = null;
-    this.compared = before?.count ? before.ids : null; // ids of the answer before
+    this.compared = before?.count ? before.ids : null; // ids of the previous answer
     this.changed = new Set(); // tokens that differ from it: while they come, all from the first that does
     this.milliseconds = 0; // from the first token to the last
     this.started = performance.now();

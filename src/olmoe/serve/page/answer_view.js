@@ -51,7 +51,7 @@ export class AnswerView {
     if (focused !== null && !this.body.contains(document.activeElement)) this.#focus(focused);
   }
 
-  /** The stream has ended: what differs from the answer before, and how it ended. */
+  /** The stream has ended: what differs from the previous answer, and how it ended. */
   finish(actions) {
     this.rebuild();
     const { answer } = this;
@@ -70,7 +70,7 @@ export class AnswerView {
     }
     if (answer.error) notes.push(el("p", { className: "failed", role: "alert", textContent: answer.error }));
     if (answer.finish === "stop" && answer.text === "") {
-      notes.push(el("p", { className: "ended", textContent: "The model ended its answer at once, without any text." }));
+      notes.push(el("p", { className: "ended", textContent: "The model ended its answer immediately, without any text." }));
     }
     this.notes.replaceChildren(...notes, el("div", { className: "actions" }, ...actions));
   }
@@ -79,9 +79,9 @@ export class AnswerView {
     const { changed, count, compared } = this.answer;
     const first = changed.size ? Math.min(...changed) : null;
     const sentence = first !== null
-      ? `${changed.size} of ${count} tokens differ from the answer before; the first is token ${first + 1}.`
-      : compared.length === count ? "Not a token differs from the answer before."
-      : "It ends earlier than the answer before, and is the same up to there.";
+      ? `${changed.size} of ${count} tokens differ from the previous answer; the first is token ${first + 1}.`
+      : compared.length === count ? "No token differs from the previous answer."
+      : "It ends earlier than the previous answer and is identical up to there.";
     return el("p", { className: "compared" }, el("span", { className: "swatch", "aria-hidden": "true" }), sentence);
   }
 

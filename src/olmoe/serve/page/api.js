@@ -28,7 +28,7 @@ async function failure(response) {
   }
   const { status } = response;
   let sentence = told || `The server answered with status ${status}.`;
-  if (status === 401 || status === 403) sentence = `${told || "The server wants an API key."} Enter it under Settings.`;
+  if (status === 401 || status === 403) sentence = `${told || "The server requires an API key."} Enter it under Settings.`;
   else if (status === 503 || status === 429) {
     const wait = response.headers.get("retry-after");
     sentence = told || "The server is busy.";

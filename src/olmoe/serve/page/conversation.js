@@ -149,7 +149,7 @@ export class Conversation extends EventTarget {
       if (controller.signal.aborted) answer.close("stopped");
       else if (error instanceof ServerError) answer.close("error", error.message);
       else {
-        answer.close("error", "This page made a mistake; the browser’s console tells more.");
+        answer.close("error", "Something went wrong in this page; the browser’s console has the details.");
         console.error(error);
       }
     }
@@ -220,8 +220,8 @@ export class Conversation extends EventTarget {
     const actions = [button("Copy", "quiet", (event) =>
       copyFrom(event.currentTarget, turn.mode === "complete" ? turn.user + answer.text : answer.text))];
     if (turn === this.last) {
-      actions.push(button("Regenerate", "quiet", () => this.again({ sameSeed: false }), { title: "With a new seed, unless Settings hold one" }));
-      actions.push(button("Same seed", "quiet", () => this.again({ sameSeed: true }), { title: "What the router policy and settings change, and nothing else" }));
+      actions.push(button("Regenerate", "quiet", () => this.again({ sameSeed: false }), { title: "With a new seed, unless one is set in Settings" }));
+      actions.push(button("Same seed", "quiet", () => this.again({ sameSeed: true }), { title: "With the same seed, so that only the router policy and the settings make a difference" }));
       if (turn.mode === "complete" && answer.text) {
         actions.push(button("Continue", "quiet", () => this.send("complete", turn.user + answer.text)));
       }

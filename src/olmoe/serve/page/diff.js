@@ -1,4 +1,4 @@
-// Which tokens of an answer are not in the answer before it.
+// Which tokens of an answer are not in the previous one.
 
 const MOST_CELLS = 4_000_000; // of the table: 2000 tokens against 2000
 

@@ -143,7 +143,7 @@ export class ExpertsPanel {
       return el("li", { className: text === answer.pieces[token] ? "taken" : "" },
         el("code", { textContent: visible(text) }), meter, el("span", { textContent: percent(share) }));
     });
-    return [el("ol", { className: "alternatives", "aria-label": "Likeliest tokens here" }, ...items)];
+    return [el("ol", { className: "alternatives", "aria-label": "Most likely tokens here" }, ...items)];
   }
 
   #table(route) {

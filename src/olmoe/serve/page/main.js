@@ -105,7 +105,7 @@ function openSettings() {
 function applyTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
-  const said = { light: "light", dark: "dark" }[theme] ?? "as the system";
+  const said = { light: "light", dark: "dark" }[theme] ?? "system";
   byId("theme").setAttribute("aria-label", `Theme: ${said}`);
   byId("theme").title = `Theme: ${said}`;
 }

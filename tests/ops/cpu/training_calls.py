@@ -1,0 +1,55 @@
+"""Calls of the kernels of training: inputs by their sizes, and what comes out both ways."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from olmoe import ops
+from ops.cpu.matrices import random
+
+
+def leaf(*shape, seed=0, scale=1.0):
+    return random(*shape, seed=seed, scale=scale).requires_grad_()
+
+
+def gradients(function, inputs, seed=9):
+    """The value of `function`, and the gradients of `inputs` for a random one of it."""
+    out = function(*inputs)
+    grad = random(max(out.numel(), 1), seed=seed).view(out.shape).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)
+
+
+def doubled(inputs):
+    """The same in double precision."""
+    return [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs]
+
+
+def chosen(n, e, k, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(n)])
+
+
+def moe_inputs(n, e, k, d, f):
+    weights = torch.rand(n, k, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    gate_up, down = leaf(e, 2 * f, d, seed=1, scale=d**-0.5), leaf(e, d, f, seed=2, scale=f**-0.5)
+    return [leaf(n, d), weights, chosen(n, e, k), gate_up, down]
+
+
+def moe(*inputs):
+    return ops.moe(*inputs, F.silu)
+
+
+CALLS = {
+    "linear": (ops.linear, lambda: [leaf(150, 96), leaf(300, 96, seed=1)]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), lambda: [leaf(300, 48), leaf(48, seed=1)]),
+    "apply_rope": (
+        lambda x, cos, sin: ops.apply_rope(x, cos, sin),
+        lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
+    ),
+    "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
+    "linear_cross_entropy": (
+        ops.linear_cross_entropy,
+        lambda: [leaf(1100, 32), leaf(90, 32, seed=1), torch.arange(1100) % 90],
+    ),
+}
