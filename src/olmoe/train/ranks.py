@@ -169,6 +169,7 @@ class Ranks:
 ALONE = Ranks()
 _ENDED = "a process has ended"
 _turns = itertools.count()
+_before_leaving: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -222,7 +223,14 @@ def _init(device: str, started: bool) -> Ranks:
     return Ranks(rank, size, local_rank, store)
 
 
+def before_leaving(work: Callable[[], None]) -> None:
+    """Let `work` be done when this process leaves the group that `join_ranks` joined, whatever makes it leave."""
+    _before_leaving.append(work)
+
+
 def _leave() -> None:
+    while _before_leaving:
+        _before_leaving.pop()()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
 
