@@ -48,8 +48,8 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
-    packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
-    options["ignored_params"] = packed
+    ignored = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
+    options["ignored_params"] = ignored
     tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
     at_once = is_gathered_at_once(config.model)
     layers: list[Any] = list(model.model.layers)
@@ -58,7 +58,9 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
             layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device)
         _allocate(layer, device)
         arrange(layer, config)
-        if expert is not None:
+        if sparse is not None and sparse.size() == 1 and lower is None:
+            ignored.update(layer.mlp.experts.parameters())  # whole here: FSDP would copy them and their gradients
+        elif sparse is not None:
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
         if not at_once:
             fully_shard(layer, mesh=dense, **options)
