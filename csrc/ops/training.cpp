@@ -62,8 +62,10 @@ void combine(const float* results, const float* weights, const RoutedRows& route
     for (int t = task * kTokens; t < std::min(routed.tokens, (task + 1) * kTokens); t++) {
       float* y = out + size_t(t) * d;
       std::fill_n(y, d, 0.0f);
-      for (int i = t * routed.k; i < (t + 1) * routed.k; i++)
-        k.axpy(weights ? weights[i] : 1.0f, results + size_t(routed.positions[i]) * d, d, y);
+      for (int i = t * routed.k; i < (t + 1) * routed.k; i++) {
+        const int row = routed.positions[i];
+        if (row >= 0) k.axpy(weights ? weights[i] : 1.0f, results + size_t(row) * d, d, y);
+      }
     }
   });
 }
@@ -84,20 +86,19 @@ void shared_product(Products in, const Factor& a, int m, int depth, const Factor
 
 }  // namespace
 
-bool sort_rows(const int64_t* ids, const RoutedRows& routed) {
-  const int m = routed.rows();
+void sort_rows(const int64_t* ids, int64_t first, const RoutedRows& routed) {
   std::fill_n(routed.offsets, routed.experts + 1, 0);
-  for (int i = 0; i < m; i++) {
-    if (ids[i] < 0 || ids[i] >= routed.experts) return false;
-    routed.offsets[ids[i] + 1]++;
-  }
+  const auto is_ours = [&](int64_t id) { return id >= first && id < first + routed.experts; };
+  for (int i = 0; i < routed.choices(); i++)
+    if (is_ours(ids[i])) routed.offsets[ids[i] - first + 1]++;
   for (int e = 0; e < routed.experts; e++) routed.offsets[e + 1] += routed.offsets[e];
   std::vector<int32_t> next(routed.offsets, routed.offsets + routed.experts);
-  for (int i = 0; i < m; i++) {
-    const int row = next[ids[i]]++;
+  for (int i = 0; i < routed.choices(); i++) {
+    routed.positions[i] = -1;
+    if (!is_ours(ids[i])) continue;
+    const int row = next[ids[i] - first]++;
     routed.order[row] = i, routed.token_ids[row] = i / routed.k, routed.positions[i] = row;
   }
-  return true;
 }
 
 void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& routed,
@@ -125,6 +126,7 @@ void experts_backward(Products in, const float* x, const float* weights, const R
   const int d = experts.hidden, f = experts.width;
   const Factor inputs{x, size_t(d), routed.token_ids}, grads{grad, size_t(d), routed.token_ids};
   const std::vector<Block> blocks = blocks_of(routed);
+  if (gradients.weights && routed.rows() < routed.choices()) std::fill_n(gradients.weights, routed.choices(), 0.0f);
   share(int(blocks.size()), [&](int task) {
     const auto [e, first, rows] = blocks[task];
     static thread_local std::vector<float> memory;

@@ -1,5 +1,6 @@
 #include "training.h"
 
+#include "../core/meeting.h"
 #include "../core/team.h"
 #include "../ops/training.h"
 #include "running.h"
@@ -11,6 +12,12 @@ void bind_training(nb::module_& m) {
   // The address of GOMP_parallel, or 0.
   m.def("set_parallel", [](Address parallel) { set_parallel(reinterpret_cast<Parallel>(parallel)); });
   m.attr("loss_tokens") = kLossTokens;
+
+  m.attr("counter_bytes") = kCounterBytes;
+  m.def("meet", [](Address counters, int processes, int rank, int64_t turn, double seconds) {
+    nb::gil_scoped_release release;
+    return meet(at<void>(counters), processes, rank, turn, seconds);
+  });
 
   nb::enum_<Products>(m, "Products").value("FP32", Products::kFP32).value("BF16", Products::kBF16);
   m.def("has_bf16_products", [] { return kernels().bf16_product != nullptr; });
@@ -28,9 +35,10 @@ void bind_training(nb::module_& m) {
                                    at<int32_t>(token_ids),
                                    at<int32_t>(positions)};
            })
-      .def("sort", [](const RoutedRows& self, Address ids) {
+      .def("sort", [](const RoutedRows& self, Address ids, int64_t first) {
         Running running;
-        return sort_rows(at<int64_t>(ids), self);
+        sort_rows(at<int64_t>(ids), first, self);
+        return self.rows();
       });
   nb::class_<ExpertWeights>(m, "ExpertWeights")
       .def("__init__", [](ExpertWeights* self, Address gate_up, Address down, int hidden, int width) {

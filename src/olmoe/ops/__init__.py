@@ -17,6 +17,7 @@ from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
 from olmoe.ops.dispatch import AUTO, backends, call
+from olmoe.ops.part import chosen_rows, moe_part
 from olmoe.ops.reference import Activation
 from olmoe.ops.types import RoutePolicy, Samples, SamplingRow, SamplingStatus, SortedRows
 
@@ -31,12 +32,14 @@ __all__ = [
     "apply_rope",
     "attention",
     "backends",
+    "chosen_rows",
     "combine",
     "experts",
     "gather_rows",
     "linear",
     "linear_cross_entropy",
     "moe",
+    "moe_part",
     "rms_norm",
     "route",
     "sample",

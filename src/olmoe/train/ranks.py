@@ -174,6 +174,7 @@ class Ranks:
 ALONE = Ranks()
 _ENDED = "a process has ended"
 _turns = itertools.count()
+_before_leaving: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -256,7 +257,14 @@ def _among_the_living(store: Any, rank: int, size: int) -> Store:
     return own
 
 
+def before_leaving(work: Callable[[], None]) -> None:
+    """Let `work` be done when this process leaves the group that `join_ranks` joined, whatever makes it leave."""
+    _before_leaving.append(work)
+
+
 def _leave() -> None:
+    while _before_leaving:
+        _before_leaving.pop()()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
 

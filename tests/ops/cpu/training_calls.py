@@ -48,6 +48,10 @@ CALLS = {
         lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
     ),
     "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
+    "moe_part": (  # of the experts 2 to 7
+        lambda x, w, ids, a, b: ops.moe_part(x, w, ids, a[2:], b[2:], F.silu, 2),
+        lambda: moe_inputs(200, 8, 3, 48, 24),
+    ),
     "linear_cross_entropy": (
         ops.linear_cross_entropy,
         lambda: [leaf(1100, 32), leaf(90, 32, seed=1), torch.arange(1100) % 90],

@@ -247,16 +247,20 @@ class _Rope(torch.autograd.Function):
 
 
 class _Rows:
-    """The routed rows of `ids` (N, K), sorted by expert."""
+    """The routed rows of `ids` (N, K), sorted by expert.
 
-    def __init__(self, ids_NK: Tensor, num_experts: int) -> None:
+    With `first`, the experts have the ids from that on, and choices of others have no rows.
+    """
+
+    def __init__(self, ids_NK: Tensor, num_experts: int, first: int | None = None) -> None:
         n, k = ids_NK.shape
         ids = _dense(ids_NK).long()
         # Offsets, order, token ids and positions, end to end; the kernels are given their addresses.
         self._memory = torch.empty(num_experts + 1 + 3 * n * k, dtype=torch.int32, device="cpu")
         parts = self._memory.split([num_experts + 1, n * k, n * k, n * k])
         self.kernel = _kernels().RoutedRows(n, k, num_experts, *(part.data_ptr() for part in parts))
-        if not self.kernel.sort(ids.data_ptr()):
+        self.count = self.kernel.sort(ids.data_ptr(), first or 0)
+        if first is None and self.count < n * k:
             raise IndexError(f"expert ids from {int(ids.min())} to {int(ids.max())} are not all below {num_experts}")
 
 
@@ -273,9 +277,10 @@ def moe(
     down: Tensor,
     plain: Plain,
     products: torch.dtype | None = None,
+    first: int | None = None,
 ) -> Tensor:
-    """See `ops.moe`, with silu."""
-    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain, products)
+    """See `ops.moe`, or with `first` `ops.moe_part`, with silu."""
+    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain, products, first)
     return out
 
 
@@ -301,25 +306,26 @@ class _MoE(torch.autograd.Function):
         down: Tensor,
         plain: Plain,
         products: torch.dtype | None,
+        first: int | None,
     ) -> Tensor:
         count, d, f = down.shape
         assert gate_up.shape == (count, 2 * f, d)
         assert x.shape == (len(expert_ids_NK), d)
         assert weights_NK.shape == expert_ids_NK.shape
-        rows, m = _Rows(expert_ids_NK, count), expert_ids_NK.numel()
-        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        units_M2F, results_MD, out = _room(m, 2 * f), _room(m, d), _room(*x.shape)
+        rows = _Rows(expert_ids_NK, count, first)
+        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        units_M2F, results_MD, out = _room(rows.count, 2 * f), _room(rows.count, d), _room(*x.shape)
         _kernels().experts_forward(
             _numbers(products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
-            _expert_weights(first, second),
+            _expert_weights(wide, back),
             units_M2F.data_ptr(),
             results_MD.data_ptr(),
             out.data_ptr(),
         )
-        ctx.plain, ctx.products = plain, products
+        ctx.plain, ctx.products, ctx.first = plain, products, first
         ctx.save_for_backward(x, weights_NK, expert_ids_NK, gate_up, down, units_M2F)
         return out
 
@@ -328,11 +334,11 @@ class _MoE(torch.autograd.Function):
         x, weights_NK, expert_ids_NK, gate_up, down, units_M2F = ctx.saved_tensors
         need_x, need_weights, _, need_gate_up, need_down, *_ = ctx.needs_input_grad
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None)
-        rows, m = _Rows(expert_ids_NK, down.shape[0]), expert_ids_NK.numel()
-        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        gradient, hidden_MF = _dense(grad), _room(m, down.shape[2])
-        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(m, x.shape[1]) if need_x else None
+            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None, None)
+        rows = _Rows(expert_ids_NK, down.shape[0], ctx.first)
+        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        gradient, hidden_MF = _dense(grad), _room(rows.count, down.shape[2])
+        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(rows.count, x.shape[1]) if need_x else None
         grad_x, grad_weights = _if(need_x, x), _if(need_weights, weights_NK)
         grad_gate_up, grad_down = _if(need_gate_up, gate_up), _if(need_down, down)
         _kernels().experts_backward(
@@ -340,7 +346,7 @@ class _MoE(torch.autograd.Function):
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
-            _expert_weights(first, second),
+            _expert_weights(wide, back),
             units_M2F.data_ptr(),
             gradient.data_ptr(),
             _address(grad_x),
@@ -351,7 +357,7 @@ class _MoE(torch.autograd.Function):
             grad_units_M2F.data_ptr(),
             _address(grad_rows_MD),
         )
-        return grad_x, grad_weights, None, grad_gate_up, grad_down, None, None
+        return grad_x, grad_weights, None, grad_gate_up, grad_down, None, None, None
 
 
 def linear_cross_entropy(
