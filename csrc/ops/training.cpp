@@ -1,6 +1,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "../core/team.h"
@@ -218,6 +219,48 @@ void rotate(const float* x, const float* cos, const float* sin, int n, int heads
       for (int h = 0; h < heads; h++)
         kernels().rope(y + t * row + size_t(h) * head_dim, cos + t * half, turned.data(), head_dim);
     }
+  });
+}
+
+namespace {
+
+CausalHead causal_head(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v, int b,
+                       int h) {
+  const int g = h / (shape.heads / shape.kv_heads);
+  return {q.at(b, h),      k.at(b, g),      v.at(b, g),
+          size_t(q.token), size_t(k.token), size_t(v.token),
+          shape.tokens,    shape.head_dim,  float(1.0 / std::sqrt(double(shape.head_dim)))};
+}
+
+}  // namespace
+
+void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                    const HeadRows& out, float* sums) {
+  const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_attention : kernels().causal_attention;
+  const int chunks = ceil_div(shape.tokens, kQueryChunk);
+  share(shape.batch * shape.heads * chunks, [&](int task) {
+    static thread_local std::vector<float> memory;
+    const int chunk = chunks - 1 - task % chunks;  // those with the most keys first
+    const int b = task / chunks / shape.heads, h = task / chunks % shape.heads;
+    kernel(causal_head(shape, q, k, v, b, h), chunk * kQueryChunk, out.at(b, h), size_t(out.token),
+           sums + (size_t(b) * shape.heads + h) * shape.tokens, aligned(memory, causal_scratch(shape.head_dim)));
+  });
+}
+
+void causal_backward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                     const HeadRows& out, const float* sums, const HeadRows& grad,
+                     const AttentionGradients& gradients) {
+  const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_backward : kernels().causal_backward;
+  const int group = shape.heads / shape.kv_heads;
+  share(shape.batch * shape.kv_heads, [&](int task) {
+    static thread_local std::vector<float> memory;
+    const int b = task / shape.kv_heads, g = task % shape.kv_heads;
+    for (int h = g * group; h < (g + 1) * group; h++)
+      kernel(causal_head(shape, q, k, v, b, h),
+             {out.at(b, h), grad.at(b, h), sums + (size_t(b) * shape.heads + h) * shape.tokens, size_t(out.token),
+              size_t(grad.token), gradients.q.at(b, h), gradients.k.at(b, g), gradients.v.at(b, g),
+              size_t(gradients.q.token), size_t(gradients.k.token), size_t(gradients.v.token), h > g * group},
+             aligned(memory, causal_scratch(shape.head_dim)));
   });
 }
 

@@ -64,6 +64,26 @@ void norm_forward(const float* x, const float* weight, float eps, int n, int d, 
 // Rotate-half of x (N, H, Dh), or with `back` the other way, which is its gradient.
 void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y);
 
+// Rows of heads in a tensor (B, H, T, Dh): the floats from one example, head and token to the next. Those of one row
+// follow each other.
+struct HeadRows {
+  float* data;
+  int64_t batch, head, token;
+  float* at(int b, int h) const { return data + b * batch + h * head; }
+};
+struct AttentionShape {
+  int batch, heads, kv_heads, tokens, head_dim;
+};
+// Causal attention of q (B, H, T, Dh) over k and v (B, G, T, Dh) -> out; `sums` (B, H, T) are kept for backward.
+void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                    const HeadRows& out, float* sums);
+// Gradients of q, k and v for `grad`, that of out.
+struct AttentionGradients {
+  HeadRows q, k, v;
+};
+void causal_backward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                     const HeadRows& out, const float* sums, const HeadRows& grad, const AttentionGradients& gradients);
+
 // The sum of -log softmax(x weight^T)[label] over the tokens whose label is not `ignored`, and its gradients.
 // x (N, D), weight (V, D). `logits` holds kLossTokens * V floats.
 constexpr int kLossTokens = 512;

@@ -85,6 +85,27 @@ void bind_training(nb::module_& m) {
     Running running;
     rotate(at<float>(x), at<float>(cos), at<float>(sin), n, heads, head_dim, back, at<float>(y));
   });
+  // Tensors (B, H, T, Dh): an address, and the floats from one example, head and token to the next.
+  nb::class_<HeadRows>(m, "HeadRows")
+      .def("__init__", [](HeadRows* self, Address data, int64_t batch, int64_t head, int64_t token) {
+        new (self) HeadRows{at<float>(data), batch, head, token};
+      });
+  nb::class_<AttentionShape>(m, "AttentionShape")
+      .def("__init__", [](AttentionShape* self, int batch, int heads, int kv_heads, int tokens, int head_dim) {
+        new (self) AttentionShape{batch, heads, kv_heads, tokens, head_dim};
+      });
+  m.attr("largest_head") = kCausalDim;
+  m.def("causal_forward", [](Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                             const HeadRows& v, const HeadRows& out, Address sums) {
+    Running running;
+    causal_forward(in, shape, q, k, v, out, at<float>(sums));
+  });
+  m.def("causal_backward", [](Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                              const HeadRows& v, const HeadRows& out, Address sums, const HeadRows& grad,
+                              const HeadRows& grad_q, const HeadRows& grad_k, const HeadRows& grad_v) {
+    Running running;
+    causal_backward(in, shape, q, k, v, out, at<float>(sums), grad, {grad_q, grad_k, grad_v});
+  });
   m.def("cross_entropy", [](Products in, Address x, Address weight, Address labels, int64_t ignored, int n, int d,
                             int words, Address logits, Address grad_x, Address grad_weight) {
     Running running;

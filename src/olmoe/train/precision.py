@@ -1,8 +1,9 @@
 """`compute.precision = "bf16-products"`: matrix products in bf16, everything else of a step in fp32.
 
-Projections, experts and the output head multiply numbers rounded to bf16, forward and backward, and add in fp32.
-Weights, gradients, the optimizer, and all that is no product with such a weight stay in fp32: embeddings, norms,
-attention, routers, the sums over experts, losses. It pays where bf16 is multiplied faster, and is refused elsewhere.
+Projections, attention, experts and the output head multiply numbers rounded to bf16, forward and backward, and add in
+fp32; of attention these are queries, keys, values and probabilities. Weights, gradients, the optimizer, and all that is
+no such product stay in fp32: embeddings, norms, softmax, routers, the sums over experts, losses. It pays where bf16 is
+multiplied faster, and is refused elsewhere.
 """
 
 from __future__ import annotations

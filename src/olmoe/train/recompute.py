@@ -30,6 +30,7 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.olmoe.grouped_linear.default,
+    torch.ops.olmoe.causal_attention.default,
 }
 
 
