@@ -17,8 +17,7 @@ void check(bool ok, const char* what) {
   std::exit(1);
 }
 
-// Short jobs of few and of many items in turn: a helper that is late for one must not work on the next as if it were
-// it.
+// Short jobs of few and of many items in turn: a helper that comes late for one job must not mistake the next for it.
 void run_uneven_jobs(ThreadPool& pool, int jobs) {
   for (int job = 0; job < jobs; job++) {
     const int count = job % 2 ? 4096 : 2;
@@ -45,7 +44,7 @@ void run_jobs(ThreadPool& pool, int jobs) {
   }
 }
 
-// Small work stays where it is, with scopes in scopes, and the pool is whole again afterwards.
+// Small work stays on the calling thread, also in nested scopes, and afterwards the pool is used again.
 void run_alone(ThreadPool& pool) {
   const std::thread::id here = std::this_thread::get_id();
   auto elsewhere = [&] {
