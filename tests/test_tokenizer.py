@@ -428,6 +428,8 @@ def test_a_role_that_olmoe_does_not_know_is_left_out_with_a_warning(released, ca
     assert warned == [
         f"OLMoE's chat template leaves out messages of the role '{role}'" for role in ("developer", "tool")
     ]
+    released.render_chat(chat)  # as files of chats do, thousands of times
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize(

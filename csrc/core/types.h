@@ -73,6 +73,25 @@ struct Factor {
   bool turned = false;
 };
 
+// One query head of a sequence in training and the KV head that it looks at: `tokens` rows of `head_dim` floats each,
+// `*_ld` floats apart. Scores are multiplied with `scale`.
+struct CausalHead {
+  const float *q, *k, *v;
+  size_t q_ld, k_ld, v_ld;
+  int tokens, head_dim;
+  float scale;
+};
+
+// What is known of such a head's output, and where gradients go: those of k and v are added to what is there with
+// `add`, else written. `sums` are what Kernels::causal_attention has left.
+struct CausalGradients {
+  const float *out, *grad, *sums;
+  size_t out_ld, grad_ld;
+  float *q, *k, *v;
+  size_t q_ld, k_ld, v_ld;
+  bool add;
+};
+
 // The kernels of one instruction set. Each runs on the calling thread and touches no shared state.
 struct Kernels {
   const char* name;
@@ -170,7 +189,24 @@ struct Kernels {
   // The same of factors rounded to bf16, summed in fp32; null where the CPU has no instruction for it.
   void (*bf16_product)(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
                        float* scratch);
+  // Attention of the queries from `first` on, a multiple of kQueryChunk, and at most that many, each over the keys of
+  // its own token and of those before; out and the base-2 logarithms of the sums of exponentials are those of all
+  // queries. `scratch` holds causal_scratch floats and lies at a multiple of 64 bytes.
+  void (*causal_attention)(const CausalHead& head, int first, float* out, size_t ld, float* sums, float* scratch);
+  // Its gradients, for all queries.
+  void (*causal_backward)(const CausalHead& head, const CausalGradients& gradients, float* scratch);
+  // The same with products of factors rounded to bf16; null where the CPU has no instruction for it.
+  void (*bf16_causal_attention)(const CausalHead& head, int first, float* out, size_t ld, float* sums, float* scratch);
+  void (*bf16_causal_backward)(const CausalHead& head, const CausalGradients& gradients, float* scratch);
 };
+
+// Queries that one call of Kernels::causal_attention takes, the largest head, and the scratch that it and
+// causal_backward need.
+constexpr int kQueryChunk = 256, kCausalDim = 256;
+inline size_t causal_scratch(int head_dim) {
+  const size_t wide = size_t(head_dim) + 32;
+  return 64 * (wide * (5 * kQueryChunk / 64 + 4) + 5 * 64);
+}
 
 // What Kernels::product adds up before it adds to C (bf16_product twice as many), and the rows and columns of C that it
 // goes through at a time.

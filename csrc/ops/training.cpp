@@ -1,6 +1,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "../core/team.h"
@@ -62,8 +63,10 @@ void combine(const float* results, const float* weights, const RoutedRows& route
     for (int t = task * kTokens; t < std::min(routed.tokens, (task + 1) * kTokens); t++) {
       float* y = out + size_t(t) * d;
       std::fill_n(y, d, 0.0f);
-      for (int i = t * routed.k; i < (t + 1) * routed.k; i++)
-        k.axpy(weights ? weights[i] : 1.0f, results + size_t(routed.positions[i]) * d, d, y);
+      for (int i = t * routed.k; i < (t + 1) * routed.k; i++) {
+        const int row = routed.positions[i];
+        if (row >= 0) k.axpy(weights ? weights[i] : 1.0f, results + size_t(row) * d, d, y);
+      }
     }
   });
 }
@@ -84,20 +87,19 @@ void shared_product(Products in, const Factor& a, int m, int depth, const Factor
 
 }  // namespace
 
-bool sort_rows(const int64_t* ids, const RoutedRows& routed) {
-  const int m = routed.rows();
+void sort_rows(const int64_t* ids, int64_t first, const RoutedRows& routed) {
   std::fill_n(routed.offsets, routed.experts + 1, 0);
-  for (int i = 0; i < m; i++) {
-    if (ids[i] < 0 || ids[i] >= routed.experts) return false;
-    routed.offsets[ids[i] + 1]++;
-  }
+  const auto is_ours = [&](int64_t id) { return id >= first && id < first + routed.experts; };
+  for (int i = 0; i < routed.choices(); i++)
+    if (is_ours(ids[i])) routed.offsets[ids[i] - first + 1]++;
   for (int e = 0; e < routed.experts; e++) routed.offsets[e + 1] += routed.offsets[e];
   std::vector<int32_t> next(routed.offsets, routed.offsets + routed.experts);
-  for (int i = 0; i < m; i++) {
-    const int row = next[ids[i]]++;
+  for (int i = 0; i < routed.choices(); i++) {
+    routed.positions[i] = -1;
+    if (!is_ours(ids[i])) continue;
+    const int row = next[ids[i] - first]++;
     routed.order[row] = i, routed.token_ids[row] = i / routed.k, routed.positions[i] = row;
   }
-  return true;
 }
 
 void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& routed,
@@ -125,6 +127,7 @@ void experts_backward(Products in, const float* x, const float* weights, const R
   const int d = experts.hidden, f = experts.width;
   const Factor inputs{x, size_t(d), routed.token_ids}, grads{grad, size_t(d), routed.token_ids};
   const std::vector<Block> blocks = blocks_of(routed);
+  if (gradients.weights && routed.rows() < routed.choices()) std::fill_n(gradients.weights, routed.choices(), 0.0f);
   share(int(blocks.size()), [&](int task) {
     const auto [e, first, rows] = blocks[task];
     static thread_local std::vector<float> memory;
@@ -216,6 +219,48 @@ void rotate(const float* x, const float* cos, const float* sin, int n, int heads
       for (int h = 0; h < heads; h++)
         kernels().rope(y + t * row + size_t(h) * head_dim, cos + t * half, turned.data(), head_dim);
     }
+  });
+}
+
+namespace {
+
+CausalHead causal_head(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v, int b,
+                       int h) {
+  const int g = h / (shape.heads / shape.kv_heads);
+  return {q.at(b, h),      k.at(b, g),      v.at(b, g),
+          size_t(q.token), size_t(k.token), size_t(v.token),
+          shape.tokens,    shape.head_dim,  float(1.0 / std::sqrt(double(shape.head_dim)))};
+}
+
+}  // namespace
+
+void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                    const HeadRows& out, float* sums) {
+  const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_attention : kernels().causal_attention;
+  const int chunks = ceil_div(shape.tokens, kQueryChunk);
+  share(shape.batch * shape.heads * chunks, [&](int task) {
+    static thread_local std::vector<float> memory;
+    const int chunk = chunks - 1 - task % chunks;  // those with the most keys first
+    const int b = task / chunks / shape.heads, h = task / chunks % shape.heads;
+    kernel(causal_head(shape, q, k, v, b, h), chunk * kQueryChunk, out.at(b, h), size_t(out.token),
+           sums + (size_t(b) * shape.heads + h) * shape.tokens, aligned(memory, causal_scratch(shape.head_dim)));
+  });
+}
+
+void causal_backward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                     const HeadRows& out, const float* sums, const HeadRows& grad,
+                     const AttentionGradients& gradients) {
+  const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_backward : kernels().causal_backward;
+  const int group = shape.heads / shape.kv_heads;
+  share(shape.batch * shape.kv_heads, [&](int task) {
+    static thread_local std::vector<float> memory;
+    const int b = task / shape.kv_heads, g = task % shape.kv_heads;
+    for (int h = g * group; h < (g + 1) * group; h++)
+      kernel(causal_head(shape, q, k, v, b, h),
+             {out.at(b, h), grad.at(b, h), sums + (size_t(b) * shape.heads + h) * shape.tokens, size_t(out.token),
+              size_t(grad.token), gradients.q.at(b, h), gradients.k.at(b, g), gradients.v.at(b, g),
+              size_t(gradients.q.token), size_t(gradients.k.token), size_t(gradients.v.token), h > g * group},
+             aligned(memory, causal_scratch(shape.head_dim)));
   });
 }
 

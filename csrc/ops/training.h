@@ -9,23 +9,25 @@
 
 namespace olmoe {
 
-// The N K routed rows of N tokens, sorted by expert, ties by token. Each array is filled by `sort_rows`.
+// The routed rows of N tokens, sorted by expert, ties by token: one for each of their N K choices of these experts.
+// Each array is filled by `sort_rows`.
 struct RoutedRows {
   int tokens, k, experts;
   int32_t* offsets;    // (E + 1): rows of expert e are offsets[e] to offsets[e + 1]
   int32_t* order;      // (M): which of the N K choices a row is
   int32_t* token_ids;  // (M): the token of a row
-  int32_t* positions;  // (N, K): the row of a choice
+  int32_t* positions;  // (N, K): the row of a choice, -1 if it is one of another expert
 
-  int rows() const { return tokens * k; }
+  int choices() const { return tokens * k; }
+  int rows() const { return offsets[experts]; }
 };
 
 // The precision of the factors of products: fp32, or rounded to bf16, which needs kernels with `bf16_product`. Sums and
 // results are fp32 either way.
 enum class Products { kFP32, kBF16 };
 
-// False if an id is not one of an expert. ids (N, K).
-bool sort_rows(const int64_t* ids, const RoutedRows& rows);
+// The experts of `rows` have the ids from `first` on; choices of others have no row. ids (N, K).
+void sort_rows(const int64_t* ids, int64_t first, const RoutedRows& rows);
 
 // The experts of a layer: gate_up (E, 2 F, D), down (E, D, F).
 struct ExpertWeights {
@@ -33,8 +35,8 @@ struct ExpertWeights {
   int hidden, width;
 };
 
-// x (N, D) -> out (N, D), the sum of each token's rows times weights (N, K). Kept for `experts_backward` are the
-// products with gate_up, units (M, 2 F); results (M, D) is memory that is needed meanwhile.
+// x (N, D) -> out (N, D), the sum of each token's rows times their weights of (N, K). Kept for `experts_backward` are
+// the products with gate_up, units (M, 2 F); results (M, D) is memory that is needed meanwhile.
 void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& rows,
                      const ExpertWeights& experts, float* units, float* results, float* out);
 
@@ -61,6 +63,26 @@ void norm_forward(const float* x, const float* weight, float eps, int n, int d, 
 
 // Rotate-half of x (N, H, Dh), or with `back` the other way, which is its gradient.
 void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y);
+
+// Rows of heads in a tensor (B, H, T, Dh): the floats from one example, head and token to the next. Those of one row
+// follow each other.
+struct HeadRows {
+  float* data;
+  int64_t batch, head, token;
+  float* at(int b, int h) const { return data + b * batch + h * head; }
+};
+struct AttentionShape {
+  int batch, heads, kv_heads, tokens, head_dim;
+};
+// Causal attention of q (B, H, T, Dh) over k and v (B, G, T, Dh) -> out; `sums` (B, H, T) are kept for backward.
+void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                    const HeadRows& out, float* sums);
+// Gradients of q, k and v for `grad`, that of out.
+struct AttentionGradients {
+  HeadRows q, k, v;
+};
+void causal_backward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                     const HeadRows& out, const float* sums, const HeadRows& grad, const AttentionGradients& gradients);
 
 // The sum of -log softmax(x weight^T)[label] over the tokens whose label is not `ignored`, and its gradients.
 // x (N, D), weight (V, D). `logits` holds kLossTokens * V floats.

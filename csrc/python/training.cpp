@@ -1,5 +1,6 @@
 #include "training.h"
 
+#include "../core/meeting.h"
 #include "../core/team.h"
 #include "../ops/training.h"
 #include "running.h"
@@ -11,6 +12,12 @@ void bind_training(nb::module_& m) {
   // The address of GOMP_parallel, or 0.
   m.def("set_parallel", [](Address parallel) { set_parallel(reinterpret_cast<Parallel>(parallel)); });
   m.attr("loss_tokens") = kLossTokens;
+
+  m.attr("counter_bytes") = kCounterBytes;
+  m.def("meet", [](Address counters, int processes, int rank, int64_t turn, double seconds) {
+    nb::gil_scoped_release release;
+    return meet(at<void>(counters), processes, rank, turn, seconds);
+  });
 
   nb::enum_<Products>(m, "Products").value("FP32", Products::kFP32).value("BF16", Products::kBF16);
   m.def("has_bf16_products", [] { return kernels().bf16_product != nullptr; });
@@ -28,9 +35,10 @@ void bind_training(nb::module_& m) {
                                    at<int32_t>(token_ids),
                                    at<int32_t>(positions)};
            })
-      .def("sort", [](const RoutedRows& self, Address ids) {
+      .def("sort", [](const RoutedRows& self, Address ids, int64_t first) {
         Running running;
-        return sort_rows(at<int64_t>(ids), self);
+        sort_rows(at<int64_t>(ids), first, self);
+        return self.rows();
       });
   nb::class_<ExpertWeights>(m, "ExpertWeights")
       .def("__init__", [](ExpertWeights* self, Address gate_up, Address down, int hidden, int width) {
@@ -76,6 +84,27 @@ void bind_training(nb::module_& m) {
   m.def("rotate", [](Address x, Address cos, Address sin, int n, int heads, int head_dim, bool back, Address y) {
     Running running;
     rotate(at<float>(x), at<float>(cos), at<float>(sin), n, heads, head_dim, back, at<float>(y));
+  });
+  // Tensors (B, H, T, Dh): an address, and the floats from one example, head and token to the next.
+  nb::class_<HeadRows>(m, "HeadRows")
+      .def("__init__", [](HeadRows* self, Address data, int64_t batch, int64_t head, int64_t token) {
+        new (self) HeadRows{at<float>(data), batch, head, token};
+      });
+  nb::class_<AttentionShape>(m, "AttentionShape")
+      .def("__init__", [](AttentionShape* self, int batch, int heads, int kv_heads, int tokens, int head_dim) {
+        new (self) AttentionShape{batch, heads, kv_heads, tokens, head_dim};
+      });
+  m.attr("largest_head") = kCausalDim;
+  m.def("causal_forward", [](Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                             const HeadRows& v, const HeadRows& out, Address sums) {
+    Running running;
+    causal_forward(in, shape, q, k, v, out, at<float>(sums));
+  });
+  m.def("causal_backward", [](Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                              const HeadRows& v, const HeadRows& out, Address sums, const HeadRows& grad,
+                              const HeadRows& grad_q, const HeadRows& grad_k, const HeadRows& grad_v) {
+    Running running;
+    causal_backward(in, shape, q, k, v, out, at<float>(sums), grad, {grad_q, grad_k, grad_v});
   });
   m.def("cross_entropy", [](Products in, Address x, Address weight, Address labels, int64_t ignored, int n, int d,
                             int words, Address logits, Address grad_x, Address grad_weight) {

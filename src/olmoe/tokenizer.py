@@ -59,6 +59,7 @@ class Tokenizer:
         self._added = {i: token.content for i, token in added.items()}
         self._special = frozenset(i for i, token in added.items() if token.special) | set(self.eos_ids)
         self._bytes_cache: dict[int, bytes] = {}
+        self._left_out: set[str] = set()  # roles of messages that the user was told of
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> Tokenizer:
@@ -253,8 +254,16 @@ class Tokenizer:
         seen: dict[str, Any] = {}
         if template == OLMOE_CHAT_TEMPLATE:  # it writes the end of a text even where the model has none
             seen = {"bos_token": "", "eos_token": ""}
-            _warn_of_roles(messages)
+            self._warn_of_roles(messages)
         return seen | self.special_tokens() | self.extra_special_tokens()
+
+    def _warn_of_roles(self, messages: Sequence[Any]) -> None:
+        """Warn about messages that OLMoE's template silently leaves out, once for each role."""
+        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+        for role in dict.fromkeys(role for role in roles if isinstance(role, str)):
+            if role not in ("system", "user", "assistant") and role not in self._left_out:
+                self._left_out.add(role)
+                _log.warning("OLMoE's chat template leaves out messages of the role %r", role)
 
     def encode_chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
         """Ids of a chat; `options` are those of `render_chat`."""
@@ -335,14 +344,6 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """What was held back at the end of a text: U+FFFD for an unfinished character, or nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-def _warn_of_roles(messages: Sequence[Any]) -> None:
-    """Warn about messages that OLMoE's template silently leaves out."""
-    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
-    for role in dict.fromkeys(role for role in roles if isinstance(role, str)):
-        if role not in ("system", "user", "assistant"):
-            _log.warning("OLMoE's chat template leaves out messages of the role %r", role)
 
 
 def _read_template_files(folder: Path) -> dict[str, str]:

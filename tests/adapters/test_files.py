@@ -84,7 +84,12 @@ def test_what_peft_wrote_is_read(tmp_path):
         ({"peft_type": "IA3"}, "of the type 'IA3'"),
         ({"use_dora": True}, "use_dora = True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),  # was read as if it did not
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),  # adapts only what follows these
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"r": 0}, "r = 0"),
+        ({"r": 6}, "of the rank 3, but adapter_config.json says r = 6"),  # was half as strong
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
     ],
 )
 def test_other_methods_are_refused(tmp_path, changes, says):
@@ -103,3 +108,12 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     assert "no adapter" in refused(lambda: adapters.read_adapter(tmp_path / "none", small_config()), CheckpointError)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     assert "cannot be read" in refused(lambda: adapters.read_adapter(tmp_path, small_config()), CheckpointError)
+
+
+def test_factors_of_a_norm_are_refused(tmp_path):
+    config = small_config()
+    adapter = random_adapter(config, CASES["attention"])
+    adapter.factors["model.norm.weight"] = adapters.Factors(torch.ones(3, 1), torch.ones(32, 3))
+    adapters.write_adapter(adapter, tmp_path, "base")
+    message = refused(lambda: adapters.read_adapter(tmp_path, config), CheckpointError)
+    assert "does not fit this model: its factors of model.norm.weight" in message  # was a traceback

@@ -33,6 +33,23 @@ def test_the_file_holds_both_factors_of_every_tensor(tmp_path):
     assert len(tensors) == 2 * 2 * (4 + 3 + 1)
 
 
+def test_ranks_that_differ_give_the_same_sum(tmp_path):
+    """llama.cpp divides alpha by the rank of each pair of tensors, which an A each for gate and up doubles."""
+    model = make_model()
+    adapter = random_adapter(model.config, ("experts",))
+    generator = torch.Generator().manual_seed(3)
+    for name, (a, b) in adapter.factors.items():
+        a, b = torch.cat((a, a), dim=1), torch.cat((b, torch.zeros_like(b).normal_(0, 0.3, generator=generator)), dim=2)
+        adapter.factors[name] = adapters.Factors(a, b)
+    write_gguf_adapter(adapter, model.config, tmp_path / "a.gguf", "name")
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    for parts, leaf in ((("gate", "up"), "gate_up"), (("down",), "down")):
+        left, right = ([tensors[f"blk.0.ffn_{part}_exps.weight.lora_{f}"] for part in parts] for f in "ab")
+        deltas = [b @ a * (adapter.alpha / b.shape[-1]) for a, b in zip(left, right, strict=True)]
+        expected = adapter.delta(f"model.layers.0.mlp.experts.{leaf}_proj")
+        torch.testing.assert_close(torch.cat(deltas, dim=1), expected)
+
+
 @pytest.mark.skipif(not llama_cpp_peer.available(), reason="no binding of llama.cpp is installed")
 def test_llama_cpp_applies_it(tmp_path, tokenizer_file):
     model = make_model(hidden_size=64, intermediate_size=32)

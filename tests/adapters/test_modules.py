@@ -112,3 +112,15 @@ def test_adapted_models_generate(tokenizer):
         LLM.from_parts(m, tokenizer).generate("the dog", params, show_progress=False)[0].text for m in (model, merged)
     )
     assert one == other
+
+
+def test_an_adapter_of_the_head_is_not_left_out_beside_packed_weights():
+    """It is added to plain weights; beside packed ones the layers' alone were computed."""
+    model = make_model()
+    adapter = random_adapter(model.config, ("attention",))
+    v, d = model.lm_head.weight.shape
+    adapter.factors["lm_head.weight"] = adapters.Factors(torch.ones(3, d), torch.ones(v, 3))
+    assert "changes lm_head.weight" in refused(lambda: adapters.adapt(model, adapter), UserError)
+    before = model.lm_head.weight.detach().clone()
+    adapters.apply(model, adapter)
+    torch.testing.assert_close(model.lm_head.weight, before + 3 * adapter.scale)

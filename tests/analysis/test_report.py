@@ -101,7 +101,10 @@ def test_sentences_are_computed(numbers):
         in (said["domains-top-1"])
     )
     assert "against 37.5% if routing were uniform" in said["domains-top-k"]
-    assert "m4 also chooses 70.0% of the experts that tokens choose here; the models agree least on $other$ in layer 4 (50.0%)" in said["agreement"]
+    assert (
+        "m4 also chooses 70.0% of the experts that tokens choose here; the models agree least on $other$ in layer 4 (50.0%)"
+        in said["agreement"]
+    )
     assert "no expert is unused" in said["load"]
     often = sum(numbers["layers"][layer]["often_together"] for layer in ("0", "2", "4"))
     assert f"{often} of 168 ordered pairs" in said["coactivation"]
@@ -117,9 +120,7 @@ def test_two_models_side_by_side(trained):
     assert outline[0] == 0 < bars[0]
     assert outline[1:] == pytest.approx(bars[1:])
     before = trained["domains"]["$other$"]["layers"]["2"]["top_k"][0]
-    assert (
-        f"differs most for $other$ and expert 0 of layer 2: {before:.1%} here and 0.0% in m4" in said["before-after"]
-    )
+    assert f"differs most for $other$ and expert 0 of layer 2: {before:.1%} here and 0.0% in m4" in said["before-after"]
 
 
 def test_curves_over_training(trained):

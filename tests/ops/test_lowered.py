@@ -145,6 +145,64 @@ def test_a_mixture_by_kernels_is_the_reference_but_for_halves(shape):
     assert torch.equal(again.detach(), ours)  # whether gradients are wanted changes nothing
 
 
+def heads_of(batch, query_heads, kv_heads, tokens, head_dim):
+    counts = (query_heads, kv_heads, kv_heads)
+    return [random(batch, n, tokens, head_dim, seed=i) for i, n in enumerate(counts)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((2, 4, 2, 9, 8), "ordinary, grouped heads"),
+        ((1, 2, 2, 2, 16), "two tokens"),
+        ((2, 3, 3, 67, 5), "odd widths, more tokens than a block has"),
+        ((1, 4, 2, 301, 64), "more tokens than are gone through at a time"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attention(shape, reason, way):
+    inputs = heads_of(*shape)
+    ours = computed(ops.attention, inputs, causal=True, products=BF16)
+    assert_near(ours, computed(ops.attention, inputs, causal=True, products=BF16, backend="reference"), "attention")
+    in_fp32 = computed(ops.attention, inputs, causal=True)
+    assert_near(ours, in_fp32, "attention")
+    assert all(not torch.equal(a, b) for a, b in zip(ours, in_fp32, strict=True))
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[False, True, True, True, True]])], ids=["after others", "mask"])
+def test_attention_that_the_kernels_do_not_compute(mask, way):
+    inputs = [random(2, 2, 3 if mask is None else 5, 8), *(random(2, 2, 5, 8, seed=i) for i in (1, 2))]
+    options = {"causal": mask is None, "mask": mask}
+    ours = computed(ops.attention, inputs, products=BF16, **options)
+    assert_near(ours, computed(ops.attention, inputs, products=BF16, backend="reference", **options), "attention")
+
+
+@pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
+def test_attention_by_kernels_rounds_factors_and_nothing_else():
+    """As many tokens as have one top score, so that probabilities are rounded as they are before their sum is known."""
+    inputs = heads_of(2, 2, 2, 50, 32)
+    q, k, v = (rounded(t) for t in inputs)
+    scores = (q @ k.mT / 32**0.5).masked_fill(torch.ones(50, 50).triu(1).bool(), float("-inf"))
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    expected = rounded(powers) @ v / powers.sum(-1, keepdim=True)
+    ours = ops.attention(*inputs, causal=True, products=BF16)
+    # A power between two neighbours of bf16 may round to either of these.
+    assert float((ours - expected).abs().mean() / expected.abs().max()) < 2e-6
+    assert error(ours, expected) < 1e-3
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    again = ops.attention(*leaves, causal=True, products=BF16)
+    assert torch.equal(again.detach(), ours)  # whether gradients are wanted changes nothing
+
+
+@pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
+def test_gradients_of_queries_by_kernels_are_not_biased():
+    """Those of scores add up to zero for each query, up to how probabilities were rounded: equal keys get nothing."""
+    q, _, v = heads_of(1, 1, 1, 200, 32)
+    k = random(1, 1, 1, 32, seed=1).expand(1, 1, 200, 32)
+    _, grad_q, grad_k, _ = computed(ops.attention, [q, k, v], causal=True, products=BF16)
+    assert float(grad_q.abs().max()) < 0.01 * float(grad_k.abs().max())
+
+
 @pytest.mark.skipif(not KERNELS, reason="there is nothing to leave out")
 def test_kernels_without_the_instruction_leave_it_to_torch():
     x, weight = random(3, 8).requires_grad_(), random(4, 8)

@@ -19,7 +19,7 @@ OPERATIONS = [
     "linear", "rms_norm", "apply_rope", "attention", "route", "sort_by_expert",
     "gather_rows", "experts", "combine", "moe", "linear_cross_entropy",
     "sample",  # in cpu/test_sampling_parity.py
-    "lowered_linear", "lowered_moe", "lowered_cross_entropy",  # in test_lowered.py
+    "lowered_linear", "lowered_attention", "lowered_moe", "lowered_cross_entropy",  # in test_lowered.py
 ]  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def test_apply_rope(lead, backend, dtype):
     ("t", "s", "kv_heads", "masked", "causal"),
     [
         (9, 9, 4, False, True),  # training
+        (70, 70, 2, False, True),  # training on more tokens than a block has, grouped heads
         (1, 13, 4, False, False),  # decode
         (5, 13, 2, False, True),  # a piece of a prompt after a cached prefix, grouped heads
         (6, 6, 1, True, True),  # padding, one KV head

@@ -90,7 +90,7 @@ def test_every_operation_is_here():
     tested = {name.partition(",")[0] for name in CALLS}
     chosen = {"sort_by_expert", "sample"}  # whose results are numbers of experts and tokens
     # Differences of what is rounded say nothing; these are in test_lowered.py.
-    rounding = {"lowered_linear", "lowered_moe", "lowered_cross_entropy"}
+    rounding = {"lowered_linear", "lowered_attention", "lowered_moe", "lowered_cross_entropy"}
     assert sorted(tested | chosen | rounding) == sorted(ops.dispatch._REGISTRY)
 
 

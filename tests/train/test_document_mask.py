@@ -90,3 +90,18 @@ def test_grouped_heads_and_flat_tokens():
         at = slice(start, start + length)
         alone = causal_attend(q[None, at], k[None, at], v[None, at], 0)[0]
         torch.testing.assert_close(found[at], alone, rtol=0, atol=1e-6)
+
+
+def test_products_of_rounded_numbers():
+    """As for documents alone, and another result than in fp32, whether they are isolated or not."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 12, 2, 8, generator=generator) for _ in range(3))
+    for eos in (None, EOS):
+        found, in_fp32 = (
+            positions_and_attention(windows(), eos, products)[1](q, k, v, 0) for products in (torch.bfloat16, None)
+        )
+        assert not torch.equal(found, in_fp32)
+        torch.testing.assert_close(found, in_fp32, rtol=0, atol=0.02)
+    length = document_lengths(windows(), EOS)[0]
+    alone = causal_attend(*(t[:1, :length] for t in (q, k, v)), 0, torch.bfloat16)
+    torch.testing.assert_close(found[:1, :length], alone, rtol=0, atol=1e-2)

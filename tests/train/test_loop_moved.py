@@ -9,8 +9,9 @@ import pytest
 
 from olmoe.errors import ConfigError
 from olmoe.train import loop
-from olmoe.train.config import load_config, resolve_path
+from olmoe.train.config import load_config
 from olmoe.train.loop import Interrupted, train
+from olmoe.train.toml_file import resolve_path
 from sentences import refused
 from training_runs import assert_same_run, text, write_run
 

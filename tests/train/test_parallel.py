@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from olmoe.errors import ConfigError
-from olmoe.train import parallel
+from olmoe.train import one_machine, parallel
 from olmoe.train.config import load_config
 from olmoe.train.ranks import Ranks
 from olmoe.weights import checkpoint, export
@@ -78,6 +78,18 @@ def test_ranks_compute_what_one_process_does(way, tmp_path, tokenizer_file, alon
     best = checkpoint.load(alone.parent / "out" / "checkpoints" / "step-0000005")
     for a, b in zip(model.parameters(), best.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def train_apart(path: Path) -> None:
+    """Train where ranks share no memory, as on several machines."""
+    one_machine.FOLDER = Path("nowhere")
+    train_run(path)
+
+
+@pytest.mark.parametrize("split", [{"expert": 2}, {"data": 2}], ids=str)
+def test_ranks_that_share_no_memory_compute_the_same(split, tmp_path, tokenizer_file, alone):
+    on_ranks(2, train_apart, write(tmp_path, tokenizer_file, 2, parallel=split))
+    assert_equal_runs(tmp_path / "run" / "out", alone)
 
 
 def test_every_token_may_choose_the_experts_of_one_rank(tmp_path, tokenizer_file, alone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -9,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from olmoe.errors import ConfigError, UserError
 from olmoe.train import loop
 from olmoe.train.config import load_config
-from olmoe.train.ranks import ALONE, join_ranks
+from olmoe.train.ranks import ALONE, Ranks, _among_the_living, join_ranks
 from rank_processes import ends_on_ranks, error_of, free_port, on_ranks, rank_environment, train_run
 from sentences import refused
 from training_runs import fixed, read_metrics, write_run
@@ -49,7 +53,9 @@ def start(path: Path, *options: str, ranks: int = 2, before: tuple[str, ...] = (
 
 def end(process) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *workers(process)]:  # each in a session of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -97,8 +103,9 @@ def test_a_rank_that_is_killed_ends_the_job_with_one_sentence_and_torchrun_goes_
         out, err = process.communicate(timeout=LIMIT)
     finally:
         end(process)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert out == ""
+    assert len(sentences_of(err)) == 1, err
     (told,) = sentences_of(err)
     assert told.startswith("olmoe: Another of the 2 processes has ended (")
     assert "; continue it from step-" in told
@@ -233,6 +240,57 @@ def test_a_process_alone_is_one_rank_without_a_group():
         assert (ranks.rank, ranks.size) == (0, 1)
         assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()
+
+
+def meet(port: int, late: int) -> tuple[list[float], bool]:
+    """The ranks that meet over the store at this port, which is torchrun's; one of them comes late."""
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if int(os.environ["RANK"]) == late:
+        time.sleep(0.5)
+    with join_ranks("cpu") as ranks:
+        started = time.monotonic()
+        ranks.first_in_turn(lambda: time.sleep(0.2) if ranks.is_first else None)
+        waited = time.monotonic() - started >= 0.1
+        return ranks.sum(torch.ones(1)).tolist(), waited and ranks._is_first_to_tell(f"that of rank {ranks.rank}")
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_restarted_ranks_find_nothing_of_those_before_them_in_torchruns_store(late):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        assert on_ranks(2, meet, store.port, late) == [([2.0], True)] * 2
+
+
+def test_the_first_rank_waits_for_those_that_live():
+    store = HashStore()
+    store.set("olmoe/word/1", "of one that was killed before it had an answer")
+    store.set("olmoe/word/2", "of another")
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(_among_the_living, store, 0, 3)
+        second = pool.submit(_among_the_living, store, 2, 3)
+        second.result(LIMIT).set("from", "rank 2")
+        assert not first.done()
+        third = pool.submit(_among_the_living, store, 1, 3)
+        assert [met.result(LIMIT).get("from") for met in (first, third)] == [b"rank 2"] * 2
+
+
+def test_a_rank_that_does_not_come_is_named():
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 has not come"):
+        _among_the_living(store, 0, 2)
+
+
+def test_a_rank_that_ends_says_why_though_torchrun_asks_it_to_end():
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(UserError, match="wrong"), Ranks(0, 2).guarded(lambda: "go on"):
+        raise UserError("it is wrong")
+    try:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)  # passes
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_an_environment_that_cannot_be_joined_is_one_sentence(monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmoe.model import CausalLM, causal_attend, initialize
+from olmoe.model import CausalLM, causal_attend, initialize, set_products
+from olmoe.ops.cpu import extension, training
 from olmoe.train import parallel
 from olmoe.train.config import LossConfig, load_config
 from olmoe.train.losses import objective
@@ -88,6 +89,36 @@ def test_selective_recomputation_leaves_attention_and_products_alone(tmp_path, o
     assert found["off"] >= once  # backward has products of its own
     assert found["selective"] == found["off"]
     assert found["full"] == found["off"] + once
+
+
+@pytest.mark.skipif(not extension.available() or extension.isa() == "scalar", reason="torch computes attention")
+@pytest.mark.parametrize("lowered", [False, True], ids=["fp32", "bf16-products"])
+def test_selective_recomputation_keeps_the_attention_of_kernels(tmp_path, lowered, monkeypatch):
+    if lowered and not extension.kernels().has_bf16_products():
+        pytest.skip("this CPU has no instruction for products in bf16")
+    counted, kernels = [], training._kernels()
+
+    class Counted:
+        def __getattr__(self, name):
+            counted.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(training, "_kernels", Counted)
+    found = {}
+    for mode in ("off", "selective", "full"):
+        config = load_config(write_run(tmp_path / mode, "tokenizer.json", compute={"activation_checkpointing": mode}))
+        model = CausalLM(config.model)
+        initialize(model, 1)
+        set_products(model, torch.bfloat16 if lowered else None)
+        for layer in model.model.layers:
+            parallel.arrange(layer, config)
+        counted.clear()
+        objective(model, torch.arange(128).view(4, 32), LossConfig(), 128, 1).objective.backward()
+        assert counted.count("causal_backward") == 2
+        found[mode] = counted.count("causal_forward"), [p.grad for p in model.parameters()]
+    assert {mode: calls for mode, (calls, _) in found.items()} == {"off": 2, "selective": 2, "full": 4}
+    for _, gradients in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found["off"][1], strict=True))
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

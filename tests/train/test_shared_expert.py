@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.errors import CheckpointError, ConfigError
-from olmoe.model import CausalLM, causal_attend, initialize
+from olmoe.model import CausalLM, Experts, Linear, causal_attend, initialize
 from olmoe.train import loop, shared_expert
 from olmoe.train.config import load_config
 from olmoe.train.evaluation import evaluate_all
@@ -149,10 +149,17 @@ def test_no_other_program_takes_the_model_for_olmoe(finished, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_products_in_bf16_are_those_of_all_experts(tmp_path, tokenizer_file):
+    path = write_run(tmp_path / "run", tokenizer_file, **CHANGES | {"compute": {"precision": "bf16-products"}})
+    model = loop._start(load_config(path), resumed=False)
+    assert {m.products for m in model.modules() if isinstance(m, Linear | Experts)} == {torch.bfloat16}
+    assert isinstance(model.model.layers[0].mlp.shared_expert, Experts)
+
+
 def test_what_cannot_train_it_says_so(finished, tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, **CHANGES | {"compute": {"precision": "bf16"}})
     message = refused(lambda: train(load_config(path), show_progress=False), ConfigError)
-    assert message.startswith("shared_expert.width 24 is trained by one process in fp32 only")
+    assert message.startswith("shared_expert.width 24 is trained by one process, with activations in fp32")
     path = write_run(tmp_path / "run", tokenizer_file, shared_expert={"width": -1})
     assert "shared_expert.width must be at least 0" in refused(lambda: load_config(path), ConfigError)
     # Weights of a model without one do not fill one.

@@ -75,6 +75,9 @@ struct Pairs {
   static OLMOE_INLINE vf multiply_add(vf x, vf b, vf total) {
     return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)x, (__m512bh)b);
   }
+  static OLMOE_INLINE vf multiplied(vf x) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+  }
 
   static void pack(const Factor& b, int first, int depth, int column, int columns, float* panels) {
     const int places = (depth + 1) / 2;
@@ -109,21 +112,22 @@ struct Pairs {
     }
   }
 
-  static void rows(const Factor& a, int row, int count, int first, int depth, float* memory, const float** rows) {
-    for (int i = 0; i < count; i++) rows[i] = memory + size_t(i) * kDepth;
+  static void rows(const Factor& a, int row, int count, int first, int depth, float* memory, const float** rows,
+                   size_t stride = kDepth) {
+    for (int i = 0; i < count; i++) rows[i] = memory + size_t(i) * stride;
     if (a.turned) {
       for (int k = 0; k < depth; k += 2 * W) {
         const float* from[2 * W];
         const int some = depth - k < 2 * W ? depth - k : 2 * W;
         for (int j = 0; j < some; j++) from[j] = row_of(a, first + k + j) + row;
-        turn_pairs(from, some, count, memory + k / 2, kDepth);
+        turn_pairs(from, some, count, memory + k / 2, stride);
       }
       return;
     }
     for (int i = 0; i < count; i++) {
       const float* from = row_of(a, row + i) + first;
       if (i + kAhead < count) fetch_ahead(row_of(a, row + i + kAhead) + first, size_t(depth) * sizeof(float));
-      float* out = memory + size_t(i) * kDepth;
+      float* out = memory + size_t(i) * stride;
       int k = 0;
       for (; k + 2 * W <= depth; k += 2 * W) store(out + k / 2, neighbours(from + k));
       if (k < depth) store(out + k / 2, neighbours(from + k, depth - k));

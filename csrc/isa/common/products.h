@@ -67,20 +67,24 @@ inline void pack(const Factor& b, int first, int depth, int column, int columns,
 struct Singles {
   static constexpr int kNumbers = 1;  // along depth that are multiplied at once, in the place of one fp32 number
   static OLMOE_INLINE vf multiply_add(vf x, vf b, vf total) { return total + x * b; }
+  static OLMOE_INLINE vf multiplied(vf x) { return x; }  // what numbers become for that
   static void pack(const Factor& b, int first, int depth, int column, int columns, float* panels) {
     olmoe::pack(b, first, depth, column, columns, panels);
   }
-  // Rows of A, whose numbers are read one after the other: each one's columns from `first` on, `depth` of them.
-  static void rows(const Factor& a, int row, int count, int first, int depth, float* memory, const float** rows) {
-    if (a.turned) turn(a, first, depth, row, count, memory, kDepth);
-    for (int i = 0; i < count; i++) rows[i] = a.turned ? memory + size_t(i) * kDepth : row_of(a, row + i) + first;
+  // Rows of A, whose numbers are read one after the other: each one's columns from `first` on, `depth` of them. What
+  // has to be put in another place for that lies in `memory`, `stride` floats from row to row.
+  static void rows(const Factor& a, int row, int count, int first, int depth, float* memory, const float** rows,
+                   size_t stride = kDepth) {
+    if (a.turned) turn(a, first, depth, row, count, memory, stride);
+    for (int i = 0; i < count; i++) rows[i] = a.turned ? memory + size_t(i) * stride : row_of(a, row + i) + first;
   }
 };
 
-// A tile of C. A function of its own, so that its pointers get all registers.
+// A tile of C: rows of A from place `start` on, and a panel whose rows are `stride` floats apart. A function of its
+// own, so that its pointers get all registers.
 template <typename Numbers, int ROWS, int VECTORS>
 __attribute__((noinline)) void product_tile(const float* const* a, size_t start, int depth, const float* panel,
-                                            float* c, size_t ld, int columns, bool add) {
+                                            size_t stride, float* c, size_t ld, int columns, bool add) {
   const float* rows[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) rows[r] = a[r] + start;
@@ -90,7 +94,7 @@ __attribute__((noinline)) void product_tile(const float* const* a, size_t start,
     vf b[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) b[v] = load(panel + v * W);
-    panel += VECTORS * W;
+    panel += stride;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
       const vf x = splat(rows[r][k]);
@@ -141,6 +145,9 @@ inline Tile tile_of(int rows, int vectors) {
   }
 }
 
+// Rows of C in tiles; the last two are about equal: with few sums at a time a tile waits for their latency.
+inline int tile_rows(int left) { return left <= kSumRows ? left : left < 2 * kSumRows ? (left + 1) / 2 : kSumRows; }
+
 template <typename Numbers = Singles>
 inline void product(const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld, bool add,
                     float* scratch) {
@@ -162,12 +169,9 @@ inline void product(const Factor& a, int m, int depth, const Factor& b, int n, f
         for (int p = 0; p < wide; p += kPanelColumns) {
           const int columns = wide - p < kPanelColumns ? wide - p : kPanelColumns;
           for (int i = 0; i < tall;) {
-            // The last two tiles are about equal: with few sums at a time a tile waits for their latency.
-            const int left = tall - i, count = left <= kSumRows      ? left
-                                               : left < 2 * kSumRows ? (left + 1) / 2
-                                                                     : kSumRows;
-            tile_of<Numbers>(count, vectors_of(columns))(rows + i, 0, places, panels + size_t(p) * places,
-                                                         c + (i0 + i) * ld + j0 + p, ld, columns, add || k0 > 0);
+            const int count = tile_rows(tall - i), vectors = vectors_of(columns);
+            tile_of<Numbers>(count, vectors)(rows + i, 0, places, panels + size_t(p) * places, vectors * W,
+                                             c + (i0 + i) * ld + j0 + p, ld, columns, add || k0 > 0);
             i += count;
           }
         }

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "bf16_products.h"
 #include "bf16_rows.h"
+#include "causal.h"
 #include "elementwise.h"
 #include "encode.h"
 #include "float_rows.h"
@@ -89,7 +90,11 @@ inline Kernels make_table(const char* name) {
                  .rms_norm_backward = rms_norm_backward,
                  .cross_entropy = cross_entropy,
                  .product = product,
-                 .bf16_product = kBF16Product};
+                 .bf16_product = kBF16Product,
+                 .causal_attention = causal_attention<Singles>,
+                 .causal_backward = causal_backward<Singles>,
+                 .bf16_causal_attention = kBF16Causal,
+                 .bf16_causal_backward = kBF16CausalBackward};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ and up then share A.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 _ONE_EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj")
 # Other features of PEFT that would change the numbers.
-_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+_PLAIN = {
+    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False,
+    "trainable_token_indices": None, "arrow_config": None,
+}  # fmt: skip
+# Ways to begin that take away from the model's weights what the adapter starts with.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -74,12 +81,14 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
         if match is None:
             raise CheckpointError(f"{folder} has the tensor {shown(key)}, which is not LoRA of OLMoE.")
         pairs.setdefault(match["module"], {})[match["factor"]] = value
+    _check_rank(pairs, rank, config, folder)
     factors = _one_by_one(pairs, config, folder) | _fused(pairs, config, folder)
     if not factors:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} holds no adapted matrix.")
     shapes = parameter_shapes(config)
     for name, (a, b) in factors.items():
-        *stack, rows, columns = shapes.get(name, (0, 0))
+        shape = shapes.get(name, ())
+        *stack, rows, columns = shape if len(shape) > 1 else (0, 0)
         if tuple(a.shape) != (*stack, a.shape[-2], columns) or tuple(b.shape) != (*stack, rows, a.shape[-2]):
             raise CheckpointError(
                 f"{folder} does not fit this model: its factors of {name} are {list(a.shape)} and {list(b.shape)}."
@@ -171,11 +180,28 @@ def _rank_and_alpha(settings: dict[str, Any], folder: Path) -> tuple[int, float]
             raise CheckpointError(
                 f"{folder} has {key} = {shown(settings[key])}, which is not supported; merge it with PEFT first."
             )
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{folder} has init_lora_weights = {shown(begun)}, which changes the model's own weights as well; merge it "
+            "with PEFT first."
+        )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not math.isfinite(alpha):
         raise CheckpointError(f"{folder / CONFIG_NAME} has r = {shown(rank)} and lora_alpha = {shown(alpha)}.")
     # The scale of rank-stabilised LoRA is alpha / sqrt(r).
     return rank, float(alpha) * (rank**0.5 if settings.get("use_rslora") else 1.0)
+
+
+def _check_rank(pairs: dict[str, dict[str, Tensor]], rank: int, config: ModelConfig, folder: Path) -> None:
+    """Refuse factors of another rank than the settings', by which alpha is divided."""
+    for module, pair in pairs.items():
+        a, _ = _pair(pair, module, folder)
+        stack = config.num_experts if module.removesuffix(".base_layer").endswith(EXPERTS) else 1
+        if len(a) % stack == 0 and len(a) != stack * rank:
+            raise CheckpointError(
+                f"{folder} has factors of {module} of the rank {len(a) // stack}, but {CONFIG_NAME} says r = {rank}."
+            )
 
 
 def _fused(pairs: dict[str, dict[str, Tensor]], config: ModelConfig, folder: Path) -> dict[str, Factors]:

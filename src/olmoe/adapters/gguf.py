@@ -39,6 +39,8 @@ def _tensors(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[str, Tenso
     theirs = tensor_names(config)
     for parameter, (a, b) in adapter.factors.items():
         names = theirs[parameter]
+        # llama.cpp multiplies with alpha / r by the r of the tensors, which other software may have made larger.
+        b = b.float() * (a.shape[-2] / adapter.rank)
         for name, part in zip(names, b.chunk(len(names), dim=-2), strict=True):
             yield f"{name}.lora_a", a
             yield f"{name}.lora_b", part

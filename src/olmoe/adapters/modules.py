@@ -18,6 +18,7 @@ from torch.func import functional_call
 from olmoe import ops
 from olmoe.adapters.adapter import Adapter, Factors
 from olmoe.adapters.experts import FrozenExperts, Low, adapted_experts
+from olmoe.errors import UserError
 from olmoe.model import CausalLM, Experts, Linear, Router
 from olmoe.model.network import RouterOutput
 from olmoe.ops.transforms import transformed
@@ -109,8 +110,14 @@ def adapt(model: CausalLM, adapter: Adapter, precision: torch.dtype | None = Non
     """Put `adapter` beside the weights of `model`; from then on its factors are the only parameters with gradients.
 
     `precision` is the dtype of products with the weights that are adapted, by default that of hidden states. Products
-    with the factors are computed in the factors' own.
+    with the factors are computed in the factors' own. Raises `UserError`, before anything is changed, for an adapter of
+    something else than the layers.
     """
+    if other := next((name for name in adapter.factors if not name.startswith("model.layers.")), None):
+        raise UserError(
+            f"The adapter changes {other}, which cannot be adapted beside packed weights; merge it into the checkpoint "
+            "that they were packed from."
+        )
     model.requires_grad_(False)
     for number in range(model.config.num_hidden_layers):
         layer: Any = model.model.layers[number]

@@ -126,9 +126,7 @@ def _say_load(curves: TrainingCurves) -> str:
 def _say_balance(curves: TrainingCurves) -> str:
     parts = []
     if curves.load is not None:
-        parts.append(
-            f"the busiest expert of a layer has {max_over_mean(curves)[-1].mean():.2f} times the uniform load"
-        )
+        parts.append(f"the busiest expert of a layer has {max_over_mean(curves)[-1].mean():.2f} times the uniform load")
     if "expert_entropy" in curves.by_layer:
         parts.append(
             f"the entropy of a layer's load is {curves.by_layer['expert_entropy'][-1].mean():.3f} of the maximum"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
@@ -45,13 +44,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     activation = plain_activation(module.act_fn)
     if not getattr(module, "_is_expert_parallel", False):
         return ops.moe(x, top_k_weights, top_k_index, *weights, activation).to(hidden_states.dtype)
-    count = weights[0].shape[0]
-    rows = ops.sort_by_expert(top_k_index.clamp(max=count), count + 1)  # absent rows come last
-    present = int(rows.offsets_E[count])
-    gathered = ops.gather_rows(x, rows)[:present]
-    out = ops.experts(gathered, rows.offsets_E[: count + 1], *weights, activation)
-    padded_MD = F.pad(out, (0, 0, 0, top_k_index.numel() - present))  # absent rows add zero, and have zero gradients
-    return ops.combine(padded_MD, top_k_weights, rows).to(hidden_states.dtype)
+    return ops.moe_part(x, top_k_weights, top_k_index, *weights, activation, 0).to(hidden_states.dtype)
 
 
 def check_layout(module: Any) -> None:

@@ -338,14 +338,17 @@ def set_backend(model: nn.Module, backend: str) -> None:
 def set_products(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Let products with weights round their inputs to `dtype`: experts, projections and output head, not routers.
 
-    Weights, gradients and everything between products keep their dtype.
+    Weights, gradients and everything between products keep their dtype. Attention is the caller's (`causal_attend`).
     """
     for module in model.modules():
         if isinstance(module, Linear | Experts):
             module.products = dtype
 
 
-def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-    """`attend` for whole sequences without a cache: q (B, T, H, Dh), k, v (B, T, G, Dh) -> (B, T, H, Dh)."""
+def causal_attend(q: Tensor, k: Tensor, v: Tensor, layer: int, products: torch.dtype | None = None) -> Tensor:
+    """`attend` for whole sequences without a cache: q (B, T, H, Dh), k, v (B, T, G, Dh) -> (B, T, H, Dh).
+
+    `products` is what factors are rounded to, as in `set_products`.
+    """
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return ops.attention(*heads_first, causal=True).transpose(1, 2)
+    return ops.attention(*heads_first, causal=True, products=products).transpose(1, 2)

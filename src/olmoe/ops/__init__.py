@@ -17,6 +17,7 @@ from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
 from olmoe.ops.dispatch import AUTO, backends, call
+from olmoe.ops.part import chosen_rows, moe_part
 from olmoe.ops.reference import Activation
 from olmoe.ops.types import RoutePolicy, Samples, SamplingRow, SamplingStatus, SortedRows
 
@@ -31,12 +32,14 @@ __all__ = [
     "apply_rope",
     "attention",
     "backends",
+    "chosen_rows",
     "combine",
     "experts",
     "gather_rows",
     "linear",
     "linear_cross_entropy",
     "moe",
+    "moe_part",
     "rms_norm",
     "route",
     "sample",
@@ -74,13 +77,22 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = AUTO) -> T
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, backend: str = AUTO
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
 ) -> Tensor:
     """Scaled dot-product attention with grouped KV heads. q (B, H, T, Dh), k, v (B, G, S, Dh) -> (B, H, T, Dh).
 
     `mask` (broadcastable to (B, H, T, S)) is True where attention is allowed; a query that may attend to
     nothing yields zeros. `causal` aligns the last query with the last key.
     """
+    if products is not None:
+        return call("lowered_attention", backend, q, k, v, mask, causal, products)
     return call("attention", backend, q, k, v, mask, causal)
 
 

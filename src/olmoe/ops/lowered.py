@@ -5,7 +5,8 @@ gradients and the optimizer in fp32. On CPUs with such instructions the C++ kern
 Elsewhere (GPUs, compiled models, transforms that must follow each step) operations on tensors of bf16 do; of these
 the results of products are rounded, too, before they become fp32 again.
 
-Shapes legend: N tokens, D hidden, K experts per token, M = N*K routed rows, V vocabulary.
+Shapes legend: B batch, T sequence, H heads, G KV heads, Dh head dim, N tokens, D hidden, K experts per token,
+M = N*K routed rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     if training.takes_products(dtype, x, weight, bias):
         return training.linear(x, weight, bias, plain, dtype)
     return plain(x, weight, bias)
+
+
+@register("lowered_attention", "torch")
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
+    """See `reference.lowered_attention`."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch_fast.attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, causal).to(q.dtype)
+
+    if causal and mask is None and training.takes_products(dtype, q, k, v) and training.fits_attention(q, k, v):
+        return training.attention(q, k, v, plain, dtype)
+    return plain(q, k, v)
 
 
 @register("lowered_moe", "torch")

@@ -151,6 +151,12 @@ def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     return linear(rounded(x, dtype), rounded(weight, dtype), bias)
 
 
+@register("lowered_attention", "reference")
+def lowered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
+    """`attention` of q, k and v rounded to `dtype`. Faster backends also round probabilities before they multiply v."""
+    return attention(*(rounded(t, dtype) for t in (q, k, v)), mask, causal)
+
+
 @register("lowered_moe", "reference")
 def lowered_moe(
     x: Tensor,

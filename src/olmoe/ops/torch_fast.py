@@ -127,6 +127,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         with plain_attention():
             return fused(q, k, v)
 
+    if causal and lower is None and training.takes(q, k, v) and training.fits_attention(q, k, v):
+        return training.attention(q, k, v, plain)
     with without_autocast(q):
         out = twice_differentiable(fused, plain, q, k, v)
     if mask is not None:

@@ -5,24 +5,20 @@ Every unknown key, wrong type and contradictory value is refused with its key in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import re
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
-from olmoe.io.text_file import read_text
 from olmoe.train.inheritance import inherit
+from olmoe.train.ranges import check_ranges
+from olmoe.train.toml_file import build, read_toml, resolve_path
 
-BF16_PRODUCTS = "bf16-products"  # of compute.precision
-_LIMIT = 2**63  # of every number: what a seed or a file size can be
+BF16_PRODUCTS = "bf16-products"
+PRODUCTS = ("fp32", "bf16", BF16_PRODUCTS)  # compute.precision
+RECOMPUTATION = ("off", "selective", "full")  # compute.activation_checkpointing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,33 +270,6 @@ class TrainConfig:
         return plain | how | {"seed": self.run.seed}
 
 
-def resolve_path(path: str, base: Path) -> Path:
-    """A path as a shell reads it, `~` and `$NAME` included, from the folder `base`.
-
-    Raises `ConfigError` for an unknown user or variable: no folder is meant to have such a name.
-    """
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    left = re.match(r"~[^/\\]*", expanded) or re.search(r"\$(\w+|\{[^}]*\})", expanded)
-    found = base / expanded
-    if left is not None and not found.exists():
-        raise ConfigError(
-            f"The path {shown(path)} has {left.group()}, which stands for nothing here; set it, or write the path out."
-        )
-    return found
-
-
-def read_toml(path: Path, kind: str = "training configuration") -> dict[str, Any]:
-    """The tables of a TOML file, of which `kind` says what it is. Raises `ConfigError` if it cannot be read."""
-    try:
-        return tomllib.loads(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no {kind} {path}.") from None
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not a readable text file; give the path of a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
-
-
 def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
     """Read and check a TOML file. Raises `ConfigError` with the offending key and value.
 
@@ -339,8 +308,8 @@ def _check_choices(config: TrainConfig) -> None:
     choices = {
         "schedule.kind": (config.schedule.kind, ("cosine", "linear")),
         "parallel.balance": (config.parallel.balance, ("rank", "all")),
-        "compute.precision": (compute.precision, ("fp32", "bf16", BF16_PRODUCTS)),
-        "compute.activation_checkpointing": (compute.activation_checkpointing, ("off", "selective", "full")),
+        "compute.precision": (compute.precision, PRODUCTS),
+        "compute.activation_checkpointing": (compute.activation_checkpointing, RECOMPUTATION),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -377,7 +346,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "parallel.replicate": config.parallel.replicate,
-    } | {f"repeat of {source.path!r}": source.repeat for source in data.sources}
+        "batch.sequences x batch.accumulation x data.sequence_length": config.tokens_per_step,
+    }
     positive |= {f"weight of {source.path!r}": source.weight for source in data.sources if source.weight is not None}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
@@ -392,12 +362,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "data.mask_repetitions": data.mask_repetitions,
         "skip.sigmas": config.skip.sigmas,
     }
-    for key, value in positive.items():
-        if not 0 < value < _LIMIT:  # false for nan and inf as well
-            raise ConfigError(f"{key} must be above 0 and below 2^63, not {shown(value)}.")
-    for key, value in not_negative.items():
-        if not 0 <= value < _LIMIT:
-            raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
+    repeats = {f"repeat of {source.path!r}": source.repeat for source in data.sources}
+    check_ranges(positive=positive, not_negative=not_negative, counts=repeats)
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas must be from 0 to below 1, not {list(optimizer.betas)}.")
     check_dropout(config.regularization.residual_dropout)
@@ -424,8 +390,9 @@ def _check_data(data: DataConfig) -> None:
     """Check that the settings of the sources fit together."""
     weighted = [source for source in data.train if source.weight is not None]
     for source in (*data.valid, *data.measure):
-        if source.weight is not None:
-            raise ConfigError(f"{source.path!r} is not trained on, so its weight means nothing; remove it.")
+        key = "weight" if source.weight is not None else "repeat"
+        if key == "weight" or source.repeat != 1:
+            raise ConfigError(f"{source.path!r} is not trained on, so its {key} means nothing; remove it.")
     for source in weighted:
         if source.repeat != 1:
             raise ConfigError(f"{source.path!r} has both repeat and weight, which say the same; remove one of them.")
@@ -457,43 +424,3 @@ def _check_model(config: TrainConfig) -> None:
             f"model.attention_dropout is {config.model.attention_dropout}, but OLMoE trains without it; remove it, or "
             "set regularization.residual_dropout."
         )
-
-
-def build(cls: Any, table: Any, name: str) -> Any:
-    """A dataclass from a TOML table, nested ones included. Raises `ConfigError` for what does not fit it."""
-    where = f"[{name}]" if name else "The configuration"
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table, not {shown(table)}.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
-    unknown = sorted(set(table) - set(known))
-    if unknown:
-        raise ConfigError(f"{where} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(known))}.")
-    for key, f in known.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and key not in table:
-            raise ConfigError(f"{where} lacks {key!r}; add it.")
-    values = {key: _convert(hints[key], value, f"{name}.{key}".lstrip(".")) for key, value in table.items()}
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the annotated type, or `ConfigError`."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, name)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            with contextlib.suppress(ConfigError):
-                return _convert(option, value, name)
-        raise ConfigError(f"{name} has the value {shown(value)} of the wrong type.")
-    if origin is tuple and isinstance(value, list | tuple):
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-        if len(value) == len(arguments):
-            return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}.")

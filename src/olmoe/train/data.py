@@ -65,7 +65,8 @@ def name_files(paths: Iterable[Path]) -> dict[Path, str]:
     candidates: dict[Path, list[str]] = {}
     for path, absolute in whole.items():
         if not path.is_file():
-            raise ConfigError(f"The data file {path} does not exist.")
+            wrong = "is a folder; name a file in it" if path.is_dir() else "does not exist"
+            raise ConfigError(f"The data file {path} {wrong}.")
         parts = absolute.with_suffix("").parts[1:]
         shorter = ["-".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
         # The whole path in the end, because two files may differ in nothing but their suffix.

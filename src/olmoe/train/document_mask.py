@@ -8,6 +8,7 @@ Shapes legend: B windows, T positions, N tokens of all documents, H heads, G KV 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -17,18 +18,22 @@ from torch import Tensor
 from olmoe.model import Attend, causal_attend
 
 
-def positions_and_attention(ids_BT: Tensor, eos_id: int | None) -> tuple[Tensor, Attend]:
+def positions_and_attention(
+    ids_BT: Tensor, eos_id: int | None, products: torch.dtype | None = None
+) -> tuple[Tensor, Attend]:
     """The positions (B, T) and the attention for windows of ids, in which each document ends with `eos_id`.
 
-    With None, windows are not divided: positions continue, and attention crosses documents.
+    With None, windows are not divided: positions continue, and attention crosses documents. Attention multiplies what
+    is rounded to `products`, if that is given.
     """
     if eos_id is None:
-        return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT), causal_attend
+        attend = causal_attend if products is None else functools.partial(causal_attend, products=products)
+        return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT), attend
     lengths = document_lengths(ids_BT, eos_id)
     counts = torch.tensor(lengths)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     positions = (torch.arange(ids_BT.numel()) - starts).view(ids_BT.shape)
-    return positions.to(ids_BT.device), isolated_attend(lengths)
+    return positions.to(ids_BT.device), isolated_attend(lengths, products)
 
 
 def document_lengths(ids_BT: Tensor, eos_id: int) -> list[int]:
@@ -39,7 +44,7 @@ def document_lengths(ids_BT: Tensor, eos_id: int) -> list[int]:
     return torch.diff(places, prepend=torch.tensor([-1])).tolist()
 
 
-def isolated_attend(lengths: Sequence[int]) -> Attend:
+def isolated_attend(lengths: Sequence[int], products: torch.dtype | None = None) -> Attend:
     """Causal attention within each of several texts that lie end to end, of these `lengths`.
 
     Leading dimensions of what it is called with may be any that hold these tokens in order.
@@ -54,7 +59,7 @@ def isolated_attend(lengths: Sequence[int]) -> Attend:
         outputs = []
         for part, (length, count) in zip(parts, runs, strict=True):
             one_q, one_k, one_v = (t.unflatten(0, (count, length)) for t in part)
-            outputs.append(causal_attend(one_q, one_k, one_v, layer).flatten(0, 1))
+            outputs.append(causal_attend(one_q, one_k, one_v, layer, products).flatten(0, 1))
         return torch.cat(outputs).view(q.shape)
 
     return attend

@@ -59,7 +59,7 @@ def evaluate(
         rows = [torch.from_numpy(tokens[s : min(s + length, total) + 1].astype("int64")) for s in starts]
         ids = torch.stack(rows).to(device)
         inputs, labels = ids[:, :-1], ids[:, 1:]
-        positions, attend = positions_and_attention(inputs, eos_id)
+        positions, attend = positions_and_attention(inputs, eos_id, model.lm_head.products)
         output = model(inputs, positions, attend)
         if not counts:
             continue

@@ -124,7 +124,7 @@ def open_run(
     device = ranks.device(resolve_device(config.run.device))
     ranks.on_all(lambda: parallel.check(config, ranks))
     ranks.on_all(lambda: shared_expert.check(config, parallel.is_parallel(config, ranks)))
-    ranks.on_all(lambda: precision.check(config, device))
+    ranks.on_all(lambda: precision.check(config.compute, device))
     config, data = ranks.first_in_turn(lambda: open_data(config, state.recorded_names(newest)))
     model = _start(config, resumed=newest is not None, device=device, ranks=ranks)
     optimizer = build_optimizer(model, config.optimizer)
@@ -200,14 +200,14 @@ def _start(config: TrainConfig, *, resumed: bool, device: torch.device = CPU, ra
         from olmoe.train.sharding import build_parallel
 
         model = build_parallel(config, ranks, device)
-        precision.set_up(model, config)
+        precision.set_up(model, config.compute)
         if not resumed:
             ranks.on_all(lambda: _fill(model, config, assign))
         return model
     model = CausalLM(config.model)
-    precision.set_up(model, config)
     if config.shared_expert.width:
         shared_expert.add(model, config.shared_expert.width)
+    precision.set_up(model, config.compute)
     if not resumed:
         _fill(model, config)
     for layer in model.model.layers:

@@ -53,7 +53,7 @@ def objective(
     predicts is still how the next one begins). The predictions of windows for which `trained_B` is false are not
     trained.
     """
-    positions, attend = positions_and_attention(windows, eos_id)
+    positions, attend = positions_and_attention(windows, eos_id, model.lm_head.products)
     output = model(windows, positions, attend)
     labels = torch.full_like(windows, IGNORE)
     labels[:, :-1] = windows[:, 1:]

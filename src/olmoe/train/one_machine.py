@@ -1,56 +1,82 @@
 """Messages between ranks of one machine, through memory that they share instead of through sockets.
 
 gloo's sockets move 1 GB a second, a memory copy ten times as much. Only `sharding` needs it, on CPUs.
+
+Shapes legend: P ranks, N rows of a rank or numbers of a message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from olmoe.ops.cpu import extension
+from olmoe.train.ranks import before_leaving
 
 FOLDER = Path("/dev/shm")  # Linux's file system in memory
 CAPACITY = 2**24  # bytes that a rank writes at a time
+PATIENCE = 0.2  # seconds until somebody who waits looks whether the others are still there
+_COUNTERS = 4096  # bytes at the end, for the ranks' meetings
+_LINE = 64  # bytes: where parts of a message begin
+
+
+class _Mapped(NamedTuple):
+    """The memory of an open file."""
+
+    memory: Tensor
+    file: BinaryIO
 
 
 class SharedMemory:
     """Collectives for the ranks of a group, all of them on one machine.
 
     Each rank has a slot, which it writes and all read. A message takes one meeting of the ranks: there are two sets of
-    slots, used in turn, and who writes to one again has met all others after they had read it. Ranks meet by a
-    collective of the group, so that a lost one is noticed as everywhere else.
+    slots, used in turn, and who writes to one again has met all others after they had read it.
+
+    Ranks meet by counters in the same memory, or without compiled kernels by a collective of the group. Each holds a
+    lock on its own byte of the file until it leaves, which the system takes from it even if it is killed.
     """
 
-    def __init__(self, group: dist.ProcessGroup, memory: Tensor) -> None:
+    def __init__(self, group: dist.ProcessGroup, mapped: _Mapped) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.sets = memory.view(2, self.size, -1)
+        self.file, self.counters = mapped.file, mapped.memory[-_COUNTERS:]
+        self.sets = mapped.memory[:-_COUNTERS].view(2, self.size, -1)
         self.turn = 0
-        self.arrived = torch.zeros(1)
+        counts = extension.available() and self.size * extension.kernels().counter_bytes <= _COUNTERS
+        self.arrived = None if counts else torch.zeros(1)
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.rank)
+        before_leaving(self.file.close)
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, capacity: int = CAPACITY) -> SharedMemory | None:
         """The memory that these ranks share, or None if there is none: they are apart, or it is full."""
-        total = 2 * group.size() * capacity
-        memory = None
+        total = 2 * group.size() * capacity + _COUNTERS
         with contextlib.ExitStack() as stack:
             names: list[str | None] = [None]
             if group.rank() == 0:
                 with contextlib.suppress(OSError):
                     names = [stack.enter_context(_reserved(total))]
             dist.broadcast_object_list(names, group=group, group_src=0)
-            if names[0] is not None:
-                memory = _opened(names[0], total)
-            all_have = torch.tensor(float(memory is not None))
+            mapped = None if names[0] is None else _opened(names[0], total)
+            all_have = torch.tensor(float(mapped is not None))
             dist.all_reduce(all_have, op=dist.ReduceOp.MIN, group=group)  # nobody opens it any more: it may go
-        return cls(group, memory) if memory is not None and bool(all_have) else None
+        if mapped is None or not bool(all_have):
+            return None
+        memory = cls(group, mapped)
+        dist.all_reduce(all_have, group=group)  # until now nobody's lock says that it is there
+        return memory
 
     def gather(self, output: Tensor, own: Tensor) -> None:
         """Let `output` be what all ranks have, one after the other."""
@@ -81,21 +107,109 @@ class SharedMemory:
             for term in terms[2:]:
                 out_N.add_(term)
 
+    def gather_rows(self, *tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+        """How many rows each rank has, and of each tensor (N, C) the rows of all, one rank's after the other's."""
+        counts: list[int] = []
+        gathered: list[Tensor] = []
+        start = 0
+        while not counts or start < max(counts):
+            slots = self._slots(torch.uint8)
+            heads, rooms = slots[:, :_LINE].view(torch.int64)[:, 0], slots[:, _LINE:]
+            heads[self.rank] = len(tensors[0])
+            most = _most_rows(rooms[self.rank], tensors)
+            for place, rows in zip(_places(rooms[self.rank], tensors, most), tensors, strict=True):
+                part = rows[start : start + most]
+                place[: len(part)] = part
+            self._meet()
+            if not counts:
+                counts = heads.tolist()
+                gathered = [rows.new_empty(sum(counts), rows.shape[1]) for rows in tensors]
+            for p, count in enumerate(counts):
+                sent, first = max(0, min(most, count - start)), sum(counts[:p]) + start
+                for out, place in zip(gathered, _places(rooms[p], tensors, most), strict=True):
+                    out[first : first + sent] = place[:sent]
+            start += most
+        return counts, gathered
+
+    def sum_rows(self, counts: list[int], *tensors: Tensor) -> list[Tensor]:
+        """The reverse of `gather_rows`: this rank's rows of each tensor, summed over the ranks in their order."""
+        parts = [rows.split(counts) for rows in tensors]
+        summed = [torch.empty_like(part[self.rank]) for part in parts]
+        start = 0
+        while start < max(counts):
+            slots = self._slots(torch.uint8)
+            rooms = slots[:, : slots.shape[1] // (self.size * _LINE) * self.size * _LINE].unflatten(1, (self.size, -1))
+            most = _most_rows(rooms[0, 0], tensors)
+            here = slice(start, start + most)
+            for p in self._others():
+                for place, part in zip(_places(rooms[self.rank, p], tensors, most), parts, strict=True):
+                    place[: len(part[p][here])] = part[p][here]
+            self._meet()
+            places = [_places(rooms[p, self.rank], tensors, most) for p in range(self.size)]
+            for i, (out, part) in enumerate(zip(summed, parts, strict=True)):
+                own = part[self.rank][here]
+                terms = [own if p == self.rank else places[p][i][: len(own)] for p in range(self.size)]
+                total = torch.add(terms[0].float(), terms[1])
+                for term in terms[2:]:
+                    total += term
+                out[here] = total
+            start += most
+        return summed
+
     def _count(self, values: Tensor) -> int:
         """Numbers that fit in a slot."""
         return self.sets.shape[-1] // values.element_size()
 
     def _slots(self, dtype: torch.dtype) -> Tensor:
         """The slots (P, N) whose turn it is."""
-        self.turn = 1 - self.turn
-        return self.sets[self.turn].view(dtype)
+        self.turn += 1
+        return self.sets[self.turn % 2].view(dtype)
 
     def _others(self) -> Iterator[int]:
         return (p for p in range(self.size) if p != self.rank)
 
     def _meet(self) -> None:
-        """Wait until all ranks have come this far."""
-        dist.all_reduce(self.arrived, group=self.group)
+        """Wait until all ranks have come this far. Raises `DistNetworkError` if one has left, or does not come."""
+        if self.arrived is not None:
+            dist.all_reduce(self.arrived, group=self.group)
+            return
+        end = time.monotonic() + default_pg_timeout.total_seconds()
+        while (missing := self._missing(PATIENCE)) >= 0:
+            if self._has_left(missing) and self._missing(0.0) == missing:  # it may have come before it left
+                raise dist.DistNetworkError(f"rank {missing} has left the memory that it shared")
+            if time.monotonic() > end:
+                raise dist.DistNetworkError(f"rank {missing} has not come for {default_pg_timeout}")
+
+    def _missing(self, patience: float) -> int:
+        """Who has not come after so many seconds, or -1."""
+        place = self.counters.data_ptr()
+        missing: int = extension.kernels().meet(place, self.size, self.rank, self.turn, patience)
+        return missing
+
+    def _has_left(self, rank: int) -> bool:
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:  # locked by it
+            return False
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, rank)  # others are to find that, too
+        return True
+
+
+def _most_rows(room: Tensor, tensors: Sequence[Tensor]) -> int:
+    """How many rows of each tensor `_places` can have."""
+    most = (len(room) - _LINE * len(tensors)) // sum(rows.shape[1] * rows.element_size() for rows in tensors)
+    assert most > 0
+    return most
+
+
+def _places(room: Tensor, tensors: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Places in memory for `most` rows of each tensor, one tensor's after the other's."""
+    found, start = [], 0
+    for rows in tensors:
+        size = most * rows.shape[1] * rows.element_size()
+        found.append(room[start : start + size].view(rows.dtype).view(most, rows.shape[1]))
+        start += -(-size // _LINE) * _LINE
+    return found
 
 
 class _Allocates:
@@ -140,10 +254,10 @@ def _reserved(total: int) -> Iterator[str]:
         os.unlink(name)
 
 
-def _opened(name: str, total: int) -> Tensor | None:
+def _opened(name: str, total: int) -> _Mapped | None:
     """The memory of a file, or None where there is none: another machine."""
     try:
-        with open(name, "r+b") as file:
-            return torch.frombuffer(mmap.mmap(file.fileno(), total), dtype=torch.uint8)
+        file = open(name, "r+b")  # noqa: SIM115  (its lock lasts as long as it is open)
+        return _Mapped(torch.frombuffer(mmap.mmap(file.fileno(), total), dtype=torch.uint8), file)
     except OSError:
         return None

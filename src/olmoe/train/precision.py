@@ -1,8 +1,9 @@
 """`compute.precision = "bf16-products"`: matrix products in bf16, everything else of a step in fp32.
 
-Projections, experts and the output head multiply numbers rounded to bf16, forward and backward, and add in fp32.
-Weights, gradients, the optimizer, and all that is no product with such a weight stay in fp32: embeddings, norms,
-attention, routers, the sums over experts, losses. It pays where bf16 is multiplied faster, and is refused elsewhere.
+Projections, attention, experts and the output head multiply numbers rounded to bf16, forward and backward, and add in
+fp32; of attention these are queries, keys, values and probabilities. Weights, gradients, the optimizer, and all that is
+no such product stay in fp32: embeddings, norms, softmax, routers, the sums over experts, losses. It pays where bf16 is
+multiplied faster, and is refused elsewhere.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import torch
 from olmoe.errors import BackendUnavailableError
 from olmoe.model import CausalLM, set_products
 from olmoe.runtime import cpu_multiplies_bf16
-from olmoe.train.config import BF16_PRODUCTS, TrainConfig
+from olmoe.train.config import BF16_PRODUCTS, ComputeConfig
 
 
-def check(config: TrainConfig, device: torch.device) -> None:
+def check(config: ComputeConfig, device: torch.device) -> None:
     """Raise `BackendUnavailableError` if the device multiplies bf16 no faster than fp32, though it is asked to."""
-    if config.compute.precision != BF16_PRODUCTS:
+    if config.precision != BF16_PRODUCTS:
         return
     fits = cpu_multiplies_bf16() if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
     if not fits:
@@ -28,7 +29,7 @@ def check(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def set_up(model: CausalLM, config: TrainConfig) -> None:
+def set_up(model: CausalLM, config: ComputeConfig) -> None:
     """Let a model compute as the configuration says."""
-    if config.compute.precision == BF16_PRODUCTS:
+    if config.precision == BF16_PRODUCTS:
         set_products(model, torch.bfloat16)

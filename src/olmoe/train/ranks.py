@@ -10,6 +10,10 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from olmoe.errors import ConfigError, UserError
@@ -145,6 +149,7 @@ class Ranks:
         except ToldByAnother:
             raise
         except BaseException as error:
+            _let_sigterm_pass()
             lost = isinstance(error, RuntimeError) and _is_lost_connection(error)
             # Whatever ends this rank is told here, so that others need not tell that it has ended.
             is_first_to_end = self._is_first_to_tell(_ENDED)
@@ -169,6 +174,7 @@ class Ranks:
 ALONE = Ranks()
 _ENDED = "a process has ended"
 _turns = itertools.count()
+_before_leaving: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -212,6 +218,7 @@ def _init(device: str, started: bool) -> Ranks:
     try:
         store, rank, size = next(rendezvous("env://"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        store = _among_the_living(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -222,9 +229,53 @@ def _init(device: str, started: bool) -> Ranks:
     return Ranks(rank, size, local_rank, store)
 
 
+def _among_the_living(store: Any, rank: int, size: int) -> Store:
+    """`store` without what others have left there.
+
+    torchrun's store outlives the processes that it starts again, which would find the addresses of the dead in it and
+    what those had told. Its count of restarts need not be the same on all machines. So the first rank gives this
+    attempt a name of its own, and answers each other rank's word, which nobody has used before, until that has read it.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"olmoe/word/{rank}", word)
+        own = PrefixStore(store.get(f"olmoe/answer/{word}").decode(), store)
+        own.set(f"joined/{rank}", "")
+        return own
+    own = PrefixStore(word, store)
+    missing, answered = list(range(1, size)), set[bytes]()
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"olmoe/word/{other}"]) and (said := store.get(f"olmoe/word/{other}")) not in answered:
+                store.set(f"olmoe/answer/{said.decode()}", word)  # to one that may have ended long ago
+                answered.add(said)
+        missing = [other for other in missing if not own.check([f"joined/{other}"])]
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"rank {missing[0]} of {size} has not come")
+        time.sleep(0.01 if missing else 0)
+    return own
+
+
+def before_leaving(work: Callable[[], None]) -> None:
+    """Let `work` be done when this process leaves the group that `join_ranks` joined, whatever makes it leave."""
+    _before_leaving.append(work)
+
+
 def _leave() -> None:
+    while _before_leaving:
+        _before_leaving.pop()()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def _let_sigterm_pass() -> None:
+    """Do nothing at the next SIGTERM, which torchrun sends to all once one has ended: this rank may be about to tell.
+
+    One after that ends the process, as does the next one already if the caller handles signals.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _raise_error(outcome: _Outcome) -> None:

@@ -18,8 +18,6 @@ from olmoe.adapters.experts import outputs_unneeded
 from olmoe.adapters.modules import LoraExperts
 from olmoe.model import DecoderLayer
 
-MODES = ("off", "selective", "full")
-
 _aten = torch.ops.aten
 # Products and attention: nearly all of a layer's time.
 _KEPT = {
@@ -32,6 +30,7 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.olmoe.grouped_linear.default,
+    torch.ops.olmoe.causal_attention.default,
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,7 +23,7 @@ from torch.distributed.tensor import Shard
 from olmoe.model import CausalLM, without_values
 from olmoe.quant import PackedModule
 from olmoe.train.config import ParallelConfig
-from olmoe.train.expert_parallel import ExpertsAcrossRanks
+from olmoe.train.expert_parallel import DispatchInMemory, ExpertsAcrossRanks
 from olmoe.train.one_machine import GatherInMemory, ReduceInMemory, SharedMemory
 from olmoe.train.parallel import Sharing, arrange, is_gathered_at_once, placement
 from olmoe.train.ranks import Ranks
@@ -47,8 +48,8 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     }
     cut = None if sparse is None else Shard(placement(config, sparse.size(-1)))
-    packed = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
-    options["ignored_params"] = packed
+    ignored = {p for m in model.modules() if isinstance(m, PackedModule) for p in m.parameters(recurse=False)}
+    options["ignored_params"] = ignored
     tied = config.model.tie_word_embeddings and model.lm_head.weight.is_meta  # on the meta device they were one
     at_once = is_gathered_at_once(config.model)
     layers: list[Any] = list(model.model.layers)
@@ -57,7 +58,9 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
             layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device)
         _allocate(layer, device)
         arrange(layer, config)
-        if expert is not None:
+        if sparse is not None and sparse.size() == 1 and lower is None:
+            ignored.update(layer.mlp.experts.parameters())  # whole here: FSDP would copy them and their gradients
+        elif sparse is not None:
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
         if not at_once:
             fully_shard(layer, mesh=dense, **options)
@@ -70,22 +73,32 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if device.type == "cpu":
-        _share_memory(model, dense, sparse)
+        _share_memory(model, dense, sparse, expert)
     return model
 
 
-def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None) -> None:
-    """Let shards travel through memory instead of sockets where the ranks that hold them are on one machine."""
-    of_dense, of_sparse = (_memory_of(mesh) for mesh in (dense, sparse))
+def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None, expert: DeviceMesh | None) -> None:
+    """Let shards and tokens travel through memory instead of sockets between ranks of one machine."""
+    found: dict[tuple[int, ...], SharedMemory | None] = {}
+    of_dense, of_sparse, of_experts = (_memory_of(mesh, found) for mesh in (dense, sparse, expert))
     for module in model.modules():
+        if isinstance(module, ExpertsAcrossRanks) and of_experts is not None:
+            module.dispatch = DispatchInMemory(of_experts)
         memory = of_sparse if isinstance(module, ExpertsAcrossRanks) else of_dense
         if isinstance(module, FSDPModule) and memory is not None:
             module.set_custom_all_gather(GatherInMemory(memory))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(ReduceInMemory(memory))  # type: ignore[arg-type]
 
 
-def _memory_of(mesh: DeviceMesh | None) -> SharedMemory | None:
-    return None if mesh is None or mesh.size(-1) == 1 else SharedMemory.of(mesh.get_group(mesh.ndim - 1))
+def _memory_of(mesh: DeviceMesh | None, found: dict[tuple[int, ...], SharedMemory | None]) -> SharedMemory | None:
+    """The memory of the ranks along the last dimension, which may have been found for another mesh."""
+    if mesh is None or mesh.size(-1) == 1:
+        return None
+    group = mesh.get_group(mesh.ndim - 1)
+    members = tuple(dist.get_process_group_ranks(group))
+    if members not in found:
+        found[members] = SharedMemory.of(group)
+    return found[members]
 
 
 def _meshes(

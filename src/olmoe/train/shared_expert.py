@@ -63,8 +63,8 @@ def check(config: TrainConfig, is_parallel: bool) -> None:
     """Raise `ConfigError` for a shared expert in a run whose model is sharded."""
     if config.shared_expert.width and is_parallel:
         raise ConfigError(
-            f"shared_expert.width {config.shared_expert.width} is trained by one process in fp32 only; leave out "
-            "[shared_expert], or torchrun and compute.precision."
+            f"shared_expert.width {config.shared_expert.width} is trained by one process, with activations in fp32; "
+            'leave out [shared_expert], or torchrun and compute.precision "bf16" ("bf16-products" is possible).'
         )
 
 

@@ -13,7 +13,7 @@ from olmoe import ops
 from olmoe.ops import torch_fast
 from olmoe.ops.cpu import training
 from ops.cpu.matrices import error, random
-from ops.cpu.training_calls import CALLS, doubled, gradients, leaf, moe, moe_inputs
+from ops.cpu.training_calls import CALLS, attention, attention_inputs, doubled, gradients, leaf, moe, moe_inputs
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def kernels_only(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("computed by torch")
 
-    for name in ("_moe", "_experts", "_apply_rope"):
+    for name in ("_moe", "_experts", "_apply_rope", "twice_differentiable"):
         monkeypatch.setattr(torch_fast, name, refuse)
 
 
@@ -64,6 +64,131 @@ def test_moe(n, e, k, d, f, isa):
     assert error(ours[0], expected[0]) < 2e-6
     for mine, theirs in zip(ours[1], expected[1], strict=True):
         assert error(mine, theirs) < 5e-6
+
+
+def heads(batch, tokens, count, head_dim, seed=0, scale=1.0):
+    """(B, H, T, Dh), as projections leave it."""
+    return random(batch, tokens, count, head_dim, seed=seed, scale=scale).transpose(1, 2).requires_grad_()
+
+
+def torch_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "query_heads", "kv_heads", "tokens", "head_dim"),
+    [
+        pytest.param(1, 1, 1, 1, 1, id="one number"),
+        pytest.param(3, 4, 2, 1, 32, id="one token"),
+        pytest.param(2, 3, 3, 7, 5, id="odd widths"),
+        pytest.param(2, 4, 4, 64, 32, id="one block"),
+        pytest.param(1, 4, 1, 65, 64, id="one token more, one KV head"),
+        pytest.param(2, 6, 2, 97, 33, id="odd length and width, grouped heads"),
+        pytest.param(1, 2, 2, 257, 48, id="more tokens than are gone through at a time"),
+        pytest.param(1, 2, 1, 400, 128, id="wide heads"),
+        pytest.param(1, 1, 1, 70, 256, id="the widest"),
+    ],
+)
+def test_attention(batch, query_heads, kv_heads, tokens, head_dim, isa):
+    inputs = attention_inputs(batch, query_heads, kv_heads, tokens, head_dim)
+    ours = gradients(attention, inputs)
+    expected = gradients(torch_attention, doubled(inputs))
+    assert error(ours[0], expected[0].float()) < 2e-6
+    # The gradients of a single token's scores are zero, which products of fp32 only come near to.
+    for mine, theirs, x in zip(ours[1], expected[1], inputs, strict=True):
+        assert mine.shape == x.shape
+        assert float((mine - theirs).abs().max()) < 5e-6 * max(float(theirs.abs().max()), 1.0)
+
+
+def test_a_token_sees_itself_and_those_before_only(kernels_only):
+    """By what changes: the output of a token, and whom its gradient reaches."""
+    inputs = attention_inputs(1, 2, 2, 150, 32)
+    before = attention(*inputs)
+    changed = [t.detach().clone() for t in inputs]
+    for t in changed:
+        t[:, :, 70:] = random(1, 2, 80, 32, seed=5)
+    after = attention(changed[0].requires_grad_(), *changed[1:])
+    assert torch.equal(before[:, :, :70], after[:, :, :70])
+    assert not torch.equal(before[:, :, 70], after[:, :, 70])
+    for grad in torch.autograd.grad(before[:, :, :70].sum(), inputs):
+        assert not grad[:, :, 70:].any()
+        assert grad[:, :, 69].any()
+
+
+@pytest.mark.parametrize(
+    ("scale", "tolerance"), [(1e-3, 5e-6), (30.0, 5e-4)], ids=["scores near zero", "scores that differ much"]
+)
+def test_attention_of_any_scores(scale, tolerance, isa):
+    """Scores of several thousands have an error of about a thousandth in fp32."""
+    inputs = attention_inputs(1, 2, 2, 130, 32, scale=scale)
+    ours, expected = gradients(attention, inputs), gradients(torch_attention, doubled(inputs))
+    assert error(ours[0], expected[0].float()) < tolerance
+    for mine, theirs in zip(ours[1], expected[1], strict=True):
+        assert torch.isfinite(mine).all()
+        assert error(mine, theirs.float()) < tolerance
+
+
+def test_attention_of_tensors_that_lie_otherwise(kernels_only):
+    """Heads first, every second number of a row, the same keys for each example, and a gradient of one number."""
+    q, k, v = (t.detach() for t in attention_inputs(2, 4, 2, 70, 32))
+    expected = gradients(torch_attention, [t.clone().requires_grad_() for t in (q, k[:1].expand_as(k), v)])
+    spread = torch.zeros(2, 2, 70, 64)
+    spread[..., ::2] = v
+    inputs = [q.contiguous().requires_grad_(), k[:1].expand_as(k).requires_grad_(), spread[..., ::2].requires_grad_()]
+    ours = gradients(attention, inputs)
+    assert error(ours[0], expected[0]) < 2e-6
+    for mine, theirs in zip(ours[1], expected[1], strict=True):
+        assert error(mine, theirs) < 5e-6
+    whole = torch.autograd.grad(attention(*inputs).sum(), inputs)
+    for mine, theirs in zip(whole, torch.autograd.grad(torch_attention(*inputs).sum(), inputs), strict=True):
+        assert error(mine, theirs) < 5e-6
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)], ids=str)
+def test_gradients_of_some_inputs_of_attention_only(frozen, kernels_only):
+    inputs = attention_inputs(1, 4, 2, 70, 16)
+    every = gradients(attention, inputs)[1]
+    some = [t.detach() if i in frozen else t for i, t in enumerate(inputs)]
+    found = gradients(attention, some)[1]
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, (g for i, g in enumerate(every) if i not in frozen), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": True}),  # tokens after others
+        (((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": False}),
+        (((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": True, "mask": torch.ones(5, 5, dtype=torch.bool)}),
+        (((1, 2, 5, 264), (1, 2, 5, 264), (1, 2, 5, 264)), {"causal": True}),  # too wide
+    ],
+    ids=["after others", "both ways", "mask", "wide"],
+)
+def test_attention_that_is_left_to_torch(shapes, options, monkeypatch):
+    inputs = [leaf(*shape, seed=i) for i, shape in enumerate(shapes)]
+    monkeypatch.setattr(training, "attention", lambda *arguments: pytest.fail("the kernels compute something else"))
+    ours = gradients(lambda *t: ops.attention(*t, **options), inputs)
+    expected = gradients(lambda *t: ops.attention(*t, **options, backend="reference"), inputs)
+    assert error(ours[0], expected[0]) < 2e-6
+    assert all(error(a, b) < 5e-6 for a, b in zip(ours[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 2, 5, 8), (1, 2, 4, 8), (1, 2, 5, 8)),  # as many values as there are no keys
+        ((2, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8)),
+        ((1, 2, 5, 8), (1, 2, 5, 16), (1, 2, 5, 16)),
+        ((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)),
+    ],
+    ids=["tokens", "batch", "head dim", "heads"],
+)
+@pytest.mark.parametrize("products", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_heads_that_do_not_fit_are_refused(shapes, products):
+    """The kernels would read and write beyond the memory of a tensor."""
+    with pytest.raises((RuntimeError, ValueError), match="size|shape|heads"):
+        ops.attention(*(leaf(*shape) for shape in shapes), causal=True, products=products)
 
 
 def test_experts_without_rows_have_gradients_of_zero():

@@ -40,6 +40,15 @@ def moe(*inputs):
     return ops.moe(*inputs, F.silu)
 
 
+def attention(q, k, v):
+    return ops.attention(q, k, v, causal=True)
+
+
+def attention_inputs(batch, query_heads, kv_heads, tokens, head_dim, scale=1.0):
+    q = heads(batch, tokens, query_heads, head_dim, scale=scale)
+    return [q, *(heads(batch, tokens, kv_heads, head_dim, seed=i, scale=scale) for i in (1, 2))]
+
+
 CALLS = {
     "linear": (ops.linear, lambda: [leaf(150, 96), leaf(300, 96, seed=1)]),
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), lambda: [leaf(300, 48), leaf(48, seed=1)]),
@@ -47,7 +56,12 @@ CALLS = {
         lambda x, cos, sin: ops.apply_rope(x, cos, sin),
         lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
     ),
+    "attention": (attention, lambda: attention_inputs(2, 4, 2, 300, 32)),
     "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
+    "moe_part": (  # of the experts 2 to 7
+        lambda x, w, ids, a, b: ops.moe_part(x, w, ids, a[2:], b[2:], F.silu, 2),
+        lambda: moe_inputs(200, 8, 3, 48, 24),
+    ),
     "linear_cross_entropy": (
         ops.linear_cross_entropy,
         lambda: [leaf(1100, 32), leaf(90, 32, seed=1), torch.arange(1100) % 90],

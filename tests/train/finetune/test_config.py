@@ -37,6 +37,26 @@ def test_runs_from_before_there_was_a_precision_of_adapters_continue(tmp_path, t
     assert rounded["adapter"] == plain["adapter"] | {"precision": "bf16"}
 
 
+def test_precision_must_stay_where_recomputation_may_change(tmp_path, tokenizer_file):
+    plain, recomputed, rounded = (
+        load_config(write_run(tmp_path, tokenizer_file, compute=compute), SFTConfig).fingerprint()
+        for compute in ({}, {"activation_checkpointing": "selective"}, {"precision": "bf16-products"})
+    )
+    assert recomputed == plain
+    assert "compute" not in plain  # runs from before there was [compute] continue
+    assert rounded == plain | {"precision": "bf16-products"}
+
+
+def test_recompute_is_short_for_full_activation_checkpointing(tmp_path, tokenizer_file):
+    path = write_run(tmp_path, tokenizer_file)
+    path.write_text("recompute = true\n" + path.read_text())
+    assert load_config(path, SFTConfig).of_layers.activation_checkpointing == "full"
+    path = write_run(tmp_path, tokenizer_file, compute={"activation_checkpointing": "selective"})
+    assert load_config(path, SFTConfig).of_layers.activation_checkpointing == "selective"
+    path.write_text("recompute = true\n" + path.read_text())
+    assert "leave out one" in refused(lambda: load_config(path, SFTConfig), ConfigError)
+
+
 def test_rates_are_those_of_the_log():
     """The released SFT run: 9,500 steps, 2e-5, a warm-up of 0.03 (its log counts steps from 1)."""
     rate = FinetuneSchedule().rate
@@ -64,9 +84,22 @@ def test_rates_are_those_of_the_log():
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
         ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
+        ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # for ever
+        ({"data": {"train": [{"path": "train.jsonl", "repeat": 2**40}]}}, "repeat of 'train.jsonl' must be above 0"),
+        ({"data": {"valid": [{"path": "valid.jsonl", "repeat": 2}]}}, "is not trained on, so its repeat means nothing"),
+        ({"run": {"peak_flops": 1e12}}, "run.peak_flops is for the MFU of olmoe train"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
+        ({"adapter": {"rank": 2**62}}, "adapter.rank must be above 0 and at most 1,000,000"),  # was a traceback
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
         ({"adapter": {"targets": []}}, "adapter.targets must be"),
+        ({"compute": {"precision": "fp16"}}, "compute.precision must be fp32, bf16 or bf16-products, not 'fp16'"),
+        ({"compute": {"activation_checkpointing": "on"}}, "compute.activation_checkpointing must be off, selective"),
+        (
+            {"compute": {"activation_checkpointing": "selective"}, "adapter": {"rank": 2}},
+            'beside an [adapter] choose "full" or "off"',
+        ),
+        ({"compute": {"compile": True}}, "compute.compile is for olmoe train"),
+        ({"compute": {"precision": "bf16"}, "adapter": {"rank": 2}}, 'set adapter.precision = "bf16" instead'),
         ({"adapter": {"precision": "fp8"}}, "adapter.precision must be fp32 or bf16, not 'fp8'"),
     ],
 )

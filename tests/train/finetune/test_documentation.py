@@ -16,9 +16,10 @@ import pytest
 
 from olmoe.cli.main import main
 from olmoe.config import ModelConfig
-from olmoe.train.config import ParallelConfig, build
+from olmoe.train.config import ParallelConfig
 from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
 from olmoe.train.memory import activations, memory
+from olmoe.train.toml_file import build
 from olmoe.weights import checkpoint
 from rank_processes import free_port
 

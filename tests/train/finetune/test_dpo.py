@@ -15,7 +15,7 @@ from olmoe.errors import CheckpointError
 from olmoe.model import causal_attend
 from olmoe.train.finetune.chats import Completion, Conversation
 from olmoe.train.finetune.config import PreferenceConfig, load_config
-from olmoe.train.finetune.dpo import PreferenceTask, with_answer_of
+from olmoe.train.finetune.dpo import PreferenceTask, others, with_answer_of
 from olmoe.train.finetune.start import open_start
 from sentences import refused
 from training_runs import assert_same_run, copy_of, files, read_metrics
@@ -101,6 +101,43 @@ def test_adapters_learn_preferences(tmp_path, tokenizer_file, kind):
     assert "adapter_model.safetensors" in files(output / "best")
     held_out = [r["held_out_loss"] for r in read_metrics(output) if "held_out_loss" in r]
     assert next(iter(held_out[-1].values())) < next(iter(held_out[0].values())) - 0.05
+
+
+def said(prompt: str, answer: str) -> Conversation:
+    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], (False, True))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("abc", [2, 0, 1]),
+        ("aabbcc", [4, 5, 0, 1, 2, 3]),  # pairs: the chosen answers and the rejected ones of the pair before
+        ("abba", [1, 0, 0, 1]),  # the last prompt is the first one again
+        ("abca", [2, 0, 1, 2]),
+        ("aaab", [3, 3, 3, 0]),
+        ("aa", [-1, 0]),  # there is no other prompt
+        ("a", [-1]),
+    ],
+)
+def test_z_is_measured_on_answers_to_other_prompts(prompts, expected):
+    """By arXiv 2402.01306; neighbours with one prompt were given each other's answers."""
+    for kind in (said, Completion):
+        samples = [kind(prompt, str(i)) for i, prompt in enumerate(prompts)]
+        assert others(samples) == expected
+        if len(set(prompts)) > 1:
+            assert all(prompts[i] != prompts[other] for i, other in enumerate(expected))
+
+
+def test_a_reference_of_paired_answers_is_computed_again(tmp_path, tokenizer_file, monkeypatch):
+    """Of KTO runs that began when both answers of a pair were used for one prompt."""
+    path = write_run(tmp_path, tokenizer_file, row=preference, loss={"kind": "kto"}, **SMALL)
+    interrupt(monkeypatch, path, "dpo", number=signal.SIGTERM, step=2)
+    file = tmp_path / "out" / "reference.npy"
+    reference = np.load(file)
+    assert reference.shape == (48, 2)
+    np.save(file, np.zeros(96, np.float32))
+    run(path, "dpo", resume=True)
+    assert (np.load(file) == reference).all()
 
 
 def test_answers_are_exchanged():

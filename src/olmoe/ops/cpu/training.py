@@ -29,6 +29,8 @@ from olmoe.ops.cpu.extension import isa, kernels, unsupported
 from olmoe.ops.transforms import followed, plain_gradients
 
 Plain = Callable[..., Tensor]
+# Numbers of a head that the kernels of attention take: `kCausalDim` of csrc/core/types.h.
+LARGEST_HEAD = 256
 
 _INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # The kernels number tokens and routed rows in 32 bits.
@@ -246,17 +248,100 @@ class _Rope(torch.autograd.Function):
         return _rotated(grad, cos, sin, back=True), None, None, None
 
 
-class _Rows:
-    """The routed rows of `ids` (N, K), sorted by expert."""
+def attention(q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None = None) -> Tensor:
+    """See `ops.attention`, causal and without a mask, for tensors that `fits_attention`."""
+    out: Tensor = _Attention.apply(q, k, v, plain, products)
+    return out
 
-    def __init__(self, ids_NK: Tensor, num_experts: int) -> None:
+
+def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` computes with these shapes: queries of every token that there are keys of."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        return False
+    batch, heads, tokens, head_dim = q.shape
+    return k.shape == (batch, k.shape[1], tokens, head_dim) and heads % k.shape[1] == 0 and head_dim <= LARGEST_HEAD
+
+
+def _heads(t: Tensor) -> Any:
+    """Where the kernels find the rows of t (B, H, T, Dh)."""
+    return kernels().HeadRows(t.data_ptr(), *t.stride()[:3])
+
+
+def _with_rows(t: Tensor) -> Tensor:
+    """`t`, or a copy, whose rows (the last dimension) are contiguous."""
+    t = t.detach()
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _room_for_heads(like: Tensor) -> Tensor:
+    """Memory of that shape (B, H, T, Dh) in which heads of a token follow each other, as projections read them."""
+    batch, heads, tokens, head_dim = like.shape
+    return _room(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+@torch.library.custom_op("olmoe::causal_attention", mutates_args=())
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lowered: bool) -> tuple[Tensor, Tensor]:
+    """The output, and what backward needs of sums of exponentials (B, H, T).
+
+    As an operator of torch, so that selective checkpointing can keep what it returns.
+    """
+    q, k, v = (_with_rows(t) for t in (q, k, v))
+    out, sums = _room_for_heads(q), _room(*q.shape[:3])
+    _kernels().causal_forward(
+        _numbers(torch.bfloat16 if lowered else None),
+        _attention_shape(q, k),
+        *(_heads(t) for t in (q, k, v, out)),
+        sums.data_ptr(),
+    )
+    return out, sums
+
+
+def _attention_shape(q: Tensor, k: Tensor) -> Any:
+    batch, heads, tokens, head_dim = q.shape
+    return kernels().AttentionShape(batch, heads, k.shape[1], tokens, head_dim)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None) -> Tensor:
+        out, sums = _causal_attention(q, k, v, products is not None)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.plain, ctx.products = plain, products
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums = ctx.saved_tensors
+        if followed(grad):
+            return (*_followed_gradients(ctx, (q, k, v), grad), None, None)
+        inputs = [_with_rows(t) for t in (q, k, v)]
+        gradients = [_room_for_heads(t) for t in (q, k, v)]
+        gradient, shape = _with_rows(grad), _attention_shape(q, k)
+        _kernels().causal_backward(
+            _numbers(ctx.products),
+            shape,
+            *(_heads(t) for t in (*inputs, out.detach())),
+            sums.data_ptr(),
+            *(_heads(t) for t in (gradient, *gradients)),
+        )
+        return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None)
+
+
+class _Rows:
+    """The routed rows of `ids` (N, K), sorted by expert.
+
+    With `first`, the experts have the ids from that on, and choices of others have no rows.
+    """
+
+    def __init__(self, ids_NK: Tensor, num_experts: int, first: int | None = None) -> None:
         n, k = ids_NK.shape
         ids = _dense(ids_NK).long()
         # Offsets, order, token ids and positions, end to end; the kernels are given their addresses.
         self._memory = torch.empty(num_experts + 1 + 3 * n * k, dtype=torch.int32, device="cpu")
         parts = self._memory.split([num_experts + 1, n * k, n * k, n * k])
         self.kernel = _kernels().RoutedRows(n, k, num_experts, *(part.data_ptr() for part in parts))
-        if not self.kernel.sort(ids.data_ptr()):
+        self.count = self.kernel.sort(ids.data_ptr(), first or 0)
+        if first is None and self.count < n * k:
             raise IndexError(f"expert ids from {int(ids.min())} to {int(ids.max())} are not all below {num_experts}")
 
 
@@ -273,9 +358,10 @@ def moe(
     down: Tensor,
     plain: Plain,
     products: torch.dtype | None = None,
+    first: int | None = None,
 ) -> Tensor:
-    """See `ops.moe`, with silu."""
-    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain, products)
+    """See `ops.moe`, or with `first` `ops.moe_part`, with silu."""
+    out: Tensor = _MoE.apply(x, weights_NK, expert_ids_NK, gate_up, down, plain, products, first)
     return out
 
 
@@ -301,25 +387,26 @@ class _MoE(torch.autograd.Function):
         down: Tensor,
         plain: Plain,
         products: torch.dtype | None,
+        first: int | None,
     ) -> Tensor:
         count, d, f = down.shape
         assert gate_up.shape == (count, 2 * f, d)
         assert x.shape == (len(expert_ids_NK), d)
         assert weights_NK.shape == expert_ids_NK.shape
-        rows, m = _Rows(expert_ids_NK, count), expert_ids_NK.numel()
-        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        units_M2F, results_MD, out = _room(m, 2 * f), _room(m, d), _room(*x.shape)
+        rows = _Rows(expert_ids_NK, count, first)
+        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        units_M2F, results_MD, out = _room(rows.count, 2 * f), _room(rows.count, d), _room(*x.shape)
         _kernels().experts_forward(
             _numbers(products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
-            _expert_weights(first, second),
+            _expert_weights(wide, back),
             units_M2F.data_ptr(),
             results_MD.data_ptr(),
             out.data_ptr(),
         )
-        ctx.plain, ctx.products = plain, products
+        ctx.plain, ctx.products, ctx.first = plain, products, first
         ctx.save_for_backward(x, weights_NK, expert_ids_NK, gate_up, down, units_M2F)
         return out
 
@@ -328,11 +415,11 @@ class _MoE(torch.autograd.Function):
         x, weights_NK, expert_ids_NK, gate_up, down, units_M2F = ctx.saved_tensors
         need_x, need_weights, _, need_gate_up, need_down, *_ = ctx.needs_input_grad
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None)
-        rows, m = _Rows(expert_ids_NK, down.shape[0]), expert_ids_NK.numel()
-        inputs, weights, first, second = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        gradient, hidden_MF = _dense(grad), _room(m, down.shape[2])
-        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(m, x.shape[1]) if need_x else None
+            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None, None)
+        rows = _Rows(expert_ids_NK, down.shape[0], ctx.first)
+        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
+        gradient, hidden_MF = _dense(grad), _room(rows.count, down.shape[2])
+        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(rows.count, x.shape[1]) if need_x else None
         grad_x, grad_weights = _if(need_x, x), _if(need_weights, weights_NK)
         grad_gate_up, grad_down = _if(need_gate_up, gate_up), _if(need_down, down)
         _kernels().experts_backward(
@@ -340,7 +427,7 @@ class _MoE(torch.autograd.Function):
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
-            _expert_weights(first, second),
+            _expert_weights(wide, back),
             units_M2F.data_ptr(),
             gradient.data_ptr(),
             _address(grad_x),
@@ -351,7 +438,7 @@ class _MoE(torch.autograd.Function):
             grad_units_M2F.data_ptr(),
             _address(grad_rows_MD),
         )
-        return grad_x, grad_weights, None, grad_gate_up, grad_down, None, None
+        return grad_x, grad_weights, None, grad_gate_up, grad_down, None, None, None
 
 
 def linear_cross_entropy(

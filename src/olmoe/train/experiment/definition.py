@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe.errors import ConfigError, shown
-from olmoe.train.config import read_toml, resolve_path
+from olmoe.train.toml_file import read_toml, resolve_path
 from olmoe.weights.upcycle import Upcycling
 
 Tables = dict[str, dict[str, Any]]

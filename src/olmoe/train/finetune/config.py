@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError, shown
 from olmoe.train.config import (
+    PRODUCTS,
+    RECOMPUTATION,
     BatchConfig,
     CheckpointConfig,
     ComputeConfig,
@@ -23,12 +25,11 @@ from olmoe.train.config import (
     ParallelConfig,
     RegularizationConfig,
     RunConfig,
-    build,
     check_dropout,
-    read_toml,
-    resolve_path,
 )
 from olmoe.train.finetune.masks import TOO_LONG, TURNS
+from olmoe.train.ranges import check_ranges
+from olmoe.train.toml_file import build, read_toml, resolve_path
 
 SCHEDULES = ("linear", "cosine", "constant")
 TARGETS = ("attention", "experts", "router")
@@ -144,7 +145,8 @@ class FinetuneConfig:
     schedule: FinetuneSchedule = field(default_factory=FinetuneSchedule)
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
     adapter: AdapterConfig | None = None
-    recompute: bool = False  # activations of a layer in the backward pass, which takes time and saves memory
+    recompute: bool = False  # short for compute.activation_checkpointing = "full"
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: FinetuneEvaluation = field(default_factory=FinetuneEvaluation)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -162,7 +164,7 @@ class FinetuneConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation, but for the contents of files."""
-        may_change = {"run", "evaluation", "checkpoint", "parallel", "base", "recompute"}
+        may_change = {"run", "evaluation", "checkpoint", "parallel", "base", "recompute", "compute"}
         sections = {f.name for f in dataclasses.fields(self)} - may_change
         plain = {
             name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
@@ -171,12 +173,14 @@ class FinetuneConfig:
         }
         if self.adapter is not None and self.adapter.precision == AdapterConfig.precision:
             del plain["adapter"]["precision"]  # unknown to older versions, whose runs must still resume
+        if self.compute.precision != ComputeConfig.precision:  # likewise
+            plain["precision"] = self.compute.precision
         return plain | {"seed": self.run.seed, "balance": self.parallel.balance}
 
     @property
-    def compute(self) -> ComputeConfig:
-        """How a layer computes."""
-        return ComputeConfig(activation_checkpointing="full" if self.recompute else "off")
+    def of_layers(self) -> ComputeConfig:
+        """How a layer computes: `compute`, with `recompute`."""
+        return dataclasses.replace(self.compute, activation_checkpointing="full") if self.recompute else self.compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +257,30 @@ def _check_adapter(config: FinetuneConfig) -> None:
         )
 
 
+def _check_compute(config: FinetuneConfig) -> None:
+    compute = config.compute
+    if compute.compile:
+        raise ConfigError(
+            "compute.compile is for olmoe train: here every batch has samples of other lengths, for which layers would "
+            "be compiled anew; leave it out."
+        )
+    if config.recompute and compute.activation_checkpointing == "selective":
+        raise ConfigError(
+            'recompute = true is short for compute.activation_checkpointing "full", but that is "selective"; leave out '
+            "one."
+        )
+    if config.adapter is not None and compute.activation_checkpointing == "selective":
+        raise ConfigError(
+            'compute.activation_checkpointing "selective" keeps results of products, to which adapters add theirs; '
+            'beside an [adapter] choose "full" or "off".'
+        )
+    if config.adapter is not None and compute.precision != ComputeConfig.precision:
+        raise ConfigError(
+            f"compute.precision {shown(compute.precision)} is for training all weights, but there is an [adapter], "
+            'which has a precision of its own; set adapter.precision = "bf16" instead.'
+        )
+
+
 def check_model(config: FinetuneConfig, model: ModelConfig) -> None:
     """Refuse what the starting checkpoint cannot be trained with."""
     if config.data.sequence_length > model.max_position_embeddings:
@@ -274,13 +302,20 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("run.output is empty; name the folder that the run writes into.")
     if not config.data.train:
         raise ConfigError("data.train is empty; name at least one file to train on.")
+    if config.run.peak_flops is not None:
+        raise ConfigError(
+            "run.peak_flops is for the MFU of olmoe train, which fine-tuning does not measure; remove it."
+        )
+    for source in config.data.valid:
+        if source.repeat != 1:
+            raise ConfigError(f"{source.path!r} is not trained on, so its repeat means nothing; remove it.")
     _check_choices(config)
     _check_adapter(config)
+    _check_compute(config)
     positive: dict[str, float] = {
         "data.sequence_length": config.data.sequence_length,
         "batch.sequences": config.batch.sequences,
         "batch.accumulation": config.batch.accumulation,
-        "schedule.epochs": config.schedule.epochs,
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.eps": config.optimizer.eps,
         "optimizer.max_grad_norm": config.optimizer.max_grad_norm,
@@ -291,7 +326,9 @@ def _check(config: FinetuneConfig) -> None:
         "parallel.data": 1 if config.parallel.data is None else config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "parallel.replicate": config.parallel.replicate,
-    } | {f"repeat of {source.path!r}": source.repeat for source in config.data.train}
+    }
+    counts = {"schedule.epochs": config.schedule.epochs}
+    counts |= {f"repeat of {source.path!r}": source.repeat for source in config.data.train}
     not_negative: dict[str, float] = {
         "run.seed": config.run.seed,
         "schedule.final_fraction": config.schedule.final_fraction,
@@ -300,7 +337,8 @@ def _check(config: FinetuneConfig) -> None:
         "evaluation.answers": config.evaluation.answers,
     }
     if config.adapter is not None:
-        positive |= {"adapter.rank": config.adapter.rank, "adapter.alpha": config.adapter.alpha}
+        positive |= {"adapter.alpha": config.adapter.alpha}
+        counts |= {"adapter.rank": config.adapter.rank}
     if isinstance(config, SFTConfig):
         check_dropout(config.residual_dropout)
         not_negative |= {"loss.load_balancing": config.loss.load_balancing, "loss.router_z": config.loss.router_z}
@@ -308,12 +346,7 @@ def _check(config: FinetuneConfig) -> None:
         positive |= {"loss.beta": config.loss.strength}
         not_negative |= {"loss.desirable_weight": config.loss.desirable_weight}
         not_negative |= {"loss.undesirable_weight": config.loss.undesirable_weight}
-    for key, value in positive.items():
-        if not 0 < value < 2**63:  # false for nan and inf as well
-            raise ConfigError(f"{key} must be above 0 and below 2^63, not {shown(value)}.")
-    for key, value in not_negative.items():
-        if not 0 <= value < 2**63:
-            raise ConfigError(f"{key} must be at least 0 and below 2^63, not {shown(value)}.")
+    check_ranges(positive=positive, not_negative=not_negative, counts=counts)
     for share in (*config.optimizer.betas, config.schedule.warmup):
         if not 0 <= share < 1:
             raise ConfigError(f"optimizer.betas and schedule.warmup must be from 0 to below 1, not {shown(share)}.")
@@ -327,6 +360,8 @@ def _check_choices(config: FinetuneConfig) -> None:
         "optimizer.kind": ((config.optimizer.kind,), ("adamw", "rmsprop")),
         "schedule.kind": ((config.schedule.kind,), SCHEDULES),
         "parallel.balance": ((config.parallel.balance,), ("rank", "all")),
+        "compute.precision": ((config.compute.precision,), PRODUCTS),
+        "compute.activation_checkpointing": ((config.compute.activation_checkpointing,), RECOMPUTATION),
     }
     if config.adapter is not None:
         choices["adapter.targets"] = (config.adapter.targets or ("",), TARGETS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from olmoe.io.atomic import atomic_file
 from olmoe.model import CausalLM
 from olmoe.runtime import log
 from olmoe.train.document_mask import isolated_attend
-from olmoe.train.finetune.chats import Completion, Conversation, Sample
+from olmoe.train.finetune.chats import Completion, Conversation, Message, Sample
 from olmoe.train.finetune.config import ChatSource, PreferenceConfig
 from olmoe.train.finetune.loop import finetune
 from olmoe.train.finetune.losses import cross_entropy, head_weight
@@ -74,9 +75,11 @@ class PreferenceTask(Task[PreferenceConfig]):
     def prepare(self, model: CausalLM, output: Path, resumed: bool, show_progress: bool) -> None:
         """The log-probabilities of all examples under the model that the run starts with, or started with."""
         path, ranks = output / REFERENCE_NAME, self.ranks
-        if resumed and ranks.on_first(path.is_file):
-            self.reference = ranks.on_all(lambda: _read_reference(path, len(self.examples)))
-            return
+        if resumed:
+            saved = ranks.on_all(lambda: self._read_reference(path))
+            if saved is not None:
+                self.reference = saved
+                return
         self.reference = np.zeros(len(self.examples), np.float32)
         order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].inputs))
         model.eval()
@@ -91,9 +94,32 @@ class PreferenceTask(Task[PreferenceConfig]):
 
         def write() -> None:
             with atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, self.reference)
+                np.save(file, self.reference.reshape(self._reference_shape))
 
         ranks.on_first(write)
+
+    @property
+    def _reference_shape(self) -> tuple[int, ...]:
+        """Of the file: by example, for KTO by unit."""
+        return (len(self.examples) // 2, 2) if self._kto else (len(self.examples),)
+
+    def _read_reference(self, path: Path) -> npt.NDArray[np.float32] | None:
+        """What an earlier start of the run wrote; None if it must be computed again."""
+        if not path.is_file():
+            return None
+        try:
+            found = np.load(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it again."
+            ) from None
+        if self._kto and found.shape == (len(self.examples),):
+            return None  # of an older version, which gave some prompts their own other answer to measure z by
+        if found.shape != self._reference_shape or found.dtype != np.float32:
+            raise CheckpointError(
+                f"{path} is of other samples than these {len(self.examples)}; remove it to compute it again."
+            )
+        return found.reshape(-1)
 
     def accumulate(self, model: CausalLM, step: int) -> dict[str, float]:
         """See `Task`."""
@@ -187,7 +213,9 @@ class PreferenceTask(Task[PreferenceConfig]):
         if self._kto:
             judged = list(read_judged(path, chat=source.chat))
             samples = [each.sample for each in judged]
-            rows = [(sample, with_answer_of(sample, samples[i - 1])) for i, sample in enumerate(samples)]
+            rows = [
+                (sample, with_answer_of(sample, samples[i])) for sample, i in zip(samples, others(samples), strict=True)
+            ]
             desirable = [each.desirable for each in judged]
         else:
             rows = [(pair.chosen, pair.rejected) for pair in read_pairs(path, chat=source.chat)]
@@ -220,6 +248,26 @@ class PreferenceTask(Task[PreferenceConfig]):
             raise ConfigError(f"Sample {number} of {path} cannot be learned from: {str(error).rstrip('.')}.") from None
 
 
+def others(samples: Sequence[Sample]) -> list[int]:
+    """For each sample, the number of one with another prompt, for KTO's z: from the prompt before it in the file.
+
+    Neighbours with one prompt, such as the two answers of a pair, get one each. Where all have the same prompt, the
+    sample before stands in for another.
+    """
+    firsts = [i for i in range(len(samples)) if i == 0 or prompt(samples[i]) != prompt(samples[i - 1])]
+    if len(firsts) == 1:
+        return [i - 1 for i in range(len(samples))]
+    runs = [range(start, end) for start, end in pairwise([*firsts, len(samples)])]
+    last = -2 if prompt(samples[0]) == prompt(samples[-1]) else -1  # before the first run comes the end of the file
+    before = [runs[last], *runs[:-1]]
+    return [other[min(i, len(other) - 1)] for run, other in zip(runs, before, strict=True) for i in range(len(run))]
+
+
+def prompt(sample: Sample) -> str | list[Message]:
+    """What comes before a sample's last answer."""
+    return sample.prompt if isinstance(sample, Completion) else sample.messages[:-1]
+
+
 def with_answer_of(sample: Sample, other: Sample) -> Sample:
     """A sample's prompt with another one's last answer, which does not belong to it."""
     answer = other.completion if isinstance(other, Completion) else other.messages[-1]
@@ -228,15 +276,3 @@ def with_answer_of(sample: Sample, other: Sample) -> Sample:
         return Completion(sample.prompt, text)
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
     return Conversation([*sample.messages[:-1], message], sample.trained, sample.tools)
-
-
-def _read_reference(path: Path, count: int) -> npt.NDArray[np.float32]:
-    try:
-        found = np.load(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it again."
-        ) from None
-    if found.shape != (count,) or found.dtype != np.float32:
-        raise CheckpointError(f"{path} is of other samples than these {count}; remove it to compute it again.")
-    return found

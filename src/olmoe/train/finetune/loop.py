@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from olmoe.io.atomic import write_text
+from olmoe.model import set_products
 from olmoe.runtime import resolve_device
-from olmoe.train import parallel, state
+from olmoe.train import parallel, precision, state
 from olmoe.train.finetune.answers import answer, prompt_of
 from olmoe.train.finetune.config import FinetuneConfig, FinetuneOptimizer
 from olmoe.train.finetune.start import Start, Trained, load_model, open_start, save_best, sharing
@@ -103,13 +104,15 @@ def finetune(
     Writes into `run.output` what `train` writes there. Raises `UserError` for bad data or settings, and `Interrupted`
     after Ctrl-C.
     """
-    with opened(config, resume, overwrite) as (ranks, output, newest):
+    with opened(config, resume, overwrite, group_of_one=config.compute.precision == "bf16") as (ranks, output, newest):
         show_progress = show_progress and ranks.is_first
         device = ranks.device(resolve_device(config.run.device))
+        ranks.on_all(lambda: precision.check(config.compute, device))
         start = ranks.first_in_turn(lambda: open_start(config))
         ranks.on_all(lambda: parallel.check(sharing(config, start.model_config), ranks, command))
         task = ranks.on_all(lambda: make_task(start, device, ranks))
         model, trained = load_model(start, config, device, ranks)
+        precision.set_up(model, config.compute)
         is_sharded = parallel.is_parallel(sharing(config, start.model_config), ranks)
         run = Run(
             config=config, output=output, device=device, model=model, start=start, task=task, trained=trained,
@@ -201,6 +204,7 @@ def _report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on all that is held out, into `evaluation.json`; its folder."""
     run.ensure_best()
     run.load_best()
+    set_products(run.model, None)  # as whoever opens the checkpoint computes
     run.model.eval()
     measured, _ = run.task.evaluate(run.model, 0)
     report = json.dumps({"step": run.progress.best_step} | measured) + "\n"

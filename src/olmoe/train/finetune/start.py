@@ -109,7 +109,7 @@ def open_start(config: FinetuneConfig) -> Start:
 
 def sharing(config: FinetuneConfig, model: ModelConfig) -> Shared:
     """How ranks share the fine-tuning of a model."""
-    return Shared(model, config.batch, config.parallel, config.compute)
+    return Shared(model, config.batch, config.parallel, config.of_layers)
 
 
 def load_model(
