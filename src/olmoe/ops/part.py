@@ -45,7 +45,11 @@ def moe_part(
 
     tensors = x, weights_NK, expert_ids_NK, gate_up, down
     if activation is F.silu and backend in (AUTO, "torch") and autocast_dtype(x) is None:
-        takes = training.takes(*tensors) if products is None else training.takes_products(products, *tensors)
+        numbers = x, weights_NK, gate_up, down
+        if products is None:
+            takes = training.takes(*numbers, indices=expert_ids_NK)
+        else:
+            takes = training.takes_products(products, *numbers, indices=expert_ids_NK)
         if takes:
             return training.moe(*tensors, plain, products, first)
     return plain(*tensors)
