@@ -66,11 +66,6 @@ def test_moe(n, e, k, d, f, isa):
         assert error(mine, theirs) < 5e-6
 
 
-def heads(batch, tokens, count, head_dim, seed=0, scale=1.0):
-    """(B, H, T, Dh), as projections leave it."""
-    return random(batch, tokens, count, head_dim, seed=seed, scale=scale).transpose(1, 2).requires_grad_()
-
-
 def torch_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

@@ -40,6 +40,11 @@ def moe(*inputs):
     return ops.moe(*inputs, F.silu)
 
 
+def heads(batch, tokens, count, head_dim, seed=0, scale=1.0):
+    """(B, H, T, Dh), as projections leave it."""
+    return random(batch, tokens, count, head_dim, seed=seed, scale=scale).transpose(1, 2).requires_grad_()
+
+
 def attention(q, k, v):
     return ops.attention(q, k, v, causal=True)
 
