@@ -96,7 +96,8 @@ def main() -> None:
         "tests/hf/test_kernel_layer_changes.py",
     ]
     run(
-        sys.executable, "-m", "pytest", "-p", "sanitize", *tests,
+        # What a sanitizer writes before it ends the process must not be captured.
+        sys.executable, "-m", "pytest", "-p", "sanitize", "--capture=sys", *tests,
         # libstdc++ too: the address sanitizer must find its exceptions when it starts.
         LD_PRELOAD=" ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so.6"))),
         # Python and torch leave memory to the system when they end.

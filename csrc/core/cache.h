@@ -1,8 +1,8 @@
 // Keys and values of all sequences and layers, in blocks: the only place that knows their layout.
 //
-// A block holds `block_size` positions of one sequence, for all KV heads: (G, block_size, Dh). A row of a table says
-// which blocks a sequence has, in the order of its positions. So sequences join, leave and share what they have in
-// common without a copy. A cache with contiguous sequences is the case of one block per sequence.
+// A block holds `block_size` positions of one sequence, for all KV heads: (G, block_size, Dh). A row of a block table
+// lists the blocks of a sequence in the order of its positions, so that sequences can join, leave and share a prefix
+// without copying. A contiguous cache is the special case of one block per sequence.
 //
 // A kI8 cache holds signed bytes and, for each position and KV head, one fp32 scale, which a block stores after the
 // bytes of each head: (G, block_size * Dh bytes, block_size scales).
@@ -31,7 +31,7 @@ struct Sequences {
   }
 };
 
-// The first block's.
+// Keys and values of the first block.
 struct LayerCache {
   uint8_t *keys, *values;
 };
@@ -46,16 +46,16 @@ struct CacheView {
   Type type = Type::kF32;
   int kv_heads = 0, head_dim = 0;
   int64_t block_size = 0;  // a multiple of kKeyBlock, unless no sequence has more than one block
-  // Bytes from a block to the next, and within it from a KV head to the next, and to a head's scales.
+  // Bytes from one block to the next; within a block, from one KV head to the next, and from a head to its scales.
   size_t block_bytes = 0, head_bytes = 0, scales_at = 0;
 
-  // Of sequence `b`.
+  // Where a position of sequence `b` is.
   CachePlace place(const Sequences& s, int b, int g, int64_t position) const {
     const size_t block = s.table[b * s.width + position / block_size], slot = position % block_size;
     const size_t head = block * block_bytes + g * head_bytes;
     return {head + slot * head_dim * sizeof_type(type), head + scales_at + slot * sizeof(float)};
   }
-  // The positions from there on.
+  // The block of positions that starts there.
   KeyBlock key_block(const LayerCache& layer, CachePlace at) const {
     KeyBlock block{layer.keys + at.row, layer.values + at.row};
     if (type == Type::kI8) {

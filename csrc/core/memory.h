@@ -19,8 +19,8 @@ struct AtCacheLine {
   bool operator==(const AtCacheLine&) const { return true; }
 };
 
-// A vector that starts at a cache line. Elsewhere, every load of 64 bytes would be one of two lines: attention over a
-// prompt took a third longer.
+// A vector whose data starts at a cache line. Otherwise every load of 64 bytes would span two lines, which made
+// attention over a prompt take a third longer.
 template <typename T>
 using Aligned = std::vector<T, AtCacheLine<T>>;
 

@@ -1,5 +1,6 @@
-// The threads of training, which takes turns with torch's operations: torch's own. A thread of a pool beside them would
-// share its core with one of torch's that is idle but spins for milliseconds after each of its loops.
+// The threads that training runs on. They are torch's own, because training alternates between our operations and
+// torch's: a second pool would compete for cores with torch's idle threads, which keep spinning for milliseconds after
+// each parallel loop.
 #pragma once
 
 #include <atomic>
@@ -8,15 +9,15 @@
 
 namespace olmoe {
 
-// GOMP_parallel of the OpenMP library that torch runs on: calls `work(data)` on so many threads at once.
+// GOMP_parallel of the OpenMP library that torch uses: calls `work(data)` once on each of `threads` threads.
 using Parallel = void (*)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
 
-// Null, as at first: our own pool.
+// Null, which is the default, means our own pool.
 void set_parallel(Parallel parallel);
 Parallel get_parallel();
 
-// Call `work(i)` for all i in [0, count); threads take the next one as they become free. The caller holds
-// one_at_a_time.
+// Call `work(i)` for all i in [0, count); each thread takes the next i as soon as it is free. The caller holds the lock
+// one_at_a_time().
 template <typename Work>
 void share(int count, const Work& work) {
   struct Job {

@@ -26,10 +26,10 @@ inline void relax() {
 }
 
 constexpr int kSpins = 2000;              // some 20 to 50 microseconds
-constexpr int kPieces = 3;                // a thread takes one in so many parts of its share of what is left
-constexpr int kKept = 1;                  // this many tasks for each thread are not taken ahead
+constexpr int kPieces = 3;                // a task is this fraction of a thread's share of the remaining items
+constexpr int kKept = 1;                  // tasks for each thread that nobody takes in advance
 constexpr uint32_t kClosed = 0x7fffffff;  // an item beyond all counts
-constexpr int kYields = 1000;             // other threads that want this core get it here
+constexpr int kYields = 1000;             // each gives the core to another thread that needs it
 
 std::mutex pool_mutex;
 std::unique_ptr<ThreadPool> current;
@@ -66,8 +66,8 @@ int available() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-// The system is asked once: operations want their pool up to a hundred times in a step, and each question is a call of
-// the kernel.
+// The system is asked only once: operations ask for the pool up to a hundred times in a step, and each query is a
+// system call.
 int wanted_threads() {
   if (wanted == 0) wanted = available();
   return wanted;
@@ -107,8 +107,7 @@ void ThreadPool::run_tasks(int count, int grain, Call call, const void* work) {
 }
 
 bool ThreadPool::take_task(uint32_t job, int& begin, int& end) {
-  // Long tasks first, which go on where the thread is and are fetched ahead, then ever shorter ones, so that all
-  // threads end together.
+  // Long tasks first, whose data can be prefetched, then ever shorter ones, so that all threads finish together.
   const int share = kPieces * threads();
   uint64_t claim = claim_.load(std::memory_order_acquire);
   while (claim >> 32 == job) {
@@ -131,8 +130,8 @@ void ThreadPool::work_on_tasks(uint32_t job) {
   const void* work = work_.load(std::memory_order_relaxed);
   const int count = count_.load(std::memory_order_relaxed);
   for (bool more = true; more; begin = next, end = next_end) {
-    // The next task is taken before this one is done, so that it can be fetched meanwhile; not the last ones, which an
-    // idle thread should get.
+    // The next task is taken before this one is done, so that its data can be prefetched; but not the last tasks, which
+    // should go to idle threads.
     const int left = count - int(uint32_t(claim_.load(std::memory_order_relaxed)));
     const bool ahead = left > kKept * threads() && take_task(job, next, next_end);
     call(work, begin, end, ahead ? next : -1);

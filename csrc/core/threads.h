@@ -21,8 +21,8 @@ class ThreadPool {
   int threads() const { return int(helpers_.size()) + 1; }
 
   // Run `work(begin, end, next)` over [0, count) in tasks of at least `grain` items, which threads take as they become
-  // free. Which thread runs a task is not fixed, so a task must write only what is its own. `next` is where this thread
-  // goes on after this task, so that it can fetch what it needs there, or -1.
+  // free. Any thread may run any task, so no two tasks may write to the same memory. `next` is the first item of this
+  // thread's next task, so that the task can prefetch what it will need there, or -1.
   template <typename Work>
   void run(int count, int grain, const Work& work) {
     if (count <= 0) return;
@@ -35,9 +35,9 @@ class ThreadPool {
         [](const void* w, int begin, int end, int next) { (*static_cast<const Work*>(w))(begin, end, next); }, &work);
   }
 
-  // While one of these lives, what is run stays on the calling thread, if `small`: work that is over before a helper
-  // has been woken gains nothing by it, and loses much where other programs want the helper's core. Results do not
-  // change.
+  // With `small`, everything runs on the calling thread for the lifetime of this object: work that is over before a
+  // helper has woken up gains nothing from it, and loses much where other programs need the helper's core. Results are
+  // the same.
   class Alone {
    public:
     Alone(ThreadPool& pool, bool small) : pool_(pool), before_(pool.alone_) { pool.alone_ = before_ || small; }
@@ -58,7 +58,7 @@ class ThreadPool {
   void help();
 
   std::vector<std::thread> helpers_;
-  bool alone_ = false;  // of the calling thread alone
+  bool alone_ = false;  // used by the calling thread only
   // One job at a time. A thread that takes a task changes `claim_`, the number of the job and the first item that is
   // not taken yet, in one operation: so a helper that comes late, because its core was given to others, finds that the
   // job is over, and no thread waits for it. A job is over when all its items are `done_`; until then its description
@@ -72,11 +72,11 @@ class ThreadPool {
   std::atomic<bool> stopping_{false};
 };
 
-// Whoever uses the pool holds this lock for the length of an operation. A fork waits for it.
+// Held for the whole of an operation by every caller of the pool. A fork waits for it.
 std::mutex& one_at_a_time();
-// The pool of this process, made at first use and again after a change of the number or a fork.
+// The pool of this process, created at first use, and again after a fork or when the number of threads has changed.
 ThreadPool& pool();
-// 0: as many as the process may run on when that is first asked.
+// 0: as many as the process had cores when this was first asked.
 void set_threads(int threads);
 int get_threads();
 

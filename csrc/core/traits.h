@@ -17,7 +17,7 @@ constexpr int kBlock = 32;         // columns that share a scale
 constexpr int kGroup = 16;         // rows that are stored interleaved
 constexpr int kBand = 4 * kGroup;  // rows that are read side by side: four streams reach more bandwidth than one
 
-// kI8 is only for caches: rows of signed bytes, each with a scale that is stored elsewhere (core/cache.h).
+// kI8 is only for caches: rows of signed bytes, each with a scale that is stored separately (core/cache.h).
 enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ5 = 5, kI8 = 6 };
 
 // Bytes of one number of a plain matrix or cache.
@@ -34,7 +34,7 @@ struct PackedOf {
   static constexpr size_t group_bytes(int blocks) { return size_t(blocks) * (kCodeBytes + kScaleBytes); }
 };
 
-// The four bits that formats of 4 and 5 bits have of a code.
+// The lower four bits of a code in the formats of 4 and 5 bits.
 constexpr int nibble(const uint8_t* nibbles, int row, int column) {
   const int byte = nibbles[64 * (column % 16 / 4) + 4 * row + column % 4];
   return column < 16 ? byte & 15 : byte >> 4;

@@ -64,8 +64,8 @@ struct KeyBlock {
   const float *key_scales = nullptr, *value_scales = nullptr;
 };
 
-// One factor of a product of fp32 matrices in training. Row r begins at `data` + index * `ld` floats, where the index
-// is rows[r], or r if there are no `rows`; `turned` means the transpose of what these rows are.
+// One factor of a matrix product in training. Row r starts `ld` * rows[r] floats after `data`, or `ld` * r without
+// `rows`. With `turned`, the factor is the transpose of the matrix with these rows.
 struct Factor {
   const float* data;
   size_t ld;
@@ -141,11 +141,11 @@ struct Kernels {
   // `scratch` has kPanel floats a column. Null where the CPU does not multiply and add at once.
   void (*compensate)(const uint8_t* weight, Type stored, int rows, int columns, const float* factor, Type type,
                      uint8_t* out, float* scratch);
-  // Blocks of kBookBlock values as 4-bit numbers of the entries of a book, times their largest magnitude, to a plain
-  // type, rounded once.
+  // Blocks of kBookBlock values, stored as 4-bit indices into a code book with a scale, to a plain type, rounded once.
   void (*decode_book)(const uint8_t* codes, const float* scales, int blocks, const float* entries, Type type,
                       void* out);
-  // The way there, from a plain type: a value's code is in `numbers` by how many of the rising `bounds` it exceeds.
+  // The reverse: the code of a value, divided by the block's largest magnitude, is numbers[i], where i is how many of
+  // the ascending `bounds` it exceeds.
   void (*encode_book)(const void* x, Type type, int blocks, const float* bounds, const uint8_t* numbers, uint8_t* codes,
                       float* scales);
   // Copy n scores; the largest of them, or NaN if any is not finite.
@@ -173,14 +173,14 @@ struct Kernels {
   void (*digits_below)(const float* x, int n, float top, float scale, uint16_t* digits);
   // As at_least, of the indices where `digits` has this one.
   int (*with_digit)(const uint16_t* digits, int n, int digit, int* ids);
-  // Gradients of swiglu for one row, `grad` being that of the row before it is multiplied with `weight`: out is the
-  // row itself times `weight`, and <grad, row> is returned.
+  // Gradients of swiglu for one row that is then multiplied by `weight`; `grad` is the gradient of the product. Writes
+  // the product to `out`, and returns <grad, row>, the gradient of `weight`.
   float (*swiglu_backward)(const float* gate, const float* up, const float* grad, float weight, int n, float* out,
                            float* grad_gate, float* grad_up);
-  // Gradients of rms_norm for one row: grad_x (null if nobody wants it) is written, grad_weight added to.
+  // Gradients of rms_norm for one row: grad_x is written (null: not wanted), grad_weight is added to.
   void (*rms_norm_backward)(const float* x, const float* weight, const float* grad, float eps, int d, float* grad_x,
                             float* grad_weight);
-  // -log softmax(logits)[label]; with `gradient`, logits become its gradient, else they are lost.
+  // -log softmax(logits)[label]. Overwrites the logits, with `gradient` by their gradient.
   float (*cross_entropy)(float* logits, int n, int label, bool gradient);
   // C (m, n) = A (m, depth) B (depth, n), or with `add` C += A B, rows of C `ld` floats apart. `scratch` holds
   // kProductScratch floats and lies at a multiple of 64 bytes.
@@ -212,7 +212,7 @@ inline size_t causal_scratch(int head_dim) {
 // goes through at a time.
 constexpr int kDepth = 128, kProductRows = 256, kProductColumns = 256;
 constexpr size_t kProductScratch = size_t(kDepth) * (kProductColumns + kProductRows);
-// Values that share a scale, and entries of a book, in formats of Kernels::decode_book.
+// Values that share a scale, and entries of a code book, in the formats of Kernels::decode_book.
 constexpr int kBookBlock = 64, kBookEntries = 16;
 
 // Rows that are encoded together: in fp32 they stay in the second cache.

@@ -55,7 +55,7 @@ void attention(const float* q, const float* k, const float* v, const Sequences& 
   };
   // Where heads have keys and values of their own, and a single query, they store them themselves.
   const bool own = steps && group == 1;
-  // References: a thread_local named inside the lambda would be the helper's own.
+  // References, because a thread_local named inside the lambda would be that of the helper thread.
   const auto& items_ = items;
   const auto& starts_ = starts;
   if (!own)

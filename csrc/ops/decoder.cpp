@@ -5,7 +5,7 @@
 namespace olmoe {
 namespace {
 
-// Fewer products of two numbers in the head are not worth other threads.
+// An output head with fewer multiplications than this is not worth other threads.
 constexpr int64_t kAloneProducts = 1 << 20;
 
 }  // namespace
@@ -17,7 +17,7 @@ void forward(const DecoderWeights& w, const Tokens& tokens, const Sequences& seq
   const int count = sequences.tokens(), d = w.hidden(), half = w.layers.front().head_dim / 2;
   const int experts = w.layers.front().experts.count, k = policies ? policies->largest : w.top_k();
   const size_t size = size_t(count) * d;
-  // Two buffers in turn: o_proj adds its input to its output.
+  // Two buffers that alternate, because a layer's output must not overwrite its input.
   hidden.resize(2 * size);
   float *x = hidden.data(), *y = x + size;
   embed(w.embedding, tokens.ids, count, x);

@@ -6,7 +6,7 @@
 namespace olmoe {
 
 // OLMOE_ISAS names every folder of csrc/isa that is built, the fastest first (CMakeLists.txt): ISA(avx2) ISA(scalar).
-// Each has its kernels, and whether this CPU runs them.
+// Each provides its kernels and a function that says whether this CPU can run them.
 #define ISA(name)                  \
   const Kernels& name##_kernels(); \
   bool name##_runs();

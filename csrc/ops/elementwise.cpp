@@ -1,4 +1,4 @@
-// Norms, rotary embeddings and embedding rows, one token at a time.
+// Norms, rotary embeddings and rows of embedding matrices, one token at a time.
 #include <algorithm>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// Matrices into blocks with chosen codes, panels of rows on all threads. A panel has what it needs to itself, so
-// results do not depend on the threads.
+// Encodes matrices in blocks, with codes chosen by a search; panels of rows are divided among the threads. Panels are
+// independent, so that results do not depend on the number of threads.
 #include <algorithm>
 #include <cstring>
 

@@ -1,9 +1,9 @@
-// Blocks of 4-bit numbers of a book's entries, on all threads.
+// Blocks of 4-bit indices into a code book, on all threads.
 #include "ops.h"
 
 namespace olmoe {
 
-// 128 kB of fp32, so that what a thread reads and writes stays in its cache.
+// 128 kB of fp32, so that what a thread reads and writes fits into its cache.
 constexpr int kTaskBlocks = 512;
 
 void decode_book(const uint8_t* codes, const float* scales, int blocks, const float* book, Type type, void* out) {

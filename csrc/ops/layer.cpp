@@ -23,16 +23,16 @@ void finish_heads(const LayerWeights& w, float* q, float* k, const float* cos, c
   });
 }
 
-// Less than this many products of two numbers in a layer is not worth other threads: its parts take microseconds.
+// A layer with fewer multiplications than this is not worth other threads: its parts take microseconds.
 constexpr int64_t kAloneProducts = 1 << 21;
 
-// Of all weights that a token meets in a layer.
+// Multiplications of one token by the weights of a layer.
 int64_t products_of_token(const LayerWeights& w) {
   const int64_t attention = 2 * int64_t(w.hidden) * w.hidden + 2 * int64_t(w.kv_heads) * w.head_dim * w.hidden;
   return attention + 3 * int64_t(w.top_k) * w.experts.width * w.hidden + int64_t(w.experts.count) * w.hidden;
 }
 
-// `met` counts keys and values of a head and a token, over all tokens.
+// `met` is the number of keys that a head attends to, summed over the tokens.
 bool is_small(const LayerWeights& w, int tokens, int64_t met = 0) {
   return tokens * products_of_token(w) + 2 * met * w.hidden < kAloneProducts;
 }
@@ -80,7 +80,7 @@ void attention_output(const LayerWeights& w, const float* x, const float* attend
   linear(w.router, inputs, nullptr, nullptr, routed.logits, w.experts.count);
   route(routed.logits, tokens, w.experts.count, w.top_k, w.norm_topk_prob, routed.weights, routed.ids, policies, index);
   const int k = policies ? policies->largest : w.top_k;
-  // Some tokens at a time: the outputs of all their experts are in memory together.
+  // In chunks of tokens, because the outputs of all their experts are in memory at once.
   constexpr int kTokens = 1024;
   for (int t = 0; t < tokens; t += kTokens) {
     const size_t first = size_t(t) * w.hidden, chosen = size_t(t) * k;

@@ -1,4 +1,4 @@
-// Activations as a matrix wants them, and the product with one matrix.
+// Activations in the layout that a matrix needs, and products with one matrix.
 #include <algorithm>
 
 #include "ops.h"
@@ -23,7 +23,7 @@ void Activations::reserve(const Matrix& m, int tokens) {
   const size_t row_bytes =
       packed_ ? m.blocks() * sizeof(ActivationBlock) : size_t(columns_) * (bf16_ ? sizeof(uint16_t) : sizeof(float));
   split_ = many(m, tokens) && columns_ >= kLaneSteps * kernels().lanes;
-  // An odd number of cache lines: rows a power of two apart would all fall into the same few sets of the cache.
+  // An odd number of cache lines: rows a power of two apart would all map to the same few sets of the cache.
   const size_t lanes = (row_bytes + 63) / 64 * 64;
   const size_t stride = ((split_ ? 2 * lanes : lanes) / 64 | 1) * 64;
   if (bytes_.size() < stride * tokens) bytes_.resize(stride * tokens);
@@ -74,7 +74,7 @@ void linear(std::initializer_list<Product> products, const Activations& x) {
   const Matrix& first = *products.begin()->m;
   const int tokens = x.tokens(), block = token_block(first);
   const int token_blocks = (tokens + block - 1) / block;
-  // Few rows, as a router has them, would make one task for one thread.
+  // Few rows, such as a router's, would otherwise be a single task.
   auto band_of = [](const Matrix& m) { return m.rows <= 4 * kBand ? kGroup : kBand; };
   auto bands_of = [&](const Matrix& m) { return (m.rows + band_of(m) - 1) / band_of(m); };
   int bands = 0;

@@ -22,7 +22,7 @@ std::vector<Task> cut(const std::vector<int>& offsets, int units, int grain) {
   return tasks;
 }
 
-// The weights that are read after unit `u` of `task`, where the thread goes on with `tasks[next]`, or null.
+// The weights that the thread reads after unit `u` of `task`, or null; its next task is tasks[next].
 // `locate(expert, unit)` is where a unit begins.
 template <typename Locate>
 const uint8_t* following(const std::vector<Task>& tasks, const Task& task, int u, int next, const Locate& locate) {
@@ -67,7 +67,7 @@ void moe(const Experts& experts, const float* x, const float* weights, const int
   const int units = width / per_unit;
   const bool aligned = per_unit % kGroup == 0 && width % kGroup == 0;
   const int grain_up = std::max(1, int((1 << 15) / (experts.gate_up.group_bytes() * 4)));
-  // References: a thread_local named inside the lambda would be the helper's own.
+  // References, because a thread_local named inside the lambda would be that of the helper thread.
   auto& offsets_ = offsets;
   auto& inputs_ = inputs;
   auto& outputs_ = outputs;

@@ -1,6 +1,6 @@
-// The operations: what a forward pass is made of, over raw pointers, threaded, with the kernels of one instruction
-// set. All activations are fp32. Results do not depend on the number of threads: every output is computed whole by
-// one thread, in a fixed order.
+// The operations that make up a forward pass: over raw pointers, multithreaded, with the kernels of one instruction
+// set. All activations are fp32. Results do not depend on the number of threads: each output value is computed by one
+// thread, in a fixed order.
 //
 // Shapes legend: see ../types.h.
 #pragma once
@@ -48,7 +48,7 @@ void rope(float* x, const float* cos, const float* sin, int tokens, int heads, i
 void multiply(const Matrix& m, int expert, int row, int rows, const ActivationRow* x, int tokens, float* out, int ld,
               const uint8_t* next = nullptr);
 
-// Tokens at a time, so that their rows stay in the cache while weights pass by, or the other way round.
+// How many tokens to multiply at a time, so that their rows stay in the cache while weights stream past, or vice versa.
 int token_block(const Matrix& m);
 
 // y[t * ld + r] = m[r] . x[t], plus bias[r] and add[t * ld + r] where these are not null.
@@ -104,7 +104,7 @@ void embed(const Matrix& m, const int64_t* ids, int tokens, float* out);
 bool compensates();  // the chosen kernels can
 void encode(const Matrix& weight, const float* factor, Type type, uint8_t* out);
 
-// Blocks of kBookBlock values to and from 4-bit numbers of a book's entries; see Kernels.
+// Blocks of kBookBlock values from and to 4-bit indices into a code book; see Kernels.
 void decode_book(const uint8_t* codes, const float* scales, int blocks, const float* entries, Type type, void* out);
 void encode_book(const void* x, Type type, int blocks, const float* bounds, const uint8_t* numbers, uint8_t* codes,
                  float* scales);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kBins = kDigits, kTables = 4;
 constexpr int kFewCandidates = 4096;   // up to this many, selecting by comparisons is faster than by digits
-constexpr int kAloneScores = 1 << 15;  // rows with fewer together are not worth another thread
+constexpr int kAloneScores = 1 << 15;  // fewer scores in all are not worth another thread
 constexpr uint32_t kSeen = 1u << 31;   // a token of prompt or text; the bits below count it in the text
 
 // Memory of one thread, kept between calls.
@@ -165,7 +165,7 @@ Cut cut_after(const float* x, int n, float top, int64_t k, Scratch& s, const Ker
 
 float finite(double x) { return float(std::clamp(x, -double(FLT_MAX), double(FLT_MAX))); }
 
-// Penalties for what was said, and what the caller adds to single tokens.
+// Penalties for tokens that have occurred, and the caller's logit biases.
 void adjust(const SamplingRow& row, int allowed, Scratch& s) {
   if (row.repetition != 1.0 || row.presence != 0.0 || row.frequency != 0.0) {
     s.unique.clear();

@@ -1,4 +1,4 @@
-// Choosing the next token of several texts from the scores of the output head.
+// Choosing the next token of several texts from their logits.
 #pragma once
 
 #include "ops.h"
@@ -10,7 +10,7 @@ struct SamplingRow {
   double temperature, top_p, min_p, repetition, presence, frequency;
   int64_t top_k;
   uint64_t seed, position;
-  int logprobs;        // the likeliest tokens to report, or -1 for none and not the chosen one's log-probability either
+  int logprobs;        // how many of the likeliest tokens to report, or -1: no log-probabilities at all
   const int64_t* ids;  // prompt, then text
   int64_t prompt, length;
   const int64_t* bias_ids;

@@ -9,11 +9,11 @@
 namespace olmoe {
 namespace {
 
-// Tokens of one task where a token's values are all that is looked at.
+// Tokens per task in operations that compute each token by itself.
 constexpr int kTokens = 64;
-// Tokens whose shares of a norm's weight gradient are added up before those of others.
+// Tokens per partial sum of a norm's weight gradient.
 constexpr int kNormTokens = 128;
-// Rows of a weight gradient that a task has at least: each task packs the other factor.
+// The fewest rows of a product per task: each task packs the second factor again.
 constexpr int kLeastRows = 48;
 
 float* aligned(std::vector<float>& memory, size_t size) {
@@ -28,7 +28,7 @@ void product(Products in, const Factor& a, int m, int depth, const Factor& b, in
   kernel(a, m, depth, b, n, c, ld, add, aligned(memory, kProductScratch));
 }
 
-// A factor from another row and column on.
+// The part of a factor from a row and a column on.
 Factor part(Factor f, int row, int column = 0) {
   if (f.rows)
     f.rows += row;
@@ -42,7 +42,7 @@ struct Block {
   int expert, first, rows;
 };
 
-// The rows of all experts in blocks of at most kProductRows.
+// The rows of all experts, each expert's in blocks of about equal size and at most kProductRows.
 std::vector<Block> blocks_of(const RoutedRows& routed) {
   std::vector<Block> blocks;
   for (int e = 0; e < routed.experts; e++) {
@@ -73,7 +73,7 @@ void combine(const float* results, const float* weights, const RoutedRows& route
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// c (m, n) = A B with A and B as `product` has them, m and n in blocks for the threads.
+// `product`, with rows and columns of the result divided among the threads.
 void shared_product(Products in, const Factor& a, int m, int depth, const Factor& b, int n, float* c, size_t ld,
                     bool add = false) {
   const int tall = std::clamp(ceil_div(m, get_threads()), kLeastRows, kProductRows);
@@ -147,7 +147,7 @@ void experts_backward(Products in, const float* x, const float* weights, const R
       product(in, {gradients.grad_units + size_t(first) * 2 * f, size_t(2) * f}, rows, 2 * f,
               {experts.gate_up + size_t(e) * 2 * f * d, size_t(d)}, d, gradients.grad_rows + size_t(first) * d, d);
   });
-  // Bands of the weights' gradients, each over all rows of its expert.
+  // The gradients of the weights, in bands of their rows; each sums over all rows of its expert.
   const int gate_up_bands = gradients.gate_up ? ceil_div(2 * f, kProductRows) : 0;
   const int down_bands = gradients.down ? ceil_div(d, kProductRows) : 0, bands = gate_up_bands + down_bands;
   share(routed.experts * bands, [&](int task) {

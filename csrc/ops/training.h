@@ -1,6 +1,6 @@
 // The operations of training, forward and backward, in fp32 and on torch's threads (core/team.h). As in inference,
-// every value is computed by one thread in a fixed order, so that results do not depend on the number of threads. Where
-// gradients are written, a null address means that nobody wants them.
+// every value is computed by one thread in a fixed order, so that results do not depend on the number of threads. A
+// null pointer for a gradient means that it is not wanted.
 //
 // Shapes legend: see ../core/types.h, and V words.
 #pragma once
@@ -22,8 +22,8 @@ struct RoutedRows {
   int rows() const { return offsets[experts]; }
 };
 
-// What numbers products multiply: fp32 as they are, or rounded to bf16, with fp32 sums and results. The latter only
-// where the kernels have `bf16_product`.
+// The precision of the factors of products: fp32, or rounded to bf16, which needs kernels with `bf16_product`. Sums and
+// results are fp32 either way.
 enum class Products { kFP32, kBF16 };
 
 // The experts of `rows` have the ids from `first` on; choices of others have no row. ids (N, K).
@@ -40,8 +40,8 @@ struct ExpertWeights {
 void experts_forward(Products in, const float* x, const float* weights, const RoutedRows& rows,
                      const ExpertWeights& experts, float* units, float* results, float* out);
 
-// What is to be differentiated, and memory that is needed meanwhile: hidden (M, F), grad_units (M, 2 F) and, where the
-// gradient of x is wanted, grad_rows (M, D).
+// Where gradients are written, and scratch memory: hidden (M, F), grad_units (M, 2 F) and, if the gradient of x is
+// wanted, grad_rows (M, D).
 struct ExpertGradients {
   float *x, *weights, *gate_up, *down;
   float *hidden, *grad_units, *grad_rows;

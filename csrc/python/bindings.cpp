@@ -1,5 +1,5 @@
-// Thin bindings: Python checks shapes and dtypes (olmoe/ops/cpu), here are only addresses. The GIL is released while
-// an operation runs; one operation at a time uses the thread pool.
+// Thin bindings that take addresses: Python checks shapes and dtypes (olmoe/ops/cpu). The GIL is released while an
+// operation runs; only one operation at a time uses the thread pool.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -28,7 +28,8 @@ Sequences sequences(const Counts& counts, const Counts& lengths, const Table& ta
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-  // What Python must know of formats: name -> type number and bytes of a block of one row; rows and columns of a block.
+  // What Python must know of the packed formats: by name, the type's number and the bytes of a block of one row; and
+  // the rows and columns of a block.
   nb::dict formats;
   for (Type type : kPackedTypes)
     with_packed(type, [&]<typename Format>() {
@@ -81,7 +82,7 @@ NB_MODULE(_kernels, m) {
     moe(Experts{gate_up, down, count, width}, at<float>(x), at<float>(weights), at<int64_t>(ids), tokens, k, nullptr,
         at<float>(y));
   });
-  // Read all of [data, data + bytes): what memory gives at most, for benchmarks.
+  // Read all of [data, data + bytes), to measure the bandwidth of memory in benchmarks.
   m.def("read", [](Address data, size_t bytes) {
     Running running;
     ThreadPool& threads = pool();

@@ -1,4 +1,4 @@
-// What every binding of an operation needs: addresses as pointers, and the GIL given back while it runs.
+// What every binding of an operation needs: addresses as pointers, and releasing the GIL while the operation runs.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,7 +15,9 @@ T* at(Address a) {
 }
 
 struct Running {
-  nanobind::gil_scoped_release release;  // first, and taken back last: who waits for the lock may hold the GIL
+  // The GIL is released before the lock is taken, and retaken after it is released: a thread that waits for the lock
+  // may hold the GIL.
+  nanobind::gil_scoped_release release;
   std::lock_guard<std::mutex> lock{one_at_a_time()};
 };
 

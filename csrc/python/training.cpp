@@ -50,7 +50,7 @@ void bind_training(nb::module_& m) {
     experts_forward(in, at<float>(x), at<float>(weights), rows, experts, at<float>(units), at<float>(results),
                     at<float>(out));
   });
-  // Gradients are those of x, weights, gate_up and down, then comes memory: see ExpertGradients.
+  // First the gradients of x, weights, gate_up and down, then scratch memory: see ExpertGradients.
   m.def("experts_backward",
         [](Products in, Address x, Address weights, const RoutedRows& rows, const ExpertWeights& experts, Address units,
            Address grad, Address grad_x, Address grad_weights, Address grad_gate_up, Address grad_down, Address hidden,

@@ -1,6 +1,7 @@
 // The thread pool by itself, to be run under the thread sanitizer (scripts/sanitize.py): every task runs once, what
 // helpers wrote is seen by the caller, and pools come and go, also while another thread changes their size.
 #include "../core/threads.h"
+#include "../core/meeting.h"
 
 #include <unistd.h>
 
@@ -17,8 +18,7 @@ void check(bool ok, const char* what) {
   std::exit(1);
 }
 
-// Short jobs of few and of many items in turn: a helper that is late for one must not work on the next as if it were
-// it.
+// Short jobs of few and of many items in turn: a helper that comes late for one job must not mistake the next for it.
 void run_uneven_jobs(ThreadPool& pool, int jobs) {
   for (int job = 0; job < jobs; job++) {
     const int count = job % 2 ? 4096 : 2;
@@ -45,7 +45,7 @@ void run_jobs(ThreadPool& pool, int jobs) {
   }
 }
 
-// Small work stays where it is, with scopes in scopes, and the pool is whole again afterwards.
+// Small work stays on the calling thread, also in nested scopes, and afterwards the pool is used again.
 void run_alone(ThreadPool& pool) {
   const std::thread::id here = std::this_thread::get_id();
   auto elsewhere = [&] {
@@ -75,9 +75,33 @@ void use_shared_pool(int jobs) {
   }
 }
 
+// Threads in the place of processes: what each wrote before a meeting is there for the others after it.
+void meet_others(int rank, int processes, int turns, char* counters, std::vector<int>& written) {
+  for (int turn = 1; turn <= turns; turn++) {
+    written[rank] = turn;
+    check(meet(counters, processes, rank, 2 * turn - 1, 60) == -1, "all have come");
+    for (int p = 0; p < processes; p++) check(written[p] == turn, "what others wrote");
+    check(meet(counters, processes, rank, 2 * turn, 60) == -1, "all have read");
+  }
+}
+
+void run_meetings() {
+  constexpr int kProcesses = 3;
+  alignas(64) static char counters[kProcesses * kCounterBytes] = {};
+  std::vector<int> written(kProcesses);
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < kProcesses; rank++)
+    others.emplace_back([&, rank] { meet_others(rank, kProcesses, 500, counters, written); });
+  meet_others(0, kProcesses, 500, counters, written);
+  for (std::thread& other : others) other.join();
+  alignas(64) char alone[2 * kCounterBytes] = {};
+  check(meet(alone, 2, 0, 1, 0.01) == 1, "who has not come");
+}
+
 }  // namespace
 
 int main() {
+  run_meetings();
   for (int threads : {1, 2, 3, 8}) {
     ThreadPool pool(threads);
     check(pool.threads() == threads, "number of threads");

@@ -104,7 +104,8 @@ void mixture_both_ways(Results& results) {
   for (int i = 0; i < m; i++) ids[i] = i % 2 ? 4 : i % 3;
   std::vector<int32_t> offsets(experts + 1), order(m), token_ids(m), positions(m);
   const RoutedRows rows{n, k, experts, offsets.data(), order.data(), token_ids.data(), positions.data()};
-  check(sort_rows(ids.data(), rows), "ids are those of experts");
+  sort_rows(ids.data(), 0, rows);
+  check(rows.rows() == m, "ids are those of experts");
   const ExpertWeights stack{gate_up.data(), down.data(), d, f};
   float* units = results.add(m * 2 * f);
   experts_forward(Products::kFP32, x.data(), weights.data(), rows, stack, units, results.add(m * d),
@@ -113,6 +114,22 @@ void mixture_both_ways(Results& results) {
       results.add(n * d), results.add(m),         results.add(gate_up.size()),       results.add(down.size()),
       results.add(m * f), results.add(m * 2 * f), results.add(size_t(m) * size_t(d))};
   experts_backward(Products::kFP32, x.data(), weights.data(), rows, stack, units, grad.data(), gradients);
+}
+
+// Grouped heads, more tokens than are computed at a time.
+void attention_both_ways(Results& results) {
+  const AttentionShape shape{2, 4, 2, 300, 12};
+  const int64_t d = shape.head_dim, t = shape.tokens;
+  const auto rows = [&](float* data, int heads) { return HeadRows{data, heads * t * d, t * d, d}; };
+  const size_t wide = size_t(shape.batch) * shape.heads * t * d, narrow = size_t(shape.batch) * shape.kv_heads * t * d;
+  Floats q = numbers(wide, 1), k = numbers(narrow, 2), v = numbers(narrow, 3), grad = numbers(wide, 4);
+  const HeadRows queries = rows(q.data(), shape.heads), keys = rows(k.data(), shape.kv_heads);
+  const HeadRows values = rows(v.data(), shape.kv_heads), out = rows(results.add(wide), shape.heads);
+  float* sums = results.add(size_t(shape.batch) * shape.heads * t);
+  causal_forward(Products::kFP32, shape, queries, keys, values, out, sums);
+  causal_backward(Products::kFP32, shape, queries, keys, values, out, sums, rows(grad.data(), shape.heads),
+                  {rows(results.add(wide), shape.heads), rows(results.add(narrow), shape.kv_heads),
+                   rows(results.add(narrow), shape.kv_heads)});
 }
 
 Floats results_of(const std::function<void(Results&)>& operation) {
@@ -128,11 +145,9 @@ int main() {
   const struct {
     const char* name;
     std::function<void(Results&)> run;
-  } operations[] = {{"linear", linear_both_ways},
-                    {"norm", norm_both_ways},
-                    {"rotate", rotate_both_ways},
-                    {"loss", loss},
-                    {"mixture", mixture_both_ways}};
+  } operations[] = {{"linear", linear_both_ways},   {"norm", norm_both_ways},
+                    {"rotate", rotate_both_ways},   {"loss", loss},
+                    {"mixture", mixture_both_ways}, {"attention", attention_both_ways}};
   for (const auto& [name, run] : operations) {
     set_threads(1);
     const Floats expected = results_of(run);

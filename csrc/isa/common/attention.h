@@ -84,8 +84,8 @@ __attribute__((noinline)) inline void multiply_row(float* row, const float* fact
   for (; s < count; s++) row[s] *= factors[s];
 }
 
-// One query: keys and values are read where they lie. While it looks at keys it fetches their values, and meanwhile the
-// keys after them, of which `next` are those that the thread looks at after this head, if that is known.
+// One query: keys and values are read in place. While keys are being multiplied their values are prefetched, and during
+// the values the following keys; `next` are those that this thread reads after this head, if that is known.
 template <Type T>
 inline void attend_one(const float* q, const KeyBlock* blocks, int visible, int head_dim, float scale, float* out,
                        float* scratch, const KeyBlock* next) {

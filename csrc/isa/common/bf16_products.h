@@ -1,6 +1,6 @@
-// Products of training whose factors are rounded to bf16, halves to even: two numbers along depth lie in the place of
-// one fp32 number, which an instruction multiplies and adds at once. Sums are fp32, and numbers too small for a normal
-// one count as zero. For CPUs with AVX512-BF16.
+// Products for training with factors rounded to bf16, ties to even. Two numbers that follow each other along the depth
+// take the 32 bits of one fp32 number, and one instruction multiplies and adds both. Sums are in fp32; subnormal
+// numbers count as zero. For CPUs with AVX512-BF16.
 #pragma once
 
 #include "products.h"
@@ -66,7 +66,7 @@ inline void turn_pairs(const float* const* rows, int count, int columns, float* 
   }
 }
 
-// Rows that are fetched ahead of the one that is packed: those that indices name follow no pattern.
+// How many rows ahead of the one being packed to prefetch: rows selected by indices follow no pattern.
 constexpr int kAhead = 8;
 
 // See Singles.

@@ -31,7 +31,8 @@ OLMOE_INLINE vf power_of_two(vf x) {
   p = p * r + 0.240226462f;
   p = p * r + 0.693147182f;
   p = p * r + 1.0f;
-  return (vf)((vi)p + ((vi)shifted << 23));
+  // Unsigned: for queries that do not see a key, whose result is thrown away, the sum may overflow.
+  return (vf)((vu)p + ((vu)shifted << 23));
 }
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }

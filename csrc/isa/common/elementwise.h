@@ -39,7 +39,7 @@ inline void rope(float* x, const float* cos, const float* sin, int head_dim) {
 }
 
 inline void swiglu(const float* gate, const float* up, int n, float* out) {
-  const vf lowest = splat(-88.0f);  // there vexp ends, and silu is -5e-37; NaN passes
+  const vf lowest = splat(-88.0f);  // the limit of vexp, where silu is -5e-37; NaN passes
   int i = 0;
   for (; i + W <= n; i += W) {
     vf g = vmax(lowest, load(gate + i));
@@ -138,8 +138,8 @@ OLMOE_INLINE float byte_scale(const float* x, int n) {
   return number_of(top) / 127.0f;
 }
 
-// What values of that scale are multiplied with, and whether they are numbers at all. If not, 0 times the scale is NaN,
-// so that codes of 0 make NaN of whatever they are multiplied with.
+// The factor that turns values of that scale into codes; false if the scale is not finite. Then codes are 0, and 0
+// times the scale is NaN, so that every product with them is NaN.
 OLMOE_INLINE bool byte_inverse(float d, float& inverse) {
   if (!(d <= FLT_MAX)) return false;
   inverse = 1.0f / d;

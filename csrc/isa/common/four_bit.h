@@ -1,5 +1,5 @@
-// Blocks of kBookBlock values as 4-bit numbers of the entries of a book, times the block's largest magnitude
-// (olmoe/quant/formats/four_bit.py). A byte has two values, the first in its upper half.
+// Blocks of kBookBlock values, each stored as a 4-bit index into a code book whose entries are scaled by the block's
+// largest magnitude (olmoe/quant/formats/four_bit.py). A byte holds two values, the first in its upper half.
 #pragma once
 
 #include "elementwise.h"

@@ -1,4 +1,4 @@
-// Gradients of what elementwise.h computes, for training: kernels over one row of fp32 values.
+// Gradients of the functions in elementwise.h, for training: kernels over one row of fp32 values.
 #pragma once
 
 #include "elementwise.h"

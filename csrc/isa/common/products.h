@@ -1,7 +1,7 @@
-// Products of fp32 matrices, C = A B, for training: either factor may be read as its transpose, or by rows that indices
-// name. Columns of B are packed into panels of a few vectors, whose part of B stays in the cache while rows of A pass
-// by. An element of C is a sum over parts of kDepth in their order, each added up in order: it does not depend on how
-// a product is divided by rows and columns.
+// Products of fp32 matrices, C = A B, for training. Either factor may be transposed, or have its rows selected by
+// indices. Columns of B are packed into panels a few vectors wide, which stay in the cache while the rows of A stream
+// past them. Each element of C is summed in order within chunks of kDepth, and over these in order, so that it does not
+// depend on how a product is divided by rows and columns.
 #pragma once
 
 #include "simd.h"
@@ -12,7 +12,7 @@ namespace {
 constexpr int kSumRows = 6;                        // of a tile of C that is held in registers
 constexpr int kColumnVectors = W == 16 ? 4 : 2;    // of its columns
 constexpr int kPanelColumns = kColumnVectors * W;  // of B
-constexpr int kPanels = 4;                         // packed together, so that rows of B are read a while in one place
+constexpr int kPanels = 4;                         // packed together, so that rows of B are read in longer runs
 static_assert(kPanels * kPanelColumns <= kProductColumns);
 
 inline const float* row_of(const Factor& f, int r) { return f.data + (f.rows ? f.rows[r] : r) * f.ld; }
@@ -63,7 +63,7 @@ inline void pack(const Factor& b, int first, int depth, int column, int columns,
   }
 }
 
-// How a product reads its factors: as the fp32 numbers that they are. The other way is in bf16_products.h.
+// How a product reads its factors, here as fp32 numbers; bf16_products.h has the other way.
 struct Singles {
   static constexpr int kNumbers = 1;  // along depth that are multiplied at once, in the place of one fp32 number
   static OLMOE_INLINE vf multiply_add(vf x, vf b, vf total) { return total + x * b; }

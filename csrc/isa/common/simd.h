@@ -7,7 +7,7 @@
 namespace olmoe {
 namespace {  // every instruction set has its own copy: nothing here may be shared between object files
 
-// Fetch some bytes into the second cache: what is looked at next, before the hardware notices what is being read.
+// Prefetch bytes that are needed next into the second-level cache, before the hardware recognises the access pattern.
 inline void fetch_ahead(const void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)address + i, 0, 2);
 }

@@ -19,6 +19,10 @@ from ops.cpu.matrices import error, random
 from ops.cpu.training_calls import CALLS, chosen, gradients, leaf, moe, moe_inputs
 
 
+# Which inputs of a call have a row for each token.
+ROWS = {"linear": (0,), "rms_norm": (0,), "apply_rope": (0,), "moe": (0, 1, 2), "linear_cross_entropy": (0, 2)}
+
+
 def by_torch(monkeypatch, function, inputs):
     """The same without the kernels."""
     with monkeypatch.context() as patched:
@@ -42,7 +46,7 @@ def test_numbers_of_other_types_are_read_as_what_they_are(name, dtype):
     inputs = make()
     other = {"apply_rope": 1, "moe": 1, "linear_cross_entropy": 0}[name]
     inputs[other] = torch.ones_like(inputs[other]).to(dtype)
-    expected = [t.float() if i == other else t for i, t in enumerate(inputs)]
+    expected = [torch.ones_like(t, dtype=torch.float32) if i == other else t for i, t in enumerate(inputs)]
     found = function(*inputs)
     found = found.real if found.is_complex() else found
     assert error(found.detach(), function(*expected).detach()) < 2e-6
@@ -153,7 +157,7 @@ def lost(result):
     return [~torch.isfinite(t) for t in (result[0], *result[1])]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ROWS)
 def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(name, monkeypatch, isa):
     """NaN goes where torch lets it go. Infinities may become NaN anywhere there, and zero where a gate closes."""
     if isa == "scalar":
@@ -212,17 +216,11 @@ def test_gates_far_below_zero_close(gate, width, isa):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ROWS)
 def test_more_threads_than_rows(name, n, team, set_threads):
     function, make = CALLS[name]
     inputs = make()
-    rows = [0, 1, 2] if name in ("apply_rope", "moe") else [0]
-    if name == "apply_rope":
-        few = [t[:, :n] if t.dim() == 4 else t[:n] for t in inputs]
-    elif name == "linear_cross_entropy":
-        few = [inputs[0][:n], inputs[1], inputs[2][:n]]
-    else:
-        few = [t[:n] if i in rows else t for i, t in enumerate(inputs)]
+    few = [t[:n] if i in ROWS[name] else t for i, t in enumerate(inputs)]
     few = [t.detach().clone().requires_grad_(t.requires_grad) for t in few]
     results = []
     for threads in (1, 16):
