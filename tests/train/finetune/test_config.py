@@ -62,6 +62,7 @@ def test_rates_are_those_of_the_log():
         ({"schedule": {"epochs": 0}}, "schedule.epochs must be above 0"),
         ({"schedule": {"warmup": 1.0}}, "schedule.warmup must be from 0 to below 1"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
+        ({"loss": {"reduce": "max"}}, "loss.reduce must be mean or sum, not 'max'"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
         ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
         ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # for ever
