@@ -228,6 +228,13 @@ def test_a_damaged_state_is_one_sentence(tmp_path, damage):
     assert f"start again: remove {tmp_path}" in message  # it is the only one
 
 
+def test_a_state_that_would_run_code_is_refused_without_torchs_advice_to_load_it(tmp_path):
+    path, *_ = save(tmp_path)
+    torch.save({"optimizer": print, "progress": {}, "fingerprint": "{}"}, path / state.STATE_NAME)
+    message = refused(lambda: restore(path, *trained(seed=1), FINGERPRINT), CheckpointError)
+    assert "(Weights only load failed);" in message
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", state.STATE_NAME])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_says_how_the_run_goes_on(tmp_path, file, damage):
@@ -302,6 +309,11 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert path.read_text(encoding="utf-8").split("\n") == [*lines[:3], ""]
     truncate_metrics(path, 0)
     assert path.read_text(encoding="utf-8") == ""
+    # An answer with U+2028, which is no end of a line, was lost; half a character, as on a full disk, was a traceback.
+    line = json.dumps({"step": 1, "answers": "a\u2028b\u0085c"}, ensure_ascii=False)
+    path.write_bytes(line.encode() + b'\n{"step": 1, "answers": "\xe2\x80')
+    truncate_metrics(path, 2)
+    assert path.read_text(encoding="utf-8") == line + "\n"
     truncate_metrics(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()
 

@@ -270,7 +270,8 @@ def read_state(path: Path, fingerprint: dict[str, Any]) -> tuple[Progress, dict[
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
     """What to raise for a file of a checkpoint that is damaged or foreign."""
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    # torch goes on to advise how to read what nobody should.
+    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     return CheckpointError(f"{file} cannot be read ({reason}); {_way_on(file.parent)}.")
 
 
@@ -313,12 +314,12 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # answers in them may have other ends of lines, as characters
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut short
+            continue  # a line that a crash cut short, perhaps within a character
     write_text(path, "".join(kept))
 
 

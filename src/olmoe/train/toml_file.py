@@ -68,6 +68,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
+            if dataclasses.is_dataclass(option):  # whose own mistakes are told
+                return _convert(option, value, name)
             with contextlib.suppress(ConfigError):
                 return _convert(option, value, name)
         raise ConfigError(f"{name} has the value {shown(value)} of the wrong type.")

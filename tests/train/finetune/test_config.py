@@ -82,6 +82,7 @@ def test_rates_are_those_of_the_log():
         ({"schedule": {"epochs": 0}}, "schedule.epochs must be above 0"),
         ({"schedule": {"warmup": 1.0}}, "schedule.warmup must be from 0 to below 1"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate must be above 0"),
+        ({"loss": {"reduce": "max"}}, "loss.reduce must be mean or sum, not 'max'"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
         ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
         ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # for ever
@@ -89,6 +90,11 @@ def test_rates_are_those_of_the_log():
         ({"data": {"valid": [{"path": "valid.jsonl", "repeat": 2}]}}, "is not trained on, so its repeat means nothing"),
         ({"run": {"peak_flops": 1e12}}, "run.peak_flops is for the MFU of olmoe train"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be above 0"),
+        (
+            {"adapter": {"rank": "8"}},
+            "adapter.rank must be of type int, not '8'",
+        ),  # was {'rank': '8'} of the wrong type
+        ({"adapter": {"rnak": 8}}, "[adapter] has the unknown key 'rnak'; known are alpha, pack, precision, rank"),
         ({"adapter": {"rank": 2**62}}, "adapter.rank must be above 0 and at most 1,000,000"),  # was a traceback
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),
         ({"adapter": {"targets": []}}, "adapter.targets must be"),

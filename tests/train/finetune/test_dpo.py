@@ -86,6 +86,8 @@ def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatc
     reference = (folder / "out" / "reference.npy").read_bytes()
     np.save(folder / "out" / "reference.npy", np.zeros(3, np.float32))
     assert "is of other samples" in refused(lambda: run(folder / "run.toml", "dpo", resume=True), CheckpointError)
+    (folder / "out" / "reference.npy").write_bytes(b"")  # was a traceback
+    assert "cannot be read" in refused(lambda: run(folder / "run.toml", "dpo", resume=True), CheckpointError)
     (folder / "out" / "reference.npy").unlink()  # computed anew, from the weights that the run began with
     assert_same_run(run(folder / "run.toml", "dpo", resume=True), finished)
     assert (folder / "out" / "reference.npy").read_bytes() == reference

@@ -82,6 +82,27 @@ def test_every_trained_token_of_a_step_counts_the_same(tmp_path, tokenizer_file)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_summed_loss_gives_tokens_of_all_steps_the_same_weight(tmp_path, tokenizer_file):
+    """As OLMoE's `--reduce_loss sum`, but for a constant; the metrics still say nats per token."""
+    found = {}
+    for reduce in ("mean", "sum"):
+        path = write_run(tmp_path, tokenizer_file, loss={"reduce": reduce}, batch={"sequences": 2, "accumulation": 2})
+        config = load_config(path, SFTConfig)
+        task = ChatTask(config, open_start(config), torch.device("cpu"))
+        assert ("reduce" in config.fingerprint()["loss"]) == (reduce == "sum")  # runs from before there was one go on
+        steps = []
+        for step in range(task.plan.steps):
+            model = make_model(max_position_embeddings=256).train().requires_grad_(True)
+            steps.append((task.accumulate(model, step), model.lm_head.weight.grad))
+        found[reduce] = steps
+    trained = [values["trained_tokens"] for values, _ in found["mean"]]
+    assert trained[-1] < trained[0]  # the last step has fewer rows
+    mean = sum(trained) / len(trained)
+    for (one, grad), (other, summed), count in zip(found["mean"], found["sum"], trained, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        torch.testing.assert_close(summed, grad * (count / mean), rtol=1e-5, atol=1e-8)
+
+
 def test_auxiliary_losses_are_off_unless_they_are_asked_for(tmp_path, tokenizer_file):
     gates = []
     for weight in (0.0, 0.5):

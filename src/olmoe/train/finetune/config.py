@@ -35,6 +35,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 TARGETS = ("attention", "experts", "router")
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("dpo", "dpo_norm", "kto")
+REDUCTIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,14 @@ class FinetuneOptimizer(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneLoss(LossConfig):
-    """Weights of OLMoE's auxiliary losses, off by default."""
+    """How the cross-entropy of a step's trained tokens is reduced, and OLMoE's auxiliary losses, off by default.
+
+    The "mean" of a step makes steps count the same, the "sum" tokens; see `sft`.
+    """
 
     load_balancing: float = 0.0
     router_z: float = 0.0
+    reduce: str = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +180,8 @@ class FinetuneConfig:
             del plain["adapter"]["precision"]  # unknown to older versions, whose runs must still resume
         if self.compute.precision != ComputeConfig.precision:  # likewise
             plain["precision"] = self.compute.precision
+        if isinstance(self, SFTConfig) and self.loss.reduce == FinetuneLoss.reduce:
+            del plain["loss"]["reduce"]  # likewise
         return plain | {"seed": self.run.seed, "balance": self.parallel.balance}
 
     @property
@@ -366,6 +373,8 @@ def _check_choices(config: FinetuneConfig) -> None:
     if config.adapter is not None:
         choices["adapter.targets"] = (config.adapter.targets or ("",), TARGETS)
         choices["adapter.precision"] = ((config.adapter.precision,), PRECISIONS)
+    if isinstance(config, SFTConfig):
+        choices["loss.reduce"] = ((config.loss.reduce,), REDUCTIONS)
     if isinstance(config, PreferenceConfig):
         choices["loss.kind"] = ((config.loss.kind,), LOSSES)
     for key, (values, known) in choices.items():

@@ -109,7 +109,7 @@ class PreferenceTask(Task[PreferenceConfig]):
             return None
         try:
             found = np.load(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it again."
             ) from None

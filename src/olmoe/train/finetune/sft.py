@@ -2,9 +2,11 @@
 
     loss = sum over trained tokens of -log p / trained tokens of the whole step + auxiliary losses
 
-Every trained token of a step has the same weight, whichever microbatch or sample it is in: the summed loss of OLMoE's
-recipe, divided by a number that the optimizer does not see. Means over microbatches would give tokens of short answers
-more weight.
+Every trained token of a step has the same weight, whichever microbatch or sample it is in. Means over microbatches
+would give tokens of short answers more weight. With `loss.reduce = "sum"` tokens of different steps have the same
+weight too, as with the summed loss of OLMoE's recipe: the divisor is then the mean number of trained tokens of the
+run's steps. It is constant, so AdamW does not notice it, but the norm that gradients are clipped by stays that of a
+mean.
 
 Shapes legend: N tokens of a batch, D hidden, E experts.
 """
@@ -59,6 +61,8 @@ class ChatTask(Task[SFTConfig]):
         self.examples = [example for examples in train for example in examples]
         lengths = [[len(example.inputs) for example in examples] for examples in train]
         self.plan = self._plan(lengths, config.data.sequence_length if config.data.packing else None)
+        every_row = sum(self.examples[number].trained for row in self.plan.rows for number in row)
+        self._divisor = every_row / self.plan.steps if config.loss.reduce == "sum" else None
         predictions, trained = sum(map(sum, lengths)), sum(example.trained for example in self.examples)
         log.info(
             "%d samples: %d tokens, %d of them trained; %d steps", len(self.examples), predictions, trained, self.steps
@@ -68,6 +72,7 @@ class ChatTask(Task[SFTConfig]):
         """See `Task`."""
         config, ranks, numbers_in_step = self.config.loss, self.ranks, self.plan.examples(step)
         trained = sum(self.examples[number].trained for number in numbers_in_step)
+        divisor = self._divisor or trained
         parts = self.plan.parts(step, ranks.size)
         dropout, first = self.config.residual_dropout, step * self.config.batch.accumulation * ranks.size + ranks.rank
         values = dict.fromkeys(("loss", "load_balancing", "router_z", "tokens"), 0.0)
@@ -78,7 +83,7 @@ class ChatTask(Task[SFTConfig]):
             batch = Batch.of([self.examples[n] for n in numbers or numbers_in_step[:1]], self.device)
             with residual_dropout(model, dropout, self.config.run.seed + first + place * ranks.size):
                 output = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
-                loss = cross_entropy(output.hidden, head_weight(model), batch.labels) / trained
+                loss = cross_entropy(output.hidden, head_weight(model), batch.labels) / divisor
                 load_LE = torch.stack([tokens_per_expert(router) for router in output.routers]).float()
                 counts_LE = counts_LE + load_LE * weight
                 if self.config.parallel.balance == "all":
@@ -87,7 +92,7 @@ class ChatTask(Task[SFTConfig]):
                 auxiliary = config.load_balancing * balance + config.router_z * z if _wanted(self.config) else 0.0
                 # Here, because what is recomputed drops the same values again.
                 ((loss + auxiliary / parts) * weight).backward()
-            values["loss"] += weight * float(loss.detach())
+            values["loss"] += weight * float(loss.detach()) * (divisor / trained)
             values["load_balancing"] += weight * float(balance.detach()) / parts
             values["router_z"] += weight * float(z.detach()) / parts
             values["tokens"] += weight * len(batch.ids)
