@@ -83,12 +83,21 @@ class Tokenizer:
         return cls(backend, **options)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> Tokenizer:
-        """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder."""
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        templates: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
+        """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder.
+
+        `templates` by name take the place of its own.
+        """
         folder = Path(folder)
-        files = _read_template_files(folder)
+        templates = dict(templates or chat_templates(folder))
         settings = read_optional_object(folder / "tokenizer_config.json", TokenizerError)
-        templates = files or _templates_of(settings)
         return cls.from_file(
             folder / "tokenizer.json",
             eos_ids=eos_ids,
@@ -343,6 +352,13 @@ def _warn_of_roles(messages: Sequence[Any]) -> None:
     for role in dict.fromkeys(role for role in roles if isinstance(role, str)):
         if role not in ("system", "user", "assistant"):
             _log.warning("OLMoE's chat template leaves out messages of the role %r", role)
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name: "default", and others."""
+    if files := _read_template_files(folder):
+        return files
+    return _templates_of(read_optional_object(folder / "tokenizer_config.json", TokenizerError))
 
 
 def _read_template_files(folder: Path) -> dict[str, str]:

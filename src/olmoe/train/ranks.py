@@ -222,8 +222,8 @@ def _init(device: str, started: bool) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"The other processes could not be joined ({_reason(error)}); start all of them with torchrun, which sets RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+            f"The other processes could not be joined ({_reason(error)}); start all of them with torchrun, "
+            "which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from None
     return Ranks(rank, size, local_rank, store)
 
