@@ -84,12 +84,21 @@ class Tokenizer:
         return cls(backend, **options)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> Tokenizer:
-        """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder."""
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        templates: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
+        """Read `tokenizer.json`, the chat templates and the names of special tokens of a checkpoint folder.
+
+        `templates` by name take the place of its own.
+        """
         folder = Path(folder)
-        files = _read_template_files(folder)
+        templates = dict(templates or chat_templates(folder))
         settings = read_optional_object(folder / "tokenizer_config.json", TokenizerError)
-        templates = files or _templates_of(settings)
         return cls.from_file(
             folder / "tokenizer.json",
             eos_ids=eos_ids,
@@ -344,6 +353,13 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """What was held back at the end of a text: U+FFFD for an unfinished character, or nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name: "default", and others."""
+    if files := _read_template_files(folder):
+        return files
+    return _templates_of(read_optional_object(folder / "tokenizer_config.json", TokenizerError))
 
 
 def _read_template_files(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -121,3 +122,27 @@ def test_adapters_that_name_no_model_are_refused(folder, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     assert "does not name the model" in refused(lambda: LLM(adapter=tmp_path), CheckpointError)
     assert "holds no adapter" in refused(lambda: LLM(adapter=tmp_path / "none"), CheckpointError)
+
+
+@pytest.mark.parametrize("place", ["file", "tokenizer_config.json", "none"])
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_an_adapters_chat_template_wins_where_there_is_one(folder, tmp_path, place, tokenizer):
+    """With a tokenizer beside it, or alone, as PEFT's users keep them; in either of transformers' two places."""
+    base, own = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(folder / "base", base)
+    shutil.copytree(folder / "adapter", own)
+    settings = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    (base / "chat_template.jinja").write_text("of the base", encoding="utf-8")
+    (own / "chat_template.jinja").unlink()
+    if not tokenizer:
+        (own / "tokenizer.json").unlink()
+    if place == "file":
+        (own / "chat_template.jinja").write_text("of the adapter", encoding="utf-8")
+    if place == "tokenizer_config.json":
+        (own / place).write_text(json.dumps({"chat_template": "of the adapter"}), encoding="utf-8")
+    expected = "of the base" if place == "none" else "of the adapter"
+    assert LLM(adapter=own).tokenizer.chat_template == expected
+    assert LLM(base, adapter=own).tokenizer.chat_template == expected
+    assert main(["convert", str(own), str(tmp_path / "merged"), "--merge", "--quiet"]) == 0
+    assert LLM(tmp_path / "merged").tokenizer.chat_template == expected

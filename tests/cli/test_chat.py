@@ -8,8 +8,11 @@ import os
 import sys
 
 import pytest
+import torch
 
+from adapter_cases import random_adapter
 from conftest import make_model
+from olmoe.adapters import Factors, write_adapter
 from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
@@ -208,3 +211,14 @@ def test_experts_of_the_last_answer_are_drawn(chat, monkeypatch):
         assert shares == sorted(shares, reverse=True)
         assert 295 <= sum(shares) <= 305
     assert scale.startswith("an even share is 37.5% of the tokens")
+
+
+def test_an_adapters_chat_template_is_used(chat, folder, llm, tmp_path):
+    adapter = random_adapter(llm.config)
+    adapter.factors = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in adapter.factors.items()}
+    write_adapter(adapter, tmp_path, str(folder))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}", encoding="utf-8")
+    code, out, err = chat("the dog", "--adapter", str(tmp_path))
+    assert (code, out) == (0, llm.generate("the dog", PARAMS)[0].text + "\n")
+    assert "OLMoE-Instruct's" not in err
+    assert "OLMoE-Instruct's" in chat("the dog")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from olmoe.train import loop
+from olmoe.train.ranks import Ranks
 
 
 def test_handlers_that_python_did_not_install_do_not_fail_the_end_of_a_run(monkeypatch):
@@ -21,3 +22,15 @@ def test_handlers_that_python_did_not_install_do_not_fail_the_end_of_a_run(monke
         installed[0](int(signal.SIGTERM), None)
         assert received == [signal.SIGTERM]
     assert installed[2:] == [signal.SIG_DFL] * 4
+
+
+def test_one_of_several_ranks_does_not_promise_to_save(caplog):
+    for ranks, told in (
+        (Ranks(size=1), ["finishing this step, then saving; interrupt again to stop at once"]),
+        (Ranks(size=2), []),
+    ):
+        caplog.clear()
+        with loop.catch_interrupts(ranks) as received:
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert caplog.messages == told

@@ -12,6 +12,7 @@ from olmoe.adapters.merge import merge
 from olmoe.errors import UserError
 from olmoe.io import targets
 from olmoe.io.atomic import atomic_folder
+from olmoe.tokenizer import chat_templates
 from olmoe.weights import export
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.source import texts_of
@@ -39,7 +40,10 @@ def merge_to_folder(
     model = base.load()
     kept = next(model.parameters()).dtype
     merge(model, adapter)
-    files = {name: text for name, text in (texts_of(base.folder) | texts_of(folder)).items() if "/" not in name}
+    files = texts_of(base.folder)
+    if chat_templates(folder):
+        files.pop("chat_template.jinja", None)  # which would win over one in the adapter's tokenizer_config.json
+    files = {name: text for name, text in (files | texts_of(folder)).items() if "/" not in name}
     files.pop("generation_config.json", None)  # it is derived
     if not overwrite:
         targets.check_folder(target, (), overwrite=False)

@@ -29,7 +29,7 @@ from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Runner, TraceWriter, make_runner, position_bytes, require_backend, to_cache_dtype
 from olmoe.runner.policy_file import AnyPolicy, Policy
 from olmoe.runtime import log, resolve_device, resolve_dtype, set_threads
-from olmoe.tokenizer import Tokenizer
+from olmoe.tokenizer import Tokenizer, chat_templates
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.generation import end_ids
 
@@ -77,6 +77,7 @@ class LLM:
         `router_policy` changes what routers choose unless `SamplingParams` have their own policy.
         `adapter` is a folder with a LoRA adapter for the model; the model may then be left out, for the adapter names
         it. The adapter is added to plain weights; for packed ones, torch computes it separately, for chosen experts.
+        Its tokenizer and its chat template take the place of the model's, where it has its own.
         """
         self._limit(threads, cache_bytes, prefix_cache, cache_dtype)
         require_backend(backend)
@@ -92,7 +93,10 @@ class LLM:
         self.config, self.router_policy = config, router_policy
         own = Path(adapter).expanduser() if adapter is not None else folder
         texts = own if (own / "tokenizer.json").is_file() else folder
-        tokenizer = Tokenizer.from_folder(texts, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id)
+        templates = chat_templates(own) or chat_templates(folder)
+        tokenizer = Tokenizer.from_folder(
+            texts, eos_ids=end_ids(folder, config), pad_id=config.pad_token_id, templates=templates
+        )
         _check_fit(tokenizer, config)
         adapted = None if adapter is None else read_adapter(own, config)
         model = found.load(dtype=memory_dtype, device=self.device, progress=progress)

@@ -70,7 +70,7 @@ def _train(
         unit_scale=True,
         disable=not show_progress,
     )
-    with catch_interrupts() as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
+    with catch_interrupts(ranks) as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -154,7 +155,7 @@ class Ranks:
             # Whatever ends this rank is told here, so that others need not tell that it has ended.
             is_first_to_end = self._is_first_to_tell(_ENDED)
             if lost:
-                reason = str(error).strip().split("\n")[0].rstrip(". ")[-200:]
+                reason = _reason(error)
                 if not is_first_to_end:
                     raise _LossToldByAnother(reason) from None
                 raise RankLostError(
@@ -221,10 +222,9 @@ def _init(device: str, started: bool) -> Ranks:
         store = _among_the_living(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ConfigError(
-            f"The other processes could not be joined ({reason}); start all of them with torchrun, which sets RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+            f"The other processes could not be joined ({_reason(error)}); start all of them with torchrun, "
+            "which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from None
     return Ranks(rank, size, local_rank, store)
 
@@ -288,6 +288,12 @@ def _outcome(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(work(), None)
     except (UserError, OSError) as error:
         return _Outcome(None, error)
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, without the place in its source and its advice."""
+    line = str(error).strip().split("\n")[0]
+    return re.sub(r"^\[[^\]]*\] ", "", line).split(". This is typically")[0].rstrip(". ")[-200:]
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

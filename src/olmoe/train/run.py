@@ -244,15 +244,19 @@ class BaseRun:
 
 
 @contextmanager
-def catch_interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM for the loop to act on between steps; a second one acts at once."""
+def catch_interrupts(ranks: Ranks = ALONE) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM for the loop to act on between steps; a second one acts at once.
+
+    Of several ranks none announces it: torchrun may have sent it because another has died, so that nothing is saved.
+    """
     received: list[int] = []
     previous: dict[int, Any] = {}
 
     def handler(number: int, frame: Any) -> None:
         received.append(number)
         restore()
-        log.warning("finishing this step, then saving; interrupt again to stop at once")
+        if ranks.size == 1:
+            log.warning("finishing this step, then saving; interrupt again to stop at once")
 
     def restore() -> None:
         for number, old in previous.items():

@@ -150,7 +150,7 @@ def _build_optimizer(trained: Trained, config: FinetuneOptimizer) -> torch.optim
 
 def _train(run: Run, show_progress: bool) -> None:
     bar = tqdm(total=run.steps, initial=run.progress.step, unit="step", disable=not show_progress)
-    with catch_interrupts() as interrupted, bar, run.open_metrics() as metrics:
+    with catch_interrupts(run.ranks) as interrupted, bar, run.open_metrics() as metrics:
         if run.progress.step == 0:
             run.record(metrics, evaluate(run)[0])  # for comparison
         while run.progress.step < run.steps:
