@@ -1,9 +1,10 @@
 """Training with products in bf16 against fp32 on the olmoe-tiny shape: speed in turn, and what the losses become.
 
-python benchmarks/train_precision.py [--steps 200 --train TEXT... --valid TEXT...]
+python benchmarks/train_precision.py [--steps 200 --seeds 5 --train TEXT... --valid TEXT...]
 
-With texts it also trains that many steps in each precision from one seed; `--nudged` once more in fp32 with an output
-head that begins a millionth larger: what the least rounding does to a run, whose routers decide near ties otherwise.
+With texts it also trains that many steps in each precision from each of several seeds; `--nudged` once more in fp32
+with an output head that begins a millionth larger: what the least rounding does to a run, whose routers decide near
+ties otherwise. Differences from fp32 are those of runs from the same seed: their mean, and its standard error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from olmoe.train.config import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SkipConfig,
     Source,
     TokenizerConfig,
     TrainConfig,
@@ -53,7 +55,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=6198)
+    parser.add_argument("--seed", type=int, default=6198, help="the first one")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, one after the other")
+    parser.add_argument(
+        "--sequences", type=int, default=SEQUENCES, help="windows of a step that is trained for its loss"
+    )
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--nudged", action="store_true", help="one more run in fp32, a millionth apart")
     parser.add_argument("--train", nargs="*", default=[])
@@ -98,30 +104,41 @@ def speed(rounds: int) -> dict[str, Any]:
 
 def losses(arguments: argparse.Namespace) -> dict[str, Any]:
     """The mean cross-entropy of the last steps, and the held-out loss of the weights at the end, of each run."""
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("fp32", "bf16-products", *(["fp32_nudged"] if arguments.nudged else [])):
-            found[name] = _loss(_config(arguments, Path(folder), name), nudged=name == "fp32_nudged")
-            print(f"{name}: {found[name]}", flush=True)
-    base = found["fp32"]
-    differences = {
-        f"{name}_minus_fp32": {key: round(values[key] - base[key], 5) for key in base}
-        for name, values in found.items()
-        if name != "fp32"
-    }
+    names = ("fp32", "bf16-products", *(["fp32_nudged"] if arguments.nudged else []))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                config = _config(arguments, Path(folder), name, seed)
+                found[name].append(_loss(config, nudged=name == "fp32_nudged"))
+            print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
+    differences = {f"{name}_minus_fp32": _differences(found[name], found["fp32"]) for name in names[1:]}
     print(f"differences: {differences}")
     return {
         "steps": arguments.steps,
+        "tokens_per_step": arguments.sequences * LENGTH,
         "seed": arguments.seed,
+        "seeds": arguments.seeds,
         "learning_rate": arguments.learning_rate,
         "losses": found,
     } | differences
 
 
-def _config(arguments: argparse.Namespace, folder: Path, name: str) -> TrainConfig:
-    tokens = arguments.steps * SEQUENCES * LENGTH
+def _differences(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each loss, the mean difference of runs from the same seeds, and its standard error."""
+    summary = {}
+    for key in theirs[0]:
+        values = [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)]
+        summary[key] = {"mean": round(statistics.fmean(values), 5)}
+        if len(values) > 1:
+            summary[key]["standard_error"] = round(statistics.stdev(values) / len(values) ** 0.5, 5)
+    return summary
+
+
+def _config(arguments: argparse.Namespace, folder: Path, name: str, seed: int) -> TrainConfig:
+    tokens = arguments.steps * arguments.sequences * LENGTH
     return TrainConfig(
-        run=RunConfig(output=str(folder / name), seed=arguments.seed, threads=arguments.threads, device="cpu"),
+        run=RunConfig(output=str(folder / name), seed=seed, threads=arguments.threads, device="cpu"),
         model=MODEL,
         tokenizer=TokenizerConfig(path=str(SHIPPED / "tokenizer.json")),
         data=DataConfig(
@@ -130,10 +147,11 @@ def _config(arguments: argparse.Namespace, folder: Path, name: str) -> TrainConf
             sequence_length=LENGTH,
             tokens_folder=str(folder / "tokens"),
         ),
-        batch=BatchConfig(sequences=SEQUENCES),
+        batch=BatchConfig(sequences=arguments.sequences),
         schedule=ScheduleConfig(total_tokens=tokens, warmup_tokens=tokens // 10),
         optimizer=OptimizerConfig(learning_rate=arguments.learning_rate),
         compute=ComputeConfig(precision=name.removesuffix("_nudged")),
+        skip=SkipConfig(sigmas=0.0),  # a step that one run leaves out and another takes would part them at once
         evaluation=EvaluationConfig(every_steps=arguments.steps, windows=16),
     )
 

@@ -173,6 +173,12 @@ struct Kernels {
   void (*digits_below)(const float* x, int n, float top, float scale, uint16_t* digits);
   // As at_least, of the indices where `digits` has this one.
   int (*with_digit)(const uint16_t* digits, int n, int digit, int* ids);
+  // Rotate-half, or with `back` the other way, on the heads of one token. cos, sin (Dh/2).
+  void (*rotate)(const float* x, const float* cos, const float* sin, int heads, int head_dim, bool back, float* y);
+  // y (tokens, n) = the sum of each token's k rows, which `positions` names, in their order, each times its weight if
+  // there are any; a position below 0 names none. positions and weights (tokens, k).
+  void (*combine)(const float* rows, const int32_t* positions, const float* weights, int tokens, int k, int n,
+                  float* y);
   // Gradients of swiglu for one row that is then multiplied by `weight`; `grad` is the gradient of the product. Writes
   // the product to `out`, and returns <grad, row>, the gradient of `weight`.
   float (*swiglu_backward)(const float* gate, const float* up, const float* grad, float weight, int n, float* out,

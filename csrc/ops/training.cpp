@@ -58,16 +58,10 @@ std::vector<Block> blocks_of(const RoutedRows& routed) {
 
 // The sum of each token's rows in the order of k, each times its weight if there are any. (M, D), (N, K) -> (N, D)
 void combine(const float* results, const float* weights, const RoutedRows& routed, int d, float* out) {
-  const Kernels& k = kernels();
   share((routed.tokens + kTokens - 1) / kTokens, [&](int task) {
-    for (int t = task * kTokens; t < std::min(routed.tokens, (task + 1) * kTokens); t++) {
-      float* y = out + size_t(t) * d;
-      std::fill_n(y, d, 0.0f);
-      for (int i = t * routed.k; i < (t + 1) * routed.k; i++) {
-        const int row = routed.positions[i];
-        if (row >= 0) k.axpy(weights ? weights[i] : 1.0f, results + size_t(row) * d, d, y);
-      }
-    }
+    const size_t first = size_t(task) * kTokens, k = routed.k;
+    kernels().combine(results, routed.positions + first * k, weights ? weights + first * k : nullptr,
+                      std::min(kTokens, routed.tokens - int(first)), routed.k, d, out + first * d);
   });
 }
 
@@ -121,51 +115,112 @@ void experts_forward(Products in, const float* x, const float* weights, const Ro
   combine(results, weights, routed, d, out);
 }
 
+namespace {
+
+// What the gradients of experts are computed from; rows of inputs and of the output's gradient are found by token.
+struct ExpertRows {
+  Products in;
+  Factor inputs, grads;
+  const float* weights;
+  const RoutedRows& routed;
+  const ExpertWeights& experts;
+  const float* units;
+  const ExpertGradients& gradients;
+
+  // The gated unit of a block's rows again, and its gradients: hidden (rows, F), grad_units (rows, 2 F).
+  void differentiate(const Block& block, float* hidden, float* grad_units) const {
+    static thread_local std::vector<float> memory;
+    const auto [e, first, rows] = block;
+    const int d = experts.hidden, f = experts.width;
+    float* grad_hidden = aligned(memory, size_t(rows) * f);
+    product(in, part(grads, first), rows, d, {experts.down + size_t(e) * d * f, size_t(f)}, f, grad_hidden, f);
+    for (int r = 0; r < rows; r++) {
+      const int choice = routed.order[first + r];
+      const float* unit = units + size_t(first + r) * 2 * f;
+      float* grad_unit = grad_units + size_t(r) * 2 * f;
+      // The gradient of a row's weight is <grad, result>, which is <grad down, hidden>: results need not be kept.
+      const float weight = kernels().swiglu_backward(unit, unit + f, grad_hidden + size_t(r) * f, weights[choice], f,
+                                                     hidden + size_t(r) * f, grad_unit, grad_unit + f);
+      if (gradients.weights) gradients.weights[choice] = weight;
+    }
+    if (gradients.x)
+      product(in, {grad_units, size_t(2) * f}, rows, 2 * f, {experts.gate_up + size_t(e) * 2 * f * d, size_t(d)}, d,
+              gradients.grad_rows + size_t(first) * d, d);
+  }
+
+  // Rows [i, i + count) of the gradients of an expert's weights, or what a block's rows add to them.
+  void gate_up(const Block& block, int i, int count, const float* grad_units, bool add) const {
+    const int d = experts.hidden, f = experts.width;
+    product(in, {grad_units + i, size_t(2) * f, nullptr, true}, count, block.rows, part(inputs, block.first), d,
+            gradients.gate_up + (size_t(block.expert) * 2 * f + i) * d, d, add);
+  }
+  void down(const Block& block, int i, int count, const float* hidden, bool add) const {
+    const int d = experts.hidden, f = experts.width;
+    Factor turned = part(grads, block.first, i);
+    turned.turned = true;
+    product(in, turned, count, block.rows, {hidden, size_t(f)}, f, gradients.down + (size_t(block.expert) * d + i) * f,
+            f, add);
+  }
+
+  // All gradients of an expert and its rows, a block after the other, so that nothing between leaves the cache.
+  void whole(int e) const {
+    static thread_local std::vector<float> memory;
+    const int d = experts.hidden, f = experts.width, begin = routed.offsets[e], count = routed.offsets[e + 1] - begin;
+    float* hidden = aligned(memory, size_t(kProductRows) * 3 * f);
+    float* grad_units = hidden + size_t(kProductRows) * f;
+    const int blocks = std::max(1, ceil_div(count, kProductRows));  // one without rows leaves gradients of zero
+    for (int i = 0; i < blocks; i++) {
+      const int first = int(int64_t(count) * i / blocks), end = int(int64_t(count) * (i + 1) / blocks);
+      const Block block{e, begin + first, end - first};
+      if (count) differentiate(block, hidden, grad_units);
+      if (gradients.gate_up) gate_up(block, 0, 2 * f, grad_units, i > 0);
+      if (gradients.down) down(block, 0, d, hidden, i > 0);
+    }
+  }
+};
+
+// Whether each expert is one task: where its weights are small, and not where few experts have most of the rows.
+bool small_experts(const RoutedRows& routed, const ExpertWeights& experts) {
+  constexpr size_t kSmall = size_t(1) << 16;  // numbers of both weights
+  if (size_t(3) * experts.hidden * experts.width > kSmall) return false;
+  int most = 0;
+  for (int e = 0; e < routed.experts; e++) most = std::max(most, routed.offsets[e + 1] - routed.offsets[e]);
+  return int64_t(most) * 8 <= routed.rows();
+}
+
+}  // namespace
+
 void experts_backward(Products in, const float* x, const float* weights, const RoutedRows& routed,
                       const ExpertWeights& experts, const float* units, const float* grad,
                       const ExpertGradients& gradients) {
   const int d = experts.hidden, f = experts.width;
-  const Factor inputs{x, size_t(d), routed.token_ids}, grads{grad, size_t(d), routed.token_ids};
-  const std::vector<Block> blocks = blocks_of(routed);
   if (gradients.weights && routed.rows() < routed.choices()) std::fill_n(gradients.weights, routed.choices(), 0.0f);
-  share(int(blocks.size()), [&](int task) {
-    const auto [e, first, rows] = blocks[task];
-    static thread_local std::vector<float> memory;
-    float* grad_hidden = aligned(memory, size_t(rows) * f);
-    product(in, part(grads, first), rows, d, {experts.down + size_t(e) * d * f, size_t(f)}, f, grad_hidden, f);
-    for (int r = 0; r < rows; r++) {
-      const size_t row = first + r;
-      const int choice = routed.order[row];
-      const float* unit = units + row * 2 * f;
-      float* grad_unit = gradients.grad_units + row * 2 * f;
-      // The gradient of a row's weight is <grad, result>, which is <grad down, hidden>: results need not be kept.
-      const float weight = kernels().swiglu_backward(unit, unit + f, grad_hidden + size_t(r) * f, weights[choice], f,
-                                                     gradients.hidden + row * f, grad_unit, grad_unit + f);
-      if (gradients.weights) gradients.weights[choice] = weight;
-    }
-    if (gradients.x)
-      product(in, {gradients.grad_units + size_t(first) * 2 * f, size_t(2) * f}, rows, 2 * f,
-              {experts.gate_up + size_t(e) * 2 * f * d, size_t(d)}, d, gradients.grad_rows + size_t(first) * d, d);
-  });
-  // The gradients of the weights, in bands of their rows; each sums over all rows of its expert.
-  const int gate_up_bands = gradients.gate_up ? ceil_div(2 * f, kProductRows) : 0;
-  const int down_bands = gradients.down ? ceil_div(d, kProductRows) : 0, bands = gate_up_bands + down_bands;
-  share(routed.experts * bands, [&](int task) {
-    const int e = task / bands, first = routed.offsets[e], rows = routed.offsets[e + 1] - first;
-    int band = task % bands;
-    if (band < gate_up_bands) {
-      const int i = band * kProductRows;
-      const Factor units{gradients.grad_units + size_t(first) * 2 * f + i, size_t(2) * f, nullptr, true};
-      product(in, units, std::min(kProductRows, 2 * f - i), rows, part(inputs, first), d,
-              gradients.gate_up + (size_t(e) * 2 * f + i) * d, d);
-      return;
-    }
-    const int i = (band - gate_up_bands) * kProductRows;
-    Factor turned = part(grads, first, i);
-    turned.turned = true;
-    product(in, turned, std::min(kProductRows, d - i), rows, {gradients.hidden + size_t(first) * f, size_t(f)}, f,
-            gradients.down + (size_t(e) * d + i) * f, f);
-  });
+  const ExpertRows work{
+      in,       {x, size_t(d), routed.token_ids}, {grad, size_t(d), routed.token_ids}, weights, routed, experts, units,
+      gradients};
+  if (small_experts(routed, experts)) {
+    share(routed.experts, [&](int e) { work.whole(e); });
+  } else {
+    const std::vector<Block> blocks = blocks_of(routed);
+    share(int(blocks.size()), [&](int task) {
+      const size_t first = blocks[task].first;
+      work.differentiate(blocks[task], gradients.hidden + first * f, gradients.grad_units + first * 2 * f);
+    });
+    // Bands of the weights' gradients, each over all rows of its expert.
+    const int gate_up_bands = gradients.gate_up ? ceil_div(2 * f, kProductRows) : 0;
+    const int down_bands = gradients.down ? ceil_div(d, kProductRows) : 0, bands = gate_up_bands + down_bands;
+    share(routed.experts * bands, [&](int task) {
+      const int e = task / bands, first = routed.offsets[e], band = task % bands;
+      const Block all{e, first, routed.offsets[e + 1] - first};
+      if (band < gate_up_bands) {
+        const int i = band * kProductRows;
+        work.gate_up(all, i, std::min(kProductRows, 2 * f - i), gradients.grad_units + size_t(first) * 2 * f, false);
+      } else {
+        const int i = (band - gate_up_bands) * kProductRows;
+        work.down(all, i, std::min(kProductRows, d - i), gradients.hidden + size_t(first) * f, false);
+      }
+    });
+  }
   if (gradients.x) combine(gradients.grad_rows, nullptr, routed, d, gradients.x);
 }
 
@@ -211,13 +266,42 @@ void norm_backward(const float* x, const float* weight, const float* grad, float
 void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y) {
   const size_t row = size_t(heads) * head_dim, half = head_dim / 2;
   share(ceil_div(n, kTokens), [&](int task) {
-    static thread_local std::vector<float> turned;
-    turned.resize(half);
-    for (size_t t = size_t(task) * kTokens; t < std::min(size_t(n), (size_t(task) + 1) * kTokens); t++) {
-      std::memcpy(y + t * row, x + t * row, row * sizeof(float));
-      for (size_t i = 0; i < half; i++) turned[i] = back ? -sin[t * half + i] : sin[t * half + i];
-      for (int h = 0; h < heads; h++)
-        kernels().rope(y + t * row + size_t(h) * head_dim, cos + t * half, turned.data(), head_dim);
+    for (size_t t = size_t(task) * kTokens; t < std::min(size_t(n), (size_t(task) + 1) * kTokens); t++)
+      kernels().rotate(x + t * row, cos + t * half, sin + t * half, heads, head_dim, back, y + t * row);
+  });
+}
+
+void route_forward(const float* logits, int tokens, int experts, int k, float* probabilities, float* weights,
+                   int64_t* ids) {
+  share(ceil_div(tokens, kTokens), [&](int task) {
+    std::vector<float> best(k);
+    for (int t = task * kTokens; t < std::min(tokens, (task + 1) * kTokens); t++) {
+      float* p = probabilities + size_t(t) * experts;
+      std::copy_n(logits + size_t(t) * experts, experts, p);
+      kernels().softmax(p, experts);
+      int64_t* chosen = ids + size_t(t) * k;
+      for (int e = 0; e < experts; e++) {
+        if (e >= k && !(p[e] > best[k - 1])) continue;
+        int at = std::min(e, k - 1);
+        for (; at > 0 && p[e] > best[at - 1]; at--) best[at] = best[at - 1], chosen[at] = chosen[at - 1];
+        best[at] = p[e], chosen[at] = e;
+      }
+      std::copy_n(best.data(), k, weights + size_t(t) * k);
+    }
+  });
+}
+
+void route_backward(const float* probabilities, const int64_t* ids, const float* grad, int tokens, int experts, int k,
+                    float* grad_logits) {
+  share(ceil_div(tokens, kTokens), [&](int task) {
+    for (int t = task * kTokens; t < std::min(tokens, (task + 1) * kTokens); t++) {
+      const float *p = probabilities + size_t(t) * experts, *g = grad + size_t(t) * k;
+      const int64_t* chosen = ids + size_t(t) * k;
+      float* out = grad_logits + size_t(t) * experts;
+      float dot = 0;
+      for (int i = 0; i < k; i++) dot += p[chosen[i]] * g[i];
+      for (int e = 0; e < experts; e++) out[e] = -p[e] * dot;
+      for (int i = 0; i < k; i++) out[chosen[i]] = p[chosen[i]] * (g[i] - dot);
     }
   });
 }

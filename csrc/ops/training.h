@@ -64,6 +64,13 @@ void norm_forward(const float* x, const float* weight, float eps, int n, int d, 
 // Rotate-half of x (N, H, Dh), or with `back` the other way, which is its gradient.
 void rotate(const float* x, const float* cos, const float* sin, int n, int heads, int head_dim, bool back, float* y);
 
+// The softmax of logits (N, E) and its k largest by falling probability, the lower expert first among equals: weights
+// and ids (N, K). The gradient is that of logits for `grad`, that of weights.
+void route_forward(const float* logits, int tokens, int experts, int k, float* probabilities, float* weights,
+                   int64_t* ids);
+void route_backward(const float* probabilities, const int64_t* ids, const float* grad, int tokens, int experts, int k,
+                    float* grad_logits);
+
 // Rows of heads in a tensor (B, H, T, Dh): the floats from one example, head and token to the next. Those of one row
 // follow each other.
 struct HeadRows {

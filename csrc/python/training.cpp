@@ -85,6 +85,18 @@ void bind_training(nb::module_& m) {
     Running running;
     rotate(at<float>(x), at<float>(cos), at<float>(sin), n, heads, head_dim, back, at<float>(y));
   });
+  m.def("route_forward",
+        [](Address logits, int tokens, int experts, int k, Address probabilities, Address weights, Address ids) {
+          Running running;
+          route_forward(at<float>(logits), tokens, experts, k, at<float>(probabilities), at<float>(weights),
+                        at<int64_t>(ids));
+        });
+  m.def("route_backward",
+        [](Address probabilities, Address ids, Address grad, int tokens, int experts, int k, Address grad_logits) {
+          Running running;
+          route_backward(at<float>(probabilities), at<int64_t>(ids), at<float>(grad), tokens, experts, k,
+                         at<float>(grad_logits));
+        });
   // Tensors (B, H, T, Dh): an address, and the floats from one example, head and token to the next.
   nb::class_<HeadRows>(m, "HeadRows")
       .def("__init__", [](HeadRows* self, Address data, int64_t batch, int64_t head, int64_t token) {

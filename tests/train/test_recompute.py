@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmoe.model import CausalLM, causal_attend, initialize, set_products
-from olmoe.ops.cpu import extension, training
+from olmoe.ops.cpu import causal, extension, training
 from olmoe.train import parallel
 from olmoe.train.config import LossConfig, load_config
 from olmoe.train.losses import objective
@@ -96,14 +96,14 @@ def test_selective_recomputation_leaves_attention_and_products_alone(tmp_path, o
 def test_selective_recomputation_keeps_the_attention_of_kernels(tmp_path, lowered, monkeypatch):
     if lowered and not extension.kernels().has_bf16_products():
         pytest.skip("this CPU has no instruction for products in bf16")
-    counted, kernels = [], training._kernels()
+    counted, kernels = [], training.shared_kernels()
 
     class Counted:
         def __getattr__(self, name):
             counted.append(name)
             return getattr(kernels, name)
 
-    monkeypatch.setattr(training, "_kernels", Counted)
+    monkeypatch.setattr(causal, "shared_kernels", Counted)
     found = {}
     for mode in ("off", "selective", "full"):
         config = load_config(write_run(tmp_path / mode, "tokenizer.json", compute={"activation_checkpointing": mode}))

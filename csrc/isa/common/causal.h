@@ -339,6 +339,7 @@ inline void causal_backward(const CausalHead& head, const CausalGradients& gradi
         Blocks::scores(keys, some, places, block.turned, block.width, diagonal, scores);
         Blocks::scores(values, some, places, block.grads_turned, block.width, diagonal, grads);
         score_gradients(scores, grads, some, block.width, diagonal, head.scale, block.sums, block.dots);
+        if (block.first == 0) grads[0] = 0;  // the first token sees itself alone, whatever its score
         Blocks::rows_of_block(scores, some, block.count, row_memory, rows);
         Blocks::add_rows(rows, some, block.count, block.grads, d, diagonal, add, grad_v, gradients.v_ld);
         Blocks::rows_of_block(grads, some, block.count, row_memory, rows);

@@ -1,10 +1,63 @@
-// Gradients of the functions in elementwise.h, for training: kernels over one row of fp32 values.
+// What training has besides products and elementwise.h: gradients of what that computes, and a token's heads or rows at
+// once.
 #pragma once
 
 #include "elementwise.h"
 
 namespace olmoe {
 namespace {
+
+inline void rotate(const float* x, const float* cos, const float* sin, int heads, int head_dim, bool back, float* y) {
+  const int half = head_dim / 2;
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    const vf c = load(cos + i), s = back ? -load(sin + i) : load(sin + i);
+    for (int h = 0; h < heads; h++) {
+      const float* head = x + size_t(h) * head_dim + i;
+      const vf a = load(head), b = load(head + half);
+      store(y + size_t(h) * head_dim + i, a * c - b * s);
+      store(y + size_t(h) * head_dim + half + i, b * c + a * s);
+    }
+  }
+  for (; i < half; i++) {
+    const float c = cos[i], s = back ? -sin[i] : sin[i];
+    for (int h = 0; h < heads; h++) {
+      const float a = x[size_t(h) * head_dim + i], b = x[size_t(h) * head_dim + half + i];
+      y[size_t(h) * head_dim + i] = a * c - b * s;
+      y[size_t(h) * head_dim + half + i] = b * c + a * s;
+    }
+  }
+}
+
+inline void combine(const float* rows, const int32_t* positions, const float* weights, int tokens, int k, int n,
+                    float* y) {
+  constexpr int kVectors = 8;  // of sums at a time
+  for (int t = 0; t < tokens; t++, positions += k, y += n) {
+    if (t + 1 < tokens)
+      for (int i = k; i < 2 * k; i++)
+        if (positions[i] >= 0) fetch_ahead(rows + size_t(positions[i]) * n, size_t(n) * sizeof(float));
+    int c = 0;
+    for (; c + kVectors * W <= n; c += kVectors * W) {
+      vf total[kVectors] = {};
+      for (int i = 0; i < k; i++) {
+        if (positions[i] < 0) continue;
+        const float* row = rows + size_t(positions[i]) * n + c;
+        const vf weight = splat(weights ? weights[i] : 1.0f);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++) total[v] += load(row + v * W) * weight;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) store(y + c + v * W, total[v]);
+    }
+    for (; c < n; c++) {
+      float total = 0;
+      for (int i = 0; i < k; i++)
+        if (positions[i] >= 0) total += (weights ? weights[i] : 1.0f) * rows[size_t(positions[i]) * n + c];
+      y[c] = total;
+    }
+    if (weights) weights += k;
+  }
+}
 
 struct UnitGradient {
   vf out, gate, up;

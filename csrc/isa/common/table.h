@@ -86,6 +86,8 @@ inline Kernels make_table(const char* name) {
                  .at_least = at_least,
                  .digits_below = digits_below,
                  .with_digit = with_digit,
+                 .rotate = rotate,
+                 .combine = combine,
                  .swiglu_backward = swiglu_backward,
                  .rms_norm_backward = rms_norm_backward,
                  .cross_entropy = cross_entropy,

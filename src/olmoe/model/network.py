@@ -186,7 +186,7 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor, policy: RoutePolicy | None = None) -> RouterOutput:
         """x (N, D) -> logits (N, E), weights and expert ids (N, K)."""
         with ops.without_autocast(x_ND):
-            logits_NE = F.linear(x_ND.float(), self.weight.float())
+            logits_NE = ops.linear(x_ND.float(), self.weight.float(), backend="torch")
         chosen = ops.route(logits_NE, self.top_k, self.norm_topk_prob, policy, backend=self.backend)
         return RouterOutput(logits_NE, *chosen)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmoe.ops import composable, torch_fast
+from olmoe.ops.cpu import causal as causal_kernels
 from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
@@ -48,8 +49,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch_fast.attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, causal).to(q.dtype)
 
-    if causal and mask is None and training.takes_products(dtype, q, k, v) and training.fits_attention(q, k, v):
-        return training.attention(q, k, v, plain, dtype)
+    if causal and mask is None and training.takes_products(dtype, q, k, v) and causal_kernels.fits(q, k, v):
+        return causal_kernels.attention(q, k, v, plain, dtype)
     return plain(q, k, v)
 
 

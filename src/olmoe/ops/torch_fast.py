@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 
 from olmoe.ops import composable, widened
 from olmoe.ops.autocast import autocast_dtype, without_autocast
+from olmoe.ops.cpu import causal as causal_kernels
 from olmoe.ops.cpu import training
 from olmoe.ops.dispatch import AUTO, call, register
 from olmoe.ops.gated_unit import gated_unit
@@ -127,8 +128,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         with plain_attention():
             return fused(q, k, v)
 
-    if causal and lower is None and training.takes(q, k, v) and training.fits_attention(q, k, v):
-        return training.attention(q, k, v, plain)
+    if causal and lower is None and training.takes(q, k, v) and causal_kernels.fits(q, k, v):
+        return causal_kernels.attention(q, k, v, plain)
     with without_autocast(q):
         out = twice_differentiable(fused, plain, q, k, v)
     if mask is not None:
@@ -140,6 +141,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 @register("route", "torch")
 def route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
     """See `reference.route`."""
+
+    def plain(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return _route(logits, k, norm_topk_prob)
+
+    return training.route(logits, k, plain) if training.takes(logits) and not norm_topk_prob else plain(logits)
+
+
+def _route(logits: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     weights_NK, expert_ids_NK = torch.topk(probabilities, k, dim=-1)
     if norm_topk_prob:

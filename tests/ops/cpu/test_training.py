@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from olmoe import ops
 from olmoe.ops import torch_fast
-from olmoe.ops.cpu import training
+from olmoe.ops.cpu import causal, extension, training
 from ops.cpu.matrices import error, random
 from ops.cpu.training_calls import CALLS, attention, attention_inputs, doubled, gradients, leaf, moe, moe_inputs
 
@@ -23,7 +23,7 @@ def kernels_only(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("computed by torch")
 
-    for name in ("_moe", "_experts", "_apply_rope", "twice_differentiable"):
+    for name in ("_moe", "_experts", "_apply_rope", "_route", "twice_differentiable"):
         monkeypatch.setattr(torch_fast, name, refuse)
 
 
@@ -66,6 +66,36 @@ def test_moe(n, e, k, d, f, isa):
         assert error(mine, theirs) < 5e-6
 
 
+@pytest.mark.parametrize(("n", "e", "k"), [(1, 1, 1), (70, 64, 8), (33, 7, 7), (20, 5, 1)])
+def test_route(n, e, k, kernels_only):
+    x = leaf(n, e, scale=3.0)
+    weights, ids = ops.route(x, k)
+    exact = doubled([x])[0]
+    expected, expected_ids = exact.softmax(-1).topk(k, -1)
+    assert torch.equal(ids, expected_ids)
+    assert not ids.requires_grad
+    assert error(weights.detach(), expected.detach().float()) < 2e-6
+    grad = random(n, k, seed=9)
+    (ours,), (theirs,) = torch.autograd.grad(weights, x, grad), torch.autograd.grad(expected, exact, grad.double())
+    assert float((ours - theirs).abs().max()) < 1e-6  # zero, but for rounding, for a single expert
+
+
+def test_of_equal_experts_the_first_are_chosen():
+    x = torch.zeros(3, 6)
+    x[1, 4], x[2, [1, 3, 5]] = 1.0, 2.0
+    _, ids = ops.route(x.requires_grad_(), 3)
+    assert ids.tolist() == [[0, 1, 2], [4, 0, 1], [1, 3, 5]]
+
+
+def test_scores_that_are_not_numbers_choose_experts_that_exist():
+    x = torch.full((3, 6), float("nan"))
+    x[1] = float("inf")
+    x[2] = torch.tensor([-float("inf")] * 4 + [0.0] * 2)
+    weights, ids = ops.route(x.requires_grad_(), 3)
+    assert all(len(set(row)) == 3 and set(row) <= set(range(6)) for row in ids.tolist())
+    assert weights.isnan().any(dim=1).tolist() == [True, True, False]
+
+
 def torch_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -93,6 +123,8 @@ def test_attention(batch, query_heads, kv_heads, tokens, head_dim, isa):
     for mine, theirs, x in zip(ours[1], expected[1], inputs, strict=True):
         assert mine.shape == x.shape
         assert float((mine - theirs).abs().max()) < 5e-6 * max(float(theirs.abs().max()), 1.0)
+    if tokens == 1 and isa != "scalar":
+        assert not any(grad.any() for grad in ours[1][:2])  # whatever the score, it is the only one
 
 
 def test_a_token_sees_itself_and_those_before_only(kernels_only):
@@ -162,7 +194,7 @@ def test_gradients_of_some_inputs_of_attention_only(frozen, kernels_only):
 )
 def test_attention_that_is_left_to_torch(shapes, options, monkeypatch):
     inputs = [leaf(*shape, seed=i) for i, shape in enumerate(shapes)]
-    monkeypatch.setattr(training, "attention", lambda *arguments: pytest.fail("the kernels compute something else"))
+    monkeypatch.setattr(causal, "attention", lambda *arguments: pytest.fail("the kernels compute something else"))
     ours = gradients(lambda *t: ops.attention(*t, **options), inputs)
     expected = gradients(lambda *t: ops.attention(*t, **options, backend="reference"), inputs)
     assert error(ours[0], expected[0]) < 2e-6

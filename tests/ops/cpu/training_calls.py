@@ -62,6 +62,7 @@ CALLS = {
         lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
     ),
     "attention": (attention, lambda: attention_inputs(2, 4, 2, 300, 32)),
+    "route": (lambda x: ops.route(x, 3)[0], lambda: [leaf(200, 9)]),
     "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
     "moe_part": (  # of the experts 2 to 7
         lambda x, w, ids, a, b: ops.moe_part(x, w, ids, a[2:], b[2:], F.silu, 2),

@@ -29,8 +29,6 @@ from olmoe.ops.cpu.extension import isa, kernels, unsupported
 from olmoe.ops.transforms import followed, plain_gradients
 
 Plain = Callable[..., Tensor]
-# Numbers of a head that the kernels of attention take: `kCausalDim` of csrc/core/types.h.
-LARGEST_HEAD = 256
 
 _INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # The kernels number tokens and routed rows in 32 bits.
@@ -74,18 +72,20 @@ def _share_threads() -> None:
     kernels().set_parallel(parallel or 0)
 
 
-def _kernels() -> Any:
+def shared_kernels() -> Any:
+    """The kernels, which run on torch's threads."""
     module = kernels()
     _share_threads()
     return module
 
 
-def _numbers(products: torch.dtype | None) -> Any:
+def numbers_of(products: torch.dtype | None) -> Any:
     """What the kernels are told to multiply."""
     return kernels().Products.FP32 if products is None else kernels().Products.BF16
 
 
-def _room(*shape: int) -> Tensor:
+def room(*shape: int) -> Tensor:
+    """Memory of that shape for the kernels to write."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
@@ -93,7 +93,8 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _dense(t: Tensor) -> Tensor:
+def dense(t: Tensor) -> Tensor:
+    """`t` without its history, and contiguous."""
     return t.detach().contiguous()
 
 
@@ -101,7 +102,7 @@ def _if(wanted: bool, like: Tensor) -> Tensor | None:
     return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
 
 
-def _followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: Tensor) -> list[Tensor | None]:
+def followed_gradients(ctx: Any, inputs: tuple[Tensor | None, ...], gradient: Tensor) -> list[Tensor | None]:
     """The gradients of `ctx.plain` for its first inputs, which can be differentiated and mapped themselves."""
     given = [t for t in inputs if t is not None]
     needs = [need for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None]
@@ -130,11 +131,11 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.plain, ctx.products = plain, products
-        inputs, w, b = _dense(x), _dense(weight), None if bias is None else _dense(bias)
-        out = _room(*x.shape[:-1], weight.shape[0])
+        inputs, w, b = dense(x), dense(weight), None if bias is None else dense(bias)
+        out = room(*x.shape[:-1], weight.shape[0])
         rows, columns = weight.shape
-        _kernels().linear_forward(
-            _numbers(products),
+        shared_kernels().linear_forward(
+            numbers_of(products),
             inputs.data_ptr(),
             w.data_ptr(),
             _address(b),
@@ -149,13 +150,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weight, bias), grad), None, None)
+            return (*followed_gradients(ctx, (x, weight, bias), grad), None, None)
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        inputs, w, gradient = _dense(x), _dense(weight), _dense(grad)
+        inputs, w, gradient = dense(x), dense(weight), dense(grad)
         grad_x, grad_weight = _if(need_x, x), _if(need_weight, weight)
         rows, columns = weight.shape
-        _kernels().linear_backward(
-            _numbers(ctx.products),
+        shared_kernels().linear_backward(
+            numbers_of(ctx.products),
             inputs.data_ptr(),
             w.data_ptr(),
             gradient.data_ptr(),
@@ -181,20 +182,20 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plain: Plain) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.plain = eps, plain
-        inputs, w, out = _dense(x), _dense(weight), _room(*x.shape)
+        inputs, w, out = dense(x), dense(weight), room(*x.shape)
         d = x.shape[-1]
-        _kernels().norm_forward(inputs.data_ptr(), w.data_ptr(), eps, x.numel() // d, d, out.data_ptr())
+        shared_kernels().norm_forward(inputs.data_ptr(), w.data_ptr(), eps, x.numel() // d, d, out.data_ptr())
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weight), grad), None, None)
-        inputs, w, gradient = _dense(x), _dense(weight), _dense(grad)
+            return (*followed_gradients(ctx, (x, weight), grad), None, None)
+        inputs, w, gradient = dense(x), dense(weight), dense(grad)
         grad_x, grad_weight = (_if(need, t) for need, t in zip(ctx.needs_input_grad, (x, weight), strict=False))
         d = x.shape[-1]
-        _kernels().norm_backward(
+        shared_kernels().norm_backward(
             inputs.data_ptr(),
             w.data_ptr(),
             gradient.data_ptr(),
@@ -224,10 +225,10 @@ def _expands(t: Tensor, shape: tuple[int, ...]) -> bool:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     heads, head_dim = x.shape[-2:]
     shape = (*x.shape[:-2], head_dim // 2)
-    inputs, cosines, sines = _dense(x), _dense(cos.expand(shape)), _dense(sin.expand(shape))
-    out = _room(*x.shape)
+    inputs, cosines, sines = dense(x), dense(cos.expand(shape)), dense(sin.expand(shape))
+    out = room(*x.shape)
     tokens = x.numel() // (heads * head_dim)
-    _kernels().rotate(
+    shared_kernels().rotate(
         inputs.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, head_dim, back, out.data_ptr()
     )
     return out
@@ -248,83 +249,47 @@ class _Rope(torch.autograd.Function):
         return _rotated(grad, cos, sin, back=True), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None = None) -> Tensor:
-    """See `ops.attention`, causal and without a mask, for tensors that `fits_attention`."""
-    out: Tensor = _Attention.apply(q, k, v, plain, products)
-    return out
+def route(logits_NE: Tensor, k: int, plain: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """See `ops.route`, without `norm_topk_prob`. `plain` gives weights and expert ids."""
+    if logits_NE.dim() != 2 or not 0 < k <= logits_NE.shape[1]:
+        return plain(logits_NE)  # which says what does not fit
+    weights_NK, expert_ids_NK = _Route.apply(logits_NE, k, lambda logits: plain(logits)[0])
+    return weights_NK, expert_ids_NK
 
 
-def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` computes with these shapes: queries of every token that there are keys of."""
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        return False
-    batch, heads, tokens, head_dim = q.shape
-    return k.shape == (batch, k.shape[1], tokens, head_dim) and heads % k.shape[1] == 0 and head_dim <= LARGEST_HEAD
-
-
-def _heads(t: Tensor) -> Any:
-    """Where the kernels find the rows of t (B, H, T, Dh)."""
-    return kernels().HeadRows(t.data_ptr(), *t.stride()[:3])
-
-
-def _with_rows(t: Tensor) -> Tensor:
-    """`t`, or a copy, whose rows (the last dimension) are contiguous."""
-    t = t.detach()
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _room_for_heads(like: Tensor) -> Tensor:
-    """Memory of that shape (B, H, T, Dh) in which heads of a token follow each other, as projections read them."""
-    batch, heads, tokens, head_dim = like.shape
-    return _room(batch, tokens, heads, head_dim).transpose(1, 2)
-
-
-@torch.library.custom_op("olmoe::causal_attention", mutates_args=())
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lowered: bool) -> tuple[Tensor, Tensor]:
-    """The output, and what backward needs of sums of exponentials (B, H, T).
-
-    As an operator of torch, so that selective checkpointing can keep what it returns.
-    """
-    q, k, v = (_with_rows(t) for t in (q, k, v))
-    out, sums = _room_for_heads(q), _room(*q.shape[:3])
-    _kernels().causal_forward(
-        _numbers(torch.bfloat16 if lowered else None),
-        _attention_shape(q, k),
-        *(_heads(t) for t in (q, k, v, out)),
-        sums.data_ptr(),
-    )
-    return out, sums
-
-
-def _attention_shape(q: Tensor, k: Tensor) -> Any:
-    batch, heads, tokens, head_dim = q.shape
-    return kernels().AttentionShape(batch, heads, k.shape[1], tokens, head_dim)
-
-
-class _Attention(torch.autograd.Function):
+class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None) -> Tensor:
-        out, sums = _causal_attention(q, k, v, products is not None)
-        ctx.save_for_backward(q, k, v, out, sums)
-        ctx.plain, ctx.products = plain, products
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, sums = ctx.saved_tensors
-        if followed(grad):
-            return (*_followed_gradients(ctx, (q, k, v), grad), None, None)
-        inputs = [_with_rows(t) for t in (q, k, v)]
-        gradients = [_room_for_heads(t) for t in (q, k, v)]
-        gradient, shape = _with_rows(grad), _attention_shape(q, k)
-        _kernels().causal_backward(
-            _numbers(ctx.products),
-            shape,
-            *(_heads(t) for t in (*inputs, out.detach())),
-            sums.data_ptr(),
-            *(_heads(t) for t in (gradient, *gradients)),
+    def forward(ctx: Any, logits_NE: Tensor, k: int, plain: Plain) -> tuple[Tensor, Tensor]:
+        n, experts = logits_NE.shape
+        logits, probabilities_NE, weights_NK = dense(logits_NE), room(n, experts), room(n, k)
+        expert_ids_NK = torch.empty(n, k, dtype=torch.long, device="cpu")
+        shared_kernels().route_forward(
+            logits.data_ptr(),
+            n,
+            experts,
+            k,
+            *(t.data_ptr() for t in (probabilities_NE, weights_NK, expert_ids_NK)),
         )
-        return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None)
+        ctx.mark_non_differentiable(expert_ids_NK)
+        ctx.save_for_backward(logits_NE, probabilities_NE, expert_ids_NK)
+        ctx.plain = plain
+        return weights_NK, expert_ids_NK
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _ids: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits_NE, probabilities_NE, expert_ids_NK = ctx.saved_tensors
+        if followed(grad):
+            return (*followed_gradients(ctx, (logits_NE,), grad), None, None)
+        gradient, grad_logits = dense(grad), torch.empty_like(probabilities_NE)
+        n, experts = probabilities_NE.shape
+        shared_kernels().route_backward(
+            *(t.data_ptr() for t in (probabilities_NE, expert_ids_NK, gradient)),
+            n,
+            experts,
+            expert_ids_NK.shape[1],
+            grad_logits.data_ptr(),
+        )
+        return grad_logits, None, None
 
 
 class _Rows:
@@ -335,11 +300,11 @@ class _Rows:
 
     def __init__(self, ids_NK: Tensor, num_experts: int, first: int | None = None) -> None:
         n, k = ids_NK.shape
-        ids = _dense(ids_NK).long()
+        ids = dense(ids_NK).long()
         # Offsets, order, token ids and positions, end to end; the kernels are given their addresses.
         self._memory = torch.empty(num_experts + 1 + 3 * n * k, dtype=torch.int32, device="cpu")
         parts = self._memory.split([num_experts + 1, n * k, n * k, n * k])
-        self.kernel = _kernels().RoutedRows(n, k, num_experts, *(part.data_ptr() for part in parts))
+        self.kernel = shared_kernels().RoutedRows(n, k, num_experts, *(part.data_ptr() for part in parts))
         self.count = self.kernel.sort(ids.data_ptr(), first or 0)
         if first is None and self.count < n * k:
             raise IndexError(f"expert ids from {int(ids.min())} to {int(ids.max())} are not all below {num_experts}")
@@ -347,7 +312,7 @@ class _Rows:
 
 def _expert_weights(gate_up: Tensor, down: Tensor) -> Any:
     _, hidden, width = down.shape
-    return _kernels().ExpertWeights(gate_up.data_ptr(), down.data_ptr(), hidden, width)
+    return shared_kernels().ExpertWeights(gate_up.data_ptr(), down.data_ptr(), hidden, width)
 
 
 def moe(
@@ -394,10 +359,10 @@ class _MoE(torch.autograd.Function):
         assert x.shape == (len(expert_ids_NK), d)
         assert weights_NK.shape == expert_ids_NK.shape
         rows = _Rows(expert_ids_NK, count, first)
-        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        units_M2F, results_MD, out = _room(rows.count, 2 * f), _room(rows.count, d), _room(*x.shape)
-        _kernels().experts_forward(
-            _numbers(products),
+        inputs, weights, wide, back = dense(x), dense(weights_NK), dense(gate_up), dense(down)
+        units_M2F, results_MD, out = room(rows.count, 2 * f), room(rows.count, d), room(*x.shape)
+        shared_kernels().experts_forward(
+            numbers_of(products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
@@ -415,15 +380,15 @@ class _MoE(torch.autograd.Function):
         x, weights_NK, expert_ids_NK, gate_up, down, units_M2F = ctx.saved_tensors
         need_x, need_weights, _, need_gate_up, need_down, *_ = ctx.needs_input_grad
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None, None)
+            return (*followed_gradients(ctx, (x, weights_NK, expert_ids_NK, gate_up, down), grad), None, None, None)
         rows = _Rows(expert_ids_NK, down.shape[0], ctx.first)
-        inputs, weights, wide, back = _dense(x), _dense(weights_NK), _dense(gate_up), _dense(down)
-        gradient, hidden_MF = _dense(grad), _room(rows.count, down.shape[2])
-        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), _room(rows.count, x.shape[1]) if need_x else None
+        inputs, weights, wide, back = dense(x), dense(weights_NK), dense(gate_up), dense(down)
+        gradient, hidden_MF = dense(grad), room(rows.count, down.shape[2])
+        grad_units_M2F, grad_rows_MD = torch.empty_like(units_M2F), room(rows.count, x.shape[1]) if need_x else None
         grad_x, grad_weights = _if(need_x, x), _if(need_weights, weights_NK)
         grad_gate_up, grad_down = _if(need_gate_up, gate_up), _if(need_down, down)
-        _kernels().experts_backward(
-            _numbers(ctx.products),
+        shared_kernels().experts_backward(
+            numbers_of(ctx.products),
             inputs.data_ptr(),
             weights.data_ptr(),
             rows.kernel,
@@ -465,7 +430,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plain: Plain,
         products: torch.dtype | None,
     ) -> Tensor:
-        inputs, w, targets = _dense(x), _dense(weight), _dense(labels).long()
+        inputs, w, targets = dense(x), dense(weight), dense(labels).long()
         words, d = weight.shape
         assert x.shape == (len(labels), d)
         assert labels.dim() == 1
@@ -475,10 +440,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if low < 0 or high >= words:
                 raise IndexError(f"labels from {low} to {high} are not all below {words}")
         grad_x, grad_weight = _if(ctx.needs_input_grad[0], x), _if(ctx.needs_input_grad[1], weight)
-        module = _kernels()
-        logits = _room(min(len(labels), module.loss_tokens), words)
+        module = shared_kernels()
+        logits = room(min(len(labels), module.loss_tokens), words)
         loss = module.cross_entropy(
-            _numbers(products),
+            numbers_of(products),
             inputs.data_ptr(),
             w.data_ptr(),
             targets.data_ptr(),
@@ -498,5 +463,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, *gradients = ctx.saved_tensors
         if followed(grad):
-            return (*_followed_gradients(ctx, (x, weight, labels), grad)[:2], None, None, None, None)
+            return (*followed_gradients(ctx, (x, weight, labels), grad)[:2], None, None, None, None)
         return (*(None if g is None else g * grad for g in gradients), None, None, None, None)
