@@ -102,8 +102,8 @@ def test_sentences_are_computed(numbers):
     )
     assert "against 37.5% if routing were uniform" in said["domains-top-k"]
     assert (
-        "m4 also chooses 70.0% of the experts that tokens choose here; the models agree least on $other$ in layer 4 (50.0%)"
-        in said["agreement"]
+        "m4 also chooses 70.0% of the experts that tokens choose here; the models agree least on $other$ in layer 4 "
+        "(50.0%)" in said["agreement"]
     )
     assert "no expert is unused" in said["load"]
     often = sum(numbers["layers"][layer]["often_together"] for layer in ("0", "2", "4"))

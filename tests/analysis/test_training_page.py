@@ -43,8 +43,8 @@ def test_sentences_are_computed(tmp_path):
         in (said["schedule"])
     )
     assert (
-        "expert 0 of layer 0 had the highest load, 2.00 times the uniform one, and expert 3 of layer 0 the lowest (0.00)"
-        in (said["load"])
+        "expert 0 of layer 0 had the highest load, 2.00 times the uniform one, and expert 3 of layer 0 the lowest "
+        "(0.00)" in (said["load"])
     )
     assert (
         "1.97 times the uniform load, the entropy of a layer's load is 0.700 of the maximum, 1.0 experts"

@@ -41,9 +41,9 @@ def page(metrics: Metrics, figures: Mapping[str, Any]) -> str:
     return document(
         title,
         f"<p>{html.escape(_summary(metrics))}</p>\n{_domain_table(metrics)}{sections}{_token_table(metrics)}"
-        "<p><small>Definitions are those of “OLMoE: Open Mixture-of-Experts Language Models” (Muennighoff et al. 2024), "
-        "section 5. Dashed lines show uniform routing unless a caption says otherwise. All numbers are in metrics.json."
-        "</small></p>\n",
+        "<p><small>Definitions are those of “OLMoE: Open Mixture-of-Experts Language Models” "
+        "(Muennighoff et al. 2024), section 5. Dashed lines show uniform routing unless a caption says otherwise. "
+        "All numbers are in metrics.json.</small></p>\n",
     )
 
 
@@ -118,9 +118,9 @@ def _token_table(metrics: Metrics) -> str:
     )
     return (
         f'<section id="tokens">\n<h2>Tokens of experts in layer {found["layer"]}</h2>\n<div class="table"><table>\n'
-        f'<tr><th class="number">expert</th><th>tokens, each with the share of its occurrences that choose this expert first</th></tr>\n{rows}'
-        f"</table></div>\n<p>Only tokens that occur at least {found['least']} times; the experts with the most exclusive "
-        "tokens come first.</p>\n</section>\n"
+        f'<tr><th class="number">expert</th><th>tokens, each with the share of its occurrences that choose this '
+        f"expert first</th></tr>\n{rows}</table></div>\n<p>Only tokens that occur at least {found['least']} times; the "
+        "experts with the most exclusive tokens come first.</p>\n</section>\n"
     )
 
 
@@ -230,8 +230,8 @@ def _say_token_shares(metrics: Metrics) -> str:
     return (
         f"Expert {experts[0]} of layer {found['layer']} takes at least half of the occurrences of "
         f"{_number(own[most], 'id')} in {most}, and of {own[least]:,} in {least}; each row is a histogram of the "
-        "ids of one expert in one domain by the share of their occurrences that the expert takes there, with the number "
-        f"of these ids beside it (only ids that it took at least {found['least']} times)."
+        "ids of one expert in one domain by the share of their occurrences that the expert takes there, with the "
+        f"number of these ids beside it (only ids that it took at least {found['least']} times)."
     )
 
 
@@ -279,8 +279,8 @@ def _say_agreement(metrics: Metrics) -> str:
     mean = sum(share for share, *_ in found) / len(found)
     least, name, layer = min(found)
     return (
-        f"On average, {metrics['against']['model']} also chooses {mean:.1%} of the experts that tokens choose here; the "
-        f"models agree least on {name} in layer {layer} ({least:.1%})."
+        f"On average, {metrics['against']['model']} also chooses {mean:.1%} of the experts that tokens choose here; "
+        f"the models agree least on {name} in layer {layer} ({least:.1%})."
     )
 
 
@@ -298,8 +298,8 @@ def _say_before_after(metrics: Metrics) -> str:
     mean = sum(item[0] for item in found) / len(found)
     return (
         f"The share of tokens that choose an expert differs most for {name} and expert {expert} of layer {layer}: "
-        f"{before:.1%} here and {after:.1%} in {other['model']}; the mean absolute difference over domains, experts and "
-        f"the layers shown is {100 * mean:.2f} percentage points."
+        f"{before:.1%} here and {after:.1%} in {other['model']}; the mean absolute difference over domains, experts "
+        f"and the layers shown is {100 * mean:.2f} percentage points."
     )
 
 

@@ -84,7 +84,8 @@ def _say_loss(curves: TrainingCurves) -> str:
         if len(last) == 1:
             text += f"; on the held-out file {best} it is {last[best]:.3f}"
         else:
-            text += f"; of the held-out files, {best} is the easiest ({last[best]:.3f}) and {worst} the hardest ({last[worst]:.3f})"
+            text += f"; of the held-out files, {best} is the easiest ({last[best]:.3f})"
+            text += f" and {worst} the hardest ({last[worst]:.3f})"
     return text + "."
 
 
@@ -118,8 +119,8 @@ def _say_load(curves: TrainingCurves) -> str:
     least = np.unravel_index(int((load / load.mean(axis=1, keepdims=True)).argmin()), load.shape)
     times = [load[at] / load[at[0]].mean() for at in ((layer, expert), least)]
     return (
-        f"In the last {_steps(curves)}, expert {expert} of layer {layer} had the highest load, {times[0]:.2f} times the "
-        f"uniform one, and expert {least[1]} of layer {least[0]} the lowest ({times[1]:.2f})."
+        f"In the last {_steps(curves)}, expert {expert} of layer {layer} had the highest load, {times[0]:.2f} times "
+        f"the uniform one, and expert {least[1]} of layer {least[0]} the lowest ({times[1]:.2f})."
     )
 
 

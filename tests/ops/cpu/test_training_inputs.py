@@ -18,7 +18,6 @@ from olmoe.ops.cpu import extension, training
 from ops.cpu.matrices import error, random
 from ops.cpu.training_calls import CALLS, chosen, gradients, leaf, moe, moe_inputs
 
-
 # Which inputs of a call have a row for each token.
 ROWS = {"linear": (0,), "rms_norm": (0,), "apply_rope": (0,), "moe": (0, 1, 2), "linear_cross_entropy": (0, 2)}
 

@@ -36,10 +36,7 @@ _MOST_ROWS = 2**31 - 1
 
 
 def takes(*tensors: Tensor | None, indices: Tensor | None = None) -> bool:
-    """Whether the functions of this module can compute with these tensors, and one of them needs gradients.
-
-    `indices` are expert ids, offsets or labels; all other tensors are numbers.
-    """
+    """Whether the functions here take these numbers, one of them with a gradient, and `indices` (ids or labels)."""
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return needed and _reads(tensors, indices)
 
