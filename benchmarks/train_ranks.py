@@ -1,9 +1,10 @@
 """`olmoe train` of the olmoe-tiny shape: two ranks of one thread, split in several ways, against one of two threads.
 
-python benchmarks/train_ranks.py [--ways alone data expert] [--rounds 3] [--steps 12]
+python benchmarks/train_ranks.py [--ways alone data expert] [--rounds 3] [--steps 12] [--start olmoe-tiny]
 
 Each way is a process, or torchrun, of its own; they take turns. What is compared are the tokens a second of whole steps
-as `metrics.jsonl` has them, the first of them left out.
+as `metrics.jsonl` has them, the first of them left out. An untrained router gives some ranks more rows than others; one
+that has learned to balance them is had by `--start`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ output = "{output}"
 threads = {threads}
 device = "cpu"
 peak_flops = 1e12
+{start}
 [model]
 vocab_size = 4096
 hidden_size = 128
@@ -91,27 +93,30 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["alone", "data", "expert"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--start", help="a model of this shape, to begin with its weights")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
             for name in arguments.ways:
-                speeds = run(Path(folder), f"{name} {number}", WAYS[name], arguments.steps)
+                speeds = run(Path(folder), f"{name} {number}", WAYS[name], arguments.steps, arguments.start)
                 WAYS[name].speeds.extend(speeds)
                 print(f"{name}: {statistics.median(speeds):.0f} tokens/s", flush=True)
     speed = {name: round(statistics.median(WAYS[name].speeds), 1) for name in arguments.ways}
     first = arguments.ways[0]
     ratios = {f"{name} / {first}": round(speed[name] / speed[first], 3) for name in arguments.ways[1:]}
     print(ratios)
-    result = {"benchmark": "train_ranks", "sequences": SEQUENCES, "length": LENGTH, "tokens_per_second": speed}
+    result = {"benchmark": "train_ranks", "sequences": SEQUENCES, "length": LENGTH, "start": arguments.start}
+    result["tokens_per_second"] = speed
     print(json.dumps(result | {"ratios": ratios} | machine() | {"cores": os.cpu_count()}))
 
 
-def run(folder: Path, name: str, way: Way, steps: int) -> list[float]:
+def run(folder: Path, name: str, way: Way, steps: int, start: str | None) -> list[float]:
     """Tokens a second of each step after the first ones."""
     config = folder / f"{name}.toml"
     values = {
         "output": folder / name,
         "threads": way.threads,
+        "start": f'initialize_from = "{start}"' if start else "",
         "tokenizer": SHIPPED / "tokenizer.json",
         "text": ASSETS / "calibration.txt",
         "length": LENGTH,

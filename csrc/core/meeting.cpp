@@ -1,5 +1,7 @@
 #include "meeting.h"
 
+#include <fcntl.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -16,22 +18,36 @@ using Clock = std::chrono::steady_clock;
 // the second ones waiting is no matter of microseconds.
 constexpr std::chrono::microseconds kSpinning{50}, kYielding{20'000};
 constexpr std::chrono::microseconds kAsleep{100};
+// How often one looks whether the other is still there: before its parent has found out and ends all others.
+constexpr std::chrono::microseconds kLooking{2'000};
 
 }  // namespace
 
-int meet(void* counters, int processes, int rank, int64_t turn, double seconds) {
+bool has_left(int file, int rank) {
+  struct flock lock{};
+  lock.l_type = F_WRLCK, lock.l_whence = SEEK_SET, lock.l_start = rank, lock.l_len = 1;
+  return fcntl(file, F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
+}
+
+int meet(void* counters, int file, int processes, int rank, int64_t turn, double seconds) {
   const auto counter = [&](int p) {
     return reinterpret_cast<Counter*>(static_cast<char*>(counters) + size_t(p) * kCounterBytes);
   };
+  const auto is_missing = [&](int p) { return counter(p)->load(std::memory_order_acquire) < turn; };
   counter(rank)->store(turn, std::memory_order_release);
   const auto begin = Clock::now();
+  auto looked = begin;
   for (int p = 0; p < processes; p++) {
-    while (counter(p)->load(std::memory_order_acquire) < turn) {
-      const auto waited = Clock::now() - begin;
-      if (waited > std::chrono::duration<double>(seconds)) return p;
-      if (waited > kYielding)
+    while (is_missing(p)) {
+      const auto now = Clock::now();
+      if (now - begin > std::chrono::duration<double>(seconds)) return p;
+      if (now - looked > kLooking) {
+        looked = now;
+        if (has_left(file, p) && is_missing(p)) return p;  // it may have come before it left
+      }
+      if (now - begin > kYielding)
         std::this_thread::sleep_for(kAsleep);
-      else if (waited > kSpinning)
+      else if (now - begin > kSpinning)
         std::this_thread::yield();
     }
   }

@@ -14,9 +14,10 @@ void bind_training(nb::module_& m) {
   m.attr("loss_tokens") = kLossTokens;
 
   m.attr("counter_bytes") = kCounterBytes;
-  m.def("meet", [](Address counters, int processes, int rank, int64_t turn, double seconds) {
+  m.def("has_left", &has_left);
+  m.def("meet", [](Address counters, int file, int processes, int rank, int64_t turn, double seconds) {
     nb::gil_scoped_release release;
-    return meet(at<void>(counters), processes, rank, turn, seconds);
+    return meet(at<void>(counters), file, processes, rank, turn, seconds);
   });
 
   nb::enum_<Products>(m, "Products").value("FP32", Products::kFP32).value("BF16", Products::kBF16);

@@ -8,11 +8,9 @@ Shapes legend: P ranks, N rows of a rank or numbers of a message.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +25,6 @@ from olmoe.train.ranks import before_leaving
 
 FOLDER = Path("/dev/shm")  # Linux's file system in memory
 CAPACITY = 2**24  # bytes that a rank writes at a time
-PATIENCE = 0.2  # seconds until somebody who waits looks whether the others are still there
 _COUNTERS = 4096  # bytes at the end, for the ranks' meetings
 _LINE = 64  # bytes: where parts of a message begin
 
@@ -50,6 +47,8 @@ class SharedMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup, mapped: _Mapped) -> None:
+        import fcntl  # which only Unix has
+
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.file, self.counters = mapped.file, mapped.memory[-_COUNTERS:]
         self.sets = mapped.memory[:-_COUNTERS].view(2, self.size, -1)
@@ -106,6 +105,17 @@ class SharedMemory:
             torch.add(terms[0], terms[1], out=out_N)
             for term in terms[2:]:
                 out_N.add_(term)
+
+    def sum(self, values: Tensor) -> None:
+        """Add to `values` (N) in place those of the other ranks, in the order of ranks: the same bits on each."""
+        count = self._count(values)
+        for part in values.split(count):
+            slots_PN = self._slots(values.dtype)[:, : len(part)]
+            slots_PN[self.rank].copy_(part)
+            self._meet()
+            torch.add(slots_PN[0], slots_PN[1], out=part)
+            for term in slots_PN[2:]:
+                part.add_(term)
 
     def gather_rows(self, *tensors: Tensor) -> tuple[list[int], list[Tensor]]:
         """How many rows each rank has, and of each tensor (N, C) the rows of all, one rank's after the other's."""
@@ -173,26 +183,12 @@ class SharedMemory:
         if self.arrived is not None:
             dist.all_reduce(self.arrived, group=self.group)
             return
-        end = time.monotonic() + default_pg_timeout.total_seconds()
-        while (missing := self._missing(PATIENCE)) >= 0:
-            if self._has_left(missing) and self._missing(0.0) == missing:  # it may have come before it left
-                raise dist.DistNetworkError(f"rank {missing} has left the memory that it shared")
-            if time.monotonic() > end:
-                raise dist.DistNetworkError(f"rank {missing} has not come for {default_pg_timeout}")
-
-    def _missing(self, patience: float) -> int:
-        """Who has not come after so many seconds, or -1."""
-        place = self.counters.data_ptr()
-        missing: int = extension.kernels().meet(place, self.size, self.rank, self.turn, patience)
-        return missing
-
-    def _has_left(self, rank: int) -> bool:
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        except OSError:  # locked by it
-            return False
-        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, rank)  # others are to find that, too
-        return True
+        kernels, where = extension.kernels(), (self.counters.data_ptr(), self.file.fileno())
+        missing = kernels.meet(*where, self.size, self.rank, self.turn, default_pg_timeout.total_seconds())
+        if missing >= 0 and kernels.has_left(self.file.fileno(), missing):
+            raise dist.DistNetworkError(f"rank {missing} has left the memory that it shared")
+        if missing >= 0:
+            raise dist.DistNetworkError(f"rank {missing} has not come for {default_pg_timeout}")
 
 
 def _most_rows(room: Tensor, tensors: Sequence[Tensor]) -> int:

@@ -28,12 +28,16 @@ from olmoe.train.one_machine import GatherInMemory, ReduceInMemory, SharedMemory
 from olmoe.train.parallel import Sharing, arrange, is_gathered_at_once, placement
 from olmoe.train.ranks import Ranks
 
+Found = dict[tuple[int, ...], SharedMemory | None]  # by the ranks that share it
+
 
 def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: CausalLM | None = None) -> CausalLM:
     """The network of a configuration, sharded over all ranks, its values not set.
 
     `model` may be one of that architecture to shard instead, such as one with adapters, whose values stay where it has
     any; packed weights are not sharded, each rank keeps all of them.
+
+    Copies (`parallel.replicate`) on one machine are sharded each by itself, and gradients are added in its memory.
 
     At most one layer is whole at any time. The order matters: experts to their ranks, recomputation, compilation,
     sharding of experts, layers and the rest, which alone stays whole between forward and backward because the
@@ -42,6 +46,10 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
     model = without_values(config.model) if model is None else model
     parallel, compute = config.parallel, config.compute
     dense, sparse, expert = _meshes(parallel, ranks, device)
+    found: Found = {}
+    copies = _memory_of(dense, 0, found) if dense.ndim > 1 else None
+    if copies is not None:  # FSDP knows of one
+        dense, sparse = dense["ranks"], None if sparse is None else sparse["data"]
     lower = torch.bfloat16 if compute.precision == "bf16" else None
     options: dict[str, Any] = {
         # Inputs are not cast: the angles of positions and the weights of experts stay in fp32.
@@ -58,7 +66,7 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
             layer.mlp.experts = ExpertsAcrossRanks(config.model, expert, device)
         _allocate(layer, device)
         arrange(layer, config)
-        if sparse is not None and sparse.size() == 1 and lower is None:
+        if sparse is not None and sparse.size() == parallel.replicate == 1 and lower is None:
             ignored.update(layer.mlp.experts.parameters())  # whole here: FSDP would copy them and their gradients
         elif sparse is not None:
             fully_shard(layer.mlp.experts, mesh=sparse, shard_placement_fn=lambda _: cut, **options)
@@ -69,18 +77,25 @@ def build_parallel(config: Sharing, ranks: Ranks, device: torch.device, model: C
         model.lm_head.weight = model.model.embed_tokens.weight
     fully_shard(model, mesh=dense, **options)
     for module in model.modules():
+        mesh = sparse if isinstance(module, ExpertsAcrossRanks) else dense
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh is not None and mesh.size() > 1:  # else FSDP divides by 1, number by number
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if device.type == "cpu":
-        _share_memory(model, dense, sparse, expert)
+    _share_memory(model, dense, sparse, expert, copies, found)
     return model
 
 
-def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None, expert: DeviceMesh | None) -> None:
-    """Let shards and tokens travel through memory instead of sockets between ranks of one machine."""
-    found: dict[tuple[int, ...], SharedMemory | None] = {}
-    of_dense, of_sparse, of_experts = (_memory_of(mesh, found) for mesh in (dense, sparse, expert))
+def _share_memory(
+    model: CausalLM,
+    dense: DeviceMesh,
+    sparse: DeviceMesh | None,
+    expert: DeviceMesh | None,
+    copies: SharedMemory | None,
+    found: Found,
+) -> None:
+    """Let shards, tokens and sums travel through memory instead of sockets between ranks of one machine."""
+    of_dense, of_sparse, of_experts = (_memory_of(mesh, -1, found) for mesh in (dense, sparse, expert))
     for module in model.modules():
         if isinstance(module, ExpertsAcrossRanks) and of_experts is not None:
             module.dispatch = DispatchInMemory(of_experts)
@@ -88,13 +103,15 @@ def _share_memory(model: CausalLM, dense: DeviceMesh, sparse: DeviceMesh | None,
         if isinstance(module, FSDPModule) and memory is not None:
             module.set_custom_all_gather(GatherInMemory(memory))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(ReduceInMemory(memory))  # type: ignore[arg-type]
+        if isinstance(module, FSDPModule) and copies is not None:
+            module.set_all_reduce_hook(copies.sum)
 
 
-def _memory_of(mesh: DeviceMesh | None, found: dict[tuple[int, ...], SharedMemory | None]) -> SharedMemory | None:
-    """The memory of the ranks along the last dimension, which may have been found for another mesh."""
-    if mesh is None or mesh.size(-1) == 1:
+def _memory_of(mesh: DeviceMesh | None, dimension: int, found: Found) -> SharedMemory | None:
+    """The memory of the ranks along a dimension, which may have been found before; None if they share none."""
+    if mesh is None or mesh.device_type != "cpu" or mesh.size(dimension) == 1:
         return None
-    group = mesh.get_group(mesh.ndim - 1)
+    group = mesh.get_group(dimension % mesh.ndim)
     members = tuple(dist.get_process_group_ranks(group))
     if members not in found:
         found[members] = SharedMemory.of(group)
