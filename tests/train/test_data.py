@@ -337,7 +337,9 @@ def test_a_file_too_short_for_two_windows_is_refused_by_name(tmp_path, tokenizer
 
 
 def test_a_repeat_that_leaves_no_window_is_refused():
-    assert "0.01" in refused(lambda: Mixture(sources(1.0, 0.01), 10, seed=0), ConfigError)
+    message = refused(lambda: Mixture(sources(1.0, 0.01), 10, seed=0), ConfigError)
+    assert "passes 0.01 times over" in message
+    assert message.endswith("raise its repeat or weight.")  # a source with a weight was told of its repeat
 
 
 def test_sources_keep_their_repeats(tmp_path, tokenizer_file):

@@ -230,7 +230,10 @@ class Mixture:
                     f"least {2 * length}; use a longer file or a data.sequence_length of at most {len(tokens) // 2}."
                 )
             if sum(parts) == 0:
-                raise ConfigError(f"repeat {repeat} of {origin(tokens)} leaves none of its windows; raise it.")
+                raise ConfigError(
+                    f"An epoch passes {repeat:g} times over {origin(tokens)}, which is less than one window; raise "
+                    "its repeat or weight."
+                )
         self.windows_per_epoch = sum(sum(parts) for parts in self._parts)
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty((0, 2), np.int64)

@@ -27,6 +27,14 @@ def test_an_arm_changes_keys_and_keeps_the_rest(tmp_path, tokenizer_file):
     assert experiment.output == tmp_path / "runs" / "small"
 
 
+def test_arms_may_compute_and_skip_differently(tmp_path, tokenizer_file):
+    """Both were unknown keys of an arm, though the shared configuration may have them."""
+    arms = {"one": {"skip": {"sigmas": 0.0}}, "two": {"compute": {"activation_checkpointing": "full"}}}
+    one, two = lay_out(load_experiment(write_experiment(tmp_path, tokenizer_file, arms)), tmp_path / "runs", 1)
+    assert (one.config.skip.sigmas, two.config.skip.sigmas) == (0.0, 6.0)
+    assert two.config.compute.activation_checkpointing == "full"
+
+
 def test_paths_are_relative_to_the_file_that_has_them(tmp_path, tokenizer_file):
     path = write_experiment(tmp_path / "shared", tokenizer_file)
     other = tmp_path / "elsewhere" / "mine.toml"

@@ -32,7 +32,7 @@ Tables = dict[str, dict[str, Any]]
 
 _SECTIONS = (
     "run", "model", "tokenizer", "data", "batch", "schedule", "optimizer", "loss", "regularization", "shared_expert",
-    "evaluation", "checkpoint",
+    "skip", "compute", "evaluation", "checkpoint",
 )  # fmt: skip
 _FOLDER = "experiments"
 
