@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from olmoe import ops
 from olmoe.ops import torch_fast
-from olmoe.ops.cpu import causal, extension, training
+from olmoe.ops.cpu import causal, training
 from ops.cpu.matrices import error, random
 from ops.cpu.training_calls import CALLS, attention, attention_inputs, doubled, gradients, leaf, moe, moe_inputs
 
