@@ -313,12 +313,12 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode("utf-8") + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut short
+            continue  # a line that a crash cut short, perhaps within a character
     write_text(path, "".join(kept))
 
 
