@@ -1,6 +1,6 @@
-"""QLoRA of the released shapes: peak memory and speed of `olmoe sft` over a packed folder of random weights.
+"""QLoRA of the released shapes: peak memory and speed of `olmoe sft` or `dpo` over a packed folder of random noise.
 
-    python benchmarks/qlora.py [--layers 16] [--ranks 8 16] [--precisions fp32 bf16] [--tokens 512] [--steps 3]
+    python benchmarks/qlora.py [--command sft] [--layers 16] [--ranks 8 16] [--precisions fp32 bf16] [--tokens 512]
 
 Writes the packed folder (3.9 GB for all layers), unless `--folder` exists, and trains adapters of all attention and all
 experts in a process of its own for each rank and precision. Peaks are the kernel's (VmHWM), in which pages of the
@@ -66,14 +66,24 @@ class RandomWeights:
 
 
 def write_run(
-    folder: Path, start: Path, arguments: argparse.Namespace, rank: int, precision: str, same: bool = False
+    folder: Path,
+    start: Path,
+    arguments: argparse.Namespace,
+    rank: int,
+    precision: str,
+    same: bool = False,
+    command: str = "sft",
 ) -> Path:
-    """A run of a few steps of one row each, the `same` one or another, all of it trained; its configuration."""
+    """A run of a few steps of one row or pair each, the `same` or another, all of it trained; its configuration."""
     words = "once upon a time there was a little dog who liked to play in the park with a red ball and a friend".split()
     rows = []
     for number in range(arguments.steps):
         text = " ".join(words[(i * i if same else number + i * i) % len(words)] for i in range(2 * arguments.tokens))
-        rows.append(json.dumps({"prompt": "Story:", "completion": " " + text}))
+        if command == "dpo":
+            other = " ".join(reversed(text.split()))
+            rows.append(json.dumps({"prompt": "Story:", "chosen": " " + text, "rejected": " " + other}))
+        else:
+            rows.append(json.dumps({"prompt": "Story:", "completion": " " + text}))
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     targets = '["attention", "experts"]' if arguments.targets == "all" else '["attention"]'
     path = folder / "run.toml"
@@ -112,9 +122,10 @@ def peaks() -> dict[str, int]:
     return {name: found[name] for name in ("VmHWM", "RssAnon", "RssFile")}
 
 
-def work(config: str) -> None:
+def work(config: str, command: str) -> None:
     """Train in this process, and print what it took."""
-    from olmoe.train.finetune.config import SFTConfig, load_config
+    from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
+    from olmoe.train.finetune.dpo import dpo
     from olmoe.train.finetune.sft import sft
 
     most, done = {"RssAnon": 0, "RssFile": 0}, threading.Event()
@@ -127,7 +138,10 @@ def work(config: str) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
-    sft(load_config(config, SFTConfig), overwrite=True, show_progress=False)
+    if command == "dpo":
+        dpo(load_config(config, PreferenceConfig), overwrite=True, show_progress=False)
+    else:
+        sft(load_config(config, SFTConfig), overwrite=True, show_progress=False)
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
@@ -137,8 +151,8 @@ def work(config: str) -> None:
 def measure(start: Path, arguments: argparse.Namespace, rank: int, precision: str) -> dict[str, Any]:
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory(dir=start.parent) as place:
-        config = write_run(Path(place), start, arguments, rank, precision)
-        worker = [sys.executable, __file__, "--worker", str(config)]
+        config = write_run(Path(place), start, arguments, rank, precision, command=arguments.command)
+        worker = [sys.executable, __file__, "--worker", str(config), "--command", arguments.command]
         out = subprocess.run(worker, stdout=subprocess.PIPE, text=True, check=True).stdout
         found = json.loads(out.splitlines()[-1])
         records = map(json.loads, (config.parent / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -163,6 +177,7 @@ def measure(start: Path, arguments: argparse.Namespace, rank: int, precision: st
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--command", choices=["sft", "dpo"], default="sft")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
@@ -174,7 +189,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker)
+        work(arguments.worker, arguments.command)
         return
     limits = ceilings()
     config = ModelConfig(num_hidden_layers=arguments.layers)
@@ -199,7 +214,13 @@ def main() -> None:
             packing = round(time.perf_counter() - started, 1)
             print(f"packed in {packing} s: {os.path.getsize(folder / 'model.safetensors') / 1e9:.2f} GB", flush=True)
         runs = [measure(folder, arguments, r, p) for p in arguments.precisions for r in arguments.ranks]
-    result = {"benchmark": "qlora", "layers": arguments.layers, "format": arguments.format, "tokens": arguments.tokens}
+    result = {
+        "benchmark": "qlora",
+        "command": arguments.command,
+        "layers": arguments.layers,
+        "format": arguments.format,
+        "tokens": arguments.tokens,
+    }
     result |= {"targets": arguments.targets, "packing_seconds": packing, "runs": runs, "ceilings": limits}
     print(json.dumps(result | machine()))
 

@@ -53,7 +53,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 
 def ends_on_ranks(folder: Path, ranks: int, work: Callable[..., Any], *arguments: Any) -> list[str]:
-    """The type of what ends each rank's process, which is gone for the others when it ends."""
+    """The type of what ends each rank's process, which is gone for the others when it ends; "killed" if nothing did."""
     context, port = _server(), free_port()
     processes = [
         context.Process(target=_end, args=(folder / f"end-{r}", rank_environment(r, ranks, port), work, *arguments))
@@ -64,7 +64,8 @@ def ends_on_ranks(folder: Path, ranks: int, work: Callable[..., Any], *arguments
     for process in processes:
         process.join(_TIMEOUT)
         process.kill()
-    return [(folder / f"end-{r}").read_text() for r in range(ranks)]
+    ends = [folder / f"end-{r}" for r in range(ranks)]
+    return [end.read_text() if end.exists() else "killed" for end in ends]
 
 
 def _end(file: Path, environment: dict[str, str], work: Callable[..., Any], *arguments: Any) -> None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from olmoe.train import sharded_state, state
 from olmoe.train.config import load_config
 from olmoe.train.loop import train
 from olmoe.train.ranks import join_ranks
+from olmoe.train.run_folder import run_lock
 from olmoe.weights import checkpoint
 from olmoe.weights.sharded_folder import ShardFiles
-from rank_processes import error_of, on_ranks, train_run, train_until
+from rank_processes import ends_on_ranks, error_of, on_ranks, train_run, train_until
 from sentences import refused
 from training_runs import assert_close_records, assert_same_run, fixed, read_metrics, write_run
 
@@ -257,6 +259,53 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(tmp_path, t
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-0000003"]
     on_ranks(2, train_run, path, True)
     assert_equal(output, together, 0)
+
+
+def while_writing(path: Path, rank: int, number: int) -> None:
+    """Train, and let a rank get a signal while it writes the second checkpoint in the background."""
+    original = sharded_state._Writer.write_data
+
+    def write_data(self, plan, planner):
+        if os.environ["RANK"] == str(rank) and "step-0000006" in str(self.path):
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # training goes on
+        return original(self, plan, planner)
+
+    sharded_state._Writer.write_data = write_data
+    train_run(path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path, tokenizer_file, together, rank):
+    path = write(tmp_path, tokenizer_file, data=2)
+    ends = ends_on_ranks(tmp_path, 2, while_writing, path, rank, signal.SIGKILL)
+    assert ends[rank] == "killed"
+    assert ends[1 - rank] == "RankLostError"
+    output = path.parent / "out"
+    assert [p.name for p in state.checkpoints(output)] == ["step-0000003"]
+    on_ranks(2, train_run, path, True)
+    assert_equal(output, together, 0)
+    assert list(output.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_while_a_checkpoint_is_written_saves_another(tmp_path, tokenizer_file, together, rank):
+    path = write(tmp_path, tokenizer_file, data=2)
+    assert ends_on_ranks(tmp_path, 2, while_writing, path, rank, signal.SIGTERM) == ["Interrupted"] * 2
+    output = path.parent / "out"
+    steps = [p.name for p in state.checkpoints(output)]
+    assert steps[:2] == ["step-0000003", "step-0000006"]
+    on_ranks(2, train_run, path, True)
+    assert_equal(output, together, 0)
+
+
+def test_a_second_run_into_the_folder_is_refused_on_all_ranks(tmp_path, tokenizer_file):
+    path = write(tmp_path, tokenizer_file, data=2)
+    (path.parent / "out").mkdir()
+    with run_lock(path.parent / "out"):
+        found = on_ranks(2, error_of, train_run, path)
+    assert sorted(kind for kind, _ in found) == ["ConfigError", "ToldByAnother"]
+    assert all(f"Another olmoe train (process {os.getpid()}) is writing into" in text for _, text in found)
 
 
 def test_overwriting_knows_the_files_of_ranks(tmp_path, together):

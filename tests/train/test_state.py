@@ -307,6 +307,9 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     path.write_text("\n".join([*lines[:2], "", "5", '{"tokens": 3}', *lines[2:], '{"step": 1, "lo']), encoding="utf-8")
     truncate_metrics(path, 2)
     assert path.read_text(encoding="utf-8").split("\n") == [*lines[:3], ""]
+    path.write_bytes("\n".join([*lines[:2], '{"step": 2, "answer": "é']).encode()[:-1])
+    truncate_metrics(path, 2)
+    assert path.read_text(encoding="utf-8").split("\n") == [*lines[:2], ""]
     truncate_metrics(path, 0)
     assert path.read_text(encoding="utf-8") == ""
     # An answer with U+2028, which is no end of a line, was lost; half a character, as on a full disk, was a traceback.

@@ -125,7 +125,7 @@ def _records(path: str | Path) -> Iterator[Iterator[dict[str, Any]]]:
     """The records of a run, one after another; errors in them are one sentence."""
     path = metrics_path(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:  # which may end within a character
             whole = itertools.takewhile(lambda line: line.endswith("\n"), file)  # the last one may be incomplete
             yield map(json.loads, whole)
     except OSError as error:

@@ -290,7 +290,7 @@ def _outcome(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(None, error)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What torch says, without the place in its source and its advice."""
     line = str(error).strip().split("\n")[0]
     return re.sub(r"^\[[^\]]*\] ", "", line).split(". This is typically")[0].rstrip(". ")[-200:]

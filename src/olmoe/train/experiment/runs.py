@@ -72,7 +72,7 @@ class Run:
     def records(self) -> Iterator[dict[str, Any]]:
         """What the trainer recorded, step by step."""
         try:
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return
         for line in lines:
