@@ -1,6 +1,6 @@
 """Turn a finished training run into the shipped olmoe-tiny: bf16 weights, tokenizer, model card, loss curve.
 
-    python scripts/ship_tiny.py configs/olmoe-tiny-stage5.toml --credits ../shared/corpus
+    python scripts/ship_tiny.py configs/olmoe-tiny-stage4.toml --credits ../shared/corpus
 
 Every number of the card is measured here, on the weights as shipped.
 """
@@ -194,10 +194,8 @@ steps of {config.tokens_per_step:,} tokens, OLMoE's objective (cross-entropy, lo
 {config.loss.router_z} router z-loss), fp32, on {machine}; median {speed:.0f} tokens/s in the last stage. The first stage passes
 a dozen times over TinyStories and learns them by heart (0.75 bits per byte on them, 0.97 on others); the second has more
 weight decay, which helps every held-out file and puts three experts to sleep; the third, with more load balancing, wakes
-them; the fourth drops a tenth of the embeddings and of each block's outputs, which helps every file again; the fifth drops
-more and reads, beside the stories, ten variants of each with other names and words (`scripts/vary_stories.py`), with products
-in bf16. It started from the fourth's weights as they were shipped, rounded to bf16. The weights are stored in bf16. The curves
-are those of the fifth stage, {len(steps):,} steps.
+them; the fourth drops a tenth of the embeddings and of each block's outputs, which helps every file again. The weights
+are stored in bf16. The curves are those of the fourth stage, {len(steps):,} steps.
 
 ![loss](loss.png)
 
