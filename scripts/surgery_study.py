@@ -30,7 +30,7 @@ from olmoe.analysis.surgery import Edits, apply
 from olmoe.bench.machine import machine_facts
 from olmoe.io import hub
 from olmoe.runner import Batch, CacheView, Runner, Want, make_runner
-from olmoe.runner.base import ResolvedPolicy, RouterPolicy
+from olmoe.runner.policy import ResolvedPolicy, RouterPolicy
 from olmoe.tokenizer import Tokenizer
 from olmoe.weights import checkpoint, sample_text
 from olmoe.weights.blueprint import Blueprint

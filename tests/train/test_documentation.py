@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import sys
 import tomllib
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from olmoe.cli.main import _parse
@@ -18,7 +23,8 @@ from olmoe.train.ranks import Ranks
 from olmoe.train.throughput import flops_per_token
 from training_runs import read_metrics, write_run
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 TABLES = [text for language, text in BLOCKS if language == "toml"]
 LINES = [line for language, text in BLOCKS if language != "toml" for line in text.replace("\\\n", "").split("\n")]
@@ -66,7 +72,7 @@ def test_commands_are_understood(command):
 
 # ---- docs/training-data-and-metrics.md ----
 
-DATA_PAGE = (Path(__file__).parents[2] / "docs" / "training-data-and-metrics.md").read_text(encoding="utf-8")
+DATA_PAGE = (ROOT / "docs" / "training-data-and-metrics.md").read_text(encoding="utf-8")
 DATA_TABLES = re.findall(r"```toml\n(.*?)```", DATA_PAGE, re.DOTALL)
 PLOTS = re.findall(r"^olmoe (plot .*?)(?: *#.*)?$", DATA_PAGE, re.MULTILINE)
 
@@ -99,3 +105,98 @@ def test_active_parameters_are_those_of_the_page():
 def test_plots_are_understood():
     assert len(PLOTS) == 3
     assert all(_parse(shlex.split(command)) for command in PLOTS)
+
+
+# ---- variants of stories, and the shipped model's stages ----
+
+PEOPLE = [("girl", "Lily"), ("girl", "Mia"), ("girl", "Sue"), ("boy", "Tim"), ("boy", "Max"), ("boy", "Bob")]
+THINGS = "kite ball apple drum cake owl".split()
+
+
+def stories() -> list[str]:
+    """One about every child with every thing."""
+    said = {"girl": ("She", "her"), "boy": ("He", "his")}
+    return [
+        f"One day, a {child} named {name} found {'an' if thing[0] in 'ao' else 'a'} {thing}. "
+        f"{said[child][0]} put the {thing} in {said[child][1]} bag. The red {thing} was well-known to {name}. "
+        f"Then {name} said {said[child][1]} {thing} jumped and danced."
+        for child, name in PEOPLE
+        for thing in THINGS
+    ]
+
+
+@pytest.fixture
+def vary(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    yield importlib.import_module("vary_stories")
+    for name in ("vary_stories", "story_phrases"):
+        sys.modules.pop(name, None)
+
+
+def test_what_takes_a_words_place_is_used_like_it(vary):
+    words = vary.Words(stories(), least=6)
+    assert {"ball", "drum", "cake"} <= set(words.alike("kite")) <= set(THINGS) - {"kite"}
+    assert words.alike("girl") == []  # other words agree with it
+    assert words.alike("danced") in ([], ["jumped"])  # of the same form only
+    assert words.alike("well-known") == words.alike("nowhere") == []
+
+
+def test_names_are_exchanged_for_those_of_the_same_sex(vary):
+    names = vary.Names(stories())
+    generator = np.random.default_rng(0)
+    found = Counter(re.search(r"(girl|boy) named (\w+)", names.varied(each, generator)).groups() for each in stories())
+    assert set(found) == set(PEOPLE)
+    assert names.varied("Kim saw Lily and Lilypad.", generator).startswith("Kim saw ")
+    assert names.varied("Then Lily sat. Lilypad", generator).endswith("Lilypad")
+
+
+def test_variants_are_consistent_and_the_same_each_time(vary):
+    made = list(vary.variants(stories(), 3, 0.5, seed=1))
+    assert made == list(vary.variants(stories(), 3, 0.5, seed=1))
+    assert len(made) == 3 * len(stories())
+    assert len(set(made)) < len(made)  # six children with six things are not more stories
+    for story in made:
+        shape = re.fullmatch(
+            r"One day, a (girl|boy) named (\w+) found (an? \w+)\. (?:She|He) put the (\w+) in (?:her|his) bag\. "
+            r"The red (\w+) was well-known to (\w+)\. Then (\w+) said (?:her|his) (\w+) jumped and danced\.",
+            story,
+        )
+        assert shape is not None, story
+        child, name, found, *rest = shape.groups()
+        article, thing = found.split()
+        assert (child, name) in PEOPLE
+        assert rest == [thing, thing, name, name, thing]
+        assert article == ("an" if thing[0] in "ao" else "a")
+    changed = sum(before not in made for before in stories())
+    assert changed < len(stories())
+    counts = Counter(re.search(r"the (\w+) in", story)[1] for story in made)
+    assert max(counts.values()) < 3 * min(counts.values())  # about as frequent as they are
+
+
+def test_a_corpus_without_words_to_exchange_is_left_as_it_is(vary):
+    few = ["The sun was up.", "It was late."]
+    assert sorted(vary.variants(few, 2, 1.0, seed=0)) == sorted(few * 2)
+
+
+def test_the_script_writes_documents(vary, tmp_path, monkeypatch, capsys):
+    given, target = tmp_path / "stories.txt", tmp_path / "varied.txt"
+    given.write_text("\n<|endoftext|>\n".join(stories()), encoding="utf-8")
+    command = next(line for line in DATA_PAGE.splitlines() if line.startswith("python scripts/vary_stories.py "))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    vary.main()
+    assert capsys.readouterr().out == "10 variants of 36 stories\n"
+    texts = target.read_text(encoding="utf-8").split("\n<|endoftext|>\n")
+    assert len(texts) == 361
+    assert texts[-1] == ""
+
+
+def test_each_stage_of_olmoe_tiny_starts_from_the_one_before():
+    """The last of them is what ships, and the model card names them all."""
+    names = ["olmoe-tiny", *(f"olmoe-tiny-stage{number}" for number in range(2, 5))]
+    configs = [load_config(ROOT / "configs" / f"{name}.toml") for name in names]
+    assert configs[0].run.initialize_from is None
+    for before, after in pairwise(configs):
+        assert after.run.initialize_from == f"{before.run.output}/best"
+        assert after.model == before.model
+        assert after.data.valid == before.data.valid
