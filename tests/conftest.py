@@ -37,6 +37,16 @@ def make_model(seed: int = 0, **changes) -> CausalLM:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """A test that leaves torch without gradients fails, rather than all those after it."""
+    yield
+    left_off = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not left_off, "this test left torch's gradients off"
+    assert not torch.is_inference_mode_enabled(), "this test left torch in inference mode"
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory) -> Path:
     """A byte-level `tokenizer.json` of VOCAB_SIZE ids with OLMoE's conventions."""

@@ -19,6 +19,7 @@ from olmoe.runtime import (
     _bf16_instructions,
     cpu_multiplies_bf16,
     garbage_collection_paused,
+    inference_mode,
     keep_freed_memory,
     log_once,
     resolve_device,
@@ -359,3 +360,60 @@ def test_garbage_collection_is_as_it_was_after_a_pause(enabled):
 def test_a_weight_format_asked_for_as_a_dtype_names_the_command_that_makes_it(name, format):
     assert f"`olmoe quantize SRC DST --format {format}`" in refused(lambda: resolve_dtype(name))
     assert "quantize" not in refused(lambda: resolve_dtype("int3"))
+
+
+# ---- inference mode ----
+
+
+@inference_mode
+def inner():
+    return torch.zeros(1)
+
+
+@inference_mode
+def outer():
+    inner()
+    return inner()
+
+
+def interrupt(number):
+    """Call `outer`, and interrupt it at the event of that number (each instruction is one) -> whether there was one."""
+    seen = 0
+
+    def trace(frame, event, arg):
+        nonlocal seen
+        frame.f_trace_opcodes = True
+        seen += 1
+        if seen == number:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        outer()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_anywhere_leaves_no_inference_mode():
+    number = 1
+    while interrupt(number):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        number += 1
+    assert number > 50
+
+
+def test_inference_mode_computes_without_gradients():
+    assert outer().is_inference()
+    assert not outer().requires_grad
+    assert torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert outer().is_inference()
+        assert torch.is_inference_mode_enabled()
+    with pytest.raises(ZeroDivisionError):
+        inference_mode(lambda: 1 / 0)()
+    assert not torch.is_inference_mode_enabled()

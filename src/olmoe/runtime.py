@@ -10,14 +10,17 @@ import logging
 import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from olmoe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 log = logging.getLogger("olmoe")
 
@@ -29,6 +32,26 @@ _OTHER_FILES = 512  # open files other than those that a caller counts
 def log_once(message: str) -> None:
     """Log `message` at INFO level, once per process however often it is called."""
     log.info(message)
+
+
+def inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate `function` (no generator) to run in torch's inference mode, which an interrupt leaves as it found it.
+
+    `torch.inference_mode` enters and leaves in Python, where Ctrl-C may arrive between the two halves; of two nested
+    ones the inner is then taken back after the outer, and a notebook is left in inference mode for good. Here the
+    `with` statement calls C++ itself, and nothing is nested.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        import torch
+
+        if torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch._C._InferenceMode(True):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:

@@ -13,6 +13,7 @@ from conftest import make_model
 from olmoe.cli.main import main
 from olmoe.engine.llm import LLM
 from olmoe.engine.sampling_params import SamplingParams
+from olmoe.engine.scheduler import Scheduler
 from olmoe.errors import BackendUnavailableError, UserError
 from olmoe.model import DecoderLayer
 from olmoe.ops import cpu
@@ -170,13 +171,18 @@ def test_a_forked_child_generates(folder, set_threads):
 
 
 def interrupted(llm, milliseconds):
-    signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
-    while True:
-        texts(llm)
+    # And again: Python drops what is raised within a destructor.
+    signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000, 1)
+    try:
+        while True:
+            texts(llm)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @needs_kernels
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers with signals are Unix's")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may arrive within a destructor
 def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
     """Wherever in a step it arrives: each time a little later."""
     set_threads(2)
@@ -186,10 +192,27 @@ def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
         for milliseconds in range(1, 12, 2):
             with pytest.raises(KeyboardInterrupt):
                 interrupted(llm, milliseconds)
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
             assert texts(llm) == expected
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupt_halfway_through_a_schedule(plain, monkeypatch):
+    """Ctrl-C is what the caller sees, and the next call is sound."""
+    llm = LLM(plain, dtype="float32")
+    expected = texts(llm)
+
+    def interrupting(self, sequence, matched, blocks):
+        sequence.blocks = blocks  # it has left those that wait, and is not yet among those that run
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scheduler, "_start", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        texts(llm)
+    monkeypatch.undo()
+    assert texts(llm) == expected
 
 
 # ---- without a compiler ----

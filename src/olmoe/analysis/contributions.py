@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from olmoe.model import RotaryEmbedding, activation, causal_attend
+from olmoe.runtime import inference_mode
 from olmoe.weights.calibrate import layer_without_experts
 from olmoe.weights.names import DOWN, EMBEDDING, EXPERTS, GATE_UP, parameter_shapes
 from olmoe.weights.source import WeightSource, read_finite
@@ -49,7 +50,7 @@ class Contributions:
     similarity: Floats | None = None
 
 
-@torch.inference_mode()
+@inference_mode
 def measure_contributions(
     source: WeightSource, ids_BT: Tensor, *, similarity: bool = False, progress: Progress | None = None
 ) -> Contributions:

@@ -39,7 +39,7 @@ from olmoe.ops.dispatch import AUTO
 from olmoe.runner import Batch, CacheView, Want, make_runner
 from olmoe.runner.policy import ResolvedPolicy
 from olmoe.runner.policy_file import read_policy
-from olmoe.runtime import resolve_dtype
+from olmoe.runtime import inference_mode, resolve_dtype
 from olmoe.weights import sample_text
 from olmoe.weights.blueprint import FILE_NAME, Blueprint
 from olmoe.weights.checkpoint import Checkpoint
@@ -327,7 +327,7 @@ def _speeds(sides: Sequence[Side]) -> list[tuple[float, float]]:
     ]
 
 
-@torch.inference_mode()
+@inference_mode
 def _timed(side: Side, prompt: int, steps: int) -> tuple[float, float]:
     """Seconds for a prompt of random ids, and for steps after it."""
     runner = side.runner

@@ -30,7 +30,7 @@ from olmoe.errors import UserError
 from olmoe.model import CausalLM, causal_attend
 from olmoe.runner import Batch, CacheView, Runner, Want, make_runner, to_cache_dtype
 from olmoe.runner.policy import ResolvedPolicy
-from olmoe.runtime import available_memory_bytes, log
+from olmoe.runtime import available_memory_bytes, inference_mode, log
 from olmoe.weights import checkpoint, sample_text
 from olmoe.weights.checkpoint import open_source
 from olmoe.weights.source import WeightSource, load_model, tokenizer_of
@@ -114,7 +114,7 @@ def _model(source: WeightSource) -> CausalLM:
     return load_model(source, torch.float32 if fits else torch.bfloat16)
 
 
-@torch.inference_mode()
+@inference_mode
 def compare(
     reference: CausalLM,
     candidate: CausalLM,
@@ -165,7 +165,7 @@ def measure_cache(
     return compare_caches(make_runner(_model(found)), ids, length, dtypes[0], dtypes[1], progress)
 
 
-@torch.inference_mode()
+@inference_mode
 def compare_caches(
     runner: Runner,
     token_ids: list[int],
@@ -192,7 +192,7 @@ def by_layer(expected_NLK: Tensor, actual_NLK: Tensor) -> list[tuple[Tensor, Ten
     return list(zip(expected_NLK.unbind(1), actual_NLK.unbind(1), strict=True))
 
 
-@torch.inference_mode()
+@inference_mode
 def compare_sides(
     reference: Side,
     candidate: Side,

@@ -34,6 +34,7 @@ from olmoe.ops import AUTO
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Batch, CacheView, RouterTrace, Runner, Want, position_bytes
 from olmoe.runner.policy_file import Policy
+from olmoe.runtime import inference_mode
 from olmoe.tokenizer import Tokenizer
 
 
@@ -195,6 +196,14 @@ class Engine:
         if text is not None:
             self._news.append(self._end(text, "cancelled", "", []))
 
+    def cancel_all(self) -> None:
+        """Mark every request as cancelled after an error or an interrupt within `step`; the engine is then of no use.
+
+        Its scheduler may have been stopped halfway, and is not touched.
+        """
+        for request in self._texts:
+            request.finish_reason, request.times.finished = "cancelled", time.perf_counter()
+
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
@@ -236,7 +245,7 @@ class Engine:
 
     # ---- a step ----
 
-    @torch.inference_mode()
+    @inference_mode
     def step(self) -> list[Delta]:
         """Run the next tokens through the network, and choose one for each text that has caught up -> what is new."""
         started = time.perf_counter()

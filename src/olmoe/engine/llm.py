@@ -348,9 +348,12 @@ class LLM:
             finished = True
             raise
         finally:
-            for request in engine.requests():
-                engine.abort(request)
-            engine.unreported()
+            if finished:
+                for request in engine.requests():
+                    engine.abort(request)
+                engine.unreported()
+            else:
+                engine.cancel_all()
             # Not one whose keys and values come from other weights. And only one, since `cache_bytes` allow no more.
             if keep and finished and self._prefix_cache and engine.runner is self._runner:
                 self._idle = [engine]

@@ -24,6 +24,7 @@ from olmoe.errors import UserError
 from olmoe.ops.cache import KEY_BLOCK
 from olmoe.runner import Batch, CacheView, Runner, Want, position_bytes
 from olmoe.runner.policy import ResolvedPolicy
+from olmoe.runtime import inference_mode
 
 CACHE_BYTES = 2**31
 # The most runs of tokens in one step.
@@ -224,7 +225,7 @@ class _Scoring:
 
     # ---- a step ----
 
-    @torch.inference_mode()
+    @inference_mode
     def _step(self, chunks: Sequence[_Chunk]) -> list[int]:
         """Run chunks through the network -> the texts whose scores are then complete."""
         table = np.zeros((len(chunks), max(len(chunk.run.blocks) for chunk in chunks)), dtype=np.int32)

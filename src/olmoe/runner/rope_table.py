@@ -12,6 +12,7 @@ from torch import Tensor
 
 from olmoe.model import RotaryEmbedding
 from olmoe.runner.base import Batch
+from olmoe.runtime import inference_mode
 
 _FIRST_POSITIONS = 256
 # Up to this many cosines torch computes on the calling thread, even if it leaves them to MKL. After more, its other
@@ -39,7 +40,7 @@ class RopeTable:
         if self._rotary.rope.rope_type != "dynamic":
             self._grown(positions)
 
-    @torch.inference_mode()
+    @inference_mode
     def _grown(self, positions: int) -> tuple[Tensor, Tensor]:
         """The table, with room for that many positions."""
         table = self._table
@@ -51,7 +52,7 @@ class RopeTable:
             self._table = table = cos.contiguous(), sin.contiguous()
         return table
 
-    @torch.inference_mode()
+    @inference_mode
     def angles(self, batch: Batch) -> Angles:
         """The angles of every token of a call."""
         positions = batch.positions()

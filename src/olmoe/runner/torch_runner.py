@@ -18,6 +18,7 @@ from olmoe.model import CausalLM, set_backend
 from olmoe.ops.cache import BlockCache
 from olmoe.runner.base import Batch, CacheView, RouterTrace, StepOutput, Want, default_cache_dtype, position_bytes
 from olmoe.runner.policy import ResolvedPolicy, own_policy, stack_policies
+from olmoe.runtime import inference_mode
 
 
 class TorchRunner:
@@ -58,7 +59,7 @@ class TorchRunner:
             device=self._device,
         )
 
-    @torch.inference_mode()
+    @inference_mode
     def forward(self, batch: Batch, cache: CacheView, want: Want) -> StepOutput:
         """See `Runner.forward`."""
         batch.check(self._model.model.embed_tokens.num_embeddings)

@@ -24,6 +24,7 @@ from olmoe.errors import CheckpointError, ConfigError, shown
 from olmoe.io.targets import some
 from olmoe.model import CausalLM, causal_attend
 from olmoe.model.network import Attention
+from olmoe.runtime import inference_mode
 from olmoe.weights.hf_folder import FLOAT_DTYPES, open_file, read_headers
 from olmoe.weights.names import EMBEDDING, HEAD
 from olmoe.weights.source import load_model, texts_of
@@ -102,7 +103,7 @@ class OlmoFolder:
                 setattr(attention, name, nn.Identity())
         return model
 
-    @torch.inference_mode()
+    @inference_mode
     def fit_norms(self, token_ids: list[int], window: int) -> None:
         """Measure the size of queries and keys on text; from then on it is read as their norms' weights."""
         model = self.dense_model()

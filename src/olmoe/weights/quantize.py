@@ -25,6 +25,7 @@ from olmoe.io.tensor_file import TensorWriter
 from olmoe.quant import BlockFormat, Format, layout_formats, search
 from olmoe.quant.formats import CODES
 from olmoe.quant.modules import part_name
+from olmoe.runtime import inference_mode
 from olmoe.weights import packed_file, sample_text
 from olmoe.weights.calibrate import Calibrated, calibrate
 from olmoe.weights.checkpoint import open_source
@@ -158,7 +159,7 @@ def _check_target(source: WeightSource, target: Path, names: set[str], overwrite
     targets.check_folder(target, names, overwrite=overwrite, source=source.path)
 
 
-@torch.inference_mode()
+@inference_mode
 def _write(
     out: TensorWriter,
     table: TensorTable,
