@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "../core/team.h"
 
@@ -308,12 +309,38 @@ void route_backward(const float* probabilities, const int64_t* ids, const float*
 
 namespace {
 
-CausalHead causal_head(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v, int b,
-                       int h) {
+// Consecutive tokens of an example that see one another.
+struct Text {
+  int b, first, tokens;
+};
+
+// Whole examples, or the texts of the only one; the longest come first, so that no thread ends with one.
+std::vector<Text> texts_of(const AttentionShape& shape) {
+  std::vector<Text> texts;
+  if (shape.lengths.empty())
+    for (int b = 0; b < shape.batch; b++) texts.push_back({b, 0, shape.tokens});
+  int first = 0;
+  for (const int tokens : shape.lengths) {
+    texts.push_back({0, first, tokens});
+    first += tokens;
+  }
+  std::stable_sort(texts.begin(), texts.end(), [](const Text& a, const Text& b) { return a.tokens > b.tokens; });
+  return texts;
+}
+
+float* rows_at(const HeadRows& rows, const Text& text, int h) { return rows.at(text.b, h) + text.first * rows.token; }
+
+// Where a head's numbers in (B, H, T) begin.
+size_t sums_at(const AttentionShape& shape, const Text& text, int h) {
+  return (size_t(text.b) * shape.heads + h) * shape.tokens + text.first;
+}
+
+CausalHead causal_head(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
+                       const Text& text, int h) {
   const int g = h / (shape.heads / shape.kv_heads);
-  return {q.at(b, h),      k.at(b, g),      v.at(b, g),
-          size_t(q.token), size_t(k.token), size_t(v.token),
-          shape.tokens,    shape.head_dim,  float(1.0 / std::sqrt(double(shape.head_dim)))};
+  return {rows_at(q, text, h), rows_at(k, text, g), rows_at(v, text, g),
+          size_t(q.token),     size_t(k.token),     size_t(v.token),
+          text.tokens,         shape.head_dim,      float(1.0 / std::sqrt(double(shape.head_dim)))};
 }
 
 }  // namespace
@@ -321,13 +348,20 @@ CausalHead causal_head(const AttentionShape& shape, const HeadRows& q, const Hea
 void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,
                     const HeadRows& out, float* sums) {
   const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_attention : kernels().causal_attention;
-  const int chunks = ceil_div(shape.tokens, kQueryChunk);
-  share(shape.batch * shape.heads * chunks, [&](int task) {
+  struct Piece {
+    Text text;
+    int h, first;  // of its queries
+  };
+  std::vector<Piece> pieces;
+  for (const Text& text : texts_of(shape))
+    for (int h = 0; h < shape.heads; h++)  // those with the most keys first
+      for (int chunk = ceil_div(text.tokens, kQueryChunk) - 1; chunk >= 0; chunk--)
+        pieces.push_back({text, h, chunk * kQueryChunk});
+  share(int(pieces.size()), [&](int task) {
     static thread_local std::vector<float> memory;
-    const int chunk = chunks - 1 - task % chunks;  // those with the most keys first
-    const int b = task / chunks / shape.heads, h = task / chunks % shape.heads;
-    kernel(causal_head(shape, q, k, v, b, h), chunk * kQueryChunk, out.at(b, h), size_t(out.token),
-           sums + (size_t(b) * shape.heads + h) * shape.tokens, aligned(memory, causal_scratch(shape.head_dim)));
+    const auto& [text, h, first] = pieces[task];
+    kernel(causal_head(shape, q, k, v, text, h), first, rows_at(out, text, h), size_t(out.token),
+           sums + sums_at(shape, text, h), aligned(memory, causal_scratch(shape.head_dim)));
   });
 }
 
@@ -336,14 +370,17 @@ void causal_backward(Products in, const AttentionShape& shape, const HeadRows& q
                      const AttentionGradients& gradients) {
   const auto kernel = in == Products::kBF16 ? kernels().bf16_causal_backward : kernels().causal_backward;
   const int group = shape.heads / shape.kv_heads;
-  share(shape.batch * shape.kv_heads, [&](int task) {
+  const std::vector<Text> texts = texts_of(shape);
+  share(int(texts.size()) * shape.kv_heads, [&](int task) {
     static thread_local std::vector<float> memory;
-    const int b = task / shape.kv_heads, g = task % shape.kv_heads;
+    const Text& text = texts[task / shape.kv_heads];
+    const int g = task % shape.kv_heads;
     for (int h = g * group; h < (g + 1) * group; h++)
-      kernel(causal_head(shape, q, k, v, b, h),
-             {out.at(b, h), grad.at(b, h), sums + (size_t(b) * shape.heads + h) * shape.tokens, size_t(out.token),
-              size_t(grad.token), gradients.q.at(b, h), gradients.k.at(b, g), gradients.v.at(b, g),
-              size_t(gradients.q.token), size_t(gradients.k.token), size_t(gradients.v.token), h > g * group},
+      kernel(causal_head(shape, q, k, v, text, h),
+             {rows_at(out, text, h), rows_at(grad, text, h), sums + sums_at(shape, text, h), size_t(out.token),
+              size_t(grad.token), rows_at(gradients.q, text, h), rows_at(gradients.k, text, g),
+              rows_at(gradients.v, text, g), size_t(gradients.q.token), size_t(gradients.k.token),
+              size_t(gradients.v.token), h > g * group},
              aligned(memory, causal_scratch(shape.head_dim)));
   });
 }

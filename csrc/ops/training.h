@@ -5,6 +5,8 @@
 // Shapes legend: see ../core/types.h, and V words.
 #pragma once
 
+#include <vector>
+
 #include "ops.h"
 
 namespace olmoe {
@@ -78,8 +80,11 @@ struct HeadRows {
   int64_t batch, head, token;
   float* at(int b, int h) const { return data + b * batch + h * head; }
 };
+// With `lengths`, which add up to T, there is one example (B = 1) of texts of these lengths, and each sees itself
+// alone.
 struct AttentionShape {
   int batch, heads, kv_heads, tokens, head_dim;
+  std::vector<int> lengths;
 };
 // Causal attention of q (B, H, T, Dh) over k and v (B, G, T, Dh) -> out; `sums` (B, H, T) are kept for backward.
 void causal_forward(Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k, const HeadRows& v,

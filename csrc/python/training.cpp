@@ -1,5 +1,9 @@
 #include "training.h"
 
+#include <nanobind/stl/vector.h>
+
+#include <utility>
+
 #include "../core/meeting.h"
 #include "../core/team.h"
 #include "../ops/training.h"
@@ -104,8 +108,9 @@ void bind_training(nb::module_& m) {
         new (self) HeadRows{at<float>(data), batch, head, token};
       });
   nb::class_<AttentionShape>(m, "AttentionShape")
-      .def("__init__", [](AttentionShape* self, int batch, int heads, int kv_heads, int tokens, int head_dim) {
-        new (self) AttentionShape{batch, heads, kv_heads, tokens, head_dim};
+      .def("__init__", [](AttentionShape* self, int batch, int heads, int kv_heads, int tokens, int head_dim,
+                          std::vector<int> lengths) {
+        new (self) AttentionShape{batch, heads, kv_heads, tokens, head_dim, std::move(lengths)};
       });
   m.attr("largest_head") = kCausalDim;
   m.def("causal_forward", [](Products in, const AttentionShape& shape, const HeadRows& q, const HeadRows& k,

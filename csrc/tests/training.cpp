@@ -116,9 +116,7 @@ void mixture_both_ways(Results& results) {
   experts_backward(Products::kFP32, x.data(), weights.data(), rows, stack, units, grad.data(), gradients);
 }
 
-// Grouped heads, more tokens than are computed at a time.
-void attention_both_ways(Results& results) {
-  const AttentionShape shape{2, 4, 2, 300, 12};
+void attention_of(Results& results, const AttentionShape& shape) {
   const int64_t d = shape.head_dim, t = shape.tokens;
   const auto rows = [&](float* data, int heads) { return HeadRows{data, heads * t * d, t * d, d}; };
   const size_t wide = size_t(shape.batch) * shape.heads * t * d, narrow = size_t(shape.batch) * shape.kv_heads * t * d;
@@ -131,6 +129,11 @@ void attention_both_ways(Results& results) {
                   {rows(results.add(wide), shape.heads), rows(results.add(narrow), shape.kv_heads),
                    rows(results.add(narrow), shape.kv_heads)});
 }
+
+// Grouped heads, more tokens than are computed at a time.
+void attention_both_ways(Results& results) { attention_of(results, {2, 4, 2, 300, 12, {}}); }
+
+void attention_of_texts(Results& results) { attention_of(results, {1, 4, 2, 407, 12, {1, 70, 300, 1, 35}}); }
 
 Floats results_of(const std::function<void(Results&)>& operation) {
   Results results;
@@ -145,9 +148,9 @@ int main() {
   const struct {
     const char* name;
     std::function<void(Results&)> run;
-  } operations[] = {{"linear", linear_both_ways},   {"norm", norm_both_ways},
-                    {"rotate", rotate_both_ways},   {"loss", loss},
-                    {"mixture", mixture_both_ways}, {"attention", attention_both_ways}};
+  } operations[] = {
+      {"linear", linear_both_ways},   {"norm", norm_both_ways},           {"rotate", rotate_both_ways}, {"loss", loss},
+      {"mixture", mixture_both_ways}, {"attention", attention_both_ways}, {"texts", attention_of_texts}};
   for (const auto& [name, run] : operations) {
     set_threads(1);
     const Floats expected = results_of(run);

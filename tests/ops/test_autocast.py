@@ -34,6 +34,10 @@ def calls(width):
             lambda q, k, v, **o: ops.attention(q, k, v, causal=True, **o),
             [random(2, 4, 9, 16), random(2, 2, 9, 16, seed=1), random(2, 2, 9, 16, seed=2)],
         ),
+        "isolated_attention": (
+            lambda q, k, v, **o: ops.isolated_attention(q, k, v, [9, 1, 9, 1], **o),
+            [random(N, 4, 16), random(N, 2, 16, seed=1), random(N, 2, 16, seed=2)],
+        ),
         "experts": (
             lambda x, a, b, **o: ops.experts(x, rows.offsets_E, a, b, F.silu, **o),
             [random(N * K, D), *weights],

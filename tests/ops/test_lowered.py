@@ -169,6 +169,18 @@ def test_attention(shape, reason, way):
     assert all(not torch.equal(a, b) for a, b in zip(ours, in_fp32, strict=True))
 
 
+def test_attention_of_several_texts(way):
+    lengths = [9, 2, 2, 130, 64]
+    inputs = [random(sum(lengths), heads, 16, seed=i) for i, heads in enumerate((4, 2, 2))]
+
+    def texts(q, k, v, **options):
+        return ops.isolated_attention(q, k, v, lengths, **options)
+
+    ours, in_fp32 = computed(texts, inputs, products=BF16), computed(texts, inputs)
+    assert_near(ours, computed(texts, inputs, products=BF16, backend="reference"), "attention")
+    assert all(not torch.equal(a, b) for a, b in zip(ours, in_fp32, strict=True))
+
+
 @pytest.mark.parametrize("mask", [None, torch.tensor([[False, True, True, True, True]])], ids=["after others", "mask"])
 def test_attention_that_the_kernels_do_not_compute(mask, way):
     inputs = [random(2, 2, 3 if mask is None else 5, 8), *(random(2, 2, 5, 8, seed=i) for i in (1, 2))]

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from olmoe import ops
 from olmoe.ops import cpu, torch_fast
 from ops.tolerances import forward_tolerance, gradient_tolerance
+from sentences import refused
 
 OPERATIONS = [
-    "linear", "rms_norm", "apply_rope", "attention", "route", "sort_by_expert",
+    "linear", "rms_norm", "apply_rope", "attention", "isolated_attention", "route", "sort_by_expert",
     "gather_rows", "experts", "combine", "moe", "linear_cross_entropy",
     "sample",  # in cpu/test_sampling_parity.py
     "lowered_linear", "lowered_attention", "lowered_moe", "lowered_cross_entropy",  # in test_lowered.py
@@ -199,6 +200,28 @@ def test_attention(t, s, kv_heads, masked, causal, backend, dtype):
         backend,
         dtype,
     )
+
+
+@dtypes
+@backends("isolated_attention")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("lengths", [[9], [3, 3, 1, 5, 3], [2] * 9, [130, 7, 300, 64]], ids=str)
+def test_isolated_attention(lengths, kv_heads, backend, dtype):
+    q = random(sum(lengths), 4, 16, dtype=dtype)
+    k, v = (random(sum(lengths), kv_heads, 16, dtype=dtype, seed=i) for i in (1, 2))
+    compare(
+        "attention",
+        lambda q, k, v, backend: ops.isolated_attention(q, k, v, lengths, backend=backend),
+        [q, k, v],
+        backend,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [8, -1], [7, 0], []])
+def test_lengths_that_are_not_those_of_the_tokens(lengths):
+    q = random(7, 2, 4)
+    assert f"{lengths}" in refused(lambda: ops.isolated_attention(q, q, q, lengths))
 
 
 @backends("route")

@@ -34,6 +34,7 @@ WEIGHTS = [random(E, 2 * F_, D, seed=1) * D**-0.5, random(E, D, F_, seed=2) * F_
 ODD = [random(E, 2 * 3, D, seed=1) * D**-0.5, random(E, D, 3, seed=2)]  # no grouped product takes these
 ROUTING = random(N, K, seed=3).softmax(-1)
 ANGLES = random(5, 4, seed=1)
+TEXTS = [random(9, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2)]
 QKV = [random(1, 4, 6, 8), random(1, 2, 6, 8, seed=1), random(1, 2, 6, 8, seed=2)]
 
 
@@ -54,6 +55,7 @@ CALLS = {
     ),
     "attention": (lambda q, k, v, **o: ops.attention(q, k, v, causal=True, **o), QKV),
     "attention, padded": (lambda q, k, v, **o: ops.attention(q, k, v, MASK, causal=True, **o), QKV),
+    "isolated_attention": (lambda q, k, v, **o: ops.isolated_attention(q, k, v, [2, 2, 5], **o), TEXTS),
     "route": (lambda x, **o: ops.route(x, K, True, **o)[0], [random(N, E)]),
     "gather_rows": (lambda x, **o: ops.gather_rows(x, ROWS, **o), [random(N, D)]),
     "experts": (experts, [random(N * K, D), *WEIGHTS]),

@@ -9,10 +9,13 @@ E experts, K experts per token, M = N*K routed rows, F expert width, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from olmoe.ops import lowered, reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
+from olmoe.errors import UserError
+from olmoe.ops import isolated, lowered, reference, sampling, torch_fast  # noqa: F401  (they register their implementations)
 from olmoe.ops.autocast import without_autocast
 from olmoe.ops.cpu import functional  # noqa: F401
 from olmoe.ops.cpu import sampling as _sampling  # noqa: F401
@@ -36,6 +39,7 @@ __all__ = [
     "combine",
     "experts",
     "gather_rows",
+    "isolated_attention",
     "linear",
     "linear_cross_entropy",
     "moe",
@@ -94,6 +98,26 @@ def attention(
     if products is not None:
         return call("lowered_attention", backend, q, k, v, mask, causal, products)
     return call("attention", backend, q, k, v, mask, causal)
+
+
+def isolated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    products: torch.dtype | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Causal attention within each of several texts that lie end to end. q (N, H, Dh), k, v (N, G, Dh) -> (N, H, Dh).
+
+    Raises `UserError` for `lengths` that are not positive or do not add up to N.
+    """
+    if sum(lengths) != len(q) or min(lengths, default=1) < 1:
+        raise UserError(
+            f"Texts of {len(q)} tokens cannot have the lengths {list(lengths)}; give positive ones of that sum."
+        )
+    return call("isolated_attention", backend, q, k, v, lengths, products)
 
 
 def route(

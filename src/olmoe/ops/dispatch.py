@@ -28,7 +28,7 @@ AUTO = "auto"
 # Fastest first; a new backend adds its name here.
 PRIORITY = ("cpu", "torch", "reference")
 # The operations whose results have autocast's dtype, like those of torch's own.
-LOWERED = ("linear", "attention")
+LOWERED = ("linear", "attention", "isolated_attention")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ E experts, K experts per token, M = N*K routed rows, F expert width, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -155,6 +155,18 @@ def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
 def lowered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
     """`attention` of q, k and v rounded to `dtype`. Faster backends also round probabilities before they multiply v."""
     return attention(*(rounded(t, dtype) for t in (q, k, v)), mask, causal)
+
+
+@register("isolated_attention", "reference")
+def isolated_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], products: torch.dtype | None) -> Tensor:
+    """Causal attention within each of several texts that lie end to end. q (N, H, Dh), k and v (N, G, Dh)."""
+    outputs = []
+    for text in zip(*(t.split(list(lengths)) for t in (q, k, v)), strict=True):
+        heads = [t.transpose(0, 1).unsqueeze(0) for t in text]
+        lowered = products is not None
+        out = lowered_attention(*heads, None, True, products) if lowered else attention(*heads, None, True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @register("lowered_moe", "reference")

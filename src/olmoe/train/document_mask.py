@@ -9,12 +9,12 @@ Shapes legend: B windows, T positions, N tokens of all documents, H heads, G KV 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from olmoe import ops
 from olmoe.model import Attend, causal_attend
 
 
@@ -49,17 +49,10 @@ def isolated_attend(lengths: Sequence[int], products: torch.dtype | None = None)
 
     Leading dimensions of what it is called with may be any that hold these tokens in order.
     """
-    # Neighbours of the same length are computed together, as are whole windows.
-    runs = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
-    sizes = [length * count for length, count in runs]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (..., H, Dh), k and v (..., G, Dh) -> (..., H, Dh)."""
-        parts = zip(*(t.reshape(-1, *t.shape[-2:]).split(sizes) for t in (q, k, v)), strict=True)
-        outputs = []
-        for part, (length, count) in zip(parts, runs, strict=True):
-            one_q, one_k, one_v = (t.unflatten(0, (count, length)) for t in part)
-            outputs.append(causal_attend(one_q, one_k, one_v, layer, products).flatten(0, 1))
-        return torch.cat(outputs).view(q.shape)
+        flat_q, flat_k, flat_v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+        return ops.isolated_attention(flat_q, flat_k, flat_v, lengths, products=products).view(q.shape)
 
     return attend

@@ -171,6 +171,28 @@ def test_attention_of_tensors_that_lie_otherwise(kernels_only):
         assert error(mine, theirs) < 5e-6
 
 
+@pytest.mark.parametrize("lengths", [[1] * 5, [9, 1, 70, 2, 300, 64], [400]], ids=str)
+@pytest.mark.parametrize("products", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_each_of_several_texts_is_computed_as_if_it_were_alone(lengths, products, kernels_only):
+    """With the same bits, forward and backward, in one call."""
+    if products is not None and not training.takes_products(products, torch.ones(1)):
+        pytest.skip("this CPU has no instruction for it")
+    inputs = [leaf(sum(lengths), heads, 48, seed=i) for i, heads in enumerate((4, 2, 2))]
+    out = ops.isolated_attention(*inputs, lengths, products=products)
+    direction = random(*out.shape, seed=9)
+    found = torch.autograd.grad(out, inputs, direction)
+    start = 0
+    for length in lengths:
+        at = slice(start, start + length)
+        alone = [t.detach()[at].transpose(0, 1).unsqueeze(0).requires_grad_() for t in inputs]
+        one = ops.attention(*alone, causal=True, products=products)
+        assert torch.equal(out[at], one[0].transpose(0, 1))
+        gradients = torch.autograd.grad(one, alone, direction[at].transpose(0, 1).unsqueeze(0))
+        for ours, theirs in zip(found, gradients, strict=True):
+            assert torch.equal(ours[at], theirs[0].transpose(0, 1))
+        start += length
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)], ids=str)
 def test_gradients_of_some_inputs_of_attention_only(frozen, kernels_only):
     inputs = attention_inputs(1, 4, 2, 70, 16)

@@ -62,6 +62,10 @@ CALLS = {
         lambda: [leaf(2, 90, 3, 10), random(90, 5, seed=1), random(90, 5, seed=2)],
     ),
     "attention": (attention, lambda: attention_inputs(2, 4, 2, 300, 32)),
+    "isolated_attention": (
+        lambda q, k, v: ops.isolated_attention(q, k, v, [70, 1, 300, 29]),
+        lambda: [leaf(400, 4, 32), leaf(400, 2, 32, seed=1), leaf(400, 2, 32, seed=2)],
+    ),
     "route": (lambda x: ops.route(x, 3)[0], lambda: [leaf(200, 9)]),
     "moe": (moe, lambda: moe_inputs(200, 8, 3, 48, 24)),
     "moe_part": (  # of the experts 2 to 7

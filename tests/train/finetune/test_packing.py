@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import make_model
+from olmoe.model import set_products
 from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.masks import Example
 from olmoe.train.finetune.packing import Batch, pack
@@ -50,3 +51,13 @@ def test_packed_examples_compute_as_alone():
     ):
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_multiplies_as_the_model_does():
+    model, batch = make_model(), Batch.of([Example(np.arange(n), np.arange(n)) for n in (5, 3)])
+    q, k, v = (torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    in_fp32 = batch.attention_for(model)(q, k, v, 0)
+    set_products(model, torch.bfloat16)
+    lowered = batch.attention_for(model)(q, k, v, 0)
+    assert torch.equal(lowered, isolated_attend([5, 3], torch.bfloat16)(q, k, v, 0))
+    assert not torch.equal(lowered, in_fp32)

@@ -8,6 +8,7 @@ Shapes legend: B batch, T sequence, H heads, G KV heads, Dh head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,20 @@ from olmoe.ops.cpu.training import Plain, followed_gradients, numbers_of, room, 
 from olmoe.ops.transforms import followed
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None = None) -> Tensor:
-    """See `ops.attention`, causal and without a mask, for tensors that `fits`."""
-    out: Tensor = _Attention.apply(q, k, v, plain, products)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plain: Plain,
+    products: torch.dtype | None = None,
+    lengths: Sequence[int] = (),
+) -> Tensor:
+    """See `ops.attention`, causal and without a mask, for tensors that `fits`.
+
+    With `lengths`, which must add up to T, texts of these lengths lie end to end in the only example (B = 1), and each
+    sees itself alone.
+    """
+    out: Tensor = _Attention.apply(q, k, v, plain, products, lengths)
     return out
 
 
@@ -51,7 +63,7 @@ def _room_for_heads(like: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("olmoe::causal_attention", mutates_args=())
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lowered: bool) -> tuple[Tensor, Tensor]:
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lowered: bool, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The output, and what backward needs of sums of exponentials (B, H, T).
 
     As an operator of torch, so that selective checkpointing can keep what it returns.
@@ -60,34 +72,42 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lowered: bool) -> tuple[T
     out, sums = _room_for_heads(q), room(*q.shape[:3])
     shared_kernels().causal_forward(
         numbers_of(torch.bfloat16 if lowered else None),
-        _attention_shape(q, k),
+        _attention_shape(q, k, lengths),
         *(_heads(t) for t in (q, k, v, out)),
         sums.data_ptr(),
     )
     return out, sums
 
 
-def _attention_shape(q: Tensor, k: Tensor) -> Any:
+def _attention_shape(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Any:
     batch, heads, tokens, head_dim = q.shape
-    return kernels().AttentionShape(batch, heads, k.shape[1], tokens, head_dim)
+    return kernels().AttentionShape(batch, heads, k.shape[1], tokens, head_dim, list(lengths))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plain: Plain, products: torch.dtype | None) -> Tensor:
-        out, sums = _causal_attention(q, k, v, products is not None)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plain: Plain,
+        products: torch.dtype | None,
+        lengths: Sequence[int],
+    ) -> Tensor:
+        out, sums = _causal_attention(q, k, v, products is not None, lengths)
         ctx.save_for_backward(q, k, v, out, sums)
-        ctx.plain, ctx.products = plain, products
+        ctx.plain, ctx.products, ctx.lengths = plain, products, lengths
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, sums = ctx.saved_tensors
         if followed(grad):
-            return (*followed_gradients(ctx, (q, k, v), grad), None, None)
+            return (*followed_gradients(ctx, (q, k, v), grad), None, None, None)
         inputs = [_with_rows(t) for t in (q, k, v)]
         gradients = [_room_for_heads(t) for t in (q, k, v)]
-        gradient, shape = _with_rows(grad), _attention_shape(q, k)
+        gradient, shape = _with_rows(grad), _attention_shape(q, k, ctx.lengths)
         shared_kernels().causal_backward(
             numbers_of(ctx.products),
             shape,
@@ -95,4 +115,5 @@ class _Attention(torch.autograd.Function):
             sums.data_ptr(),
             *(_heads(t) for t in (gradient, *gradients)),
         )
-        return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None)
+        wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
+        return (*wanted, None, None, None)

@@ -24,7 +24,6 @@ from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.io.atomic import atomic_file
 from olmoe.model import CausalLM
 from olmoe.runtime import log
-from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.chats import Completion, Conversation, Message, Sample
 from olmoe.train.finetune.config import ChatSource, PreferenceConfig
 from olmoe.train.finetune.loop import finetune
@@ -167,7 +166,7 @@ class PreferenceTask(Task[PreferenceConfig]):
         """The log-probability of each example's trained tokens, summed, or for "dpo_norm" their mean: (S,)."""
         examples = [self.examples[number] for number in numbers]
         batch = Batch.of(examples, self.device)
-        hidden = model(batch.ids, batch.positions, isolated_attend(batch.lengths)).hidden
+        hidden = model(batch.ids, batch.positions, batch.attention_for(model)).hidden
         weight = head_weight(model)  # after the pass, which gathers it where ranks share it
         parts = zip(hidden.split(batch.lengths), batch.labels.split(batch.lengths), strict=True)
         sums = torch.stack([-cross_entropy(part, weight, labels) for part, labels in parts])

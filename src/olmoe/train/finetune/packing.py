@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olmoe.model import Attend, CausalLM
+from olmoe.train.document_mask import isolated_attend
 from olmoe.train.finetune.masks import Example
 
 
@@ -42,6 +44,10 @@ class Batch:
             )
         )
         return cls(ids, positions, labels, lengths)
+
+    def attention_for(self, model: CausalLM) -> Attend:
+        """Attention within each example, which multiplies as the products of `model` do (`set_products`)."""
+        return isolated_attend(self.lengths, getattr(model.lm_head, "products", None))  # a packed head has none
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -24,7 +24,6 @@ from olmoe.errors import ConfigError
 from olmoe.model import CausalLM
 from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
 from olmoe.runtime import log
-from olmoe.train.document_mask import isolated_attend
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.finetune.chats import read_samples
 from olmoe.train.finetune.config import ChatSource, SFTConfig
@@ -82,7 +81,7 @@ class ChatTask(Task[SFTConfig]):
             weight = 1.0 if numbers else 0.0
             batch = Batch.of([self.examples[n] for n in numbers or numbers_in_step[:1]], self.device)
             with residual_dropout(model, dropout, self.config.run.seed + first + place * ranks.size):
-                output = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
+                output = model(batch.ids, batch.positions, batch.attention_for(model))
                 loss = cross_entropy(output.hidden, head_weight(model), batch.labels) / divisor
                 load_LE = torch.stack([tokens_per_expert(router) for router in output.routers]).float()
                 counts_LE = counts_LE + load_LE * weight
@@ -149,7 +148,7 @@ def _held_out_loss(model: CausalLM, examples: list[Example], length: int, device
     nats = 0.0
     for numbers, counts in ranks.share(pack([len(example.inputs) for example in examples], max(length, 2048))):
         batch = Batch.of([examples[number] for number in numbers], device)
-        output = model(batch.ids, batch.positions, isolated_attend(batch.lengths))
+        output = model(batch.ids, batch.positions, batch.attention_for(model))
         if counts:
             nats += float(cross_entropy(output.hidden, head_weight(model), batch.labels))
     (nats,) = ranks.sum(torch.tensor([nats], dtype=torch.float64)).tolist()
