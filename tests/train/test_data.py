@@ -342,6 +342,28 @@ def test_a_repeat_that_leaves_no_window_is_refused():
     assert message.endswith("raise its repeat or weight.")  # a source with a weight was told of its repeat
 
 
+def test_a_fraction_of_several_streams_is_that_of_all_their_windows():
+    """Seven windows in streams of one and two: half of them is 3.5, where each by itself would round to nothing."""
+    streams = [np.arange(length) + 1000 * i for i, length in enumerate((20, 35, 39, 20, 25))]
+    mixture = Mixture([(streams, 2.5)], 10, seed=1)
+    assert mixture.windows_per_epoch == 2 * 7 + 4
+    taken = Counter()
+    for number in range(70):
+        found = epoch(mixture, number)
+        counts = Counter(stream for stream, _ in found)
+        assert all(2 * own <= counts[i] <= 3 * own for i, own in enumerate((1, 2, 2, 1, 1)))
+        taken.update(counts)
+    assert [taken[i] / 70 for i in range(5)] == pytest.approx([18 / 7 * own for own in (1, 2, 2, 1, 1)], abs=0.2)
+
+
+def test_whole_passes_over_several_streams_are_those_over_each():
+    """Runs from before streams were sources together continue."""
+    streams = [np.arange(length) + 1000 * i for i, length in enumerate((50, 35))]
+    together = Mixture([(streams, 2.0)], 10, seed=3)
+    apart = Mixture([(stream, 2.0) for stream in streams], 10, seed=3)
+    assert epoch(together, 1) == epoch(apart, 1)
+
+
 def test_sources_keep_their_repeats(tmp_path, tokenizer_file):
     for name in ("a", "b"):
         np.zeros(20, dtype="<u2").tofile(tmp_path / f"{name}.npy")

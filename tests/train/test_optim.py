@@ -74,6 +74,15 @@ def test_every_parameter_decays_in_one_group():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.1), msg=name)
 
 
+def test_the_epsilon_is_the_configured_one():
+    """At the first step the update is lr g / (|g| + eps), whatever the betas: 1 / (1 + 3) of the rate here."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = build_optimizer(torch.nn.ParameterList([parameter]), OptimizerConfig(eps=3.0, learning_rate=0.5))
+    parameter.grad = torch.tensor([1.0, -1.0, 0.0])
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([-0.125, 0.125, 0.0])
+
+
 def test_steps_equal_adamw_written_out_and_torchs_plain_one():
     ours, plain = make_model(), make_model()
     config = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,34 @@ def test_too_many_in_a_row_end_the_run():
     message = refused(lambda: made.admits(math.nan, math.inf, 11), ConfigError)
     assert "3 steps in a row had to be skipped, up to step 11" in message
     assert "skip.limit" in message
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 2.7182818, 1e-30, 0.0])
+def test_steps_that_are_all_alike_are_taken(value):
+    """The mean of 81 times 0.1 is 0.09999999999999999, of which 0.1 is no outlier."""
+    made = StepFilter(SkipConfig(window=100), [])
+    assert all(made.admits(value, value, step) for step in range(1, 201))
+    assert not made.admits(value + 0.01, value, 201)  # without any deviation, what differs stands out
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_decisions_are_those_of_numpy(resumed):
+    random, made, taken, skipped = np.random.default_rng(0), StepFilter(SkipConfig(limit=99), []), [], 0
+    for step in range(1, 1001):
+        loss, norm = random.normal(3, 0.05), abs(random.normal(1, 0.2))
+        if random.random() < 0.04:
+            loss += random.choice([0.1, 0.5, np.nan, np.inf])
+            norm *= random.choice([0.1, 2, 3, np.nan])
+        last = np.array(taken[-128:])
+        known = len(last) >= 64
+        wanted = not known or bool(((loss, norm) <= last.mean(0) + 6 * last.std(0)).all())
+        if resumed and step % 100 == 50:
+            made = StepFilter(SkipConfig(limit=99), [list(pair) for pair in made.recent])
+        assert made.admits(loss, norm, step) is wanted, step
+        skipped += not wanted
+        if wanted and np.isfinite([loss, norm]).all():
+            taken.append((loss, norm))
+    assert 10 < skipped < 100
 
 
 def test_zero_sigmas_skip_nothing():

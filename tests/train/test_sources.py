@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.train.config import load_config
 from olmoe.train.data import Mixture, open_tokens, prepare
 from olmoe.train.loop import train
+from olmoe.train.run_data import open_data
 from olmoe.train.sources import find_files, names_of, open_sources
+from olmoe.train.state import check_continues
 from sentences import refused
 from training_runs import WORDS, read_metrics, text, write_run
 
@@ -88,7 +91,8 @@ def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
     tokens = [[prepare(p, tokenizer_file, tmp_path, EOS) for p in files[0].paths]]
 
     def streams(length):
-        return [list(stream) for stream, _ in open_sources(files, tokens, VOCAB_SIZE, length)]
+        ((opened, _),) = open_sources(files, tokens, VOCAB_SIZE, length)
+        return [list(stream) for stream in opened]
 
     assert streams(10) == [[2] * 40, [1] * 15 + [3] * 7 + [4] * 3]
     assert streams(15) == [[1] * 15 + [3] * 7 + [4] * 3 + [2] * 40]  # the short ones alone are still too short
@@ -111,15 +115,64 @@ def test_weights_are_shares_of_windows_whatever_the_sizes(tmp_path, tokenizer_fi
     files = find_files(config)["train"]
     tokens = [[prepare(p, tokenizer_file, tmp_path, EOS) for p in each.paths] for each in files]
     streams = open_sources(files, tokens, VOCAB_SIZE, 10)
-    assert sum(len(stream) for stream, _ in streams) == 12000
+    assert [sum(map(len, group)) for group, _ in streams] == [3000, 9000]
     mixture = Mixture(streams, 10, seed=1)
     assert mixture.windows_per_epoch == pytest.approx(1200, rel=0.01)
     for epoch in range(2):
         start = epoch * mixture.windows_per_epoch
         drawn = [mixture.window(start + i) for i in range(mixture.windows_per_epoch)]
         assert np.mean([window.max() < 100 for window in drawn]) == pytest.approx(0.75, abs=0.005)
-    passes = {repeat for _, repeat in streams[:3]}
-    assert passes == {0.75 * 12000 / 3000}  # of all shards of a source
+    windows = {"web": 89 + 149 + 59, "code": 899}  # so many, wherever a pass starts
+    assert streams[0][1] == pytest.approx(0.75 * sum(windows.values()) / windows["web"])  # of all shards of a source
+
+
+@pytest.mark.parametrize("sizes", [[29] * 60, [20] * 60, list(range(20, 90))], ids=["29", "20", "20-89"])
+@pytest.mark.parametrize("weight", [0.5, 0.03])
+def test_shares_of_windows_hold_for_many_short_files(tmp_path, tokenizer_file, sizes, weight):
+    """A file of 29 tokens has but one window of 10 at any start, and 0.03 of the epoch is less than one of each."""
+    generator = np.random.default_rng(1)
+    (tmp_path / "short").mkdir()
+    for number, length in enumerate(sizes):
+        np.full(length, number).astype("<u2").tofile(tmp_path / "short" / f"{number:02}.npy")
+    generator.integers(100, 200, 9000).astype("<u2").tofile(tmp_path / "long.npy")
+    weighted = [{"path": "short", "weight": weight}, {"path": "long.npy", "weight": 1 - weight}]
+    config = load_config(write_run(tmp_path, tokenizer_file, data={"train": weighted}))
+    files = find_files(config)["train"]
+    tokens = [[prepare(p, tokenizer_file, tmp_path, EOS) for p in each.paths] for each in files]
+    mixture = Mixture(open_sources(files, tokens, VOCAB_SIZE, 10), 10, seed=1)
+    epochs, size = 40, mixture.windows_per_epoch
+    drawn = [mixture.window(i) for i in range(epochs * size)]
+    found = Counter(int(window[0]) for window in drawn if window.max() < 100)
+    assert sum(found.values()) / len(drawn) == pytest.approx(weight, abs=0.5 / size + 1e-9)
+    # Over the epochs every file gets its part, within five deviations of independent draws.
+    windows = [(length - 10) // 10 for length in sizes]
+    for number, own in enumerate(windows):
+        expected = weight * len(drawn) * own / sum(windows)
+        assert abs(found[number] - expected) <= 5 * expected**0.5 + 1, number
+    again = Mixture(open_sources(files, tokens, VOCAB_SIZE, 10), 10, seed=1)
+    assert [again.window(i).tolist() for i in (3 * size, 7)] == [drawn[3 * size].tolist(), drawn[7].tolist()]
+
+
+def test_runs_whose_windows_would_now_be_others_are_told_apart(tmp_path, tokenizer_file):
+    """Where shares are drawn otherwise than before, an older run must not silently go on; all others must."""
+    for name in ("a", "b", "c/1", "c/2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.zeros(100, "<u2").tofile(tmp_path / f"{name}.npy")
+
+    def fingerprint(*sources):
+        return open_data(load_config(write_run(tmp_path, tokenizer_file, data={"train": [*sources]})), [])[
+            1
+        ].fingerprint()
+
+    same = fingerprint({"path": "a.npy"}, {"path": "b.npy", "repeat": 0.5}, {"path": "c", "repeat": 2.0})
+    assert "drawing" not in same
+    for other in ({"path": "a.npy", "weight": 1.0},), ({"path": "c", "repeat": 0.5},):
+        now = fingerprint(*other)
+        assert now["drawing"] == 2
+        before = {key: value for key, value in now.items() if key != "drawing"}
+        check_continues(tmp_path, now, now)
+        message = refused(lambda was=before, now=now: check_continues(tmp_path, was, now), ConfigError)
+        assert message.startswith("How windows are drawn from sources with a weight")
 
 
 def test_more_shards_than_a_process_may_have_open(tmp_path):

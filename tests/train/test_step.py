@@ -98,6 +98,8 @@ def test_windows_that_repeat_themselves_train_no_prediction(model):
         )
     (loss + auxiliary).backward()
     assert found.cross_entropy == pytest.approx(float(loss.detach()), rel=1e-5)
+    reported = weights[0] * found.load_balancing + weights[1] * found.router_z
+    assert reported == pytest.approx(float(auxiliary.detach()), rel=1e-5)
     for ours, theirs in zip(kept, gradients(model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
@@ -175,6 +177,7 @@ def test_a_record_tells_the_load_of_every_expert():
     assert values["expert_load"] == [[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]]
     assert values["expert_entropy"] == [1, 0, 0.5]
     assert values["dead_experts"] == [0, 3, 2]
+    assert values["max_load_over_mean"] == pytest.approx((1 + 4 + 2) / 3)  # each layer by itself
     assert values["router_margin"] == [0.5, 0.1, 0]
     assert values["router_cutoff_margin"] == [0.25, None, 0]
 

@@ -1,5 +1,7 @@
 """Upcycling: which forms keep the dense function, and what experts and routers are made of."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -57,6 +59,27 @@ def test_scaled_keeps_it_nearly_and_plain_does_not(dense, split):
     far = {form: (logits_of(upcycled(dense, experts=8, top_k=2, split=split, form=form)) - expected).abs().mean()
            for form in ("scaled", "plain")}  # fmt: skip
     assert far["scaled"] < 0.25 * far["plain"]
+
+
+@pytest.mark.parametrize("numbers", [(8, 2, 1), (8, 1, 1), (64, 8, 2)], ids=["2 of 8", "1 of 8", "8 halves of 64"])
+@pytest.mark.parametrize("width", [32, 1024])
+def test_scaled_keeps_the_size_of_outputs_whatever_the_width(tmp_path, numbers, width):
+    """Router logits grow with it: at 1024 two of eight experts have 0.45, not a quarter."""
+    config = dataclasses.replace(DENSE, hidden_size=width, num_hidden_layers=1)
+    model = CausalLM(config)
+    initialize(model, seed=5)
+    generator = torch.Generator().manual_seed(7)
+    norm = model.model.layers[0].post_attention_layernorm
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(width, generator=generator) + 0.5)
+    export.save(model, tmp_path / "dense")
+    source = Checkpoint.open(tmp_path / "dense").source()
+    experts, top_k, split = numbers
+    sparse = upcycled(source, experts=experts, top_k=top_k, split=split, form="scaled")
+    with torch.inference_mode():
+        x = norm(torch.randn(2000, width, generator=generator))
+        whole, parts = (each.model.layers[0].mlp(x)[0] for each in (model, sparse))
+    assert float((whole * parts).sum() / whole.square().sum()) == pytest.approx(1, abs=0.03)
 
 
 def test_plain_is_exact_where_every_expert_is_chosen_and_whole(dense):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,38 +203,78 @@ def _refuse_beyond(ids: Tokens, vocab_size: int, path: str, hint: str = "") -> N
         raise ConfigError(f"{path} holds the id {wrong}, beyond the model's vocabulary of {vocab_size}{hint}.")
 
 
+def windows_in(tokens: Tokens, length: int) -> int:
+    """How many windows one pass over a stream has: wherever it starts, so that epochs are equally long."""
+    return (len(tokens) - length) // length
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The windows of a source's streams, and how often an epoch passes over them."""
+
+    windows: list[int]
+    repeat: float
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return sum(self.windows) * math.floor(self.repeat) + self._of_fraction
+
+    @property
+    def _of_fraction(self) -> int:
+        """Windows of the pass that is not whole."""
+        return round(sum(self.windows) * (self.repeat % 1))
+
+    def passes(self, generator: np.random.Generator) -> Iterator[tuple[int, list[int]]]:
+        """For each stream its windows, and how many of them an epoch takes in each pass.
+
+        The last pass takes a share. Rounded for each stream by itself, that of short ones would be another one than is
+        wanted, or none; so what is left over by one goes to the next, from a point that is drawn again each epoch.
+        """
+        total, part = sum(self.windows), self._of_fraction
+        shift = int(generator.integers(total)) if part and len(self.windows) > 1 else 0
+        behind = 0
+        for windows in self.windows:
+            count = ((behind + windows) * part + shift) // total - (behind * part + shift) // total
+            behind += windows
+            yield windows, [windows] * math.floor(self.repeat) + [count]
+
+
 class Mixture:
     """An endless, deterministic sequence of training windows over several token files.
 
-    An epoch visits each source `repeat` times, cut into windows of `length` ids from a start drawn again
-    for each pass, all shuffled together. Window `i` depends only on the seed and `i`, so that a resumed run
-    continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
+    An epoch visits each source, one stream of ids or several, `repeat` times, cut into windows of `length` ids from a
+    start drawn again for each pass, all shuffled together. Window `i` depends only on the seed and `i`, so that a
+    resumed run continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
 
     With `vocab_size`, a window with an id beyond it raises `ConfigError`.
     """
 
     def __init__(
-        self, sources: list[tuple[Tokens, float]], length: int, seed: int, vocab_size: int | None = None
+        self,
+        sources: Sequence[tuple[Tokens | list[Tokens], float]],
+        length: int,
+        seed: int,
+        vocab_size: int | None = None,
     ) -> None:
-        self._sources, self._length, self._seed, self._vocab_size = sources, length, seed, vocab_size
-        # The largest start leaves every pass the same number of windows, so that epochs are equally long.
-        self._windows = [(len(tokens) - length) // length for tokens, _ in sources]
-        self._parts = [
-            [windows] * math.floor(repeat) + [round(windows * (repeat % 1))]
-            for windows, (_, repeat) in zip(self._windows, sources, strict=True)
-        ]
-        for (tokens, repeat), windows, parts in zip(sources, self._windows, self._parts, strict=True):
-            if windows < 1:
+        self._length, self._seed, self._vocab_size = length, seed, vocab_size
+        groups = [tokens if isinstance(tokens, list) else [tokens] for tokens, _ in sources]
+        self._streams = [tokens for group in groups for tokens in group]
+        self._groups: list[_Group] = []
+        for group, (_, repeat) in zip(groups, sources, strict=True):
+            for tokens in group:
+                if len(tokens) < 2 * length:
+                    raise ConfigError(
+                        f"{origin(tokens)} holds {len(tokens)} tokens, too few for windows of {length}, which need at "
+                        f"least {2 * length}; use a longer file or a data.sequence_length of at most "
+                        f"{len(tokens) // 2}."
+                    )
+            self._groups.append(_Group([windows_in(tokens, length) for tokens in group], repeat))
+            if self._groups[-1].windows_per_epoch == 0:
                 raise ConfigError(
-                    f"{origin(tokens)} holds {len(tokens)} tokens, too few for windows of {length}, which need at "
-                    f"least {2 * length}; use a longer file or a data.sequence_length of at most {len(tokens) // 2}."
-                )
-            if sum(parts) == 0:
-                raise ConfigError(
-                    f"An epoch passes {repeat:g} times over {origin(tokens)}, which is less than one window; raise "
+                    f"An epoch passes {repeat:g} times over {origin(group[0])}, which is less than one window; raise "
                     "its repeat or weight."
                 )
-        self.windows_per_epoch = sum(sum(parts) for parts in self._parts)
+        self.windows_per_epoch = sum(group.windows_per_epoch for group in self._groups)
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty((0, 2), np.int64)
 
@@ -243,23 +283,24 @@ class Mixture:
         epoch, position = divmod(index, self.windows_per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
-        source, start = self._order[position]
-        tokens = self._sources[source][0]
+        stream, start = self._order[position]
+        tokens = self._streams[stream]
         ids: npt.NDArray[np.int64] = tokens[start : start + self._length].astype(np.int64)
         if self._vocab_size is not None:
             _refuse_beyond(ids, self._vocab_size, origin(tokens))
         return ids
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
-        """(source, start) of every window of an epoch, in training order."""
+        """(stream, start) of every window of an epoch, in training order."""
         generator = np.random.default_rng((self._seed, epoch))
         chosen_of = []
-        for source, parts in enumerate(self._parts):
-            for count in parts:
+        passes = (each for group in self._groups for each in group.passes(generator))
+        for stream, (windows, counts) in enumerate(passes):
+            for count in counts:
                 first = int(generator.integers(self._length))
-                chosen = generator.permutation(self._windows[source])[:count]
+                chosen = generator.permutation(windows)[:count]
                 starts = first + chosen * self._length
-                chosen_of.append(np.stack((np.full_like(starts, source), starts), axis=1))
+                chosen_of.append(np.stack((np.full_like(starts, stream), starts), axis=1))
         order = np.concatenate(chosen_of)
         return order[generator.permutation(len(order))]
 

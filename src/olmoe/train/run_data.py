@@ -38,11 +38,14 @@ class RunData:
     measured: list[tuple[TokenFile, Tokens]]
     tokenizer_path: Path
     tokenizer_files: dict[str, str]  # what checkpoints hold of the tokenizer, by name
+    is_shared_out: bool = False  # whether sources have weights, or an epoch takes a share of several files
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change while a run goes on, as far as it is data; `TrainConfig.fingerprint` has the rest."""
         files = [*self.train_files, *(file for file, _ in self.held_out)]
-        return {
+        # The second way; runs whose windows are the same in both do not say.
+        drawing = {"drawing": 2} if self.is_shared_out else {}
+        return drawing | {
             "texts": {file.name: file.source_sha256 or file.tokens for file in files},
             "templates": {file.name: file.template_sha256 for file in files if file.template_sha256},
             "token_samples": {file.name: sample_sha256(file) for file in files if not file.source_sha256},
@@ -71,14 +74,16 @@ def open_data(config: TrainConfig, recorded: list[str]) -> tuple[TrainConfig, Ru
     train_files, valid_files, measured_files = (list(chain.from_iterable(prepared[group])) for group in groups)
     allow_open_files(len(train_files) + len(valid_files) + len(measured_files))
     length = config.data.sequence_length
-    streams = open_sources(groups["train"], prepared["train"], vocab_size, length)
+    sources = open_sources(groups["train"], prepared["train"], vocab_size, length)
     return config, RunData(
-        mixture=Mixture(streams, length, config.run.seed, vocab_size),
+        mixture=Mixture(sources, length, config.run.seed, vocab_size),
         train_files=train_files,
         held_out=[(file, open_tokens(file, vocab_size)) for file in valid_files],
         measured=[(file, open_tokens(file, vocab_size)) for file in measured_files],
         tokenizer_path=tokenizer_path,
         tokenizer_files=_tokenizer_files(config, tokenizer_path),
+        is_shared_out=any(source.weight is not None for source in config.data.train)
+        or any(len(streams) > 1 and repeat % 1 for streams, repeat in sources),
     )
 
 

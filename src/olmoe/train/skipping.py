@@ -25,7 +25,9 @@ def is_skipped(config: SkipConfig, losses: Sequence[float], norms: Sequence[floa
 
 
 def _is_beyond(sigmas: float, last: Sequence[float], value: float) -> bool:
-    return not value <= statistics.fmean(last) + sigmas * statistics.pstdev(last)  # true of nan
+    mean = statistics.fmean(last)
+    # The mean of equal values may be rounded to just below them.
+    return not (value <= mean + sigmas * statistics.pstdev(last) or math.isclose(value, mean))  # true of nan
 
 
 class StepFilter:

@@ -15,7 +15,7 @@ import numpy as np
 from olmoe.errors import ConfigError
 from olmoe.runtime import log
 from olmoe.train.config import Source, TrainConfig
-from olmoe.train.data import TokenFile, Tokens, is_description, name_files, open_tokens, origin, prepare
+from olmoe.train.data import TokenFile, Tokens, is_description, name_files, open_tokens, origin, prepare, windows_in
 
 # What a folder is searched for; a file that is named, or that a pattern matches, may be called otherwise.
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".npy")
@@ -97,23 +97,24 @@ def prepare_files(
 
 def open_sources(
     files: list[SourceFiles], tokens: list[list[TokenFile]], vocab_size: int, length: int
-) -> list[tuple[Tokens, float]]:
-    """Token streams of sources with their repeat factors. Files too short for two windows are joined with others."""
+) -> list[tuple[list[Tokens], float]]:
+    """The token streams of each source with its repeat factor. Files too short for two windows are joined."""
     streams = [_joined([open_tokens(file, vocab_size) for file in group], length) for group in tokens]
-    repeats = _repeats([found.source for found in files], [sum(map(len, group)) for group in streams])
-    return [(stream, repeat) for group, repeat in zip(streams, repeats, strict=True) for stream in group]
+    windows = [sum(max(0, windows_in(stream, length)) for stream in group) for group in streams]
+    return list(zip(streams, _repeats([found.source for found in files], windows), strict=True))
 
 
-def _repeats(sources: list[Source], sizes: list[int]) -> list[float]:
-    """How often an epoch passes over each source of so many tokens.
+def _repeats(sources: list[Source], windows: list[int]) -> list[float]:
+    """How often an epoch passes over each source of so many windows.
 
-    With weights an epoch has about as many tokens as there are, shared out by them.
+    With weights an epoch has about as many windows as there are, shared out by them.
     """
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return [source.repeat for source in sources]
-    tokens = sum(sizes) / sum(weights)  # of an epoch for a weight of 1
-    return [weight * tokens / size for weight, size in zip(weights, sizes, strict=True)]
+    unit = sum(windows) / sum(weights)  # of an epoch for a weight of 1
+    # A source without a window is refused later.
+    return [weight * unit / max(own, 1) for weight, own in zip(weights, windows, strict=True)]
 
 
 def _joined(opened: list[Tokens], length: int) -> list[Tokens]:

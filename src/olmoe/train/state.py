@@ -338,6 +338,8 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing that changed between two fingerprints, in words."""
     for section in {**now, **was}:
+        if section == "drawing" and section not in was and "texts" in was:
+            return "How windows are drawn from sources with a weight, or with a share of several files, changed"
         if section not in was or section == "measured":  # older versions compared less
             continue
         if section not in now:

@@ -8,12 +8,14 @@ A token's output is the sum of its K experts' outputs times their probabilities,
 their sum. Three forms treat that differently:
 
     normalized   `norm_topk_prob = true`: probabilities are divided by their sum, and the function is the dense one's
-    scaled       `down` times E / K: the same on average, because a new router gives about 1 / E to each expert
-    plain        as in the paper's script: outputs shrink to about K / E, and the loss jumps until training repairs it
+    scaled       `down` over the mean of that sum for a new router: the function is the dense one's on average
+    plain        as in the paper's script: outputs shrink by that sum, and the loss jumps until training repairs it
 
-With `split` parts the first two multiply `down` by as much again, since each expert has only that share of the width.
+The sum is K / E only if router logits are small. They grow with the root of D, and the chosen experts are the likeliest
+ones: at D = 128 two of eight have 0.32, at OLMo-1B's 2048 they have 0.54. With `split` parts the first two forms
+multiply `down` by as much again, since each expert has only that share of the width.
 
-Shapes legend: D hidden, E experts, K experts per token, F width of the dense MLP.
+Shapes legend: N tokens, D hidden, E experts, K experts per token, F width of the dense MLP.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from olmoe.weights.source import WeightSource
 
 FORMS = ("normalized", "scaled", "plain")
 ROUTER_STD = 0.02  # the paper's, for new routers and for noise
+_TOKENS = 4096  # random ones, which tell what a new router gives to the experts that it chooses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +68,6 @@ class Upcycling:
                 f"noise is a share from 0 to 1 and noise_std at least 0, not {self.noise} and {self.noise_std}."
             )
 
-    @property
-    def down_factor(self) -> float:
-        """What `down` is multiplied with."""
-        return {
-            "normalized": float(self.split),
-            "scaled": self.experts * self.split / self.top_k,
-            "plain": 1.0,
-        }[self.form]
-
 
 class UpcycledSource:
     """A dense source (a `WeightSource` with one expert) as a mixture of experts, read matrix by matrix."""
@@ -87,6 +81,7 @@ class UpcycledSource:
             raise UserError(f"The MLP's width of {config.intermediate_size} cannot be split into {plan.split} parts.")
         self._dense, self._plan = dense, plan
         self._last: tuple[str, Tensor] | None = None  # what was read last: experts are copies of one matrix
+        self._factors: dict[str, float] = {}  # of `down`, by block
         self.config = dataclasses.replace(
             config,
             num_experts=plan.experts,
@@ -111,7 +106,7 @@ class UpcycledSource:
         width = self.config.intermediate_size
         rows = slice(part * width, (part + 1) * width)
         if parameter.endswith(DOWN):
-            weight = whole[:, rows] * self._plan.down_factor
+            weight = whole[:, rows] * self._down_factor(parameter.removesuffix(f"{EXPERTS}.{DOWN}"))
         else:
             assert parameter.endswith(GATE_UP)
             weight = torch.cat([half[rows] for half in whole.chunk(2)])
@@ -125,6 +120,18 @@ class UpcycledSource:
         if self._last is None or self._last[0] != parameter:
             self._last = parameter, self._dense.read(parameter, 0)
         return self._last[1]
+
+    def _down_factor(self, block: str) -> float:
+        """What `down` of a block, such as `model.layers.0.mlp.`, is multiplied with."""
+        plan = self._plan
+        if plan.form != "scaled":
+            return float(plan.split) if plan.form == "normalized" else 1.0
+        if block not in self._factors:
+            norm = self._dense.read(f"{block.removesuffix('mlp.')}post_attention_layernorm.weight").float()
+            tokens_ND = norm * torch.randn(_TOKENS, len(norm), generator=self._generator(f"{block}tokens"))
+            p_NE = (tokens_ND @ self._router(f"{block}gate.weight").T).softmax(dim=-1)
+            self._factors[block] = plan.split / float(p_NE.topk(plan.top_k).values.sum(dim=-1).mean())
+        return self._factors[block]
 
     def _router(self, parameter: str) -> Tensor:
         groups = self.config.num_experts // self._plan.split

@@ -35,6 +35,15 @@ def test_repeats_weigh_sources():
     assert [counts[n] for n in range(8, 12)] == [2] * 4
 
 
+def test_a_fraction_is_drawn_anew_each_epoch():
+    """In the long run every sample is seen equally often."""
+    made = plan(capacity=None, repeats=(0.5, 1.0), epochs=400.0)
+    counts = seen(made)
+    assert sum(counts[n] for n in range(8)) == 400 * 4
+    assert all(150 < counts[n] < 250 for n in range(8))
+    assert [counts[n] for n in range(8, 12)] == [400] * 4
+
+
 def test_steps_have_their_rows_and_the_last_what_is_left():
     made = plan(capacity=None)
     assert made.steps == 3
