@@ -16,7 +16,7 @@ from packed_folders import WHOLE, packed_folder
 pytestmark = pytest.mark.skipif(extension.unavailable() is not None, reason="torch adds in another order in batches")
 
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = [*PLAIN, "int8", "int4", "q4_0"]  # int4 has q5_0 in its first and last layers
+FORMATS = [*PLAIN, "int8", "int4", "q4_0"]  # int4 has embeddings and head in q5_0
 SHAPES = {
     **WHOLE,
     "hidden_size": 96,
