@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 
@@ -75,13 +76,16 @@ void use_shared_pool(int jobs) {
   }
 }
 
+// Without a file of locks no process counts as having left: threads of one process cannot lock each other out.
+constexpr int kNoFile = -1;
+
 // Threads in the place of processes: what each wrote before a meeting is there for the others after it.
 void meet_others(int rank, int processes, int turns, char* counters, std::vector<int>& written) {
   for (int turn = 1; turn <= turns; turn++) {
     written[rank] = turn;
-    check(meet(counters, processes, rank, 2 * turn - 1, 60) == -1, "all have come");
+    check(meet(counters, kNoFile, processes, rank, 2 * turn - 1, 60) == -1, "all have come");
     for (int p = 0; p < processes; p++) check(written[p] == turn, "what others wrote");
-    check(meet(counters, processes, rank, 2 * turn, 60) == -1, "all have read");
+    check(meet(counters, kNoFile, processes, rank, 2 * turn, 60) == -1, "all have read");
   }
 }
 
@@ -95,7 +99,12 @@ void run_meetings() {
   meet_others(0, kProcesses, 500, counters, written);
   for (std::thread& other : others) other.join();
   alignas(64) char alone[2 * kCounterBytes] = {};
-  check(meet(alone, 2, 0, 1, 0.01) == 1, "who has not come");
+  check(meet(alone, kNoFile, 2, 0, 1, 0.01) == 1, "who has not come");
+  std::FILE* unlocked = std::tmpfile();
+  const auto begin = std::chrono::steady_clock::now();
+  check(meet(alone, fileno(unlocked), 2, 0, 2, 60) == 1, "who has left");
+  check(std::chrono::steady_clock::now() - begin < std::chrono::seconds(30), "noticed before the time is over");
+  std::fclose(unlocked);
 }
 
 }  // namespace

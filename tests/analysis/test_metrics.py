@@ -345,7 +345,7 @@ def test_next_ids_stay_within_documents():
     assert metrics.next_ids(np.array([4, 5, 6, 7]), np.array([0, 2])).tolist() == [5, -1, 7, -1]
 
 
-def test_nothing_is_nothing():
+def test_empty_inputs_give_empty_outputs():
     none = np.zeros((0, L, K), dtype=np.uint8)
     assert metrics.load(none, E).sum() == 0
     assert metrics.saturation(none, none).tolist() == [0] * L

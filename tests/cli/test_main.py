@@ -198,7 +198,7 @@ def test_user_errors_are_their_sentence_and_2(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "olmoe: The moon is full; wait.\n")
 
 
-def test_an_interrupt_is_130(monkeypatch, capsys):
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     fail_with(monkeypatch, KeyboardInterrupt())
     assert main(["info"]) == 130
     assert capsys.readouterr() == ("", "olmoe: interrupted\n")

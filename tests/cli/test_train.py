@@ -103,7 +103,7 @@ def test_files_that_are_no_configuration_are_one_sentence(tmp_path, tokenizer_fi
         sentence(capsys)
 
 
-def test_a_run_is_neither_overwritten_nor_invented(tmp_path, tokenizer_file, capsys):
+def test_an_existing_run_is_not_overwritten_nor_a_missing_one_created(tmp_path, tokenizer_file, capsys):
     path = write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 64})
     assert main(["train", str(path), "--resume"]) == 2
     assert "without --resume" in sentence(capsys)

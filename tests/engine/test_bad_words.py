@@ -14,21 +14,21 @@ def banned(state, size: int = 3) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little") == 0).tolist())
 
 
-def test_the_last_token_is_banned_behind_the_others():
+def test_the_last_token_is_banned_after_the_others():
     state = BadWords([(5,), (1, 2), (1, 2, 95), ()]).start()
     assert banned(state) == {5}
     state.accept(1)
     assert banned(state) == {5, 2}
     state.accept(1)
     assert banned(state) == {5, 2}
-    state.accept(2)  # whoever lets it through
+    state.accept(2)  # letting the banned token through is an error
     assert banned(state) == {5, 95}
     state.accept(31)
     assert banned(state) == {5}
     assert not state.finished
 
 
-def test_the_bit_of_the_sign_is_one_like_others():
+def test_the_sign_bit_of_a_mask_word_works_like_others():
     assert banned(BadWords([(31,), (63,)]).start()) == {31, 63}
 
 
@@ -50,7 +50,7 @@ class Even:
         self.seen.append(token_id)
 
 
-def test_within_another_grammar():
+def test_bad_words_combine_with_a_grammar():
     within = Even()
     state = BadWords([(4,)], within).start()
     assert banned(state) == {*range(1, 96, 2), 4}
@@ -61,7 +61,7 @@ def test_within_another_grammar():
     assert within.seen == [2, 6, 8]
 
 
-def test_words_do_not_come():
+def test_bad_words_are_never_generated():
     llm = LLM()
     prompt, params = "Once upon a time", {"max_new_tokens": 40}
     text = llm.generate(prompt, SamplingParams(**params))[0].text
@@ -74,6 +74,6 @@ def test_words_do_not_come():
 
 
 @pytest.mark.parametrize("words", [[""], ["ok", " \n"]])
-def test_blanks_are_no_words(tokenizer, words):
+def test_blank_bad_words_are_refused(tokenizer, words):
     with pytest.raises(UserError, match="bad_words must be made of words"):
         BadWords.of_words(words, tokenizer)

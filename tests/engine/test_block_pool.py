@@ -1,4 +1,4 @@
-"""The pool of blocks: who holds what, and what can be found again."""
+"""The block pool: who holds which blocks, and which cached blocks can be found again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from olmoe.engine.block_pool import BlockPool, next_hash
 NAMES = [bytes([i]) * 32 for i in range(10)]
 
 
-def test_all_or_nothing():
+def test_allocation_is_all_or_nothing():
     pool = BlockPool(4, 64)
     held = pool.allocate(3)
     assert pool.allocate(2) is None
@@ -40,14 +40,14 @@ def test_blocks_are_shared_until_the_last_holder_leaves():
     assert pool.match(NAMES) == held[:1]
     pool.release(held[:1])
     assert pool.used == 0
-    assert pool.match(NAMES) == held[:1]  # until its memory is needed
+    assert pool.match(NAMES) == held[:1]  # cached until its memory is needed
     assert pool.available(held[:1]) == 2
     pool.take(held[:1])
     assert pool.free == 2
     pool.check()
 
 
-def test_unpublished_blocks_go_first_then_ends_before_beginnings():
+def test_eviction_takes_unpublished_blocks_first_then_ends_before_beginnings():
     pool = BlockPool(4, 64)
     held = pool.allocate(3)
     for block, name in zip(held, NAMES, strict=False):
@@ -62,7 +62,7 @@ def test_unpublished_blocks_go_first_then_ends_before_beginnings():
     pool.check()
 
 
-def test_what_is_published_twice_is_found_once():
+def test_blocks_published_twice_are_found_once():
     pool = BlockPool(4, 64)
     one, two = pool.allocate(2)
     pool.publish(one, NAMES[0])
@@ -75,7 +75,7 @@ def test_what_is_published_twice_is_found_once():
     pool.check()
 
 
-def test_a_hash_covers_all_tokens_before():
+def test_a_hash_covers_all_preceding_tokens():
     first, other = next_hash(b"", [1, 2]), next_hash(b"", [2, 1])
     assert first != other
     assert next_hash(first, [3, 4]) != next_hash(other, [3, 4])
@@ -83,7 +83,7 @@ def test_a_hash_covers_all_tokens_before():
     assert next_hash(b"", [1, 2]) == first
 
 
-def test_nobody_leaves_twice():
+def test_releasing_a_block_twice_is_an_error():
     pool = BlockPool(2, 64)
     held = pool.allocate(1)
     pool.release(held)

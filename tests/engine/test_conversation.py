@@ -1,4 +1,4 @@
-"""A chat that remembers: what is sent, what stays, and what happens at the end of the context."""
+"""Conversations: what is sent, what is kept, and what happens when the context is full."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def said(llm, messages) -> str:
     return llm.generate(llm.tokenizer.encode_chat(messages), PARAMS)[0].text
 
 
-def test_each_answer_is_that_of_the_whole_chat_so_far(llm):
+def test_each_answer_equals_generating_from_the_whole_chat(llm):
     chat = Conversation(llm, PARAMS, system="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}]
     for question in ("the dog", "the ball"):
@@ -41,7 +41,7 @@ def test_each_answer_is_that_of_the_whole_chat_so_far(llm):
     assert chat.last.finish_reason == "length"
 
 
-def test_an_answer_that_is_left_stays_as_far_as_it_came(llm):
+def test_an_abandoned_answer_is_kept_as_far_as_generated(llm):
     chat = Conversation(llm, PARAMS)
     pieces = chat.ask("the dog")
     first = next(pieces)
@@ -52,7 +52,7 @@ def test_an_answer_that_is_left_stays_as_far_as_it_came(llm):
     assert len(chat.messages) == 2
 
 
-def test_an_interrupted_answer_stays_too(llm, monkeypatch):
+def test_an_interrupted_answer_is_kept_too(llm, monkeypatch):
     chat = Conversation(llm, PARAMS)
     stream = LLM.stream
 
@@ -74,7 +74,7 @@ def test_an_interrupted_answer_stays_too(llm, monkeypatch):
     assert chat.messages[1]["content"]
 
 
-def test_undo_retry_and_reset(llm):
+def test_undo_retry_and_reset_work(llm):
     chat = Conversation(llm, PARAMS, system="Be brief.")
     "".join(chat.ask("one"))
     before = chat.messages
@@ -91,14 +91,14 @@ def test_undo_retry_and_reset(llm):
         assert refused(action) == "Nothing has been asked yet; write a message first."
 
 
-def test_messages_are_copies(llm):
+def test_messages_are_returned_as_copies(llm):
     chat = Conversation(llm, messages=[{"role": "user", "content": "a"}])
     chat.messages[0]["content"] = "b"
     chat.messages.clear()
     assert chat.messages == [{"role": "user", "content": "a"}]
 
 
-def test_nothing_is_dropped_where_the_context_ends(llm):
+def test_a_full_context_drops_no_messages(llm):
     chat = Conversation(llm, dataclasses.replace(PARAMS, max_new_tokens=1000))
     left = chat.left
     assert left == chat.context_length == 256
@@ -111,7 +111,7 @@ def test_nothing_is_dropped_where_the_context_ends(llm):
     assert (chat.messages, chat.last) == (before, last)
 
 
-def test_a_limit_of_the_user_is_no_end_of_the_context(llm):
+def test_a_user_limit_is_not_reported_as_a_full_context(llm):
     chat = Conversation(llm, PARAMS)
     "".join(chat.ask("the dog"))
     assert not chat.cut_by_context
@@ -123,8 +123,8 @@ def test_an_empty_message_is_refused(llm):
     assert refused(lambda: Conversation(llm).ask(" \n")).startswith("The message is empty")
 
 
-def test_the_default_template_ends_an_answer_at_the_next_turn(llm, tokenizer, monkeypatch):
-    """A base model goes on writing turns. Where the checkpoint has a template of its own, nothing is added."""
+def test_the_default_template_stops_answers_at_the_next_turn(llm, tokenizer, monkeypatch):
+    """A base model would go on writing turns. If the checkpoint has its own template, no stop string is added."""
     seen = []
     stream = LLM.stream
     monkeypatch.setattr(LLM, "stream", lambda self, p, params: seen.append(params.stop) or stream(self, p, params))
@@ -137,7 +137,7 @@ def test_the_default_template_ends_an_answer_at_the_next_turn(llm, tokenizer, mo
     assert seen == [["zebra", "<|user|>", "<|system|>", "<|assistant|>"], ["zebra"]]
 
 
-def test_a_user_error_within_an_answer_changes_nothing(llm, monkeypatch):
+def test_a_user_error_during_an_answer_changes_nothing(llm, monkeypatch):
     chat = Conversation(llm, PARAMS)
 
     class Failing:
@@ -159,7 +159,7 @@ def test_a_user_error_within_an_answer_changes_nothing(llm, monkeypatch):
 # ---- experts ----
 
 
-def test_expert_use_counts_tokens_and_skips_what_chose_none():
+def test_expert_use_counts_tokens_and_skips_unused_slots():
     routing = [
         Routing(np.array([[0, 2], [1, 2]], np.int16), np.ones((2, 2), np.float32)),
         Routing(np.array([[0, 1], [3, -1]], np.int16), np.ones((2, 2), np.float32)),
@@ -167,14 +167,14 @@ def test_expert_use_counts_tokens_and_skips_what_chose_none():
     assert expert_use(routing, 4).tolist() == [[1, 0.5, 0.5, 0], [0, 0.5, 0.5, 0.5]]
 
 
-def test_without_an_answer_no_experts_are_known(llm):
+def test_expert_use_is_unknown_without_an_answer(llm):
     assert refused(Conversation(llm).expert_use).startswith("There is no answer whose experts are known")
 
 
 # ---- files ----
 
 
-def test_messages_go_through_a_file():
+def test_messages_round_trip_through_a_file():
     messages = [
         {"role": "system", "content": "Sei kurz, Mädchen."},
         {"role": "user", "content": 'a\n"b"'},
@@ -207,12 +207,12 @@ def test_content_parts_are_joined():
         ),
     ],
 )
-def test_what_is_no_chat_is_one_sentence(text, sentence):
+def test_invalid_chats_are_refused(text, sentence):
     assert refused(lambda: parse_messages(text, "x.json")).startswith(sentence)
 
 
-def test_a_conversation_computes_only_what_is_new(tokenizer):
-    """With a prefix cache: also after an answer that was left, for its engine stays sound."""
+def test_a_conversation_computes_only_new_tokens(tokenizer):
+    """With a prefix cache, even after an abandoned answer, since its engine stays usable."""
     llm = LLM.from_parts(make_model(max_position_embeddings=1024), tokenizer, prefix_cache=True)
     chat = Conversation(llm, dataclasses.replace(PARAMS, routing=True))
     chat.system = "the dog and the ball " * 30

@@ -1,4 +1,4 @@
-"""The engine: many requests at once give what each gives alone, whatever happens on the way."""
+"""The engine: concurrent requests give what each gives alone, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def alone(runner, tokenizer):
 class TestSameBits:
     @pytest.mark.parametrize("budget", [1, 63, 64, 65, 512])
     @pytest.mark.parametrize("prefix_cache", [False, True])
-    def test_together_in_any_chunks(self, runner, tokenizer, alone, budget, prefix_cache):
+    def test_batching_with_any_chunk_size(self, runner, tokenizer, alone, budget, prefix_cache):
         assert texts(runner, tokenizer, token_budget=budget, prefix_cache=prefix_cache) == alone
 
-    def test_with_constant_preemption(self, runner, tokenizer, alone):
+    def test_constant_preemption(self, runner, tokenizer, alone):
         engine = engine_of(runner, tokenizer, blocks=6)
         requests = [engine.request(prompt, params_of(i)) for i, prompt in enumerate(PROMPTS)]
         run(engine, requests)
@@ -84,7 +84,7 @@ class TestSameBits:
         assert engine.statistics().preemptions > 0
         assert len({tuple(r.token_ids) for r in longer}) == 1
 
-    def test_behind_a_prefix_that_was_computed_before(self, runner, tokenizer):
+    def test_cached_prefixes(self, runner, tokenizer):
         prefix = [7 + j % 50 for j in range(200)]
         prompts = [[*prefix, *range(5, 5 + i)] for i in range(1, 9)]
         with_cache, without = engine_of(runner, tokenizer), engine_of(runner, tokenizer, prefix_cache=False)
@@ -98,7 +98,7 @@ class TestSameBits:
         assert [r.cached_tokens for r in requests] == [0] * 8
         assert with_cache.statistics().prefix_hits == 7 * 192
 
-    def test_free_blocks_may_hold_anything(self, runner, tokenizer, alone):
+    def test_garbage_in_free_blocks(self, runner, tokenizer, alone):
         engine = engine_of(runner, tokenizer, blocks=12)
         for _ in range(2):
             for tensor in (*engine._cache.keys, *engine._cache.values):
@@ -109,7 +109,7 @@ class TestSameBits:
             assert [(r.token_ids, r.text, r.logprobs, r.finish_reason) for r in requests] == alone
 
 
-def test_several_samples_of_a_prompt_compute_it_once(runner, tokenizer):
+def test_several_samples_share_the_computation_of_their_prompt(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     prompt = [7 + j % 50 for j in range(300)]
     run(engine, [engine.request(prompt, params_of(i)) for i in range(6)])
@@ -128,7 +128,7 @@ def test_several_samples_of_a_prompt_compute_it_once(runner, tokenizer):
     ],
     ids=["salt", "k", "pin", "temperature"],
 )
-def test_who_must_not_share_does_not(runner, tokenizer, other):
+def test_requests_that_must_not_share_a_prefix_do_not(runner, tokenizer, other):
     engine, prompt = engine_of(runner, tokenizer), [7] * 200
     first = {"params": SamplingParams(max_new_tokens=2), "cache_salt": "a"}
     for options in (first, first | other, first):
@@ -137,7 +137,7 @@ def test_who_must_not_share_does_not(runner, tokenizer, other):
     assert engine.statistics().prefix_hits == 192
 
 
-def test_deltas_join_to_the_text(runner, tokenizer):
+def test_deltas_concatenate_to_the_text(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     requests = [engine.request(prompt, params_of(i)) for i, prompt in enumerate(PROMPTS)]
     news = run(engine, requests)
@@ -149,7 +149,7 @@ def test_deltas_join_to_the_text(runner, tokenizer):
         assert [delta.finish_reason for delta in own] == [None] * (len(own) - 1) + ["length"]
 
 
-def test_priorities_then_arrival(runner, tokenizer):
+def test_requests_are_ordered_by_priority_then_arrival(runner, tokenizer):
     engine = engine_of(runner, tokenizer, max_rows=1)
     one = SamplingParams(max_new_tokens=1)
     requests = [engine.request([9], one, priority=p) for p in (1, 0, 1, -5)]
@@ -157,7 +157,7 @@ def test_priorities_then_arrival(runner, tokenizer):
     assert order == [3, 1, 0, 2]
 
 
-def test_an_abort_frees_at_once(runner, tokenizer):
+def test_aborting_frees_blocks_immediately(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     running, waiting = (engine.request([9] * 100, SamplingParams(max_new_tokens=50, ignore_eos=True)) for _ in range(2))
     engine.add(running)
@@ -171,7 +171,7 @@ def test_an_abort_frees_at_once(runner, tokenizer):
     assert not engine.has_work
 
 
-def test_what_never_fits_is_refused(runner, tokenizer):
+def test_requests_that_can_never_fit_are_refused(runner, tokenizer):
     engine = engine_of(runner, tokenizer, blocks=2)
     with pytest.raises(
         UserError, match=r"^The prompt's 100 tokens and 29 new ones need more than the cache of 128 tok"
@@ -182,7 +182,7 @@ def test_what_never_fits_is_refused(runner, tokenizer):
         Engine(runner, tokenizer, context_length=512, cache_bytes=1)
 
 
-def test_log_probabilities_of_prompts(runner, tokenizer):
+def test_prompt_log_probabilities_are_returned(runner, tokenizer):
     reference = make_runner(make_model(num_key_value_heads=2, max_position_embeddings=512), "reference")
     for budget in (512, 64, 7):
         engine = engine_of(runner, tokenizer, token_budget=budget)
@@ -202,7 +202,7 @@ def test_log_probabilities_of_prompts(runner, tokenizer):
                 assert list(entry.top) == expected[i - 1].topk(3).indices.tolist()
 
 
-def test_only_the_prompt_is_scored_where_the_limit_is_0(runner, tokenizer):
+def test_a_limit_of_0_scores_the_prompt_only(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     request = engine.request(PROMPTS[3], SamplingParams(max_new_tokens=1, prompt_logprobs=0))
     request.limit = 0
@@ -212,7 +212,7 @@ def test_only_the_prompt_is_scored_where_the_limit_is_0(runner, tokenizer):
 
 
 @pytest.mark.parametrize("budget", [512, 7])
-def test_routing_of_prompt_and_text(runner, tokenizer, budget):
+def test_routing_covers_prompt_and_text(runner, tokenizer, budget):
     engine, prompt = engine_of(runner, tokenizer, token_budget=budget), PROMPTS[3]
     request = engine.request(
         prompt, SamplingParams(max_new_tokens=5, routing=True, prompt_routing=True, ignore_eos=True)
@@ -253,7 +253,7 @@ class TestEnds:
         assert (request.finish_reason, request.stop, request.token_ids) == ("stop", stop, expected)
         assert request.text == tokenizer.decode(expected[:-1])
 
-    def test_not_before_min_tokens(self, runner, tokenizer):
+    def test_nothing_ends_before_min_tokens(self, runner, tokenizer):
         engine = engine_of(runner, tokenizer)
         wanted = dict.fromkeys(tokenizer.eos_ids, 50.0) | {11: 40.0}
         for count in (0, 1, 4):
@@ -262,13 +262,13 @@ class TestEnds:
             assert request.finish_reason == "eos"
             assert len(request.token_ids) == count + 1
 
-    def test_only_allowed_ids(self, runner, tokenizer):
+    def test_allowed_ids_restrict_generation(self, runner, tokenizer):
         engine = engine_of(runner, tokenizer)
         params = SamplingParams(max_new_tokens=40, temperature=2.0, allowed_token_ids=[11, 40, 99], ignore_eos=True)
         run(engine, [request := engine.request([9], params)])
         assert set(request.token_ids) == {11, 40, 99}
 
-    def test_stop_strings_can_stay(self, runner, tokenizer):
+    def test_stop_strings_can_be_included(self, runner, tokenizer):
         engine = engine_of(runner, tokenizer)
         run(engine, [free := engine.request([9], SamplingParams(max_new_tokens=20, ignore_eos=True))])
         stop = free.text[4:8]
@@ -281,7 +281,7 @@ class TestEnds:
 
 
 class _Letters:
-    """A language of exactly so many tokens of one id."""
+    """A grammar for exactly this many tokens of one id."""
 
     def __init__(self, token_id: int, count: int, *, broken: bool = False) -> None:
         self.token_id, self.count, self.broken = token_id, count, broken
@@ -302,7 +302,7 @@ class _Letters:
         self.count -= 1
 
 
-def test_grammars(runner, tokenizer):
+def test_grammars_are_followed(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     params = [SamplingParams(max_new_tokens=20, temperature=1.0, grammar=_Letters(i, 5)) for i in (31, 32, 99)]
     params.append(SamplingParams(max_new_tokens=6, ignore_eos=True))
@@ -314,7 +314,7 @@ def test_grammars(runner, tokenizer):
     assert requests[4].error == "The grammar cannot continue (no such state)."
 
 
-def test_dynamic_rope_computes_again_what_it_computed(tokenizer):
+def test_dynamic_rope_gives_the_same_text_under_preemption(tokenizer):
     rope = RopeParameters(rope_type="dynamic", factor=8.0)
     runner = make_runner(make_model(num_key_value_heads=2, max_position_embeddings=64, rope=rope), BACKEND)
     params = SamplingParams(max_new_tokens=120, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""What goes wrong with one request, or comes together in it, changes nothing for the others."""
+"""Failures of one request, or unusual combinations of its settings, change nothing for the others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(engine: Engine, requests: list[Request]) -> list[Delta]:
 
 
 class _Refusing:
-    """A language of exactly so many tokens of one id; breaks behind the third, or at the start."""
+    """A grammar for exactly this many tokens of one id, which fails after the third or at the start."""
 
     def __init__(self, token_id: int, count: int, *, at_start: bool = False, breaks: bool = True) -> None:
         self.token_id, self.count, self.at_start, self.breaks = token_id, count, at_start, breaks
@@ -62,7 +62,7 @@ class _Refusing:
             raise ValueError("lost")
 
 
-def test_a_grammar_that_breaks_behind_a_token_ends_its_own_text(runner, tokenizer):
+def test_a_failing_grammar_ends_only_its_own_text(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     broken = engine.request([9], SamplingParams(max_new_tokens=20, grammar=_Refusing(31, 5)))
     other = engine.request([9], SamplingParams(max_new_tokens=8, ignore_eos=True))
@@ -73,7 +73,7 @@ def test_a_grammar_that_breaks_behind_a_token_ends_its_own_text(runner, tokenize
     assert tokens == broken.token_ids == [31] * 3
 
 
-def test_a_text_that_cannot_be_decoded_ends_alone(runner, tokenizer, monkeypatch):
+def test_a_decoding_error_ends_only_its_own_text(runner, tokenizer, monkeypatch):
     engine = engine_of(runner, tokenizer)
     broken, other = (engine.request([9], SamplingParams(max_new_tokens=8, ignore_eos=True)) for _ in range(2))
     add = TextStream.add
@@ -91,7 +91,7 @@ def test_a_text_that_cannot_be_decoded_ends_alone(runner, tokenizer, monkeypatch
     assert (other.finish_reason, len(other.token_ids)) == ("length", 8)
 
 
-def test_a_request_is_added_once(runner, tokenizer):
+def test_adding_a_request_twice_is_refused(runner, tokenizer):
     engine = engine_of(runner, tokenizer)
     request = engine.request([9], SamplingParams(max_new_tokens=3, ignore_eos=True, prompt_logprobs=0))
     engine.add(request)
@@ -109,7 +109,7 @@ def test_a_request_is_added_once(runner, tokenizer):
 
 
 def _mixed(engine: Engine, i: int) -> Request:
-    """Requests of every kind, each with more than one of them."""
+    """Requests that each combine several kinds of settings."""
     prompt = [5 + (j * (1 + i % 4)) % 90 for j in range(1 + i * 29 % 140)]
     banned = np.zeros((engine.runner.config.num_hidden_layers, engine.runner.config.num_experts), dtype=bool)
     banned[:, i % 3] = True
@@ -144,7 +144,7 @@ def _found(request: Request) -> tuple:
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="torch adds in another order in batches")
 @pytest.mark.parametrize("budget", [3, 65, 512])
-def test_everything_together_under_preemption_is_as_alone(runner, tokenizer, budget):
+def test_mixed_requests_under_preemption_equal_each_alone(runner, tokenizer, budget):
     alone = []
     for i in range(36):
         engine = engine_of(runner, tokenizer, prefix_cache=False)
@@ -161,13 +161,13 @@ def test_everything_together_under_preemption_is_as_alone(runner, tokenizer, bud
         assert len([delta for delta in own if delta.finish_reason]) == 1
 
 
-def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_aborted(runner, tokenizer):
+def test_aborting_the_sample_that_computes_the_prompt_does_not_stop_its_siblings(runner, tokenizer):
     engine = engine_of(runner, tokenizer, token_budget=64)
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     siblings = [engine.request([7 + j % 50 for j in range(300)], params) for _ in range(4)]
     for request in siblings:
         engine.add(request)
-    for request in siblings[:3]:  # each is the first when its turn comes
+    for request in siblings[:3]:  # each one is the first in its turn
         engine.step()
         engine.step()
         engine.abort(request)

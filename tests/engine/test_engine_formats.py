@@ -1,4 +1,4 @@
-"""Alone = together = in chunks = from the prefix cache = preempted, bit for bit, for every weight format."""
+"""Alone = batched = chunked = from the prefix cache = preempted, bit for bit, for every weight format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packed_folders import WHOLE, packed_folder
 pytestmark = pytest.mark.skipif(extension.unavailable() is not None, reason="torch adds in another order in batches")
 
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = [*PLAIN, "int8", "int4", "q4_0"]  # int4 has q5_0 ends
+FORMATS = [*PLAIN, "int8", "int4", "q4_0"]  # int4 has embeddings and head in q5_0
 SHAPES = {
     **WHOLE,
     "hidden_size": 96,
@@ -60,7 +60,7 @@ def texts(engine: Engine, together: bool) -> list:
     return [(request.token_ids, request.logprobs, request.text) for request in requests]
 
 
-def test_nothing_changes_a_bit(engine_with):
+def test_results_are_bit_identical_in_every_schedule(engine_with):
     alone = texts(engine_with(prefix_cache=False), together=False)
     assert all(len(ids) == 50 for ids, _, _ in alone)
     for budget in (63, 64, 65, 512):

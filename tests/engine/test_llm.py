@@ -1,4 +1,4 @@
-"""`LLM`: cached and batched generation against whole-sequence recomputation, and every way that a text ends."""
+"""`LLM`: cached and batched generation against whole-sequence recomputation, and every finish reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def with_eos(tokenizer_file: Path, *eos_ids: int, **changes) -> LLM:
 
 @torch.inference_mode()
 def recomputed(model: CausalLM, prompt_ids: list[int], count: int, allowed: int = VOCAB_SIZE) -> list[int]:
-    """Greedy ids without a cache: the whole sequence through the network for every token."""
+    """Greedy ids without a cache, running the whole sequence through the network for every token."""
     ids = list(prompt_ids)
     for _ in range(count):
         batch = torch.tensor([ids])
@@ -50,7 +50,7 @@ def up_to_first(ids: list[int], *ends: int) -> list[int]:
     return ids[: next(i for i, token in enumerate(ids) if token in ends) + 1]
 
 
-# ---- the same text with a cache, without, alone, and in a batch ----
+# ---- the same text with and without a cache, alone and in a batch ----
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_greedy_equals_recomputing_the_whole_sequence(case, tokenizer):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "one_token"], ids=lambda case: case.name)
-def test_a_batch_gives_each_prompt_what_it_gets_alone(case, tokenizer):
+def test_a_batch_gives_each_prompt_the_text_it_gets_alone(case, tokenizer):
     llm = LLM.from_parts(make_model(seed=4, **case.changes), tokenizer)
     for params in (
         SamplingParams(max_new_tokens=14),
@@ -77,7 +77,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(case, tokenizer):
         assert len({tuple(completion.token_ids) for completion in together}) > 1
 
 
-def test_members_of_a_batch_that_end_early_do_not_disturb_the_others(llm):
+def test_texts_that_end_early_do_not_affect_the_rest_of_the_batch(llm):
     limits = [12, 1, 30, 2]
     params = [SamplingParams(max_new_tokens=n, temperature=0.8 * (n % 4 == 0), seed=n) for n in limits]
     together = llm.generate(PROMPTS, params)
@@ -89,11 +89,11 @@ def test_every_member_of_a_batch_draws_with_its_own_seed(llm):
     params = [SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 2, 1)]
     first, second, third = llm.generate([PROMPTS[0]] * 3, params)
     assert first == third != second
-    # One SamplingParams for all is the same seed for each, so that the same prompt gives the same text.
+    # One SamplingParams for all gives each the same seed, so equal prompts give equal texts.
     assert llm.generate([PROMPTS[0]] * 2, params[0]) == [first, first]
 
 
-def test_unseeded_sampling_differs_and_leaves_the_global_generator_alone(llm):
+def test_unseeded_sampling_varies_and_does_not_touch_the_global_generator(llm):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     params = SamplingParams(max_new_tokens=20, temperature=2.0)
@@ -101,7 +101,7 @@ def test_unseeded_sampling_differs_and_leaves_the_global_generator_alone(llm):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_half_precision_chooses_what_full_precision_nearly_would(tokenizer):
+def test_half_precision_chooses_near_optimal_tokens(tokenizer):
     exact = make_model(seed=2)
     for dtype in (torch.bfloat16, torch.float16):
         model = make_model(seed=2).to(dtype)
@@ -134,11 +134,11 @@ def test_padding_rows_of_the_output_head_are_never_generated(tokenizer):
 
 @pytest.fixture(scope="module")
 def free_run(llm) -> list[int]:
-    """Greedy ids of PROMPTS[0] with nothing to end them."""
+    """Greedy ids of PROMPTS[0] that nothing ends early."""
     return llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=40, ignore_eos=True))[0].token_ids
 
 
-def test_the_most_new_tokens_end_a_text(llm, free_run, tokenizer):
+def test_max_new_tokens_ends_a_text(llm, free_run, tokenizer):
     for count in (1, 2, 17):
         (completion,) = llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=count))
         assert (completion.finish_reason, completion.token_ids) == ("length", free_run[:count])
@@ -156,14 +156,14 @@ def test_any_of_several_eos_ids_ends_a_text(tokenizer_file, free_run):
         assert completion.text == llm.tokenizer.decode(completion.token_ids[:-1])
 
 
-def test_an_eos_that_is_the_last_token_allowed_is_still_the_reason(tokenizer_file, free_run):
+def test_eos_as_the_last_allowed_token_is_still_the_finish_reason(tokenizer_file, free_run):
     eos = list(dict.fromkeys(free_run))[2]
     count = len(up_to_first(free_run, eos))
     (completion,) = with_eos(tokenizer_file, eos).generate(PROMPTS[0], SamplingParams(max_new_tokens=count))
     assert (completion.finish_reason, len(completion.token_ids)) == ("eos", count)
 
 
-def test_ignore_eos_goes_on_and_shows_no_text_for_it(tokenizer_file, free_run):
+def test_ignore_eos_continues_and_emits_no_text_for_it(tokenizer_file, free_run):
     eos = list(dict.fromkeys(free_run))[2]
     llm = with_eos(tokenizer_file, eos)
     (completion,) = llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=40, ignore_eos=True))
@@ -171,7 +171,7 @@ def test_ignore_eos_goes_on_and_shows_no_text_for_it(tokenizer_file, free_run):
     assert completion.text == llm.tokenizer.decode([i for i in free_run if i != eos])
 
 
-def test_a_prompt_may_hold_eos_without_ending(llm, free_run, tokenizer):
+def test_eos_in_a_prompt_does_not_end_the_text(llm, free_run, tokenizer):
     assert EOS not in free_run
     (completion,) = llm.generate([EOS, *tokenizer.encode("dog"), EOS], SamplingParams(max_new_tokens=5))
     assert len(completion.token_ids) == 5
@@ -188,7 +188,7 @@ def test_stop_strings_end_a_text_across_tokens(llm, free_run, tokenizer):
     assert stop not in tokenizer.decode(completion.token_ids[:-1])
 
 
-def test_what_was_held_back_appears_when_the_text_ends(tokenizer_file, llm, free_run, tokenizer):
+def test_held_back_text_appears_at_the_end(tokenizer_file, llm, free_run, tokenizer):
     text = tokenizer.decode(free_run)
     stop = text[-2:] + "never this"
     (completion,) = llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=40, ignore_eos=True, stop=stop))
@@ -202,7 +202,7 @@ def test_what_was_held_back_appears_when_the_text_ends(tokenizer_file, llm, free
     assert (completion.text, completion.finish_reason) == (before, "eos")
 
 
-def test_a_batch_may_mix_all_ways_of_ending(tokenizer_file, free_run, tokenizer):
+def test_a_batch_may_mix_all_finish_reasons(tokenizer_file, free_run, tokenizer):
     eos = list(dict.fromkeys(free_run))[3]
     llm = with_eos(tokenizer_file, eos)
     params = [
@@ -215,7 +215,7 @@ def test_a_batch_may_mix_all_ways_of_ending(tokenizer_file, free_run, tokenizer)
     assert completions == [llm.generate(PROMPTS[0], p)[0] for p in params]
 
 
-def test_the_context_ends_a_text_with_a_warning(llm, tokenizer, caplog):
+def test_a_full_context_ends_a_text_with_a_warning(llm, tokenizer, caplog):
     prompt = [5] * 120
     with caplog.at_level(logging.WARNING, logger="olmoe"):
         (completion,) = llm.generate(prompt, SamplingParams(max_new_tokens=50, ignore_eos=True))
@@ -251,7 +251,7 @@ def test_scaled_rope_stretches_the_context(tokenizer, rope, context):
 # ---- what a caller may pass ----
 
 
-def test_forms_of_prompts(llm, tokenizer):
+def test_every_form_of_prompt_is_accepted(llm, tokenizer):
     params = SamplingParams(max_new_tokens=4)
     ids = tokenizer.encode("The dog")
     (expected,) = llm.generate("The dog", params)
@@ -276,7 +276,7 @@ def test_forms_of_prompts(llm, tokenizer):
         ("dog \udcff", r"^The text is not valid Unicode"),
     ],
 )  # fmt: skip
-def test_wrong_prompts_are_one_sentence_before_anything_runs(llm, prompts, sentence):
+def test_invalid_prompts_are_refused_before_anything_runs(llm, prompts, sentence):
     with pytest.raises(UserError, match=sentence):
         llm.generate(prompts)
     if isinstance(prompts, str) or isinstance(prompts[0], int):
@@ -284,12 +284,12 @@ def test_wrong_prompts_are_one_sentence_before_anything_runs(llm, prompts, sente
             llm.stream(prompts)
 
 
-def test_a_wrong_number_of_parameters_is_one_sentence(llm):
+def test_a_wrong_number_of_parameters_is_refused(llm):
     with pytest.raises(UserError, match=r"^2 sampling parameters were given for 1 prompts\.$"):
         llm.generate("dog", [SamplingParams()] * 2)
 
 
-def test_a_broken_model_is_one_sentence(tokenizer):
+def test_a_broken_model_is_reported_in_one_sentence(tokenizer):
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
@@ -300,7 +300,7 @@ def test_a_broken_model_is_one_sentence(tokenizer):
 # ---- streaming ----
 
 
-def test_a_stream_gives_the_text_of_generate_in_pieces(llm):
+def test_a_stream_gives_the_text_of_generate_in_parts(llm):
     for params in (
         SamplingParams(max_new_tokens=25),
         SamplingParams(max_new_tokens=25, temperature=1.0, seed=3),
@@ -314,7 +314,7 @@ def test_a_stream_gives_the_text_of_generate_in_pieces(llm):
         assert "".join(pieces) == stream.completion.text
 
 
-def test_a_stream_yields_as_it_goes_and_holds_back_a_possible_stop_string(llm, tokenizer):
+def test_a_stream_yields_tokens_as_generated_but_holds_back_possible_stop_strings(llm, tokenizer):
     text = llm.generate("dog", SamplingParams(max_new_tokens=30, temperature=1.0, seed=1))[0].text
     assert len(text) > 20
     stop = text[10:14]
@@ -339,7 +339,7 @@ def test_streams_may_be_interleaved_and_abandoned(llm):
     assert woven == alone
 
 
-def test_a_stream_leaves_gradient_mode_to_its_reader(llm):
+def test_a_stream_does_not_change_its_readers_gradient_mode(llm):
     for _ in llm.stream("dog", SamplingParams(max_new_tokens=5)):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
@@ -355,7 +355,7 @@ def test_statistics_count_tokens(llm, tokenizer):
     assert statistics.decode_seconds > 0
 
 
-def test_statistics_do_not_count_the_readers_time(llm, monkeypatch):
+def test_statistics_exclude_the_readers_time(llm, monkeypatch):
     clock = [1.0]
     monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     forward = type(llm._runner).forward
@@ -382,7 +382,7 @@ def folder(tmp_path, tokenizer_file) -> Path:
     return target
 
 
-def test_a_folder_gives_the_texts_of_the_model_that_was_saved(folder, tokenizer):
+def test_a_loaded_folder_gives_the_texts_of_the_saved_model(folder, tokenizer):
     params = SamplingParams(max_new_tokens=20, temperature=0.7, seed=0)
     expected = LLM.from_parts(make_model(seed=9, vocab_size=VOCAB_SIZE + 8), tokenizer).generate(PROMPTS, params)
     for place in (folder, str(folder)):
@@ -398,7 +398,7 @@ def test_loading_reports_its_progress(folder):
     assert len(seen) > 10
 
 
-def test_the_dtype_is_as_stored_or_as_asked(folder, tokenizer_file, tmp_path):
+def test_the_dtype_is_the_stored_or_the_requested_one(folder, tokenizer_file, tmp_path):
     assert next(LLM(folder).model.parameters()).dtype == torch.float32
     for name, dtype in (("bfloat16", torch.bfloat16), (torch.float16, torch.float16), ("auto", torch.float32)):
         llm = LLM(folder, dtype=name)
@@ -437,7 +437,7 @@ def test_eos_ids_of_generation_config_end_texts(folder):
     assert (completion.token_ids, completion.finish_reason) == (up_to_first(greedy, *distinct[2:4]), "eos")
 
 
-def test_folders_that_lack_something_are_one_sentence_before_weights_are_read(folder, monkeypatch):
+def test_incomplete_folders_are_refused_before_weights_are_read(folder, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("the weights were read")
 

@@ -1,4 +1,4 @@
-"""Generating with the C++ kernels: backends by name, threads, forks, interrupts, and doing without a compiler."""
+"""Generating with the C++ kernels: backends by name, threads, forks, interrupts, and missing kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = ["Once upon a time there was a little girl.", "The dog", "One day the 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_file):
-    """A packed checkpoint with its tokenizer; `folder`-plain beside it is the ordinary one."""
+    """A packed checkpoint with its tokenizer; `folder`-plain beside it is the unpacked one."""
     return packed_folder(tmp_path_factory.mktemp("llm") / "int4", "int4", tokenizer_file, **WHOLE)
 
 
@@ -53,7 +53,7 @@ def set_threads():
 
 @needs_kernels
 def test_every_backend_generates_the_same_text(plain, tokenizer):
-    """In fp32, with margins between tokens that rounding does not reach."""
+    """In fp32, with margins between tokens larger than rounding errors."""
     expected = texts(LLM(plain, dtype="float32", backend="reference"))
     for backend in ("auto", "cpu", "torch"):
         assert texts(LLM(plain, dtype="float32", backend=backend)) == expected
@@ -65,8 +65,8 @@ def test_every_backend_generates_the_same_text(plain, tokenizer):
 
 @needs_kernels
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
-def test_a_backend_is_what_computes(folder, backend, monkeypatch):
-    """With the kernels no module runs at all."""
+def test_the_chosen_backend_does_the_computing(folder, backend, monkeypatch):
+    """With the kernels, no torch module runs at all."""
     llm = LLM(folder, backend=backend)
     kernels = backend in ("auto", "cpu")
     assert type(llm._runner) is (CpuRunner if kernels else TorchRunner)
@@ -76,7 +76,7 @@ def test_a_backend_is_what_computes(folder, backend, monkeypatch):
 
 
 @needs_kernels
-def test_a_prompt_gets_the_same_ids_alone_and_in_a_batch(folder):
+def test_a_prompt_gets_the_same_ids_alone_and_batched(folder):
     llm = LLM(folder, backend="cpu")
     assert texts(llm) == [llm.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
 
@@ -89,7 +89,7 @@ def test_unknown_backends_are_refused_before_anything_is_loaded(tmp_path, capsys
 
 
 @needs_kernels
-def test_the_command_line_takes_a_backend(plain, capsys):
+def test_the_command_line_accepts_a_backend(plain, capsys):
     written = []
     for backend in ("auto", "cpu", "torch", "reference"):
         arguments = ["generate", PROMPTS[0], "--model", str(plain), "--dtype", "float32", "--backend", backend]
@@ -100,15 +100,15 @@ def test_the_command_line_takes_a_backend(plain, capsys):
 
 
 @needs_kernels
-def test_models_that_the_kernels_cannot_compute(tokenizer):
+def test_models_unsupported_by_the_kernels_run_on_torch(tokenizer):
     model = make_model(hidden_act="gelu")
     assert texts(LLM.from_parts(model, tokenizer)) == texts(LLM.from_parts(model, tokenizer, backend="torch"))
     message = refused(lambda: LLM.from_parts(model, tokenizer, backend="cpu"), BackendUnavailableError)
     assert "activation" in message
 
 
-def test_one_model_behind_several(tokenizer):
-    """Another `LLM` changes nothing for the first, and changes of the model count when it is compiled again."""
+def test_several_llms_may_share_one_model(tokenizer):
+    """A second `LLM` does not affect the first, and changes of the model take effect on recompiling."""
     model = make_model(**WHOLE)
     llm = LLM.from_parts(model, tokenizer)
     expected, runner = texts(llm), llm._runner
@@ -126,8 +126,8 @@ def test_one_model_behind_several(tokenizer):
 
 
 @needs_kernels
-def test_two_threads_generate_at_the_same_time(folder, set_threads):
-    """With one model and with one each."""
+def test_two_threads_can_generate_concurrently(folder, set_threads):
+    """With a shared model and with one each."""
     set_threads(2)
     llm, other = LLM(folder, backend="cpu"), LLM(folder)
     expected, results = texts(llm), {}
@@ -145,8 +145,8 @@ def test_two_threads_generate_at_the_same_time(folder, set_threads):
 
 @needs_kernels
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are Unix's")
-def test_a_forked_child_generates(folder, set_threads):
-    """Its parent's pool has threads that the child does not have.
+def test_a_forked_child_can_generate(folder, set_threads):
+    """The parent's pool has threads that the child lacks.
 
     torch's own OpenMP threads do not survive either: a child must tell torch to use one (as its data loaders do). That
     our pool's do is in tests/ops/cpu/test_extension.py.
@@ -171,7 +171,7 @@ def test_a_forked_child_generates(folder, set_threads):
 
 
 def interrupted(llm, milliseconds):
-    # And again: Python drops what is raised within a destructor.
+    # Repeated, because Python drops exceptions raised in a destructor.
     signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000, 1)
     try:
         while True:
@@ -182,9 +182,9 @@ def interrupted(llm, milliseconds):
 
 @needs_kernels
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers with signals are Unix's")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may arrive within a destructor
-def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
-    """Wherever in a step it arrives: each time a little later."""
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the signal may arrive in a destructor
+def test_the_kernels_work_after_an_interrupt(folder, set_threads):
+    """At any point of a step: the signal arrives a little later each time."""
     set_threads(2)
     llm = LLM(folder, backend="cpu")
     expected, before = texts(llm), signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -199,13 +199,13 @@ def test_after_an_interrupt_the_kernels_go_on(folder, set_threads):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_an_interrupt_halfway_through_a_schedule(plain, monkeypatch):
-    """Ctrl-C is what the caller sees, and the next call is sound."""
+def test_an_interrupt_during_scheduling_leaves_the_engine_usable(plain, monkeypatch):
+    """The caller sees Ctrl-C, and the next call works."""
     llm = LLM(plain, dtype="float32")
     expected = texts(llm)
 
     def interrupting(self, sequence, matched, blocks):
-        sequence.blocks = blocks  # it has left those that wait, and is not yet among those that run
+        sequence.blocks = blocks  # the sequence has left the waiting queue and is not running yet
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Scheduler, "_start", interrupting)
@@ -218,13 +218,13 @@ def test_an_interrupt_halfway_through_a_schedule(plain, monkeypatch):
 # ---- without a compiler ----
 
 
-def test_without_kernels_torch_generates_and_one_line_says_so(folder, plain, absent, caplog):
+def test_without_kernels_torch_generates_and_one_warning_is_logged(folder, plain, absent, caplog):
     assert texts(LLM(plain, dtype="float32")) == texts(LLM(plain, dtype="float32", backend="torch"))
     assert texts(LLM(folder)) == texts(LLM(folder, backend="torch"))
     assert len([record for record in caplog.records if "C++" in record.message]) == 1
 
 
-def test_without_kernels_asking_for_them_is_an_error(plain, tokenizer, absent, capsys):
+def test_requesting_missing_kernels_is_an_error(plain, tokenizer, absent, capsys):
     message = refused(lambda: LLM(plain, backend="cpu"), BackendUnavailableError)
     assert "not installed" in message
     assert "torch" in message

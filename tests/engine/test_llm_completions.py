@@ -1,4 +1,4 @@
-"""What completions tell beside their text, which prompt an error is about, and batches larger than the memory."""
+"""What completions report besides text, which prompt an error concerns, and batches larger than memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def llm(tokenizer) -> LLM:
 
 @torch.inference_mode()
 def distributions(model, ids: list[int], new: list[int], allowed: int = VOCAB_SIZE) -> torch.Tensor:
-    """Log-probabilities (tokens, V) in the place of each new id, by one pass over the whole sequence."""
+    """Log-probabilities (tokens, V) at the position of each new id, from one pass over the whole sequence."""
     batch = torch.tensor([ids + new])
     hidden = model(batch, torch.arange(batch.shape[1])[None], causal_attend).hidden
     return model.logits(hidden[0, len(ids) - 1 : -1])[:, :allowed].log_softmax(-1)
@@ -67,7 +67,7 @@ def test_logprobs_are_the_models_own(llm, tokenizer, changes):
         assert alone.text == completion.text
 
 
-def test_logprobs_are_asked_for(llm):
+def test_logprobs_are_returned_only_on_request(llm):
     assert llm.generate("dog", SamplingParams(max_new_tokens=3))[0].logprobs is None
     (completion,) = llm.generate("dog", SamplingParams(max_new_tokens=3, logprobs=0, ignore_eos=True))
     assert [each.top for each in completion.logprobs] == [{}] * 3
@@ -76,7 +76,7 @@ def test_logprobs_are_asked_for(llm):
     assert sum(map(math.exp, completion.logprobs[0].top.values())) == pytest.approx(1, abs=1e-5)
 
 
-def test_logprobs_leave_padding_rows_out_and_come_with_streams(tokenizer):
+def test_logprobs_exclude_padding_rows_and_come_with_streams(tokenizer):
     model = make_model(vocab_size=VOCAB_SIZE + 8)
     with torch.no_grad():
         model.lm_head.weight[VOCAB_SIZE:] *= 100.0
@@ -93,7 +93,7 @@ def test_logprobs_leave_padding_rows_out_and_come_with_streams(tokenizer):
 # ---- timings ----
 
 
-def test_timings_of_a_completion_are_those_of_its_text(llm, monkeypatch):
+def test_timings_of_a_completion_are_those_of_its_own_text(llm, monkeypatch):
     clock = [1.0]
     monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     forward = type(llm._runner).forward
@@ -107,11 +107,11 @@ def test_timings_of_a_completion_are_those_of_its_text(llm, monkeypatch):
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 6, 3, 9)]
     timings = [c.timings for c in llm.generate(["dog"] * 4, params)]
     assert all(each.prefill_seconds == 1 for each in timings)
-    assert [each.queue_seconds for each in timings] == [0, 0, 1, 4]  # whoever ends makes room for the next
+    assert [each.queue_seconds for each in timings] == [0, 0, 1, 4]  # finished requests make room for the next
     assert [each.decode_seconds for each in timings] == [0, 5, 2, 8]
 
 
-def test_timings_are_wall_seconds(llm):
+def test_timings_are_in_wall_clock_seconds(llm):
     stream = llm.stream("dog", SamplingParams(max_new_tokens=5, ignore_eos=True))
     list(stream)
     timings, statistics = stream.completion.timings, stream.statistics
@@ -139,7 +139,7 @@ def test_an_error_names_the_prompt(llm, prompts, sentence):
         llm.generate(prompts)
 
 
-def test_a_broken_model_names_the_prompt_that_met_it(tokenizer):
+def test_a_broken_model_names_the_affected_prompt(tokenizer):
     model = make_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
@@ -147,7 +147,7 @@ def test_a_broken_model_names_the_prompt_that_met_it(tokenizer):
         LLM.from_parts(model, tokenizer).generate([[5], [6], [7]], SamplingParams(max_new_tokens=1))
 
 
-def test_the_warning_of_the_context_comes_once_and_names_prompts(llm, caplog):
+def test_a_full_context_warns_once_and_names_the_prompts(llm, caplog):
     params = SamplingParams(max_new_tokens=50, ignore_eos=True)
     with caplog.at_level(logging.WARNING, logger="olmoe"):
         llm.generate([[5] * 10, [5] * 120], params)
@@ -161,7 +161,7 @@ def test_the_warning_of_the_context_comes_once_and_names_prompts(llm, caplog):
 # ---- threads ----
 
 
-def test_threads_are_those_of_the_process(tokenizer, monkeypatch):
+def test_the_number_of_threads_is_the_processs(tokenizer, monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     LLM.from_parts(make_model(), tokenizer)
@@ -179,7 +179,7 @@ def test_threads_are_those_of_the_process(tokenizer, monkeypatch):
 
 
 class Recorded(Engine):
-    """Engines that note the bytes of the caches of all that there are when they are made."""
+    """Engines that record the cache bytes of all live engines when one is created."""
 
     sizes: list[int]
     alive: weakref.WeakSet[Engine]
@@ -199,13 +199,13 @@ def sizes(monkeypatch) -> list[int]:
 
 
 def token_bytes(model) -> int:
-    """What a token takes in a cache in fp32."""
+    """Bytes per token of an fp32 cache."""
     config = model.config
     return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * 4
 
 
 @pytest.mark.parametrize("backend", [kernels, "torch"])
-def test_a_large_batch_keeps_within_its_bytes_and_gives_the_same_texts(tokenizer, sizes, backend):
+def test_a_large_batch_stays_within_its_memory_and_gives_the_same_texts(tokenizer, sizes, backend):
     model = make_model(num_key_value_heads=2)
     per_token = token_bytes(model)
     prompts = [[5 + (i * 7 + j) % 200 for j in range(1 + i * 13 % 90)] for i in range(60)]
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tokenizer, sizes):
     assert largest[0] == largest[1]
 
 
-def test_a_text_that_needs_more_than_the_bytes_is_generated_alone(tokenizer, sizes):
+def test_a_text_larger_than_the_memory_limit_is_generated_alone(tokenizer, sizes):
     model = make_model()
     llm = LLM.from_parts(model, tokenizer, cache_bytes=1)
     params = SamplingParams(max_new_tokens=4)
@@ -247,12 +247,12 @@ def test_a_text_that_needs_more_than_the_bytes_is_generated_alone(tokenizer, siz
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
-def test_bytes_of_the_cache_are_a_whole_number(tokenizer, value):
+def test_cache_bytes_must_be_a_whole_number(tokenizer, value):
     with pytest.raises(UserError, match=r"^cache_bytes must be a whole number, at least 1, not "):
         LLM.from_parts(make_model(), tokenizer, cache_bytes=value)
 
 
-def test_prompts_go_through_in_bounded_numbers(tokenizer, monkeypatch):
+def test_every_pass_has_a_bounded_number_of_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(TorchRunner, "chunk_tokens", 20)
     model, seen = make_model(), []
     llm = LLM.from_parts(model, tokenizer, backend="torch")
@@ -262,7 +262,7 @@ def test_prompts_go_through_in_bounded_numbers(tokenizer, monkeypatch):
     llm.recompile()
     found = llm.generate(prompts, SamplingParams(max_new_tokens=6))
     assert [c.token_ids for c in found] == expected
-    assert seen[:3] == [20, 20, 20]  # prompts, with what already decodes
+    assert seen[:3] == [20, 20, 20]  # prompt tokens together with tokens being decoded
     assert max(seen) == 20
 
 
@@ -271,7 +271,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_is_shown_for_many_prompts_on_a_terminal(llm, monkeypatch, capsys):
+def test_a_progress_bar_is_shown_for_many_prompts_on_a_terminal(llm, monkeypatch, capsys):
     params = SamplingParams(max_new_tokens=1)
     for count, options, shown in ((40, {}, True), (3, {}, False), (40, {"show_progress": False}, False)):
         monkeypatch.setattr(sys, "stderr", terminal := Terminal())
@@ -286,7 +286,7 @@ def test_a_bar_is_shown_for_many_prompts_on_a_terminal(llm, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("backend", [kernels, "torch"])
-def test_keys_and_values_of_int8_take_less_memory_and_nearly_give_the_same(tokenizer, sizes, backend):
+def test_an_int8_cache_takes_less_memory_and_gives_nearly_the_same(tokenizer, sizes, backend):
     model, found = make_model(num_key_value_heads=2), []
     for dtype in (None, "int8", torch.int8):
         llm = LLM.from_parts(model, tokenizer, backend=backend, cache_dtype=dtype)
@@ -302,7 +302,7 @@ def test_keys_and_values_of_int8_take_less_memory_and_nearly_give_the_same(token
 # ---- one after another ----
 
 
-def test_completions_come_as_they_finish_with_their_numbers(llm):
+def test_completions_arrive_as_they_finish_with_their_index(llm):
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 1, 4, 2)]
     found = list(llm.as_completed(PROMPTS, params))
     assert [number for number, _ in found] == [1, 3, 2, 0]
@@ -310,10 +310,10 @@ def test_completions_come_as_they_finish_with_their_numbers(llm):
     assert all(completion == expected[number] for number, completion in found)
     assert list(llm.as_completed([])) == []
     with pytest.raises(UserError, match="empty"):
-        llm.as_completed(["dog", ""])  # before anything is asked of it
+        llm.as_completed(["dog", ""])  # before the first item is requested
 
 
-def test_few_at_once_and_left_early(llm, monkeypatch):
+def test_few_requests_run_at_once_and_iteration_can_stop_early(llm, monkeypatch):
     engines, make = [], LLM._engine
     monkeypatch.setattr(LLM, "_engine", lambda *arguments: engines.append(make(*arguments)) or engines[-1])
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)

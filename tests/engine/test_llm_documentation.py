@@ -1,4 +1,4 @@
-"""The Python examples of docs/python.md run, one after the other, and its table tells the truth."""
+"""The Python examples of docs/python.md run in order, and its table is correct."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def test_examples_run_and_print_what_they_say(capsys):
     assert (sorted(json.loads(text)), reason) == (["age", "name"], "stop")
 
 
-def test_the_table_has_every_parameter_and_its_default():
+def test_the_table_lists_every_parameter_and_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE))
     assert rows == {field.name: str(field.default) for field in fields(SamplingParams)}

@@ -1,4 +1,4 @@
-"""Router policies of an `LLM`: a default for all its calls, which parameters replace."""
+"""Router policies of an `LLM`: a default for all calls, which sampling parameters can replace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids(llm, params=PLAIN):
     return llm.generate(PROMPT, params)[0].token_ids
 
 
-def test_a_default_and_what_replaces_it(llm, tokenizer):
+def test_a_requests_policy_replaces_the_default(llm, tokenizer):
     plain, other = ids(llm), ids(llm, changed(router_policy=BANNED))
     assert plain != other
     ours = LLM.from_parts(make_model(), tokenizer, router_policy=BANNED)
@@ -46,8 +46,8 @@ def test_a_default_and_what_replaces_it(llm, tokenizer):
     assert ids(ours) == plain
 
 
-def test_a_default_can_be_set_with_a_prefix_cache(tokenizer):
-    """What one policy has computed is not taken for another."""
+def test_a_default_policy_works_with_a_prefix_cache(tokenizer):
+    """Keys computed under one policy are not reused under another."""
     prompt = [7 + i % 50 for i in range(100)]
     ours = LLM.from_parts(make_model(), tokenizer, prefix_cache=True)
     fresh = LLM.from_parts(make_model(), tokenizer)
@@ -56,7 +56,7 @@ def test_a_default_can_be_set_with_a_prefix_cache(tokenizer):
         assert ours.generate(prompt, PLAIN)[0].token_ids == fresh.generate(prompt, PLAIN)[0].token_ids
 
 
-def test_files_mappings_and_arrays(llm, tmp_path):
+def test_policies_come_from_files_mappings_and_arrays(llm, tmp_path):
     (tmp_path / "p.json").write_text('{"pin": [{"expert": 3}]}', encoding="utf-8")
     pinned = np.zeros((llm.config.num_hidden_layers, llm.config.num_experts), dtype=bool)
     pinned[:, 3] = True
@@ -66,13 +66,13 @@ def test_files_mappings_and_arrays(llm, tmp_path):
     assert all((token.expert_ids == 3).any(axis=1).all() for token in answers[0].routing)
 
 
-def test_a_policy_of_nothing_costs_nothing(llm):
-    """Its requests have none, and share prefixes with those that have none."""
+def test_an_empty_policy_costs_nothing(llm):
+    """Its requests count as having no policy and share prefixes with those that have none."""
     (request,) = llm._requests([PROMPT], changed(router_policy={}))
     assert request.policy is None
 
 
-def test_mistakes(llm, tokenizer, tmp_path):
+def test_invalid_policies_are_refused(llm, tokenizer, tmp_path):
     for wrong in (3, ["x"]):
         with pytest.raises(UserError, match="router_policy must be a RouterPolicy, a file or a mapping, not"):
             SamplingParams(router_policy=wrong)
@@ -85,7 +85,7 @@ def test_mistakes(llm, tokenizer, tmp_path):
         llm.generate(PROMPT, changed(router_policy=tmp_path / "none.json"))
 
 
-def test_a_mistake_does_not_wait_for_weights(monkeypatch, tmp_path, tokenizer_file):
+def test_an_invalid_policy_is_refused_before_loading_weights(monkeypatch, tmp_path, tokenizer_file):
     folder = plain_folder(tmp_path / "model", tokenizer_file, **WHOLE)
     monkeypatch.setattr(Checkpoint, "load", None)
     with pytest.raises(UserError, match="the expert 99"):

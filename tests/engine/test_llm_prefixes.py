@@ -1,4 +1,4 @@
-"""`LLM` with a prefix cache: what is kept between calls, and what must not be."""
+"""`LLM` with a prefix cache: what is kept between calls, and what must not be kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(tokenizer, **options) -> LLM:
     return LLM.from_parts(model, tokenizer, prefix_cache=True, **options)
 
 
-def test_a_long_prompt_after_short_ones_in_a_small_cache(tokenizer):
+def test_a_long_prompt_after_short_ones_fits_a_small_cache(tokenizer):
     llm = make(tokenizer, cache_bytes=1)
     expected = make(tokenizer).generate(LONG, PARAMS)
     llm.generate(SHORT, PARAMS)
@@ -30,7 +30,7 @@ def test_a_long_prompt_after_short_ones_in_a_small_cache(tokenizer):
     assert llm.generate([SHORT, LONG], PARAMS)[1:] == expected
 
 
-def test_a_stream_left_open_over_recompile_leaves_no_old_keys(tokenizer):
+def test_a_stream_open_across_recompile_leaves_no_stale_keys(tokenizer):
     llm = make(tokenizer)
     stream = llm.stream(LONG, PARAMS)
     next(stream)
@@ -43,7 +43,7 @@ def test_a_stream_left_open_over_recompile_leaves_no_old_keys(tokenizer):
     assert llm.generate(LONG, PARAMS) == expected
 
 
-def test_one_cache_is_kept_however_many_streams_were_open(tokenizer):
+def test_one_cache_is_kept_regardless_of_open_streams(tokenizer):
     llm = make(tokenizer, cache_bytes=512 * 1024)
     expected = llm.generate(LONG, PARAMS)[0]
     streams = [llm.stream(LONG, PARAMS) for _ in range(4)]
@@ -60,7 +60,7 @@ def test_one_cache_is_kept_however_many_streams_were_open(tokenizer):
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_hundreds_of_prompts_in_a_tiny_cache_and_an_interrupt(tokenizer, prefix_cache, monkeypatch):
+def test_hundreds_of_prompts_in_a_tiny_cache_survive_an_interrupt(tokenizer, prefix_cache, monkeypatch):
     model = make_model(num_key_value_heads=2, max_position_embeddings=512)
     prompts = [[5 + (i + j) % 90 for j in range(1 + i * 37 % 300)] for i in range(300)]
     params = [SamplingParams(max_new_tokens=1 + i % 7, temperature=0.5, seed=i) for i in range(300)]

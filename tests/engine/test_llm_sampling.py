@@ -1,4 +1,4 @@
-"""Sampling as a caller of `LLM` sees it: what penalties and biases do to texts, and that order changes none."""
+"""Sampling through `LLM`: the effect of penalties and biases on texts, and independence of request order."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_a_frequency_penalty_ends_repetition(llm):
         llm.generate("The dog", SamplingParams(max_new_tokens=40, ignore_eos=True, frequency_penalty=f))[0].token_ids
         for f in (0.0, 1e3)
     )
-    assert len(set(penalized)) == 40  # greedy, and whatever was said costs too much to say again
+    assert len(set(penalized)) == 40  # greedy, with a penalty too large to repeat anything
     assert len(set(free)) < 40
 
 
-def test_a_biased_token_is_all_there_is_and_a_banned_one_never_comes(llm):
+def test_a_strongly_biased_token_always_comes_and_a_banned_one_never(llm):
     always = SamplingParams(max_new_tokens=5, logit_bias={9: 1e4}, temperature=1.0, ignore_eos=True)
     assert llm.generate("The dog", always)[0].token_ids == [9] * 5
     (token_id, *_) = llm.generate("The dog", SamplingParams(max_new_tokens=1))[0].token_ids
@@ -47,7 +47,7 @@ def test_a_biased_token_is_all_there_is_and_a_banned_one_never_comes(llm):
     assert token_id not in llm.generate("The dog", never)[0].token_ids
 
 
-def test_biases_outside_the_vocabulary_or_on_everything_are_one_sentence(llm):
+def test_biases_outside_the_vocabulary_or_banning_everything_are_refused(llm):
     size = llm.tokenizer.vocab_size
     with pytest.raises(UserError, match=f"logit_bias holds the id {size}, but the tokenizer has {size} ids"):
         llm.generate("a", SamplingParams(logit_bias={3: 1.0, size: 1.0}))
@@ -55,7 +55,7 @@ def test_biases_outside_the_vocabulary_or_on_everything_are_one_sentence(llm):
         llm.generate("a", SamplingParams(logit_bias=dict.fromkeys(range(size), -math.inf)))
 
 
-def test_every_backend_draws_with_the_same_random_numbers(tokenizer):
+def test_every_backend_samples_with_the_same_random_numbers(tokenizer):
     params = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
     texts = [
         LLM.from_parts(make_model(seed=4), tokenizer, backend=backend).generate(PROMPTS, params)
@@ -64,6 +64,6 @@ def test_every_backend_draws_with_the_same_random_numbers(tokenizer):
     assert [c.token_ids for c in texts[0]] == [c.token_ids for c in texts[1]] == [c.token_ids for c in texts[2]]
 
 
-def test_sampling_goes_on_without_the_kernels(llm, absent):
+def test_sampling_works_without_the_kernels(llm, absent):
     logits = torch.zeros(1, 4)
     assert ops.sample(logits, [ops.SamplingRow(temperature=1.0)], 4).ids.tolist() == [1]  # u is 0.4

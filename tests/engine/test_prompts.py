@@ -1,4 +1,4 @@
-"""Every way of handing over prompts reads as the same ids, and everything else is one sentence."""
+"""Every form of prompts gives the same ids, and anything else is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def llm(tokenizer) -> LLM:
 
 
 class Encoding(collections.UserDict):
-    """As transformers' BatchEncoding: no dict, but a mapping."""
+    """Like transformers' BatchEncoding: a mapping that is not a dict."""
 
 
 ONE = {
@@ -72,7 +72,7 @@ ONE = {
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_one_prompt(name):
+def test_a_single_prompt_is_read_in_every_form(name):
     value = ONE[name]
     expected = list(value) if name == "range" else IDS
     assert read_prompts(value) == [expected]
@@ -94,17 +94,17 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_several_prompts(name):
+def test_several_prompts_are_read_in_every_form(name):
     assert read_prompts(SEVERAL[name]) == [IDS, OTHER]
 
 
-def test_a_two_dimensional_array_has_a_prompt_in_every_row():
+def test_a_two_dimensional_array_has_one_prompt_per_row():
     for array in (np.array([IDS, IDS[::-1]]), torch.tensor([IDS, IDS[::-1]])):
         assert read_prompts(array) == [IDS, IDS[::-1]]
     assert read_prompts(np.zeros((0, 3), dtype=np.int64)) == []
 
 
-def test_texts():
+def test_texts_are_tokenized():
     assert read_prompts("dog") == ["dog"]
     assert read_prompts(np.str_("dog")) == ["dog"]
     for several in (["dog", "cat"], ("dog", "cat"), (t for t in ("dog", "cat")), np.array(["dog", "cat"])):
@@ -112,7 +112,7 @@ def test_texts():
     assert read_prompts({"dog": 1, "cat": 2}.keys()) == ["dog", "cat"]
 
 
-def test_chats():
+def test_chats_are_recognized():
     for one in (CHAT, tuple(CHAT), iter(CHAT), [CHAT], [types.MappingProxyType(m) for m in CHAT]):
         (read,) = read_prompts(one)
         assert isinstance(read, Chat)
@@ -190,7 +190,7 @@ WHAT = (
     ],
     ids=repr,
 )  # fmt: skip
-def test_all_else_is_one_sentence(llm, value, sentence):
+def test_everything_else_is_refused_in_one_sentence(llm, value, sentence):
     for entry in (llm.generate, llm.stream):
         with pytest.raises(UserError, match=sentence) as caught:
             entry(value)
@@ -211,7 +211,7 @@ def test_all_else_is_one_sentence(llm, value, sentence):
     ],
     ids=repr,
 )
-def test_a_prompt_of_no_ids_is_empty(llm, value):
+def test_a_prompt_without_ids_is_empty(llm, value):
     for entry in (llm.generate, llm.stream):
         with pytest.raises(UserError, match=r"^The prompt is empty; give at least one character\.$"):
             entry(value)
@@ -220,7 +220,7 @@ def test_a_prompt_of_no_ids_is_empty(llm, value):
 
 
 @pytest.mark.parametrize("ids", [[5, -1], [5, VOCAB_SIZE], [5, 2**70]], ids=str)
-def test_ids_outside_the_vocabulary(llm, ids):
+def test_ids_outside_the_vocabulary_are_refused(llm, ids):
     forms = [ids, {"input_ids": ids}, *([np.array(ids), torch.tensor(ids)] if max(ids) < 2**63 else [])]
     for value in forms:
         for entry in (llm.generate, llm.stream):
@@ -246,7 +246,7 @@ def test_every_form_gives_the_completion_of_its_ids(llm, tokenizer):
         assert stream.completion == expected[0]
 
 
-def test_what_a_transformers_tokenizer_returns(llm, tokenizer, tokenizer_file):
+def test_the_output_of_a_transformers_tokenizer_is_accepted(llm, tokenizer, tokenizer_file):
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), pad_token=tokenizer._added.get(1, "!"))
@@ -261,7 +261,7 @@ def test_what_a_transformers_tokenizer_returns(llm, tokenizer, tokenizer_file):
     assert "".join(llm.stream(theirs(texts[0], return_tensors="pt"), PARAMS)) == expected[0].text
 
 
-def test_chats_go_through_the_template(llm, tokenizer):
+def test_chats_are_rendered_by_the_template(llm, tokenizer):
     (expected,) = llm.generate(tokenizer.encode_chat(CHAT), PARAMS)
     assert llm.generate(CHAT, PARAMS) == llm.chat(CHAT, PARAMS) == [expected]
     assert llm.generate([CHAT, "dog"], PARAMS) == [expected, *llm.generate("dog", PARAMS)]
@@ -271,7 +271,7 @@ def test_chats_go_through_the_template(llm, tokenizer):
 
 
 @pytest.mark.parametrize("value", ["dog", [], None, 5, CHAT[0], ["dog"], [IDS], [CHAT, "dog"], [CHAT, []], b"dog"])
-def test_what_is_no_chat_is_one_sentence(llm, value):
+def test_invalid_chats_are_refused(llm, value):
     with pytest.raises(UserError, match=r"^[^\n]+$"):
         llm.chat(value)
 
@@ -281,7 +281,7 @@ def test_a_chat_that_the_template_refuses_keeps_its_error(llm):
         llm.generate(["dog", [{"role": "user", "content": 5}]])
 
 
-def test_a_stream_takes_one_prompt(llm):
+def test_a_stream_accepts_one_prompt_only(llm):
     for value in (["dog", "cat"], np.array([IDS, IDS]), [CHAT, CHAT], {"input_ids": [IDS, OTHER]}):
         with pytest.raises(UserError, match=r"^A stream continues one prompt, not 2; use generate for several\.$"):
             llm.stream(value)
@@ -301,7 +301,7 @@ def test_parameters_for_all_or_for_each():
 @pytest.mark.parametrize(
     "value", [5, "greedy", {"temperature": 0}, 0.7, [5], ["a"], [SamplingParams(), {}], False, b""]
 )
-def test_what_is_no_sampling_parameters_is_one_sentence(llm, value):
+def test_invalid_sampling_parameters_are_refused(llm, value):
     for entry in (llm.generate, llm.stream, lambda _, params: llm.chat(CHAT, params)):
         with pytest.raises(UserError, match=r"^Sampling parameters are a SamplingParams[^\n]*\.$"):
             entry("dog", value)

@@ -1,4 +1,4 @@
-"""What a caller may ask for: every range is checked, with one sentence."""
+"""Request parameters: every range is checked, with a one-sentence error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_defaults_are_greedy_and_unfiltered():
         ("stop", [("a", ""), "", (1,), (None,)]),
     ],
 )
-def test_values_outside_their_range_are_one_sentence(name, values):
+def test_values_out_of_range_are_refused(name, values):
     for value in values:
         with pytest.raises(UserError, match=f"^{name} must be [^\n]*, not [^\n]*\\.$"):
             SamplingParams(**{name: value})
@@ -50,17 +50,17 @@ def test_limits_of_the_ranges_are_allowed():
     SamplingParams(temperature=1e-9, top_k=10**9, top_p=1e-9, min_p=1, repetition_penalty=1e-3, seed=2**63 - 1)
 
 
-def test_one_stop_string_needs_no_list():
+def test_a_single_stop_string_needs_no_list():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ["a", "b"]
 
 
-def test_biases_may_be_keyed_as_json_has_them_and_ban():
+def test_biases_may_have_json_string_keys_and_may_ban():
     assert SamplingParams(logit_bias={"7": 1, 8: -math.inf}).logit_bias == {7: 1.0, 8: -math.inf}
     assert SamplingParams(logit_bias={}).logit_bias == {}
 
 
-def test_requests_that_look_alike_are_two():
+def test_identical_looking_requests_are_distinct():
     first, second = (Request([1], SamplingParams(), 5) for _ in range(2))
     assert first != second
 
@@ -71,20 +71,20 @@ NUMBERS = ["temperature", "top_p", "min_p", "repetition_penalty"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_none_is_the_default(name):
+def test_none_means_the_default(name):
     assert SamplingParams(**{name: None}) == SamplingParams()
     assert SamplingParams(**dict.fromkeys(NAMES)) == SamplingParams()
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers_may_be_numpys(name):
+def test_whole_numbers_may_be_numpy_scalars(name):
     for value in (np.int64(3), np.int8(3), np.uint32(3), np.array([3])[0]):
         read = getattr(SamplingParams(**{name: value}), name)
         assert (read, type(read)) == (3, int)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_may_be_numpys(name):
+def test_numbers_may_be_numpy_scalars(name):
     for value in (np.float64(0.5), np.float32(0.5), np.float16(0.5), fractions.Fraction(1, 2), np.int64(1), 1):
         read = getattr(SamplingParams(**{name: value}), name)
         assert (read, type(read)) == (float(value), float)
@@ -93,7 +93,7 @@ def test_numbers_may_be_numpys(name):
 @pytest.mark.parametrize(
     "value", [5.5, 5.0, "5", True, np.True_, np.float64(5), math.nan, [5], 5j, b"5", torch.tensor(5)]
 )
-def test_whole_numbers_of_another_type_are_one_sentence(value):
+def test_whole_numbers_of_another_type_are_refused(value):
     for name in WHOLE:
         with pytest.raises(UserError, match=rf"^{name} must be a whole number, not [^\n]+\.$"):
             SamplingParams(**{name: value})
@@ -104,28 +104,28 @@ def test_whole_numbers_of_another_type_are_one_sentence(value):
 @pytest.mark.parametrize(
     "value", ["0.5", True, np.False_, [0.5], 1j, b"1", decimal.Decimal(1), 10**400, np.ones(2), {}]
 )
-def test_numbers_of_another_type_are_one_sentence(value):
+def test_numbers_of_another_type_are_refused(value):
     for name in NUMBERS:
         with pytest.raises(UserError, match=rf"^{name} must be a number, not [^\n]+\.$"):
             SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["no", 0, 1, 2.0, [], "True", torch.tensor(True)])
-def test_a_flag_is_true_or_false(value):
+def test_flags_must_be_true_or_false(value):
     with pytest.raises(UserError, match=r"^ignore_eos must be True or False, not [^\n]+\.$"):
         SamplingParams(ignore_eos=value)
     assert SamplingParams(ignore_eos=np.True_).ignore_eos is True
 
 
 @pytest.mark.parametrize("value", [5, 5.5, b"END", {"a": 1}, True, object()])
-def test_stop_of_another_type_is_one_sentence(value):
+def test_stop_of_another_type_is_refused(value):
     with pytest.raises(UserError, match=r"^stop must be a text or several, not [^\n]+\.$"):
         SamplingParams(stop=value)
     with pytest.raises(UserError, match=r"^stop must be made of non-empty strings, not "):
         SamplingParams(stop=["a", value])
 
 
-def test_stop_is_the_callers_no_longer():
+def test_later_changes_to_the_callers_stop_list_have_no_effect():
     texts = ["a"]
     params = SamplingParams(stop=texts)
     texts.append("b")
@@ -148,23 +148,23 @@ def test_a_completion_of_a_request_in_progress_is_cancelled():
     assert completion == Completion("x", [7], "cancelled", 2, [TokenLogprob(7, -0.5, {})])
     request.token_ids.append(8)
     request.finish_reason, request.text = "eos", "xy"
-    assert completion.token_ids == [7]  # not what came later
+    assert completion.token_ids == [7]  # not the later addition
     assert request.completion() == Completion("xy", [7, 8], "eos", 2, completion.logprobs)
     assert Request([5], SamplingParams(), 1).completion().logprobs is None
 
 
-def test_completions_are_equal_whatever_time_they_took():
+def test_equality_of_completions_ignores_timings():
     assert Completion("x", [7], "eos", 2, timings=Timings(1, 2, 3)) == Completion("x", [7], "eos", 2)
     assert Timings(1, 2, 3).total_seconds == 6
 
 
-def test_an_error_in_a_batch_keeps_its_type_and_says_where():
+def test_an_error_in_a_batch_keeps_its_type_and_names_the_prompt():
     error = in_batch(TokenizerError("No such chat."), "prompts[3]")
     assert (type(error), str(error)) == (TokenizerError, "No such chat (prompts[3]).")
     assert str(in_batch(UserError("No."), "")) == "No."
 
 
-def test_arguments_that_are_whole_numbers():
+def test_whole_number_arguments_are_checked():
     assert whole_number("n", np.int64(5), least=1) == 5
     for value in (0, 1.0, True, "5", None, math.inf):
         with pytest.raises(UserError, match="^n must be a whole number, at least 1, not "):

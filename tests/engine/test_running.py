@@ -1,4 +1,4 @@
-"""Prompts in chunks give what whole prompts give, whichever way the chunks fall on them."""
+"""Chunked prompts give the results of whole prompts, wherever chunks begin and end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ backends = pytest.mark.parametrize("backend", [kernels, "torch"])
 
 
 def running(runner, count):
-    """Sequences whose every unwritten place holds NaN."""
+    """Sequences whose unwritten cache slots all hold NaN."""
     sequences = RunningSequences(runner, count, 13)
     for t in (*sequences._cache.blocks.keys, *sequences._cache.blocks.values):
         t.fill_(math.nan)
@@ -36,7 +36,7 @@ def running(runner, count):
         ([1, 1, 1], 1, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
     ],
 )
-def test_chunks_are_full_but_for_the_last(lengths, size, expected):
+def test_all_chunks_but_the_last_are_full(lengths, size, expected):
     assert list(chunks(lengths, size)) == expected
 
 
@@ -45,7 +45,7 @@ def test_chunks_are_full_but_for_the_last(lengths, size, expected):
     "rope", [RopeParameters(), RopeParameters(rope_type="dynamic", factor=2.0)], ids=["default", "dynamic"]
 )
 @pytest.mark.parametrize("size", [1, 2, 4, 11, 12, 100])
-def test_chunks_give_what_each_prompt_alone_gives(size, rope, backend):
+def test_chunked_prefill_equals_each_prompt_alone(size, rope, backend):
     """Logits of the last tokens, and of a token decoded after them."""
     runner = make_runner(make_model(max_position_embeddings=8, num_key_value_heads=2, rope=rope), backend)
 
@@ -64,7 +64,7 @@ def test_chunks_give_what_each_prompt_alone_gives(size, rope, backend):
 
 
 @backends
-def test_no_more_tokens_than_a_chunk_go_through_at_once(backend):
+def test_no_pass_has_more_tokens_than_a_chunk(backend):
     runner, sizes = make_runner(make_model(), backend), []
 
     class Watched:
@@ -80,7 +80,7 @@ def test_no_more_tokens_than_a_chunk_go_through_at_once(backend):
 
 @backends
 @pytest.mark.parametrize("rows", [[0, 2], [2, 0], [1], [3, 2, 1, 0]], ids=str)
-def test_sequences_leave_without_a_copy(rows, backend):
+def test_sequences_are_removed_without_copying(rows, backend):
     runner = make_runner(make_model(num_key_value_heads=2), backend)
     sequences = running(runner, 4)
     sequences.prefill(PROMPTS)

@@ -1,4 +1,4 @@
-"""Sampling against transformers' own logits processors, and what must never be chosen."""
+"""Sampling against transformers' own logits processors, and tokens that must never be chosen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ V = 97
 
 @pytest.fixture(params=[AUTO, "reference"])
 def backend(request):
-    """The kernels, where they are installed, and the definition."""
+    """The kernels, if installed, and the definition."""
     return request.param
 
 
@@ -100,14 +100,14 @@ def test_repetition_penalty_agrees_with_transformers(penalty):
         torch.testing.assert_close(penalize(ours, history, penalty), theirs, rtol=1e-6, atol=0)
 
 
-def test_the_penalty_lowers_both_signs_and_leaves_others_alone():
+def test_the_penalty_lowers_logits_of_both_signs_and_no_others():
     scores = torch.tensor([2.0, -2.0, 1.0, 0.0])
     scores = penalize(scores, [0, 1, 3, 99, -1], 2.0)  # ids beyond the scores (padding of the prompt) are no error
     assert scores.tolist() == [1.0, -4.0, 1.0, 0.0]
     assert penalize(scores, [], 2.0).tolist() == [1.0, -4.0, 1.0, 0.0]
 
 
-def test_at_least_one_token_survives_the_harshest_filters():
+def test_at_least_one_token_survives_the_strictest_filters():
     harshest = [
         SamplingParams(temperature=1e-3, top_k=1, top_p=1e-9, min_p=1.0),
         SamplingParams(temperature=1.0, top_p=5e-324),  # which is 0 in fp32
@@ -159,7 +159,7 @@ def test_padding_rows_are_never_chosen_however_large_their_logits(params, backen
         request.token_ids.append(choice.token_id)
 
 
-def test_greedy_takes_the_largest_and_leaves_the_logits_as_they_were(backend):
+def test_greedy_takes_the_largest_logit_and_does_not_modify_them(backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = random_logits(5).to(dtype)
         before = logits.clone()
@@ -175,7 +175,7 @@ def test_the_penalty_changes_the_greedy_choice():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_one_sentence(bad, temperature, backend):
+def test_nonfinite_logits_are_reported_in_one_sentence(bad, temperature, backend):
     logits = random_logits(0)
     logits[7] = bad
     choice = choose(SamplingParams(temperature=temperature), V, logits, [], backend)
@@ -190,10 +190,10 @@ def draws(params: SamplingParams, count: int, logits: Tensor) -> list[int]:
     return request.token_ids
 
 
-def test_the_same_seed_draws_the_same_and_another_seed_or_none_does_not():
+def test_equal_seeds_draw_equally_and_other_or_missing_seeds_differ():
     logits = random_logits(0)
     first = draws(SamplingParams(temperature=1.0, seed=11), 30, logits)
-    torch.manual_seed(999)  # torch's global generator has no part in it
+    torch.manual_seed(999)  # torch's global generator is not involved
     assert draws(SamplingParams(temperature=1.0, seed=11), 30, logits) == first
     assert draws(SamplingParams(temperature=1.0, seed=12), 30, logits) != first
     unseeded = [draws(SamplingParams(temperature=1.0), 30, logits) for _ in range(2)]
@@ -214,7 +214,7 @@ def test_many_draws_have_the_filtered_distribution(changes):
             assert seen[i] == 0
 
 
-def test_a_request_gets_the_same_in_any_company_and_order():
+def test_a_request_samples_the_same_in_any_batch_and_order():
     logits = torch.stack([random_logits(n, spread=0.5) for n in range(4)])
     params = [
         SamplingParams(temperature=1.0, seed=5),
@@ -236,7 +236,7 @@ def test_a_request_gets_the_same_in_any_company_and_order():
     assert run([[3, 1, 0]] * 6 + [[2]] * 5 + [[0, 2]] + [[1, 2, 3, 0]] * 5 + [[3, 2, 1]] + [[]]) == alone
 
 
-def test_a_request_that_a_new_sampler_takes_over_goes_on_as_it_would_have():
+def test_a_new_sampler_continues_a_request_identically():
     logits, params = random_logits(0), SamplingParams(temperature=1.0, frequency_penalty=1.0, seed=8)
     whole = draws(params, 20, logits)
     resumed = request_of(params, [], whole[:7])
@@ -244,10 +244,10 @@ def test_a_request_that_a_new_sampler_takes_over_goes_on_as_it_would_have():
     assert choice.token_id == whole[7]
 
 
-def test_presence_and_frequency_count_the_text_and_repetition_the_prompt_too():
+def test_presence_and_frequency_count_the_text_but_repetition_also_the_prompt():
     logits = torch.tensor([2.0, 1.9, 1.8, 1.0])
     params = SamplingParams(presence_penalty=0.15)
-    assert choose(params, 4, logits, [0]).token_id == 0  # said in the prompt alone
+    assert choose(params, 4, logits, [0]).token_id == 0  # occurs only in the prompt
     sampler, request = Sampler(4), request_of(params, [0])
     said = []
     for _ in range(3):
@@ -264,7 +264,7 @@ def test_biases_move_single_tokens_and_ban_them():
     assert choose(SamplingParams(logit_bias={0: -float("inf")}), 3, logits, []).token_id == 1
 
 
-def test_what_a_mask_forbids_is_not_chosen_and_a_request_without_any_token_fails_alone():
+def test_masked_tokens_are_never_chosen_and_a_request_without_choices_fails_alone():
     logits = torch.tensor([2.0, 1.0, 0.0]).repeat(3, 1)
     requests = [request_of(SamplingParams(), []) for _ in range(3)]
     masks = [torch.tensor([word], dtype=torch.int32) for word in (0b110, 0b1000)]

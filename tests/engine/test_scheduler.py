@@ -1,4 +1,4 @@
-"""Random orders of everything that a scheduler is asked for: nothing is lost, shared wrongly or starved."""
+"""Random sequences of scheduler operations: nothing is lost, wrongly shared or starved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Serving(RuleBasedStateMachine):
         super().__init__()
         self.scheduler: Scheduler
         self.open: set[Sequence] = set()
-        self.contents: dict[int, dict[int, tuple]] = {}  # what the positions of a block were computed from
+        self.contents: dict[int, dict[int, tuple]] = {}  # the tokens from which a block's positions were computed
 
     @initialize(blocks=st.integers(4, 12), rows=st.integers(1, 4), budget=st.integers(1, 20), cache=st.booleans())
     def begin(self, blocks, rows, budget, cache) -> None:
@@ -82,7 +82,7 @@ class Serving(RuleBasedStateMachine):
                 chunk.sequence.ids.append(token)
 
     def compute(self, sequence: Sequence, start: int, tokens: int) -> None:
-        """A fake network: a position's keys depend on all tokens up to it, which it reads from the cache."""
+        """A fake network in which a position's keys depend on all earlier tokens, read from the cache."""
         blocks = sequence.blocks
         for position in range(start):
             expected = (sequence.root, *sequence.ids[: position + 1])
@@ -92,7 +92,7 @@ class Serving(RuleBasedStateMachine):
             block[position % SIZE] = (sequence.root, *sequence.ids[: position + 1])
 
     def keeps_order(self, waiting: list[Sequence]) -> None:
-        """Whoever was admitted had nobody of its priority before it, but those who wait for a prefix in progress."""
+        """Nothing of equal priority is ahead of an admitted sequence, except those waiting for a prefix in progress."""
         admitted = [each for each in waiting if each in self.scheduler.running]
         passed = [each for each in waiting if each not in self.scheduler.running]
         for one in admitted:
@@ -125,7 +125,7 @@ TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
-def test_an_urgent_prompt_does_not_wait_for_a_long_one_in_progress():
+def test_an_urgent_prompt_overtakes_a_long_one_in_progress():
     scheduler = Scheduler(BlockPool(64, SIZE), max_rows=8, token_budget=10)
 
     def add(count: int, priority: int) -> Sequence:

@@ -1,4 +1,4 @@
-"""Scoring: what one pass over each whole text says, while what texts have in common is computed once."""
+"""Scoring: the results of one pass over each whole text, while common prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model():
 
 @torch.inference_mode()
 def expected(model, ids: list[int], first: int) -> tuple[float, bool]:
-    """From one pass of the modules over the text, without cache and engine."""
+    """Scores from one pass of the modules over the text, without cache or engine."""
     batch = torch.tensor([ids])
     hidden = model(batch, torch.arange(len(ids))[None], causal_attend).hidden
     logits = model.logits(hidden[0])[first - 1 : -1]
@@ -44,7 +44,7 @@ def words(rng: random.Random, count: int) -> list[int]:
 
 
 def some_texts(seed: int = 0) -> list[tuple[list[int], int]]:
-    """Texts of all kinds: shared contexts that end anywhere in a block, texts within texts, twins, loners."""
+    """All kinds of texts: shared contexts that end anywhere in a block, prefixes of others, duplicates, loners."""
     rng = random.Random(seed)
     shots = words(rng, 70)
     texts = []
@@ -53,7 +53,7 @@ def some_texts(seed: int = 0) -> list[tuple[list[int], int]]:
         for new in (1, 1, 2, 9, 70):
             texts.append((context + words(rng, new), len(context)))
         texts.append((context + texts[-1][0][len(context) :][:5], len(context)))  # the beginning of another
-        texts.append((texts[-2][0], len(context) + 3))  # the same text, less of it scored
+        texts.append((texts[-2][0], len(context) + 3))  # the same text with less of it scored
         texts.append(texts[-3])
     texts += [(words(rng, n), 1) for n in (2, 3, 64, 65, 200)]
     rng.shuffle(texts)
@@ -68,7 +68,7 @@ def score(runner, texts, **options) -> list:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_are_those_of_one_pass_over_each_text(model, backend):
+def test_scores_equal_one_pass_over_each_text(model, backend):
     texts = some_texts()
     for text, scored in zip(texts, score(make_runner(model, backend), texts), strict=True):
         logprob, greedy = expected(model, *text)
@@ -76,8 +76,8 @@ def test_scores_are_those_of_one_pass_over_each_text(model, backend):
         assert scored.greedy == greedy
 
 
-def test_greedy_is_exact(model):
-    """A text that greedy decoding gives is greedy, and with another token anywhere in what is scored it is not."""
+def test_the_greedy_flag_is_exact(model):
+    """A greedily decoded text counts as greedy, and with any scored token changed it does not."""
     runner = make_runner(model, BACKEND)
     ids = words(random.Random(1), 40)
     first = len(ids)
@@ -94,17 +94,17 @@ def test_greedy_is_exact(model):
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="torch adds in another order in batches")
 @pytest.mark.parametrize("budget", [1, 7, 64, 512])
-def test_the_same_bits_in_any_company_steps_and_memory(model, budget):
+def test_scores_are_bit_identical_in_any_batch_chunking_and_memory(model, budget):
     runner, texts = make_runner(model, BACKEND), some_texts()
     alone = [score(runner, [text])[0] for text in texts]
     block = 64 * runner.position_bytes
-    # One block is less than the longest text takes, which gets what it needs.
+    # One block is too little for the longest text, which still gets what it needs.
     for blocks in (1, 9, 1000):
         for rows in (1, 3, 256):
             assert score(runner, texts, token_budget=budget, cache_bytes=blocks * block, max_rows=rows) == alone
 
 
-def test_what_texts_have_in_common_is_computed_once(model):
+def test_common_prefixes_are_computed_once(model):
     rng = random.Random(3)
     shots, runner = words(rng, 100), make_runner(model, BACKEND)
     texts = []
@@ -115,13 +115,13 @@ def test_what_texts_have_in_common_is_computed_once(model):
     list(scorer.score(texts))
     assert scorer.given_tokens == 20 * (121 + 10 - 1)
     assert scorer.computed_tokens == 100 + 5 * 21 + 20 * 9
-    # Choices of one token are read off the context itself.
+    # Single-token choices are read from the context's own logits.
     single = Scorer(runner)
     list(single.score([([*shots, 2 + choice], 100) for choice in range(4)]))
     assert (single.given_tokens, single.computed_tokens) == (400, 100)
 
 
-def test_logits_are_computed_of_rows_that_count_alone(model, monkeypatch):
+def test_logits_are_computed_only_for_scored_rows(model, monkeypatch):
     runner, texts = make_runner(model, BACKEND), []
     context = words(random.Random(4), 90)
     for choice in range(3):
@@ -134,11 +134,11 @@ def test_logits_are_computed_of_rows_that_count_alone(model, monkeypatch):
 
     monkeypatch.setattr(type(runner), "forward", counted)
     list(Scorer(runner).score(texts))
-    assert sum(rows) == 1 + 3 * 4  # the context's last row is all choices'
+    assert sum(rows) == 1 + 3 * 4  # the context's last row serves all choices
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-def test_any_cache_dtype(model, dtype):
+def test_scores_for_any_cache_dtype(model, dtype):
     runner, texts = make_runner(model, BACKEND), some_texts(5)
     found = score(runner, texts, cache_dtype=dtype)
     assert position_bytes(runner.config, dtype) > 0
@@ -149,7 +149,7 @@ def test_any_cache_dtype(model, dtype):
         assert found == [score(runner, [text], cache_dtype=dtype)[0] for text in texts]
 
 
-def test_keys_that_depend_on_a_texts_length_are_its_own():
+def test_keys_that_depend_on_the_text_length_are_not_shared():
     rope = RopeParameters(rope_type="dynamic", factor=2.0)
     model = make_model(max_position_embeddings=64, rope=rope)
     texts = some_texts(6)[:20]
@@ -165,7 +165,7 @@ def test_keys_that_depend_on_a_texts_length_are_its_own():
     assert scorer.computed_tokens == scorer.given_tokens
 
 
-def test_a_policy_changes_what_routers_choose(model):
+def test_a_policy_changes_the_routers_choices(model):
     runner, texts = make_runner(model, BACKEND), some_texts(7)[:6]
     policy = RouterPolicy(top_k=1).resolve(model.config)
     found = score(runner, texts, policy=policy)
@@ -173,7 +173,7 @@ def test_a_policy_changes_what_routers_choose(model):
     assert found == score(runner, texts, policy=policy)
 
 
-def test_logits_that_are_not_finite_are_an_error():
+def test_nonfinite_logits_are_an_error():
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
@@ -181,5 +181,5 @@ def test_logits_that_are_not_finite_are_an_error():
         list(Scorer(make_runner(model, BACKEND)).score([([5, 6, 7], 1)]))
 
 
-def test_nothing_to_score(model):
+def test_scoring_nothing_returns_nothing(model):
     assert list(Scorer(make_runner(model, BACKEND)).score([])) == []

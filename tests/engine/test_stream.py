@@ -1,4 +1,4 @@
-"""A stream can be read, left, taken up again and closed, and says what has become of its text."""
+"""A stream can be read, abandoned, resumed and closed, and reports what became of its text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pieces(llm) -> list[str]:
     return found
 
 
-def test_next_gives_one_piece_after_the_other(llm, pieces):
+def test_next_returns_one_part_after_the_other(llm, pieces):
     stream = llm.stream("dog", PARAMS)
     assert [next(stream) for _ in pieces] == pieces
     for _ in range(2):
@@ -41,7 +41,7 @@ def test_next_gives_one_piece_after_the_other(llm, pieces):
     assert next(stream, None) is None
 
 
-def test_a_loop_may_go_on_where_another_or_next_stopped(llm, pieces):
+def test_a_loop_may_continue_where_another_or_next_stopped(llm, pieces):
     stream = llm.stream("dog", PARAMS)
     found = [next(stream)]
     for piece in stream:
@@ -67,7 +67,7 @@ def leave(stream: Stream, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_a_stream_that_was_left_has_the_text_so_far(llm, pieces, count):
+def test_an_abandoned_stream_has_the_text_so_far(llm, pieces, count):
     stream = llm.stream("dog", PARAMS)
     assert leave(stream, count) == pieces[:count]
     completion, whole = stream.completion, llm.generate("dog", PARAMS)[0]
@@ -77,13 +77,13 @@ def test_a_stream_that_was_left_has_the_text_so_far(llm, pieces, count):
     assert completion.prompt_tokens == whole.prompt_tokens
 
 
-def test_a_stream_that_was_left_at_its_last_piece_is_complete(llm, pieces):
+def test_a_stream_abandoned_at_its_last_part_is_complete(llm, pieces):
     stream = llm.stream("dog", PARAMS)
     assert leave(stream, len(pieces)) == pieces
     assert stream.completion == llm.generate("dog", PARAMS)[0]
 
 
-def test_an_error_of_the_reader_leaves_the_stream(llm, pieces):
+def test_an_error_in_the_reader_abandons_the_stream(llm, pieces):
     stream = llm.stream("dog", PARAMS)
 
     def read() -> None:
@@ -95,7 +95,7 @@ def test_an_error_of_the_reader_leaves_the_stream(llm, pieces):
     assert (stream.completion.finish_reason, stream.completion.text) == ("cancelled", pieces[0])
 
 
-def test_an_interrupt_of_the_model_leaves_the_text_so_far(llm, pieces, monkeypatch):
+def test_an_interrupt_in_the_model_keeps_the_text_so_far(llm, pieces, monkeypatch):
     stream = llm.stream("dog", PARAMS)
     found = [next(stream)]
 
@@ -119,7 +119,7 @@ def test_close_ends_a_stream(llm, pieces):
     assert stream.completion.finish_reason == "cancelled"
 
 
-def test_close_before_the_first_piece_and_after_the_last(llm):
+def test_a_stream_may_be_closed_before_the_first_part_and_after_the_last(llm):
     stream = llm.stream("dog", PARAMS)
     stream.close()
     assert list(stream) == []
@@ -134,14 +134,14 @@ def test_close_before_the_first_piece_and_after_the_last(llm):
     assert stream.completion == llm.generate("dog", PARAMS)[0]
 
 
-def test_the_end_of_a_with_block_closes(llm, pieces):
+def test_leaving_a_with_block_closes_the_stream(llm, pieces):
     with llm.stream("dog", PARAMS) as stream:
         assert next(stream) == pieces[0]
     assert list(stream) == []
     assert stream.completion.finish_reason == "cancelled"
 
 
-def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
+def test_a_stream_may_be_closed_from_another_thread_while_running(llm, monkeypatch):
     inside, closed = threading.Event(), threading.Event()
     decode = Engine.step
 
@@ -164,7 +164,7 @@ def test_close_from_another_thread_while_the_model_runs(llm, monkeypatch):
     assert stream.completion.finish_reason == "cancelled"
 
 
-def test_closing_frees_the_cache(llm):
+def test_closing_a_stream_frees_the_cache(llm):
     def caches() -> int:
         gc.collect()
         return sum(type(each).__name__ == "Engine" for each in gc.get_objects())
@@ -181,7 +181,7 @@ def test_closing_frees_the_cache(llm):
     "reading",
     ["next(stream)", "it = iter(stream); next(it)", "for _ in stream: break", "for _ in stream: raise SystemExit"],
 )
-def test_nothing_is_said_when_python_ends_before_a_stream(tmp_path, tokenizer_file, reading):
+def test_exiting_python_with_an_open_stream_prints_nothing(tmp_path, tokenizer_file, reading):
     text = tokenizer_file.read_text(encoding="utf-8")
     export.save(make_model(), tmp_path / "model", extra_files={"tokenizer.json": text})
     script = (

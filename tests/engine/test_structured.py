@@ -36,25 +36,25 @@ def released(olmoe_tokenizer_file) -> Tokenizer:
     return Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279,), pad_id=1)
 
 
-# ---- texts belong to the grammar ----
+# ---- texts follow the grammar ----
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("which", ["tokenizer", "released"])
-def test_a_json_schema_is_kept_to(which, seed, request):
+def test_output_follows_a_json_schema(which, seed, request):
     tokenizer = request.getfixturevalue(which)
     value = json.loads(write(structured.json_schema(PERSON, tokenizer), tokenizer, seed))
     jsonschema.validate(value, PERSON)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", value["born"])
 
 
-def test_a_schema_may_be_a_text(tokenizer):
+def test_a_schema_may_be_given_as_text(tokenizer):
     grammar = structured.json_schema(json.dumps(PERSON), tokenizer)
     jsonschema.validate(json.loads(write(grammar, tokenizer)), PERSON)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_json_object(tokenizer, seed):
+def test_any_json_object_can_be_requested(tokenizer, seed):
     assert isinstance(json.loads(write(structured.json_object(tokenizer), tokenizer, seed)), dict)
 
 
@@ -69,18 +69,18 @@ def test_any_json_object(tokenizer, seed):
         ("", [""], ["a"]),
     ],
 )
-def test_a_regex_is_matched_as_a_whole(released, pattern, good, bad):
+def test_a_regex_must_match_the_whole_text(released, pattern, good, bad):
     grammar = structured.regex(pattern, released)
     assert [accepts(grammar, released, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_texts_of_a_regex_match_it(released, seed):
+def test_random_texts_under_a_regex_match_it(released, seed):
     pattern = r"(\d{1,3}\.){3}\d{1,3}|[A-Z][a-z]{2,8}!"
     assert re.fullmatch(pattern, write(structured.regex(pattern, released), released, seed))
 
 
-def test_one_of_several_texts(released):
+def test_output_is_one_of_several_choices(released):
     texts = ["red", "red wine", 'a "quote"', "é日😀", "line\nend\t\\", "\x00\x7f", " "]
     grammar = structured.choice(texts, released)
     assert all(accepts(grammar, released, text) for text in texts)
@@ -88,7 +88,7 @@ def test_one_of_several_texts(released):
     assert {write(grammar, released, seed) for seed in range(20)} <= set(texts)
 
 
-def test_a_choice_that_another_begins_may_end_or_go_on(released):
+def test_a_choice_that_is_a_prefix_of_another_may_end_or_continue(released):
     state = structured.choice(["red", "red wine"], released).start()
     for token_id in released.encode("red"):
         state.accept(token_id)
@@ -105,23 +105,23 @@ def test_a_choice_that_another_begins_may_end_or_go_on(released):
         '%llguidance {}\nstart: "(" start ")" | "x"  // a <comment>\n',
     ],
 )
-def test_lark_and_gbnf(released, text):
+def test_lark_and_gbnf_grammars_are_followed(released, text):
     grammar = structured.grammar(text, released)
     assert all(accepts(grammar, released, good) for good in ["x", "(x)", "(((x)))"])
     assert not any(accepts(grammar, released, bad) for bad in ["(x", "y", ""])
 
 
-# ---- blanks, ends and special tokens ----
+# ---- white space, ends and special tokens ----
 
 
-def test_blanks_are_bounded(released):
+def test_white_space_is_bounded(released):
     grammar = structured.json_object(released)
     assert accepts(grammar, released, '{"a": 1,\n    "b": [ 1 ]}')
     for text in ['{"a":         1}', "{" + " " * 9 + "}", ' {"a":1}', '{"a":1}\n', "{" + "\n\t" * 30]:
         assert not accepts(grammar, released, text), text
 
 
-def test_a_schema_cannot_lift_the_bound_of_blanks(released):
+def test_a_schema_cannot_lift_the_bound_on_white_space(released):
     loose = {"type": "object", "x-guidance": {"whitespace_pattern": " *", "whitespace_flexible": True}}
     assert not accepts(structured.json_schema(loose, released), released, '{"a":         1}')
     none = {"type": "object", "x-guidance": {"whitespace_flexible": False}}
@@ -129,7 +129,7 @@ def test_a_schema_cannot_lift_the_bound_of_blanks(released):
     assert accepts(structured.json_schema(none, released), released, '{"a":1}')
 
 
-def test_a_text_is_finished_where_only_the_end_can_follow(released):
+def test_a_text_is_finished_when_only_eos_can_follow(released):
     state = structured.choice(["yes"], released).start()
     assert not state.finished
     for token_id in released.encode("yes"):
@@ -137,7 +137,7 @@ def test_a_text_is_finished_where_only_the_end_can_follow(released):
     assert state.finished
 
 
-def test_eos_is_allowed_where_the_text_may_end_and_ends_it(released):
+def test_eos_is_allowed_exactly_where_the_text_may_end(released):
     state = structured.regex("a+", released).start()
     assert 50279 not in allowed(state, released)
     state.accept(released.encode("a")[0])
@@ -146,8 +146,8 @@ def test_eos_is_allowed_where_the_text_may_end_and_ends_it(released):
     assert state.finished
 
 
-def test_special_tokens_never_stand_inside(olmoe_tokenizer_file):
-    # 1 is padding; 50277 is made special by being an end; ids beyond the vocabulary do not exist.
+def test_special_tokens_never_appear_inside_a_text(olmoe_tokenizer_file):
+    # 1 is padding; 50277 is special because it is an eos id; ids beyond the vocabulary do not exist.
     tokenizer = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279, 50277, 99999), pad_id=1)
     state = structured.regex(r"(.|\n)*", tokenizer).start()
     found = set(allowed(state, tokenizer))
@@ -156,11 +156,11 @@ def test_special_tokens_never_stand_inside(olmoe_tokenizer_file):
     assert max(found) < tokenizer.vocab_size
     assert len(found) > 40_000
     for name in ("<|endoftext|>", "<|padding|>", "e\u0301", "|||EMAIL_ADDRESS|||"):
-        # A text that must come, though the tokenizer has a token for it, or composes its characters.
+        # A required text, even if the tokenizer has a special token for it or composes its characters.
         assert write(structured.choice([name], tokenizer), tokenizer) == name
 
 
-def test_a_tokenizer_without_an_end(olmoe_tokenizer_file):
+def test_a_tokenizer_without_eos_is_supported(olmoe_tokenizer_file):
     tokenizer = Tokenizer.from_file(olmoe_tokenizer_file)
     state = structured.regex("a+b", tokenizer).start()
     assert max(allowed(state, tokenizer)) < tokenizer.vocab_size
@@ -169,7 +169,7 @@ def test_a_tokenizer_without_an_end(olmoe_tokenizer_file):
     assert state.finished
 
 
-def test_a_mask_of_another_length_is_filled_to_its_end(released):
+def test_a_mask_of_another_length_is_filled_completely(released):
     state = structured.regex("(.|\n)*", released).start()
     short, long = np.full(4, 7, dtype=np.int32), np.full(2000, 7, dtype=np.int32)
     state.fill(short)
@@ -178,7 +178,7 @@ def test_a_mask_of_another_length_is_filled_to_its_end(released):
     assert not long[-(-released.vocab_size // 32) :].any()
 
 
-def test_a_token_that_is_not_allowed_is_told_at_the_next_mask(released):
+def test_a_disallowed_token_is_reported_at_the_next_mask(released):
     state = structured.regex("ab", released).start()
     state.accept(released.encode("x")[0])
     assert not state.finished
@@ -186,8 +186,8 @@ def test_a_token_that_is_not_allowed_is_told_at_the_next_mask(released):
         allowed(state, released)
 
 
-def test_characters_are_whole(released):
-    """A byte that begins a character is only followed by its other bytes."""
+def test_characters_are_never_split(released):
+    """A byte that begins a character can only be followed by its other bytes."""
     state = structured.regex("[😀é]x", released).start()
     for byte in "😀".encode():
         token_id = next(i for i in range(released.vocab_size) if released.token_bytes(i) == bytes([byte]))
@@ -220,7 +220,7 @@ def test_an_evicted_grammar_still_starts(released):
     assert accepts(grammar, released, "out")
 
 
-def test_texts_do_not_disturb_each_other(released):
+def test_texts_with_one_grammar_are_independent(released):
     grammar = structured.regex("[ab]{4}", released)
     first, second = grammar.start(), grammar.start()
     first.accept(released.encode("aaaa")[0])
@@ -228,8 +228,8 @@ def test_texts_do_not_disturb_each_other(released):
     assert len(allowed(second, released)) > len(allowed(first, released)) > 0
 
 
-def test_a_lexer_that_others_have_filled_fails_nobody(released):
-    """The states that texts visit add up in the lexer they share, which is bounded."""
+def test_a_full_shared_lexer_fails_no_request(released):
+    """States visited by texts accumulate in their shared lexer, which is bounded."""
     grammar = structured.regex(r"(\p{L}{1,500}\s){500}", released)
     for seed in range(4):
         random, state = np.random.default_rng(seed), grammar.start()
@@ -237,7 +237,7 @@ def test_a_lexer_that_others_have_filled_fails_nobody(released):
             state.accept(int(random.choice(allowed(state, released))))
 
 
-def test_many_threads(released):
+def test_grammars_work_from_many_threads(released):
     failures = []
 
     def work(seed: int) -> None:
@@ -256,7 +256,7 @@ def test_many_threads(released):
     assert failures == []
 
 
-def test_a_tokenizer_takes_its_grammars_with_it(olmoe_tokenizer_file):
+def test_compiled_grammars_are_freed_with_their_tokenizer(olmoe_tokenizer_file):
     tokenizer = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279,))
     structured.regex("a", tokenizer)
     count = len(structured._compilers)
@@ -265,7 +265,7 @@ def test_a_tokenizer_takes_its_grammars_with_it(olmoe_tokenizer_file):
     assert len(structured._compilers) == count - 1
 
 
-def test_without_the_library_the_remedy_is_told(released, monkeypatch):
+def test_without_the_library_the_error_names_the_remedy(released, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UserError, match=re.escape('pip install "olmoe[serve]"')):
         structured.regex("ab", released)
@@ -313,7 +313,7 @@ _SCHEMAS = st.recursive(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=_SCHEMAS, seed=st.integers(0, 2**31))
-def test_texts_of_any_schema_are_valid(tokenizer, schema, seed):
+def test_texts_under_any_schema_are_valid(tokenizer, schema, seed):
     text = write(structured.json_schema(schema, tokenizer), tokenizer, seed, most=5000)
     jsonschema.validate(json.loads(text), schema)
 
@@ -323,12 +323,12 @@ def test_texts_of_any_schema_are_valid(tokenizer, schema, seed):
     texts=st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=8), min_size=1, max_size=4),
     seed=st.integers(0, 99),
 )
-def test_texts_of_any_choice_are_among_it(tokenizer, texts, seed):
+def test_texts_under_any_choice_are_among_the_choices(tokenizer, texts, seed):
     assert write(structured.choice(texts, tokenizer), tokenizer, seed) in texts
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40), kind=st.sampled_from(["regex", "grammar", "json_schema"]))
-def test_any_rubbish_is_used_or_refused(tokenizer, text, kind):
+def test_any_input_is_used_or_refused(tokenizer, text, kind):
     with contextlib.suppress(UserError):
         getattr(structured, kind)(text, tokenizer).start()

@@ -1,4 +1,4 @@
-"""What users get wrong, what the compiler cannot do, and grammars that were written to do harm."""
+"""Users' mistakes, limits of the compiler, and malicious grammars."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def released(olmoe_tokenizer_file) -> Tokenizer:
         (lambda t: structured.json_schema({"minLength": 5, "maxLength": 3, "type": "string"}, t), "minLength (5)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_sentence(released, make, sentence):
+def test_mistakes_are_reported_in_one_sentence(released, make, sentence):
     with pytest.raises(UserError) as caught:
         make(released)
     assert sentence in str(caught.value)
@@ -86,12 +86,12 @@ def _nested(levels: int) -> dict:
 
 
 @pytest.mark.parametrize("levels", [61, 300, 20_000])
-def test_a_schema_nested_deep_is_refused(released, levels):
+def test_a_deeply_nested_schema_is_refused(released, levels):
     with pytest.raises(UserError, match="nested more than 60 levels"):
         structured.json_schema(_nested(levels), released)
 
 
-def test_a_text_of_json_nested_deep_is_refused(released):
+def test_deeply_nested_json_text_is_refused(released):
     with pytest.raises(UserError, match="levels deep|not JSON"):
         structured.json_schema('{"items":' * 5000 + "{}" + "}" * 5000, released)
 
@@ -119,8 +119,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_hostile_grammars_end_soon(released, name):
-    """Each is refused, or goes on in steps that hold nobody up; memory stays small either way."""
+def test_hostile_grammars_end_quickly(released, name):
+    """Each is refused or runs in steps short enough not to block others; memory stays small either way."""
     before = _resident()
     start = time.perf_counter()
     with contextlib.suppress(UserError):
@@ -130,11 +130,11 @@ def test_hostile_grammars_end_soon(released, name):
             if state.finished:
                 break
             state.accept(int(random.choice(allowed(state, released))))
-    assert time.perf_counter() - start < 20  # some 0.5 s alone, and this machine may be busy
+    assert time.perf_counter() - start < 20  # about 0.5 s alone, but the machine may be busy
     assert _resident() - before < 200e6
 
 
-def test_the_classic_bomb_is_refused_at_once(released):
+def test_the_classic_grammar_bomb_is_refused_at_once(released):
     with pytest.raises(UserError, match="The regex '\\(a\\{1000\\}\\)\\{1000\\}' cannot be used"):
         structured.regex("(a{1000}){1000}", released)
 
@@ -150,7 +150,7 @@ def _linux(request):
         pytest.skip("reads /proc")
 
 
-def test_lenient_schemas_leave_out_what_cannot_be_kept_to(released, caplog):
+def test_lenient_schemas_ignore_unsupported_keywords(released, caplog):
     schema = {"type": "array", "uniqueItems": True, "items": {"enum": [1, 2]}, "maxItems": 2}
     grammar = structured.json_schema(schema, released, strict=False)
     assert "uniqueItems" in caplog.text
@@ -161,7 +161,7 @@ def test_lenient_schemas_leave_out_what_cannot_be_kept_to(released, caplog):
     )
 
 
-def test_remarks_of_a_schema_are_no_mistakes(released):
+def test_annotations_in_a_schema_are_accepted(released):
     schema = {
         "type": "object",
         "properties": {
@@ -182,8 +182,8 @@ def test_remarks_of_a_schema_are_no_mistakes(released):
 
 
 @pytest.mark.parametrize("bound", [2**63 - 1, 2**64 + 1, 2**53 + 1, 10**400, 1e300])
-def test_large_bounds_are_kept_to(released, bound):
-    """The compiler knows float64 and int64 alone."""
+def test_large_bounds_are_enforced(released, bound):
+    """The compiler only knows float64 and int64."""
     schema = {"type": "integer", "minimum": -bound, "maximum": bound}
     grammar = structured.json_schema(schema, released)
     for seed in range(5):

@@ -62,14 +62,14 @@ def test_texts_of_a_batch_are_valid(llm, seed):
         jsonschema.validate(json.loads(completion.text), SCHEMA)
 
 
-def test_a_text_is_the_same_alone_and_in_company(llm):
+def test_a_text_is_the_same_alone_and_in_a_batch(llm):
     grammar = structured.json_schema(SCHEMA, llm.tokenizer)
     together = llm.generate(PROMPTS, params(grammar, seed=7))
     alone = [write(llm, prompt, params(grammar, seed=7)) for prompt in PROMPTS]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
-def test_every_text_of_a_batch_keeps_to_its_own_grammar(llm):
+def test_every_text_of_a_batch_follows_its_own_grammar(llm):
     tokenizer = llm.tokenizer
     grammars = [
         structured.json_schema(SCHEMA, tokenizer),
@@ -88,7 +88,7 @@ def test_every_text_of_a_batch_keeps_to_its_own_grammar(llm):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_stream_is_valid(llm, seed):
+def test_a_streamed_text_is_valid(llm, seed):
     grammar = structured.json_schema(SCHEMA, llm.tokenizer)
     stream = llm.stream(PROMPTS[0], params(grammar, seed=seed))
     text = "".join(stream)
@@ -96,8 +96,8 @@ def test_a_stream_is_valid(llm, seed):
     assert text == write(llm, PROMPTS[0], params(grammar, seed=seed)).text
 
 
-def test_the_most_probable_text_of_a_grammar(llm):
-    """Greedy choice among what is allowed: each token is the likeliest that the mask has."""
+def test_greedy_decoding_takes_the_likeliest_allowed_tokens(llm):
+    """Greedy decoding under a mask: each token is the likeliest allowed one."""
     grammar = structured.choice(["dog", "cat", "zebra"], llm.tokenizer)
     made = write(llm, "The little", params(grammar, temperature=0.0, logprobs=20))
     assert made.text in ("dog", "cat", "zebra")
@@ -109,13 +109,13 @@ def test_the_most_probable_text_of_a_grammar(llm):
             assert first.top[token_id] <= first.logprob
 
 
-def test_logprobs_are_the_models_own_beside_a_grammar(llm):
+def test_logprobs_under_a_grammar_are_the_models_own(llm):
     made = write(llm, "The dog", params(structured.regex("[xyz]{3}", llm.tokenizer), seed=1, logprobs=0))
     assert len(made.logprobs) == len(made.token_ids)
-    assert all(each.logprob < -1 for each in made.logprobs[:1])  # unlikely, as the model has it
+    assert all(each.logprob < -1 for each in made.logprobs[:1])  # unlikely according to the model
 
 
-def test_eos_and_minimum(llm):
+def test_eos_waits_for_min_tokens_under_a_grammar(llm):
     grammar = structured.regex("[ab]*", llm.tokenizer)
     made = write(llm, "x", params(grammar, seed=1, min_tokens=5, max_new_tokens=8))
     assert len(made.token_ids) >= 5
@@ -124,8 +124,8 @@ def test_eos_and_minimum(llm):
     assert (made.text, made.finish_reason) == ("ab", "stop")
 
 
-def test_a_text_that_outgrows_its_grammar_leaves_the_others(llm):
-    """The engine ends it with a sentence; whoever asked for it alone gets an error."""
+def test_a_text_that_outgrows_its_grammar_does_not_affect_others(llm):
+    """The engine ends it with a one-sentence reason; requested on its own, it raises an error."""
     many = structured.grammar('start: ((("a"{1,100}){1,100}){1,100}){1,100}', llm.tokenizer)
     with pytest.raises(UserError, match="too complex after"):
         write(llm, "x", params(many, seed=1, min_tokens=190, max_new_tokens=200))

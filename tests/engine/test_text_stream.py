@@ -10,7 +10,7 @@ from olmoe.engine.text_stream import TextStream
 
 
 def run(tokenizer, ids, stop=()) -> tuple[list[str], TextStream]:
-    """The pieces of `ids` up to a stop string or the end, and the stream after them."""
+    """The text parts of `ids` up to a stop string or the end, and the stream afterwards."""
     stream = TextStream(tokenizer, stop)
     pieces = []
     for i in ids:
@@ -22,7 +22,7 @@ def run(tokenizer, ids, stop=()) -> tuple[list[str], TextStream]:
 
 
 def expected_text(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The rule, one character at a time: end before the first stop string to be complete, the longest of several."""
+    """The rule, one character at a time: end before the first complete stop string, the longest if several."""
     for end in range(1, len(text) + 1):
         complete = [s for s in stop if text[:end].endswith(s)]
         if complete:
@@ -49,7 +49,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(tokenizer):
     assert (stream.add(ids[0]), stream.finish(), stream.text) == ("", "", "The dog r")  # nothing after it
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_then_released(tokenizer):
+def test_possible_stop_strings_are_held_back_and_then_released(tokenizer):
     ids = [tokenizer.encode(c)[0] for c in "abcabd"]
     pieces, stream = run(tokenizer, ids, ("abcd",))
     assert pieces == ["", "", "", "abc", "", "abd", ""]
@@ -63,7 +63,7 @@ def test_the_first_of_several_stop_strings_counts(tokenizer):
     ids = tokenizer.encode("One day the girl and the dog")
     for stop in (("dog", "girl"), ("girl", "dog")):
         assert run(tokenizer, ids, stop)[1].text == "One day the "
-    assert run(tokenizer, ids, ("girl", "the girl"))[1].text == "One day "  # complete at once: the longer
+    assert run(tokenizer, ids, ("girl", "the girl"))[1].text == "One day "  # both complete at once: the longer
     assert run(tokenizer, ids, ("the girl and", "girl"))[1].text == "One day the "  # complete first
 
 
@@ -75,7 +75,7 @@ def test_the_text_does_not_depend_on_how_it_was_split_into_tokens(tokenizer):
         assert run(tokenizer, words, stop)[1].text == run(tokenizer, split, stop)[1].text
 
 
-def test_random_texts_end_where_the_rule_says(tokenizer):
+def test_random_texts_end_where_the_rule_says_they_do(tokenizer):
     rng = random.Random(0)
     stopped = 0
     alphabet = [tokenizer.encode(c) for c in "ab"] + [tokenizer.encode("é"), tokenizer.encode(" a")]
@@ -98,7 +98,7 @@ def test_an_unfinished_character_appears_only_at_the_end(tokenizer, stop):
     assert "".join(run(tokenizer, ids, stop)[0]) == "é"
 
 
-def test_special_tokens_have_no_text_and_do_not_break_a_stop_string(tokenizer):
+def test_special_tokens_have_no_text_and_do_not_interrupt_stop_strings(tokenizer):
     a, b = (tokenizer.encode(c)[0] for c in "ab")
     eos = tokenizer.eos_ids[0]
     assert run(tokenizer, [a, eos, a, b], ("ab",))[1].text == "a"

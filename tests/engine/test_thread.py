@@ -1,4 +1,4 @@
-"""One thread around an engine: every request that goes in gets its last delta, whatever happens."""
+"""The engine thread: every submitted request gets a final delta, whatever happens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from olmoe.runner import make_runner
 
 
 class Readers:
-    """What was delivered for each request, and a way to wait for the ends."""
+    """Collects the deltas of each request, and waits for the final ones."""
 
     def __init__(self) -> None:
         self.news: dict[Request, list[Delta]] = defaultdict(list)
@@ -65,7 +65,7 @@ def long(engine: Engine) -> Request:
     return engine.request([9] * 20, SamplingParams(max_new_tokens=400, ignore_eos=True))
 
 
-def test_requests_from_many_threads(engine, thread, readers):
+def test_requests_may_come_from_many_threads(engine, thread, readers):
     params = [SamplingParams(max_new_tokens=1 + i, ignore_eos=True) for i in range(20)]
     requests = [engine.request([5 + i] * (1 + i), each) for i, each in enumerate(params)]
     sources = [threading.Thread(target=thread.submit, args=([request],)) for request in requests]
@@ -82,18 +82,18 @@ def test_requests_from_many_threads(engine, thread, readers):
     assert engine.statistics().blocks_used == 0
 
 
-def test_an_abort_ends_one_request_alone(engine, thread, readers):
+def test_an_abort_ends_only_its_request(engine, thread, readers):
     doomed, other = long(engine), long(engine)
     thread.submit([doomed, other])
     readers.wait(doomed, pieces=3)
     thread.abort([doomed])
     readers.wait(doomed, other)
     assert (doomed.finish_reason, other.finish_reason) == ("cancelled", "length")
-    thread.abort([doomed])  # it has finished long ago
+    thread.abort([doomed])  # it finished long ago
     assert len([d for d in readers.news[doomed] if d.finish_reason]) == 1
 
 
-def test_close_cancels_what_is_left(engine, thread, readers):
+def test_close_cancels_remaining_requests(engine, thread, readers):
     running = long(engine)
     thread.submit([running])
     readers.wait(running, pieces=1)
@@ -104,7 +104,7 @@ def test_close_cancels_what_is_left(engine, thread, readers):
     assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
 
 
-def test_a_runner_that_throws_fails_all_requests(engine, thread, readers, monkeypatch, caplog):
+def test_an_exception_in_the_runner_fails_all_requests(engine, thread, readers, monkeypatch, caplog):
     first, second = long(engine), long(engine)
     thread.submit([first])
     readers.wait(first, pieces=2)
@@ -127,7 +127,7 @@ def test_a_runner_that_throws_fails_all_requests(engine, thread, readers, monkey
     assert "the engine has failed" in caplog.text
 
 
-def test_a_reader_that_throws_does_not_stop_the_engine(engine, caplog):
+def test_an_exception_in_a_reader_does_not_stop_the_engine(engine, caplog):
     readers, calls = Readers(), []
 
     def deliver(news: list[Delta]) -> None:
@@ -147,7 +147,7 @@ def test_a_reader_that_throws_does_not_stop_the_engine(engine, caplog):
         thread.close()
 
 
-def test_it_sleeps_without_work(engine, thread, readers):
+def test_the_engine_thread_sleeps_without_work(engine, thread, readers):
     request = long(engine)
     thread.submit([request])
     readers.wait(request)
@@ -163,7 +163,7 @@ class _Startless:
         raise ValueError("no start")
 
 
-def test_a_request_that_cannot_begin_fails_alone(engine, thread, readers):
+def test_a_request_that_cannot_start_fails_alone(engine, thread, readers):
     broken = engine.request([9], SamplingParams(grammar=_Startless()))
     other = long(engine)
     thread.submit([broken, other])
@@ -186,7 +186,7 @@ def test_a_request_submitted_twice_runs_once(engine, thread, readers):
     assert len([d for d in readers.news[request] if d.finish_reason]) == 1
 
 
-def test_what_is_submitted_after_the_end_is_cancelled(engine, thread, readers):
+def test_requests_submitted_after_the_end_are_cancelled(engine, thread, readers):
     thread.close()
     request = long(engine)
     thread.submit([request])

@@ -1,4 +1,4 @@
-"""What an engine computes is traced as if each text had been alone, whatever happened on the way."""
+"""Traces of an engine look as if each text had run alone, whatever happened on the way."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def params_of(i: int, **others) -> SamplingParams:
 
 
 def expected(runner, path, texts) -> Trace:
-    """The same texts, read as `olmoe analyze` reads them."""
+    """The same texts, traced as `olmoe analyze` does."""
     with TraceWriter.of(runner.config, path) as writer:
         list(record(runner, texts, writer))
     return writer.trace
@@ -54,11 +54,11 @@ def assert_alike(found: Trace, wanted: Trace) -> None:
 
 
 def computed(prompts, completions) -> list[list[int]]:
-    """The tokens that went through the network: nothing is computed of a text's last one."""
+    """The tokens that went through the network; a text's last token does not."""
     return [[*ids, *text.token_ids[:-1]] for ids, text in zip(prompts, completions, strict=True)]
 
 
-def test_a_batch_is_traced_text_by_text(llm, runner, tmp_path):
+def test_every_text_of_a_batch_is_traced(llm, runner, tmp_path):
     params = [params_of(i) for i in range(len(PROMPTS))]
     plain = llm.generate(PROMPTS, params)
     traced = llm.generate(PROMPTS, params, trace=tmp_path / "new" / "trace.safetensors")
@@ -68,15 +68,15 @@ def test_a_batch_is_traced_text_by_text(llm, runner, tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["trace.safetensors"]
 
 
-def test_what_prompts_share_is_traced_for_each(llm, runner, tmp_path):
+def test_shared_prefixes_are_traced_for_every_text(llm, runner, tmp_path):
     kept = LLM.from_parts(llm.model, llm.tokenizer, backend=BACKEND, prefix_cache=True)
     kept.generate(SHARED, params_of(1))
     texts = kept.generate(SHARED, params_of(1), trace=tmp_path / "t")
     assert_alike(Trace.open(tmp_path / "t"), expected(runner, tmp_path / "alone", computed(SHARED, texts)))
-    assert len(kept._idle) == 1  # the engine with the prefixes is still there
+    assert len(kept._idle) == 1  # the engine with the cached prefixes still exists
 
 
-def test_chats_and_streams(llm, runner, tmp_path):
+def test_chats_and_streams_are_traced(llm, runner, tmp_path):
     (answer,) = llm.chat([{"role": "user", "content": "Hello"}], params_of(1), trace=tmp_path / "chat")
     found = Trace.open(tmp_path / "chat")
     assert len(found) == answer.prompt_tokens + len(answer.token_ids) - 1
@@ -90,13 +90,13 @@ def test_chats_and_streams(llm, runner, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "chat", "stream"]
 
 
-def test_a_writer_takes_several_calls(llm, runner, tmp_path):
+def test_one_writer_accepts_several_calls(llm, runner, tmp_path):
     with TraceWriter.of(llm.config, None) as writer:
         texts = [llm.generate(prompt, params_of(2), trace=writer)[0] for prompt in PROMPTS[:3]]
     assert_alike(writer.trace, expected(runner, tmp_path / "alone", computed(PROMPTS[:3], texts)))
 
 
-def test_policies_choose_more_and_fewer(llm, tmp_path):
+def test_policies_with_more_and_fewer_experts_are_traced(llm, tmp_path):
     k = llm.config.num_experts_per_tok
     params = [params_of(1, router_policy=RouterPolicy(top_k=n)) for n in (1, k + 1)] + [params_of(1)]
     llm.generate(PROMPTS[2:5], params, trace=tmp_path / "t")
@@ -107,7 +107,7 @@ def test_policies_choose_more_and_fewer(llm, tmp_path):
         assert f"top_k={k + 1}" in refused(lambda: llm.generate(PROMPTS[0], params[1], trace=writer))
 
 
-def test_places_are_refused_before_anything_is_generated(llm, tmp_path):
+def test_unwritable_paths_are_refused_before_generating(llm, tmp_path):
     (tmp_path / "file").touch()
     for trace in (tmp_path / "file" / "t", tmp_path):
         refused(lambda trace=trace: llm.stream(PROMPTS[0], trace=trace))
@@ -116,7 +116,7 @@ def test_places_are_refused_before_anything_is_generated(llm, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"blocks": 64}, {"blocks": 6}, {"blocks": 6, "token_budget": 33}])
-def test_an_engine_tells_each_token_once(runner, tokenizer, tmp_path, options):
+def test_each_token_is_traced_once(runner, tokenizer, tmp_path, options):
     options = dict(options)
     cache_bytes = options.pop("blocks") * 64 * runner.position_bytes
     steps = []
@@ -152,7 +152,7 @@ def test_an_engine_tells_each_token_once(runner, tokenizer, tmp_path, options):
     assert_alike(writer.trace, wanted)
 
 
-def test_what_the_prefix_cache_had_is_not_told(runner, tokenizer):
+def test_tokens_from_the_prefix_cache_are_not_traced_again(runner, tokenizer):
     seen = {}
     engine = Engine(
         runner,

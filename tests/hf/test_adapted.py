@@ -65,7 +65,7 @@ def kinds(model):
 
 @every_format
 @pytest.mark.parametrize("targets", TARGETS)
-def test_logits_and_gradients_are_those_on_decoded_weights(models, format, targets):
+def test_logits_and_gradients_equal_those_on_decoded_weights(models, format, targets):
     base = logits(models.load(format))
     results = []
     for dequantize in (False, True):
@@ -91,7 +91,7 @@ def test_logits_and_gradients_are_those_on_decoded_weights(models, format, targe
     ],
     ids=str,
 )
-def test_options_of_lora(models, format, options):
+def test_lora_options_give_the_results_on_decoded_weights(models, format, options):
     results = [trained(stir(lora(models.load(format, d), **(BOTH | options)))) for d in (False, True)]
     close(*results)
 
@@ -134,7 +134,7 @@ def test_train_save_load_and_merge(models, format, tmp_path):
 
 
 @some_formats
-def test_an_adapter_of_the_plain_model_fits(models, format, tmp_path):
+def test_an_adapter_trained_on_the_plain_model_loads(models, format, tmp_path):
     plain = stir(lora(models.load(format, dequantize=True), task_type="CAUSAL_LM", **BOTH))
     plain.save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(models.load(format), tmp_path)
@@ -154,7 +154,7 @@ def test_merging_and_unmerging_in_place_is_refused(models, format):
 
 @some_formats
 def test_several_adapters_added_after_a_forward_pass(models, format):
-    """The second one finds wrappers whose class we changed."""
+    """The second one meets wrappers whose class we have changed."""
     results = []
     for dequantize in (False, True):
         model = lora(models.load(format, dequantize), **BOTH)
@@ -188,8 +188,8 @@ def test_unloading_gives_the_packed_model_back(models, format, tmp_path):
 
 
 @some_formats
-def test_what_is_not_adapted_stays_as_it_was(models, format):
-    """So that the kernels take those layers as before; and state dicts hold codes all along."""
+def test_modules_without_adapters_are_unchanged(models, format):
+    """The kernels still run those layers, and state dicts keep holding codes."""
     plain = models.load(format).state_dict()
     model = lora(models.load(format), target_modules=["q_proj"], layers_to_transform=[0])
     layers = model.base_model.model.model.layers
@@ -202,7 +202,7 @@ def test_what_is_not_adapted_stays_as_it_was(models, format):
 
 
 @some_formats
-def test_a_refused_method_leaves_the_model_as_it_was(models, format):
+def test_a_refused_method_leaves_the_model_unchanged(models, format):
     model = models.load(format)
     before, expected = kinds(model), logits(model)
     with pytest.raises(UserError, match=r"weight is packed as \w+ and cannot be changed.*; call dequantize\(\)"):
@@ -214,7 +214,7 @@ def test_a_refused_method_leaves_the_model_as_it_was(models, format):
 
 
 @every_format
-def test_generate_with_adapters(models, format):
+def test_generation_with_adapters_equals_decoded_weights(models, format):
     model = stir(lora(models.load(format), task_type="CAUSAL_LM", **BOTH))
     settings = {"input_ids": IDS, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     tokens = model.generate(**settings)
@@ -227,7 +227,7 @@ def test_generate_with_adapters(models, format):
 
 @pytest.mark.parametrize("format", BLOCKS)
 def test_the_kernels_decode_with_adapters(models, format, monkeypatch):
-    """As near as they are without: activations are quantized on the way."""
+    """As accurate as without adapters, where activations are quantized too."""
     if extension.unavailable() is not None:
         pytest.skip("no kernels")
     model = stir(lora(models.load(format), **BOTH))
@@ -245,7 +245,7 @@ def test_the_kernels_decode_with_adapters(models, format, monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @some_formats
-def test_half_precision_prepared_and_checkpointed(models, format, reentrant):
+def test_half_precision_with_prepare_for_kbit_training_and_checkpointing(models, format, reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = peft.prepare_model_for_kbit_training(
@@ -263,7 +263,7 @@ def test_half_precision_prepared_and_checkpointed(models, format, reentrant):
 @pytest.mark.parametrize("format", ["nf4", "q8_0"])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_weights_are_read_in_the_dtype_of_the_model(models, format, prepared):
-    """DoRA and others multiply with them."""
+    """DoRA and other methods multiply with the weights."""
     for method in (peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]), peft.HRAConfig(r=2)):
         method.target_modules = {"q_proj", "v_proj"}
         model = models.load(format, dtype=torch.bfloat16)
@@ -286,7 +286,7 @@ def test_copies_and_pickles(models, format):
 
 
 @pytest.mark.parametrize("format", ["int8", "q4_0"])
-def test_a_compiled_model_has_its_adapters(models, format):
+def test_a_compiled_model_applies_its_adapters(models, format):
     model = stir(lora(models.load(format), **BOTH)).eval()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -318,8 +318,8 @@ def test_modules_to_save_are_trained_as_ordinary_ones(models, format, name, tmp_
     assert torch.equal(logits(peft.PeftModel.from_pretrained(models.load(format), tmp_path)), expected)
 
 
-def test_offloaded_codes_take_lora_and_nothing_that_reads_them(models, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes what it offloads again under the current folder
+def test_offloaded_codes_support_lora_but_no_method_that_reads_them(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes re-offloaded weights under the current folder
     folder, _ = models.source("q4_0")
     whole = stir(lora(models.load("q4_0"), target_modules=["q_proj"]))
     whole.save_pretrained(tmp_path / "adapter")
@@ -339,7 +339,7 @@ def test_offloaded_codes_take_lora_and_nothing_that_reads_them(models, tmp_path,
             peft.get_peft_model(OlmoeForCausalLM.from_pretrained(folder, **options), config)
 
 
-def test_a_module_that_was_trained_whole_is_not_saved_among_packed_ones(models, tmp_path):
+def test_saving_a_fully_trained_module_among_packed_ones_is_refused(models, tmp_path):
     model = lora(models.load("q4_0"), target_modules=["q_proj"], modules_to_save=["k_proj"]).unload()
     with pytest.raises(UserError, match=r"k_proj was trained as a whole.*; call dequantize\(\)"):
         model.save_pretrained(tmp_path)
@@ -374,11 +374,11 @@ def test_autocast_and_inference_mode(models, format):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         assert (output.logits - expected).norm() < 0.2 * expected.norm()
         distances = (output.logits - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert distances.median() < 0.03  # of a token; single ones are routed elsewhere
+        assert distances.median() < 0.03  # for a whole token; single values can differ where routing does
 
 
-def test_a_packed_head_is_read_decoded_without_adapters_too(models):
-    """Trainers fuse the loss with the head and multiply with its weight themselves."""
+def test_reading_a_packed_heads_weight_decodes_it(models):
+    """Trainers that fuse the loss with the head multiply with its weight themselves."""
     model = models.load("q8_0")
     with torch.no_grad():
         hidden = model.model(IDS).last_hidden_state
@@ -396,8 +396,8 @@ def test_auto_classes_load_an_adapter_onto_its_quantized_base(models, tmp_path):
 
 
 @some_formats
-def test_gradients_of_each_example_and_second_derivatives(models, format):
-    """`vmap` cannot say which experts were chosen."""
+def test_per_example_gradients_and_second_derivatives(models, format):
+    """Under `vmap` the chosen experts are unknown."""
     model = stir(lora(models.load(format), **BOTH))
     live = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values = {name: p.detach() for name, p in live.items()}
@@ -419,8 +419,8 @@ def test_gradients_of_each_example_and_second_derivatives(models, format):
         torch.testing.assert_close(forward[name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_gradients_of_each_example_in_half_precision(models):
-    """The factors are fp32, and what is decoded is not."""
+def test_per_example_gradients_in_half_precision(models):
+    """The LoRA factors are fp32, the decoded weights are not."""
     model = stir(lora(models.load("nf4", dtype=torch.bfloat16), target_modules=[], target_parameters=EXPERTS))
     experts = model.base_model.model.model.layers[0].mlp.experts
     x, ids = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.tensor([[0, 3, 7]] * 4)
@@ -439,8 +439,8 @@ def gelu_models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["nf4", "q4_0"])
-def test_decoded_experts_are_those_of_the_class(gelu_models, format):
-    """With its activation, under transformers' names, and switchable, alone and in adapters."""
+def test_decoded_experts_equal_the_plain_class(gelu_models, format):
+    """With its activation, under transformers' names, and with switchable implementations, alone and under adapters."""
     plain = gelu_models.load(format)
     expected = logits(plain)
     for options in (
@@ -465,7 +465,7 @@ def test_decoded_experts_are_those_of_the_class(gelu_models, format):
         assert torch.equal(module(hidden_states=x, top_k_index=ids, top_k_weights=weights), module(x, ids, weights))
 
 
-def test_experts_trained_whole_can_be_switched(models):
+def test_fully_trained_experts_can_switch_implementations(models):
     calls, model = [], stir(lora(models.load("nf4"), target_modules=["q_proj"], modules_to_save=["experts"]), std=0.05)
     expected = logits(model)
     functions = sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS
@@ -474,13 +474,13 @@ def test_experts_trained_whole_can_be_switched(models):
         patch.setitem(type(functions)._global_mapping, "batched_mm", lambda *args: calls.append(1) or batched(*args))
         model.base_model.model.set_experts_implementation("batched_mm")
         assert (logits(model) - expected).abs().max() < 1e-5
-    assert len(calls) == 2  # one a layer
+    assert len(calls) == 2  # one per layer
 
 
 @some_formats
 @pytest.mark.parametrize(("container", "inside"), [("mlp", "experts"), ("self_attn", "q_proj")])
 def test_modules_to_save_that_hold_packed_ones_are_refused(models, format, container, inside):
-    """A copy of their codes cannot be trained; torch's own sentence was about dtypes of gradients."""
+    """A copy of their codes cannot be trained; torch's own message would only mention dtypes of gradients."""
     with pytest.raises(UserError, match=rf"modules_to_save names .*{inside}.* call dequantize\(\)") as refusal:
         lora(models.load(format), target_modules=["embed_tokens"], modules_to_save=[container])
     assert "\n" not in str(refusal.value)

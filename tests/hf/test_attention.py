@@ -1,4 +1,4 @@
-"""RoPE of every kind that transformers knows, and attention implementations that cannot run here."""
+"""Every kind of RoPE that transformers knows, and attention implementations that cannot run here."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_every_kind_of_rope_equals_transformers_on_short_and_long_sequences(kind
     theirs.set_experts_implementation("eager")
     ours = OlmoeForCausalLM(OlmoeConfig(**settings(kind))).eval()
     ours.load_state_dict(theirs.state_dict())
-    for length in (8, 48, 16):  # within, beyond the original context, and back
+    for length in (8, 48, 16):  # within the original context, beyond it, and back
         ids = torch.randint(2, VOCAB_SIZE - 1, (2, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
             expected, logits = theirs(ids).logits, ours(ids).logits
         assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5, length
 
 
-def test_the_older_spelling_means_the_same():
+def test_the_older_rope_spelling_is_equivalent():
     old = settings("linear")
     parameters = old.pop("rope_parameters")
     old |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": parameters["factor"]}}
@@ -55,7 +55,7 @@ def test_the_older_spelling_means_the_same():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it may be able to run here")
-def test_flash_attention_says_why_it_cannot_run():
+def test_flash_attention_is_refused_with_the_reason():
     with pytest.raises((ImportError, ValueError), match="(?i)flash"):
         OlmoeForCausalLM(OlmoeConfig(**small_config().to_dict(), attn_implementation="flash_attention_2"))
 

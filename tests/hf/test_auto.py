@@ -1,4 +1,4 @@
-"""The Auto classes and pipeline of `olmoe`: ours for OLMoE checkpoints, transformers' for others, nothing global."""
+"""`olmoe`'s Auto classes and pipeline: ours for OLMoE checkpoints, transformers' for others, no global changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SENTENCE = "the dog ran  to a ball<|endoftext|>caf\u00e9 e\u0301 \u65e5 <|paddin
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_file):
-    """What olmoe.weights.export.save leaves in a folder with a tokenizer.json: no tokenizer_config.json."""
+    """A folder as olmoe.weights.export.save writes it, with a tokenizer.json and no tokenizer_config.json."""
     from conftest import make_model
     from olmoe.weights import export
 
@@ -54,7 +54,7 @@ def other(tmp_path_factory):
     ],
     ids=lambda value: value.__name__,
 )
-def test_olmoe_checkpoints_give_our_classes(auto, ours, checkpoint):
+def test_auto_classes_load_olmoe_checkpoints_as_ours(auto, ours, checkpoint):
     model = auto.from_pretrained(checkpoint)
     assert type(model) is ours
     assert type(model.config) is olmoe.OlmoeConfig
@@ -62,21 +62,21 @@ def test_olmoe_checkpoints_give_our_classes(auto, ours, checkpoint):
     assert type(auto.from_config(transformers.OlmoeConfig(**small_config().to_dict()))) is ours
 
 
-def test_the_config_too(checkpoint):
+def test_auto_config_loads_ours(checkpoint):
     config, unused = AutoConfig.from_pretrained(checkpoint, return_unused_kwargs=True, surprise=1, clip_qkv=2.0)
     assert type(config) is olmoe.OlmoeConfig
     assert (config.clip_qkv, unused) == (2.0, {"surprise": 1})
     assert type(AutoConfig.for_model("olmoe", hidden_size=64)) is olmoe.OlmoeConfig
 
 
-def test_impossible_configs_are_refused_by_our_sentence(checkpoint, tmp_path):
+def test_impossible_configs_are_refused_with_our_message(checkpoint, tmp_path):
     values = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")) | {"num_experts_per_tok": 99}
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     assert "99" in refused(lambda: AutoConfig.from_pretrained(tmp_path), ConfigError)
     assert "LlamaConfig" in refused(lambda: olmoe.OlmoeModel(transformers.LlamaConfig()), ConfigError)
 
 
-def test_other_model_types_give_transformers_classes(other):
+def test_auto_classes_leave_other_model_types_to_transformers(other):
     assert type(AutoModelForCausalLM.from_pretrained(other)) is transformers.LlamaForCausalLM
     assert type(AutoModel.from_pretrained(other)) is transformers.LlamaModel
     assert type(AutoConfig.from_pretrained(other)) is transformers.LlamaConfig
@@ -96,7 +96,7 @@ def test_transformers_itself_is_unchanged(checkpoint):
                                   "transformers.models.olmoe.configuration_olmoe"]  # fmt: skip
 
 
-def test_models_registered_here_are_known_here_alone():
+def test_registrations_here_do_not_reach_transformers():
     class MineConfig(transformers.PreTrainedConfig):
         model_type = "mine"
 
@@ -125,7 +125,7 @@ def written_config(checkpoint, folder):
 
 @pytest.mark.parametrize("auto", [AutoTokenizer, transformers.AutoTokenizer], ids=["ours", "transformers"])
 @pytest.mark.parametrize("config", [False, True], ids=["without", "with"])
-def test_the_tokenizer_encodes_and_ends_as_ours(auto, config, checkpoint, tmp_path):
+def test_the_tokenizer_encodes_and_ends_texts_like_ours(auto, config, checkpoint, tmp_path):
     folder = written_config(checkpoint, tmp_path) if config else checkpoint
     theirs, ours = auto.from_pretrained(folder), Tokenizer.from_folder(folder, eos_ids=(EOS,), pad_id=1)
     assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (EOS, 1, VOCAB_SIZE)
@@ -140,7 +140,7 @@ def test_the_tokenizer_encodes_and_ends_as_ours(auto, config, checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("config", [False, True], ids=["without", "with"])
-def test_special_tokens_are_those_of_the_ids_whatever_their_names(config, checkpoint, tmp_path):
+def test_special_tokens_are_found_by_id_not_by_name(config, checkpoint, tmp_path):
     folder = written_config(checkpoint, tmp_path)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(
@@ -155,13 +155,13 @@ def test_special_tokens_are_those_of_the_ids_whatever_their_names(config, checkp
     assert len(tokenizer) == VOCAB_SIZE
 
 
-def test_a_tokenizer_config_and_arguments_have_their_say(checkpoint, tmp_path):
+def test_tokenizer_config_and_arguments_take_precedence(checkpoint, tmp_path):
     folder = written_config(checkpoint, tmp_path)
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text(encoding="utf-8").replace("<|padding|>", "<|endoftext|>"), encoding="utf-8")
     assert AutoTokenizer.from_pretrained(folder).pad_token_id == EOS
     assert AutoTokenizer.from_pretrained(checkpoint, pad_token="<|endoftext|>").pad_token_id == EOS
-    path.write_text('{"pad_token": "<|endoftext|>"}', encoding="utf-8")  # and nothing about the end of a text
+    path.write_text('{"pad_token": "<|endoftext|>"}', encoding="utf-8")  # without any end-of-text setting
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, EOS)
 
@@ -183,10 +183,10 @@ def test_the_pipeline_runs_our_model(checkpoint):
     assert generate.tokenizer.eos_token_id == EOS
     text = generate("the dog", max_new_tokens=3, do_sample=False)[0]["generated_text"]
     assert text.startswith("the dog")
-    assert type(olmoe.pipeline(model=checkpoint).model) is olmoe.OlmoeForCausalLM  # the task from the architecture
+    assert type(olmoe.pipeline(model=checkpoint).model) is olmoe.OlmoeForCausalLM  # task from the architecture
 
 
-def test_the_pipeline_of_the_other_tasks(checkpoint, tmp_path):
+def test_the_pipeline_runs_the_other_tasks(checkpoint, tmp_path):
     embed = olmoe.pipeline("feature-extraction", model=checkpoint, model_kwargs={"dtype": torch.float32})
     assert type(embed.model) is olmoe.OlmoeModel
     olmoe.OlmoeForSequenceClassification(olmoe.OlmoeConfig(**small_config().to_dict())).save_pretrained(tmp_path)
@@ -211,8 +211,8 @@ def test_infer_device_names_a_device_type_of_torch():
 
 
 @pytest.mark.parametrize("config", [False, True], ids=["without", "with"])
-def test_the_released_tokenizer_ends_where_the_model_says(config, olmoe_tokenizer_file, tmp_path):
-    """In the post-trained models id 50279 ends a text, and has another name than in the base models."""
+def test_the_released_tokenizer_uses_the_models_end_of_text(config, olmoe_tokenizer_file, tmp_path):
+    """In the post-trained models id 50279 ends a text but has another name than in the base models."""
     text = olmoe_tokenizer_file.read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     olmoe.OlmoeConfig().save_pretrained(tmp_path)

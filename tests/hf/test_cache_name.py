@@ -1,4 +1,4 @@
-"""A key-value cache by either of its names, with whichever version of transformers is installed."""
+"""The key-value cache under either of its names, with any supported version of transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def first(output):
     return output[0] if isinstance(output[0], torch.Tensor) else output.logits
 
 
-def test_the_name_is_that_of_the_installed_outputs_and_of_generate():
+def test_the_cache_name_matches_installed_outputs_and_generate():
     for kind in (MoeModelOutputWithPast, MoeCausalLMOutputWithPast):
         assert CACHE in {field for field in kind.__dataclass_fields__ if field in NAMES}
     theirs = inspect.signature(transformers.OlmoeModel.forward).parameters
@@ -39,7 +39,7 @@ def test_the_name_is_that_of_the_installed_outputs_and_of_generate():
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_a_forward_pass_takes_either_name_and_the_documented_position(kind):
+def test_a_forward_pass_accepts_either_name_and_the_documented_position(kind):
     model = build(kind)
     with torch.no_grad():
         whole = first(model(IDS))[:, -1] if kind is not OlmoeForSequenceClassification else first(model(IDS))
@@ -57,7 +57,7 @@ def test_a_forward_pass_takes_either_name_and_the_documented_position(kind):
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_both_names_at_once_are_refused_in_one_sentence(kind):
+def test_both_names_at_once_are_refused(kind):
     model = build(kind)
     caches = {name: transformers.DynamicCache(config=model.config) for name in NAMES}
     with pytest.raises(UserError, match=r"^past_key_values \(DynamicCache\) and cache [^.]* give one of them\.$"):
@@ -65,10 +65,10 @@ def test_both_names_at_once_are_refused_in_one_sentence(kind):
     with pytest.raises(UserError, match="two names of one argument"):
         model(IDS, None, None, caches["past_key_values"], cache=caches["cache"])
     assert all(cache.get_seq_length() == 0 for cache in caches.values())
-    assert model(IDS, past_key_values=None, **{"cache": caches["cache"]}) is not None  # one and nothing is one
+    assert model(IDS, past_key_values=None, **{"cache": caches["cache"]}) is not None  # one of them and None is fine
 
 
-def test_an_empty_cache_counts_as_given():
+def test_an_empty_cache_counts_as_a_cache():
     empty = transformers.DynamicCache()
     assert one_cache(None, empty) is one_cache(empty, None) is empty
     assert one_cache(None, None) is None
@@ -76,7 +76,7 @@ def test_an_empty_cache_counts_as_given():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [transformers.DynamicCache, transformers.StaticCache], ids=["dynamic", "static"])
-def test_generation_continues_a_cache_by_either_name(kind, name):
+def test_generation_continues_a_cache_under_either_name(kind, name):
     model = build()
     expected = model.generate(IDS, **GREEDY)
     options = {"max_cache_len": 32} if kind is transformers.StaticCache else {}
@@ -97,7 +97,7 @@ def test_generation_keeps_its_documented_signature():
     assert OlmoeForCausalLM.can_generate()
 
 
-def test_nothing_of_ours_uses_a_deprecated_name(monkeypatch):
+def test_our_code_uses_no_deprecated_name(monkeypatch):
     said = []
     monkeypatch.setattr(logging.Logger, "warning_once", lambda _, *text: said.append(text))  # transformers adds it
     with warnings.catch_warnings(record=True) as warned:
@@ -114,7 +114,7 @@ def test_nothing_of_ours_uses_a_deprecated_name(monkeypatch):
 
 @pytest.mark.skipif(CACHE != "cache", reason="transformers before 5.24 has only the old name")
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_the_old_name_is_taken_with_one_warning_as_in_transformers(kind):
+def test_the_old_name_is_accepted_with_one_warning_as_in_transformers(kind):
     model = build(kind)
     calls = [lambda **given: model(IDS, **given)]
     if kind is OlmoeForCausalLM:
@@ -135,7 +135,7 @@ def test_continuous_batching_equals_transformers(attention):
     config = transformers.OlmoeConfig(**small_config().to_dict(), attn_implementation=attention)
     theirs = transformers.OlmoeForCausalLM(config).eval()
     theirs.load_state_dict(mine.state_dict())
-    # Without these numbers it takes most of the machine's memory for its cache.
+    # By default its cache would take most of the machine's memory.
     small = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32)
     settings = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=1)
     prompts = [IDS[0].tolist(), IDS[1, :7].tolist()]

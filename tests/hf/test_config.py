@@ -15,7 +15,7 @@ def test_defaults_are_the_documented_ones():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_files_are_the_same_byte_for_byte(case, tmp_path):
+def test_config_files_equal_transformers_byte_for_byte(case, tmp_path):
     values = small_config(**case.changes).to_dict()
     for name, cls in (("ours", OlmoeConfig), ("theirs", transformers.OlmoeConfig)):
         cls(**values).save_pretrained(tmp_path / name)

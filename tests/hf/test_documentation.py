@@ -20,14 +20,14 @@ SMALL = (
 
 
 def adapted(code: str) -> str:
-    """The example with what this machine lacks replaced: the released weights, a GPU, and memory for 13B parameters."""
+    """The example without what this machine lacks: the released weights, a GPU, memory for 13B parameters."""
     code = re.sub(r'"allenai/OLMoE-[\w-]+"', repr(str(SHIPPED)), code)
     if not torch.cuda.is_available():
         code = code.replace("device=0", "device=-1")
     return code.replace("OlmoeConfig()", SMALL)
 
 
-def test_the_page_has_all_examples():
+def test_the_page_has_all_tested_examples():
     assert len(EXAMPLES) >= 7
 
 

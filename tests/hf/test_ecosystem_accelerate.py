@@ -29,7 +29,7 @@ def folder(original, tmp_path_factory):
     return folder
 
 
-def test_device_map_auto_then_to_as_documented(original, folder):
+def test_device_map_auto_and_to_work_as_documented(original, folder):
     model = olmoe.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").to("cpu")
     assert torch.equal(model(IDS).logits, original(IDS).logits)
 
@@ -45,7 +45,7 @@ def test_offloaded_layers_give_the_same_logits_and_text(where, original, folder,
     if where == "disk":
         assert {p.device.type for p in model.model.layers[1].parameters()} == {"meta"}
     with torch.no_grad():
-        # Layers by torch and by the kernels: logits reach 4, and each way is 1.7e-6 from the reference.
+        # Layers run by torch and by the kernels: logits reach 4, and either is 1.7e-6 from the reference.
         assert torch.allclose(model(IDS).logits, original(IDS).logits, atol=2e-6)
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(IDS, **settings), original.generate(IDS, **settings))
@@ -62,7 +62,7 @@ def test_blocks_are_never_split_between_devices(original):
     assert not [name for name in placement if name.startswith("model.layers.") and name.count(".") > 2]
 
 
-def test_prepare_of_an_accelerator_trains(original):
+def test_a_model_prepared_by_accelerate_trains(original):
     model = olmoe.OlmoeForCausalLM(original.config)
     accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
@@ -84,7 +84,7 @@ def test_shards_are_complete_and_load(loader, original, tmp_path):
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert sorted(set(index["weight_map"].values())) == files
-    # On disk as on the hub: one tensor a projection of an expert.
+    # On disk as on the hub: one tensor per expert projection.
     assert "model.layers.1.mlp.experts.7.down_proj.weight" in index["weight_map"]
     loaded = loader.from_pretrained(tmp_path)
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in loaded.state_dict().items())

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' Hugging Face backend on our model, with a task of local data."""
+"""lm-evaluation-harness' Hugging Face backend on our model, with a task on local data."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_perplexity_and_generation(backend, tmp_path):
     assert all(isinstance(sample["filtered_resps"][0], str) for sample in samples)
 
 
-def test_by_folder_the_backend_takes_our_class_once_it_is_registered(backend):
+def test_the_backend_uses_our_registered_class_for_a_folder(backend):
     from lm_eval.models.huggingface import HFLM
 
     import olmoe.hf

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on attention and on routed experts: train, save, load, merge; prefixes in the cache."""
+"""PEFT's LoRA on attention and routed experts: train, save, load, merge; prefix tuning."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_train_save_load_merge(targets, base, tmp_path):
         merged.save_pretrained(tmp_path / "merged")
         reloaded = olmoe.OlmoeForCausalLM.from_pretrained(tmp_path / "merged")
         assert torch.equal(reloaded(ids).logits, merged(ids).logits)
-        # Without the adapter the model is what it was.
+        # Without the adapter the model is unchanged.
         plain = model.unload()
         assert all(torch.equal(plain.state_dict()[name], value) for name, value in frozen.items())
 
@@ -76,7 +76,7 @@ def test_an_adapted_model_generates_as_its_merged_one(base):
     assert torch.equal(adapted, model.merge_and_unload().generate(**settings))
 
 
-def test_gradient_checkpointing_goes_with_adapters_on_experts(base):
+def test_gradient_checkpointing_works_with_adapters_on_experts(base):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -92,9 +92,9 @@ def test_gradient_checkpointing_goes_with_adapters_on_experts(base):
     assert any(value.abs().sum() > 0 for value in gradients[1].values())
 
 
-def test_a_trained_prefix_has_the_gradients_of_transformers(base):
-    """The model is frozen, and gradients come through the cache alone."""
-    ids, gradients = batch()[:1, :4], []  # so few that the kernels would take them
+def test_prefix_tuning_has_the_gradients_of_transformers(base):
+    """The model is frozen, and gradients flow only through the cache."""
+    ids, gradients = batch()[:1, :4], []  # few enough that the kernels would run them
     for library in (olmoe, transformers):
         model = library.AutoModelForCausalLM.from_pretrained(base)
         torch.manual_seed(0)

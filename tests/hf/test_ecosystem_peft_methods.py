@@ -1,4 +1,4 @@
-"""Every method of PEFT on quantized models: the results on decoded weights, or a refusal when it is attached."""
+"""Every PEFT method on quantized models: the results on decoded weights, or a refusal when attached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
 PROMPT = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
-# Where the defaults do not fit a model of this size, or there are none.
+# Settings where defaults are missing or do not fit a model of this size.
 SETTINGS = {
     "ADALORA": TARGETS | {"total_step": 10, "init_r": 4, "target_r": 2},
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1, "task_type": "CAUSAL_LM"},
@@ -47,22 +47,22 @@ SETTINGS = {
     "WAVEFT": TARGETS | {"n_frequency": 8},
     "XLORA": {"task_type": "CAUSAL_LM", "hidden_size": 32},
 }  # fmt: skip
-# What each call takes besides ids.
+# Arguments of each call besides ids.
 INPUTS = {
     "CPT": {"input_type_mask": torch.ones_like(IDS)},
     "MULTITASK_PROMPT_TUNING": {"task_ids": torch.tensor([0, 1])},
     "POLY": {"task_ids": torch.tensor([0, 1])},
 }
-# PEFT's own refusals of every OLMoE, of ours even unquantized.
+# Methods that PEFT itself refuses for OLMoE, even unquantized.
 UNSUPPORTED = {"ADAPTION_PROMPT": "Unsupported model type", "GLORA": "not a plain torch.nn.Linear"}
-# Which read a dtype off what is packed.
+# Methods that read a dtype from packed weights.
 REFUSED = {(m, "q4_0"): r"takes its dtype from.*; call dequantize\(\) on the model first" for m in ("SHADOW", "XLORA")}
-# Whose `merge_and_unload` PEFT does not have, or refuses itself.
+# Methods whose `merge_and_unload` PEFT lacks or refuses.
 WITHOUT_MERGE = {
     "BEFT": "no bias", "IA3": "Cannot merge ia3 layers when the model is loaded in", "LILY": "not supported",
     "POLY": "", "SHADOW": "cannot be merged", "XLORA": "",
 }  # fmt: skip
-# Which adapt what is not packed in these models.
+# Methods that adapt only modules that are not packed in these models.
 PLAIN = {("LN_TUNING", "nf4"), ("LN_TUNING", "int8"), ("LN_TUNING", "q4_0")}
 PLAIN |= {("TRAINABLE_TOKENS", "nf4"), ("TRAINABLE_TOKENS", "int8")}
 FORMATS = ("nf4", "int8", "q4_0")
@@ -73,7 +73,7 @@ every_format = pytest.mark.parametrize("format", FORMATS)
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     made = QuantizedModels(folder)
-    for name in ("0", "1"):  # adapters that X-LoRA mixes
+    for name in ("0", "1"):  # the adapters that X-LoRA mixes
         model = stir(peft.get_peft_model(made.load("nf4"), peft.LoraConfig(r=2, **TARGETS)), seed=int(name))
         model.save_pretrained(folder / name)
     SETTINGS["XLORA"]["adapters"] = {name: str(folder / name) for name in ("0", "1")}
@@ -82,7 +82,7 @@ def models(tmp_path_factory):
 
 def adapted(model, method, **changes):
     torch.manual_seed(0)
-    model.config.use_cache = method != "XLORA"  # as it demands
+    model.config.use_cache = method != "XLORA"  # as it requires
     config = METHODS[method](**(SETTINGS.get(method, TARGETS) | changes))
     return stir(peft.get_peft_model(model, config), std=0.1)
 
@@ -107,7 +107,7 @@ def close(given, expected):
 
 @every_format
 @pytest.mark.parametrize("method", [m.value for m in METHODS])
-def test_methods_compute_what_they_do_on_decoded_weights_or_are_refused(models, format, method):
+def test_methods_give_the_results_on_decoded_weights_or_are_refused(models, format, method):
     model = models.load(format)
     base, refusal = logits(model), UNSUPPORTED.get(method) or REFUSED.get((method, format))
     if refusal is not None:
@@ -126,7 +126,7 @@ def test_methods_compute_what_they_do_on_decoded_weights_or_are_refused(models, 
 
 @every_format
 @pytest.mark.parametrize("method", [m.value for m in METHODS if m.value not in UNSUPPORTED and m.value != "XLORA"])
-def test_merging_is_right_or_refused_and_right_after_dequantizing(models, format, method):
+def test_merging_is_correct_or_refused_and_correct_after_dequantizing(models, format, method):
     if (method, format) in REFUSED:
         pytest.skip("refused when attached")
     model = adapted(models.load(format), method)
@@ -153,7 +153,7 @@ def test_merging_is_right_or_refused_and_right_after_dequantizing(models, format
 @pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "VERA", "SHIRA", "HIRA", "MISS", "OFT", "BOFT", "HRA"])
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]], ids=str)
 def test_methods_on_packed_embeddings(models, method, targets):
-    """They do what they do on the dequantized model, be it an error of theirs."""
+    """They behave as on the dequantized model, including PEFT's own errors."""
     seen = []
     for dequantize in (False, True):
         try:

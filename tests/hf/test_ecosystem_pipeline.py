@@ -25,20 +25,20 @@ def generate(tmp_path_factory, tokenizer_file):
     return olmoe.pipeline("text-generation", model=str(folder), device="cpu")
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(generate):
+def test_a_batch_gives_the_texts_of_each_prompt_alone(generate):
     alone = [generate(prompt, **GREEDY)[0]["generated_text"] for prompt in PROMPTS]
     together = generate(PROMPTS, batch_size=3, **GREEDY)
     assert [texts[0]["generated_text"] for texts in together] == alone
     assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(alone, PROMPTS, strict=True))
 
 
-def test_several_samples_and_new_text_alone(generate):
+def test_several_samples_and_return_full_text_false(generate):
     samples = generate(PROMPTS[1], max_new_tokens=8, do_sample=True, num_return_sequences=3, return_full_text=False)
     assert len({sample["generated_text"] for sample in samples}) > 1
     assert not any(sample["generated_text"].startswith(PROMPTS[1]) for sample in samples)
 
 
-def test_streaming_gives_the_text_in_pieces(generate):
+def test_streaming_gives_the_text_in_parts(generate):
     settings = GREEDY | {"max_new_tokens": 40}  # the streamer holds text back until a space
     expected = generate(PROMPTS[0], return_full_text=False, **settings)[0]["generated_text"]
     streamer = TextIteratorStreamer(generate.tokenizer, skip_prompt=True, timeout=60)
@@ -54,7 +54,7 @@ def test_generation_stops_at_the_end_of_text(generate):
     with torch.no_grad():
         head = generate.model.lm_head.weight
         kept = head[VOCAB_SIZE - 1].clone()
-        # The end of text now beats every other token.
+        # The end of text now wins over every other token.
         direction = generate.model(**generate.tokenizer(PROMPTS[1], return_tensors="pt"), output_hidden_states=True)
         head[VOCAB_SIZE - 1] = direction.hidden_states[-1][0, -1] * 100
         text = generate(PROMPTS[1], max_new_tokens=8, do_sample=False)[0]["generated_text"]

@@ -1,4 +1,4 @@
-"""`transformers serve` with our classes on a packed folder (examples/transformers_serve.py); OpenAI's client asks."""
+"""`transformers serve` with our classes and packed folders (examples/transformers_serve.py), via OpenAI's client."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 12
     pytest.fail(f"it does not answer: {log.read_text()}")
 
 
-def test_a_packed_folder_is_served_with_the_text_of_the_engine(client, packed):
+def test_a_served_packed_folder_gives_the_engines_text(client, packed):
     answer = client.completions.create(model=str(packed), prompt="Once upon a time", max_tokens=20, temperature=0)
     (expected,) = LLM(packed).generate("Once upon a time", SamplingParams(max_new_tokens=20))
     assert answer.choices[0].text == expected.text
@@ -81,9 +81,9 @@ def test_chats_are_streamed(client, packed):
     assert chunks[-1].finish_reason == "length"
 
 
-def test_transformers_own_class_cannot_load_it(packed):
-    """So the two lines of the script are needed."""
+def test_transformers_own_class_cannot_load_a_packed_folder(packed):
+    """That is why the script's two lines are needed."""
     program = f"import transformers; transformers.OlmoeForCausalLM.from_pretrained({str(packed)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "ignore_mismatched_sizes" in done.stderr  # it takes packed matrices for ordinary ones
+    assert "ignore_mismatched_sizes" in done.stderr  # it mistakes packed matrices for ordinary ones

@@ -66,7 +66,7 @@ def test_trainer_learns_saves_and_resumes(model, tmp_path, text_tokenizer):
     assert all(torch.equal(value, final[name]) for name, value in loaded.state_dict().items())
 
 
-def test_trainer_adds_the_auxiliary_loss_when_it_is_asked_for(model, tmp_path):
+def test_trainer_adds_the_auxiliary_loss_when_enabled(model, tmp_path):
     ids = torch.randint(2, VOCAB_SIZE - 1, (4, 12)).tolist()
     data = datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 1.0
@@ -74,7 +74,7 @@ def test_trainer_adds_the_auxiliary_loss_when_it_is_asked_for(model, tmp_path):
         model, transformers.TrainingArguments(**arguments(tmp_path) | {"max_steps": 1}), train_dataset=data
     )
     trainer.train()
-    # K=3 is the least that the pooled loss can be, log(V) about what a random model's cross-entropy is.
+    # K=3 is the minimum of the pooled loss, log(V) about the cross-entropy of a random model.
     assert losses(trainer)[0] > 3 + 4
 
 
@@ -83,8 +83,8 @@ def test_trainer_adds_the_auxiliary_loss_when_it_is_asked_for(model, tmp_path):
     [{"output_router_logits": True}, {"router_loss": "per_layer", "router_z_loss_coef": 0.5}],
     ids=["pooled", "per layer, with z"],
 )
-def test_accumulation_does_not_change_the_routers_step(loss, tmp_path):
-    """Eight equal rows, so that every way to split them has the same mean: 0.041 to 0.782 in transformers."""
+def test_gradient_accumulation_does_not_change_router_gradients(loss, tmp_path):
+    """Eight equal rows, so that every split has the same mean; transformers' own goes from 0.041 to 0.782."""
     row = torch.randint(2, VOCAB_SIZE - 1, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     data = datasets.Dataset.from_list([{"input_ids": row, "labels": [-100] * 4 + row[4:]}] * 8)
     config = olmoe.OlmoeConfig(**small_config().to_dict() | {"router_aux_loss_coef": 1.0} | loss)
@@ -103,7 +103,7 @@ def test_accumulation_does_not_change_the_routers_step(loss, tmp_path):
         torch.testing.assert_close(step, steps[0], rtol=1e-4, atol=1e-6)
 
 
-def test_trl_supervised_fine_tuning(model, tmp_path, text_tokenizer):
+def test_trl_fine_tunes_on_chats(model, tmp_path, text_tokenizer):
     trl = pytest.importorskip("trl")
     data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})
     trainer = trl.SFTTrainer(
@@ -119,7 +119,7 @@ def test_trl_supervised_fine_tuning(model, tmp_path, text_tokenizer):
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters on experts"])
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
-def test_trl_learns_preferences(kind, adapted, model, tmp_path, text_tokenizer):
+def test_trl_trains_on_preferences(kind, adapted, model, tmp_path, text_tokenizer):
     trl = pytest.importorskip("trl")
     options = {} if adapted else {"ref_model": copy.deepcopy(model)}
     if adapted:
@@ -144,7 +144,7 @@ def test_trl_learns_preferences(kind, adapted, model, tmp_path, text_tokenizer):
     trainer.train()
     values = losses(trainer)
     assert values[-1] < values[0] - 0.05, values
-    assert all(entry["aux_loss"] > 2.9 for entry in trainer.state.log_history if "loss" in entry)  # its least is k = 3
+    assert all(entry["aux_loss"] > 2.9 for entry in trainer.state.log_history if "loss" in entry)  # at least k = 3
 
 
 def test_trl_with_adapters_on_attention_and_experts(model, tmp_path, text_tokenizer):
@@ -167,7 +167,7 @@ def test_trl_with_adapters_on_attention_and_experts(model, tmp_path, text_tokeni
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "q4_0"])
 def test_trl_with_adapters_on_quantized_experts(format, tmp_path, text_tokenizer):
-    """TRL multiplies with the head itself, which is packed too in q4_0."""
+    """TRL multiplies with the head's weight itself, which q4_0 packs too."""
     trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
     model = QuantizedModels(tmp_path).load(format)
     data = datasets.Dataset.from_dict({"text": [line for line in TEXT.splitlines() if line]})

@@ -1,4 +1,4 @@
-"""What vLLM takes from transformers for an exported folder: configuration, tokenizer, and the model as its fallback."""
+"""What vLLM gets from transformers for an exported folder: configuration, tokenizer, and the model as a fallback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_transformers_alone_loads_an_exported_packed_folder(tmp_path, tokenizer_
     packed = packed_folder(tmp_path / "packed", recipe, tokenizer_file, **WHOLE)
     to_folder(open_source(packed), out := tmp_path / "out", torch.float32)
     config = transformers.AutoConfig.from_pretrained(out)
-    assert type(config) is transformers.OlmoeConfig  # not ours: nothing was registered
+    assert type(config) is transformers.OlmoeConfig  # not ours: nothing has been registered
     assert config.rope_parameters["rope_theta"] == 10000.0
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     text = "Once upon a time there was a little girl."
@@ -37,14 +37,14 @@ def test_transformers_alone_loads_an_exported_packed_folder(tmp_path, tokenizer_
         torch.testing.assert_close(found, plain.logits(hidden), atol=2e-4, rtol=1e-4)
 
 
-def test_what_trainer_users_save_is_what_vllm_reads(tmp_path):
-    """`save_pretrained` writes experts one by one, like transformers' own class."""
+def test_a_model_saved_by_trainer_is_readable_by_vllm(tmp_path):
+    """`save_pretrained` writes one tensor per expert, like transformers' own class."""
     config = olmoe.OlmoeConfig(**small_config(tie_word_embeddings=False).to_dict())
     olmoe.OlmoeForCausalLM(config).save_pretrained(tmp_path)
     check_for_vllm(tmp_path)
 
 
-def test_a_model_quantized_on_loading_is_exported_after_dequantize(tmp_path):
+def test_a_model_quantized_on_loading_exports_after_dequantizing(tmp_path):
     config = olmoe.OlmoeConfig(**small_config(**WHOLE).to_dict())
     olmoe.OlmoeForCausalLM(config).save_pretrained(tmp_path / "plain")
     quantization = olmoe.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -29,7 +29,7 @@ MODELS = {
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**COMMON, **QWEN, shared_expert_intermediate_size=10),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**COMMON, **QWEN, head_dim=8),
 }
-# Widths: 12 and 16 take the grouped product in fp32, 5 (below) the loop; each is a path of ours.
+# Widths: 12 and 16 use the grouped product in fp32, 5 (below) the loop; these are our two paths.
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def outcome(model, implementation, ids):
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """Names of the operations of the experts that the C++ kernels compute from here on."""
+    """Names of the expert operations that the C++ kernels run from here on."""
     if not cpu.available():
         pytest.skip(f"{cpu.unavailable()}")
     calls = []
@@ -71,7 +71,7 @@ def kernel_calls(monkeypatch):
 
 
 def stock(name, dtype=torch.float32):
-    """transformers' own model of that family, random."""
+    """A random model of transformers' own class for that family."""
     torch.manual_seed(0)
     config = MODELS[name]()
     kind = transformers.OlmoeForCausalLM if name == "olmoe" else None  # registered: the Auto class would give ours
@@ -80,7 +80,7 @@ def stock(name, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_models_equal_eager_forward_and_backward(name):
+def test_whole_models_equal_eager_in_forward_and_backward(name):
     model = stock(name)
     ids = torch.randint(2, VOCAB_SIZE, (2, 17))
     expected, gradients = outcome(model, "eager", ids)
@@ -88,7 +88,7 @@ def test_whole_models_equal_eager_forward_and_backward(name):
     module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "act_fn"))
     module.act_fn.register_forward_hook(lambda *_: calls.append(1))
     logits, ours = outcome(model, "olmoe", ids)
-    # One activation of all rows a forward pass and one in backward (of the first layer), not one an expert.
+    # One activation for all rows in forward and one in backward (of the first layer), not one per expert.
     assert len(calls) == 2
     assert relative(logits, expected) < 1e-5
     assert ours.keys() == gradients.keys()
@@ -99,8 +99,8 @@ def test_whole_models_equal_eager_forward_and_backward(name):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_inference_reaches_the_kernels_in_every_layer(name, dtype, mode, kernel_calls):
-    """Their parameters require gradients, as those of any loaded model; nobody asks for them here."""
+def test_inference_uses_the_kernels_in_every_layer(name, dtype, mode, kernel_calls):
+    """Parameters require gradients, as in any loaded model, but gradients are disabled here."""
     model, ids = stock(name, dtype), torch.randint(2, VOCAB_SIZE, (1, 4))
     model.set_experts_implementation("eager")
     with mode():
@@ -110,7 +110,7 @@ def test_inference_reaches_the_kernels_in_every_layer(name, dtype, mode, kernel_
     assert kernel_calls == ["moe"] * 2
 
 
-def test_training_does_not_reach_the_kernels(kernel_calls):
+def test_training_does_not_use_the_kernels(kernel_calls):
     model, ids = stock("mixtral"), torch.randint(2, VOCAB_SIZE, (1, 4))
     model.set_experts_implementation("olmoe")
     model(ids, labels=ids).loss.backward()
@@ -118,7 +118,7 @@ def test_training_does_not_reach_the_kernels(kernel_calls):
     assert model.model.layers[0].mlp.experts.down_proj.grad.any()
 
 
-def test_a_compiled_graph_reaches_the_kernels_and_trains(kernel_calls):
+def test_a_compiled_graph_uses_the_kernels_and_trains(kernel_calls):
     module, x, ids = experts(), torch.randn(3, 16), torch.tensor([[0, 1], [2, 0], [1, 3]])
     weights = torch.rand(3, 2)
     expected = module(x, ids, weights)
@@ -138,7 +138,7 @@ def test_a_compiled_graph_reaches_the_kernels_and_trains(kernel_calls):
         assert relative(p.grad, gradient) < 2e-5
 
 
-def test_an_activation_is_silu_only_if_it_is_nothing_else(kernel_calls):
+def test_only_a_plain_silu_counts_as_silu(kernel_calls):
     class Scaled(torch.nn.SiLU):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -161,7 +161,7 @@ def test_an_activation_is_silu_only_if_it_is_nothing_else(kernel_calls):
 
 
 def test_hidden_states_of_another_dtype_than_the_weights():
-    """As transformers' own implementations take them: autocast widens hidden states and not the weights."""
+    """As transformers' own implementations accept them: autocast widens hidden states but not weights."""
     module, ids = experts(dtype=torch.bfloat16), torch.randint(0, 4, (40, 1))
     x, weights = torch.randn(40, 16).bfloat16().float(), torch.rand(40, 1)
     for grad in (False, True):
@@ -171,7 +171,7 @@ def test_hidden_states_of_another_dtype_than_the_weights():
             assert relative(out, experts_forward(module, x.bfloat16(), ids, weights).float()) < 2e-2
 
 
-def test_it_can_be_asked_for_when_loading(tmp_path):
+def test_the_implementation_can_be_chosen_on_loading(tmp_path):
     transformers.MixtralForCausalLM(MODELS["mixtral"]()).save_pretrained(tmp_path)
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="olmoe")
     assert model.config._experts_implementation == "olmoe"
@@ -217,7 +217,7 @@ def test_modules_equal_eager(tokens, k, width, reason, dtype):
     [(3, "some rows are held elsewhere"), (12, "none is held here"), (0, "all are held here")],
 )
 def test_expert_parallel_sentinels_contribute_nothing(absent, reason):
-    """A module that holds 4 experts and sees id 4 (or above) for those of other processes."""
+    """A module that holds 4 experts and gets ids of 4 or above for those of other processes."""
     module = experts()
     module._is_expert_parallel = True
     ids = torch.randint(0, 4, (6, 2))
@@ -240,7 +240,7 @@ def test_expert_parallel_sentinels_contribute_nothing(absent, reason):
 
 
 @pytest.mark.parametrize("absent", [3, 12, 0])
-def test_expert_parallel_inference_reaches_the_kernels(absent, kernel_calls):
+def test_expert_parallel_inference_uses_the_kernels(absent, kernel_calls):
     module = experts()
     module._is_expert_parallel = True
     ids = torch.randint(0, 4, (6, 2))
@@ -252,7 +252,7 @@ def test_expert_parallel_inference_reaches_the_kernels(absent, kernel_calls):
 
 
 @pytest.mark.parametrize("flag", LAYOUT)
-def test_other_layouts_are_refused(flag):
+def test_other_weight_layouts_are_refused(flag):
     @use_experts_implementation(**({} if flag == "has_gate" else {flag: not LAYOUT[flag][0]}))
     class OddExperts(torch.nn.Module):
         def __init__(self, config):
@@ -272,7 +272,7 @@ def test_other_layouts_are_refused(flag):
     assert LAYOUT[flag][1] in message
 
 
-def test_experts_that_gate_in_their_own_way_or_are_not_stacked_are_refused():
+def test_experts_with_custom_gating_or_unstacked_weights_are_refused():
     class Clamped(MixtralExperts):
         def _apply_gate(self, gate_up):
             return gate_up.chunk(2, dim=-1)[1]

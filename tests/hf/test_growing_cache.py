@@ -1,4 +1,4 @@
-"""The dynamic cache that does not copy: in every use it holds what transformers' own would hold."""
+"""The dynamic cache that does not copy: in every use it holds the same as transformers' own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 
 def states(count, batch=2, dtype=torch.float32):
-    """Keys and values of new tokens, different at every call."""
+    """Keys and values of new tokens, different in every call."""
     return torch.randn(batch, 3, count, 4).to(dtype), torch.randn(batch, 3, count, 4).to(dtype)
 
 
@@ -58,7 +58,7 @@ def seed():
 
 
 @pytest.mark.usefixtures("mode")
-def test_it_grows_token_by_token_and_in_prompts():
+def test_the_cache_grows_by_tokens_and_by_prompts():
     mine, theirs = pair()
     for count in [1, 1, 5, 1, 70, *[1] * 120, 300, 1]:
         new = states(count)
@@ -67,7 +67,7 @@ def test_it_grows_token_by_token_and_in_prompts():
         assert_same(mine, theirs)
 
 
-def test_tokens_are_not_copied_while_there_is_room():
+def test_tokens_are_not_copied_while_capacity_lasts():
     with torch.no_grad():
         mine, _ = pair()
         mine.update(*states(1))
@@ -92,7 +92,7 @@ def test_tokens_are_not_copied_while_there_is_room():
     ],
     ids=["crop", "reorder", "select", "repeat", "reset", "offload"],
 )
-def test_what_other_methods_leave_is_taken_over(change):
+def test_states_left_by_other_methods_are_taken_over(change):
     mine, theirs = pair()
     mine_before = mine.update(*(new := states(4)))
     expected_before = [t.clone() for t in theirs.update(*new)]
@@ -105,10 +105,10 @@ def test_what_other_methods_leave_is_taken_over(change):
         theirs.update(*new)
         assert_same(mine, theirs)
     for before, expected in zip(mine_before, expected_before, strict=True):
-        assert torch.equal(before, expected)  # what someone still holds is not written over
+        assert torch.equal(before, expected)  # states that someone still holds are not overwritten
 
 
-def test_copies_grow_apart():
+def test_copies_grow_independently():
     with torch.no_grad():
         mine, _ = pair()
         mine.update(*states(2))
@@ -122,7 +122,7 @@ def test_copies_grow_apart():
         assert not torch.equal(mine.keys, twins[0].keys)
 
 
-def test_gradients_keep_their_graph():
+def test_cached_states_keep_their_autograd_graph():
     mine, theirs = pair()
     with torch.no_grad():
         new = states(2)
@@ -134,13 +134,13 @@ def test_gradients_keep_their_graph():
     assert torch.equal(k.grad, query.detach())
     loss = (query @ mine.keys.detach().mT).square().sum()
     with torch.no_grad():
-        mine.update(*states(1))  # must not disturb what the graph has saved
+        mine.update(*states(1))  # must not overwrite what the graph has saved
     loss.backward()
     assert torch.isfinite(query.grad).all()
 
 
-def test_inference_first_and_training_after():
-    """Keys of a room that inference made are saved for backward, while inference goes on in the same cache."""
+def test_inference_may_precede_training():
+    """Keys in memory that inference allocated are saved for backward while inference continues in the same cache."""
     mine, _ = pair()
     with torch.no_grad():
         keys, _ = mine.update(*states(2))
@@ -202,7 +202,7 @@ def ours(dtype=torch.float32, **changes):
 
 @pytest.fixture
 def attended(monkeypatch):
-    """Numbers of new tokens for which the kernels computed attention."""
+    """Numbers of new tokens in each attention call of the kernels."""
     counts: list[int] = []
     original, filled = GrowingLayer.attend, GrowingLayer.filled
 
@@ -223,7 +223,7 @@ def attended(monkeypatch):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The number of layers of each step that went through all of them in one call."""
+    """The number of layers of each step that ran through all of them in one call."""
     counts: list[int] = []
     original = attention.all_layers
 
@@ -239,14 +239,14 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_prompts_and_steps_are_those_of_torch(attended, heads, dtype):
+def test_prompts_and_steps_equal_torchs(attended, heads, dtype):
     model = ours(dtype, num_key_value_heads=heads)
     results = []
     for backend in ("auto", "torch"):
         model.set_kernel_backend(backend)
         cache, logits = DynamicCache(config=model.config), []
         with torch.no_grad():
-            for start, end in ((0, 5), (5, 6), (6, 7), (7, 9)):  # the last piece has a mask of its own
+            for start, end in ((0, 5), (5, 6), (6, 7), (7, 9)):  # the last chunk has a mask of its own
                 logits.append(model(IDS[:, start:end], past_key_values=cache).logits)
         results.append(torch.cat(logits, dim=1))
     assert attended == [5] * 2 + [1] * 4
@@ -255,7 +255,7 @@ def test_prompts_and_steps_are_those_of_torch(attended, heads, dtype):
 
 
 @pytest.mark.parametrize("heads", [4, 2])
-def test_a_step_is_one_call_and_gives_what_layers_one_by_one_give(steps, heads):
+def test_a_step_through_all_layers_equals_layer_by_layer(steps, heads):
     model = ours(num_key_value_heads=heads, num_hidden_layers=3)
     results = []
     for backend in ("auto", "torch"):
@@ -278,7 +278,7 @@ def reordered(model, cache):
 
 
 @pytest.mark.parametrize("change", [cropped, reordered])
-def test_steps_go_on_from_what_other_methods_leave(steps, change):
+def test_steps_continue_from_states_left_by_other_methods(steps, change):
     model, results = ours(), []
     for backend in ("auto", "torch"):
         model.set_kernel_backend(backend)
@@ -310,7 +310,7 @@ def one_layer_ahead(model, cache):
 
 
 @pytest.mark.parametrize("change", [hooked, hooked_inside, replaced, one_layer_ahead])
-def test_what_one_call_would_pass_over_goes_layer_by_layer(steps, change):
+def test_steps_with_hooks_or_outputs_go_layer_by_layer(steps, change):
     model = ours(num_hidden_layers=2)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_hidden_states_are_collected_layer_by_layer(steps):
     assert len(out.hidden_states) == 1 + len(model.model.layers)
 
 
-def test_generation_gives_the_same_text_in_every_way(attended):
+def test_every_generation_mode_gives_the_same_text(attended):
     model = ours()
     ways = {
         "greedy": {},
@@ -359,7 +359,7 @@ def test_padding_is_left_to_transformers(attended):
     assert torch.equal(actual, model.generate(IDS, attention_mask=mask, **GREEDY))
 
 
-def test_a_cache_goes_from_inference_to_training_and_back():
+def test_a_cache_can_switch_between_inference_and_training():
     model = ours()
     results = []
     for backend in ("auto", "torch"):
@@ -387,15 +387,15 @@ def test_a_cache_goes_from_inference_to_training_and_back():
     ],
     ids=["scaling", "not causal", "eager", "reference", "dropout"],
 )
-def test_attention_of_another_kind_is_left_to_transformers(attended, change):
+def test_other_attention_implementations_are_left_to_transformers(attended, change):
     model = ours(num_hidden_layers=2)
     change(model)
     with torch.no_grad():
         model(IDS, past_key_values=DynamicCache(config=model.config))
-    assert len(attended) <= 1  # layer 0 may be as it was
+    assert len(attended) <= 1  # layer 0 may be unaffected
 
 
-def test_a_changed_scale_is_followed():
+def test_a_changed_attention_scale_is_respected():
     model = ours()
     with torch.no_grad():
         for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Texts that share a row do not see each other; what is cached when, and left padding, which is no other text."""
+"""Texts packed into one row do not see each other; when a cache is used; left padding does not count as a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def apart(model, texts=TEXTS):
 @pytest.mark.parametrize("mask", [None, ONES, ONES.bool()], ids=["no mask", "ones", "bool"])
 @pytest.mark.parametrize("use_cache", [None, False, True], ids=["default", "no cache", "cache"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
-def test_texts_in_one_row_are_apart(model, attention, labels, mask, use_cache, gradients):
+def test_texts_packed_into_one_row_are_isolated(model, attention, labels, mask, use_cache, gradients):
     model.set_attn_implementation(attention)
     options = {"position_ids": POSITIONS, "attention_mask": mask, "use_cache": use_cache}
     with torch.set_grad_enabled(gradients):
@@ -46,7 +46,7 @@ def test_texts_in_one_row_are_apart(model, attention, labels, mask, use_cache, g
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mask", [None, ONES], ids=["no mask", "ones"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_training_step_has_the_gradients_of_texts_apart(attention, mask, checkpointing):
+def test_packed_training_has_the_gradients_of_separate_texts(attention, mask, checkpointing):
     model = peers(attention)[0].train()
     labels = ROW.clone()
     labels[POSITIONS == 0] = -100
@@ -65,7 +65,7 @@ def test_a_training_step_has_the_gradients_of_texts_apart(attention, mask, check
         assert difference(found[name], p.grad) < 1e-4, name
 
 
-def test_no_cache_is_made_in_training_unless_it_is_asked_for(model):
+def test_training_creates_no_cache_unless_requested(model):
     model.train()
     try:
         assert model(ROW).past_key_values is None
@@ -80,7 +80,7 @@ def test_no_cache_is_made_in_training_unless_it_is_asked_for(model):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_an_empty_cache_that_is_given(model, kind):
+def test_packed_texts_fill_a_given_empty_cache(model, kind):
     cache = (
         transformers.DynamicCache(config=model.config)
         if kind == "dynamic"
@@ -91,7 +91,7 @@ def test_an_empty_cache_that_is_given(model, kind):
     assert difference(actual, apart(model)) < 2e-5
 
 
-def test_a_cache_with_tokens_refuses_positions_that_start_again(model):
+def test_a_nonempty_cache_refuses_restarting_positions(model):
     with torch.no_grad():
         cache = model(ROW, use_cache=True).past_key_values
         with pytest.raises(UserError, match="14 tokens"):
@@ -121,7 +121,7 @@ def test_a_batch_of_packed_rows_with_padding(model, side):
 
 
 @pytest.mark.parametrize("fill", [0, 1, "arange"])
-def test_left_padding_is_no_other_text(fill):
+def test_left_padding_does_not_start_another_text(fill):
     pair = peers()
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[1, :5] = 0
@@ -139,7 +139,7 @@ def test_left_padding_is_no_other_text(fill):
     assert torch.equal(*texts)
 
 
-def test_gaps_in_a_row_are_no_other_text():
+def test_gaps_in_a_mask_do_not_start_another_text():
     pair = peers()
     mask = torch.ones(1, 14, dtype=torch.long)
     mask[0, 4:7] = 0
@@ -148,7 +148,7 @@ def test_gaps_in_a_row_are_no_other_text():
         assert difference(ours, theirs) < 2e-5
 
 
-def test_positions_that_go_on_are_left_alone():
+def test_continuing_positions_do_not_start_another_text():
     pair = peers()
     for positions in (2 * torch.arange(14), torch.arange(14) + 7, torch.tensor([*range(5), *range(20, 29)])):
         options = {"position_ids": positions.unsqueeze(0), "use_cache": True}
@@ -156,7 +156,7 @@ def test_positions_that_go_on_are_left_alone():
         assert difference(ours, theirs) < 2e-5
 
 
-def test_masks_of_four_dimensions_are_the_callers_word():
+def test_four_dimensional_masks_are_used_as_given():
     pair = peers()
     mask = torch.ones(14, 14, dtype=torch.bool).tril()[None, None]
     for use_cache in (True, False):
@@ -168,7 +168,7 @@ def test_masks_of_four_dimensions_are_the_callers_word():
 @pytest.mark.parametrize("flash", [False, True], ids=["", "flash arguments"])
 @pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
 @pytest.mark.parametrize("numbers", [False, True], ids=["", "seq_idx"])
-def test_what_the_flattening_collator_gives(model, flash, positions, numbers):
+def test_output_of_the_flattening_collator_is_isolated(model, flash, positions, numbers):
     if not (flash or positions or numbers):
         pytest.skip("nothing would tell the texts apart")
     collator = transformers.DataCollatorWithFlattening(
@@ -181,7 +181,7 @@ def test_what_the_flattening_collator_gives(model, flash, positions, numbers):
             assert difference(model(**batch, use_cache=use_cache).logits, apart(model)) < 1e-4
 
 
-def test_classifiers_too():
+def test_classifiers_isolate_packed_texts():
     torch.manual_seed(0)
     classifier = OlmoeForSequenceClassification(OlmoeConfig(**small_config().to_dict(), num_labels=3)).eval()
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_classifiers_too():
             assert output.past_key_values is None
 
 
-def test_compiled_graphs_keep_texts_apart():
+def test_compiled_graphs_isolate_packed_texts():
     model = peers(num_hidden_layers=1)[0]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_steps_after_a_prompt_with_positions_are_unchanged(model):
     assert difference(logits, decoded(model, ROW, 3)[:, -1:]) < 2e-5
 
 
-def test_loading_keeps_the_rule(tmp_path, model):
+def test_loaded_models_isolate_packed_texts(tmp_path, model):
     model.save_pretrained(tmp_path)
     loaded = OlmoeForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():

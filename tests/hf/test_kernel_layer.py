@@ -1,4 +1,4 @@
-"""Fused layers: the same results as plain ones, wherever the kernels fit, and nothing of them elsewhere."""
+"""Fused layers: the results of plain ones wherever the kernels apply, and plain code elsewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS)
-def test_plain_fp32(changes, poisoned):
+def test_fp32_layers_equal_plain_ones(changes, poisoned):
     model = make_model(**changes)
     for shape in ((1, 1), (1,), (2, 4), (7,)):
         x = random(*shape, model.config.hidden_size)
@@ -56,14 +56,14 @@ def test_plain_fp32(changes, poisoned):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("changes", CONFIGURATIONS[:7])
-def test_plain_half_precision(changes, dtype, poisoned):
-    """The plain layer rounds between its operations, the kernels only at the ends."""
+def test_half_precision_layers_match_plain_ones(changes, dtype, poisoned):
+    """The plain layer rounds between operations, the kernels only at the end."""
     model = make_model(**changes).to(dtype)
     same(*both(model, random(2, 4, WIDTH, dtype=dtype)), 2**-4 if dtype == torch.bfloat16 else 2**-7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_x_may_lie_in_memory_in_any_way(shape):
+def test_inputs_may_have_any_memory_layout(shape):
     model = make_model()
     x = random(WIDTH, *shape).movedim(0, -1)
     same(*both(model, x), 1e-5)
@@ -71,7 +71,7 @@ def test_x_may_lie_in_memory_in_any_way(shape):
     same(*both(model, wide), 1e-5)
 
 
-def test_rope_of_one_row_for_all_and_of_other_dtypes():
+def test_rope_tables_may_be_shared_by_rows_and_of_other_dtypes():
     model = make_model()
     x, layer = random(2, 4, WIDTH), 0
     expected = run(model, x)
@@ -94,22 +94,22 @@ PACKED = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("recipe", "changes"), PACKED)
-def test_packed(recipe, changes, dtype, tmp_path, poisoned):
-    """Where the plain layer decodes instead of rounding activations, the difference is that rounding."""
+def test_packed_layers_match_plain_ones(recipe, changes, dtype, tmp_path, poisoned):
+    """The kernels round activations where the plain layer decodes weights; that is the only difference."""
     model = checkpoint.load(packed_folder(tmp_path / "m", recipe, **changes), dtype=dtype)
     tolerance = {torch.float32: 5e-3, torch.bfloat16: 2**-4, torch.float16: 2**-5}[dtype]
     if 12 in changes.values() or 40 in changes.values():
         tolerance = max(tolerance, 3e-2)
-    for shape in ((1, 1), (2, 9), (13,)):  # more rows than torch is preferred for
+    for shape in ((1, 1), (2, 9), (13,)):  # more rows than the kernels prefer
         plain, ours = both(model, random(*shape, model.config.hidden_size, dtype=dtype))
         assert (plain[0] - ours[0]).float().abs().max() <= tolerance * plain[0].float().abs().max()
         agreement = (plain[1].expert_ids == ours[1].expert_ids).float().mean()
-        assert agreement > 0.8  # equal but where two experts are as good
+        assert agreement > 0.8  # equal except where two experts are equally good
         assert ours[0].dtype == plain[0].dtype == dtype
 
 
 def alone(q, k, v, layer):
-    """Attention of each token to itself."""
+    """Attention of each token to itself only."""
     return v.repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)
 
 
@@ -133,7 +133,7 @@ def test_threads_and_other_tokens_do_not_change_a_bit(tmp_path):
             assert torch.equal(row[0], expected[0][i : i + 1])
 
 
-def test_more_tokens_than_experts_take_at_a_time(tmp_path):
+def test_more_tokens_than_one_expert_block(tmp_path):
     model = checkpoint.load(packed_folder(tmp_path / "m", "int8", **WHOLE))
     x = random(1030, WIDTH)
     through_kernels(model)
@@ -142,11 +142,11 @@ def test_more_tokens_than_experts_take_at_a_time(tmp_path):
     assert torch.equal(whole[1].expert_ids, torch.cat([routed.expert_ids for _, routed in parts]))
 
 
-# ---- stepping aside ----
+# ---- left to torch ----
 
 
 @pytest.mark.parametrize("many", [True, False], ids=["prompts too", "few rows only"])
-def test_the_kernels_take_what_they_should(many, monkeypatch):
+def test_the_kernels_run_where_supported(many, monkeypatch):
     monkeypatch.setattr(kernel_layer, "many_rows", lambda dtype: many and dtype == torch.float32)
     model = make_model()
     through_kernels(model)
@@ -154,11 +154,11 @@ def test_the_kernels_take_what_they_should(many, monkeypatch):
     assert type(layer) is KernelDecoderLayer
     with torch.inference_mode():
         assert fits(model, random(8, WIDTH))
-        assert fits(model, random(9, WIDTH)) == many  # or torch is faster
+        assert fits(model, random(9, WIDTH)) == many  # otherwise torch is faster
         assert not fits(model, random(0, WIDTH))
         assert not fits(model, random(2, WIDTH, dtype=torch.bfloat16))
         set_backend(model, "cpu")
-        assert fits(model, random(9, WIDTH))  # asked for by name
+        assert fits(model, random(9, WIDTH))  # requested by name
         for backend in ("torch", "reference"):
             set_backend(model, backend)
             assert not fits(model, random(2, WIDTH))
@@ -168,7 +168,7 @@ def test_the_kernels_take_what_they_should(many, monkeypatch):
 
 
 class Adapter(nn.Module):
-    """What LoRA puts in the place of a layer."""
+    """The kind of wrapper that LoRA puts around a layer."""
 
     def __init__(self, base):
         super().__init__()
@@ -219,8 +219,8 @@ def own_forward(layer):
         pytest.param(transposed, id="a transposed weight"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_runs_on_torch(change):
-    """Also when it comes after the kernels were in use."""
+def test_unsupported_inputs_run_on_torch(change):
+    """Also if the kernels ran before."""
     ours, plain, x = make_model(), make_model(), random(4, WIDTH)
     through_kernels(ours)
     before = run(ours, x)[0]
@@ -243,8 +243,8 @@ def test_global_hooks_see_every_module():
     assert Linear in seen
 
 
-def test_gradients_are_those_of_the_plain_layer():
-    """Of x, and of weights when x itself needs none, as behind a frozen embedding."""
+def test_gradients_equal_those_of_the_plain_layer():
+    """Of x, and of weights when x itself needs none, as after a frozen embedding."""
     for needs in (True, False):
         gradients = []
         for fuse in (False, True):
@@ -282,7 +282,7 @@ def test_gradients_through_cached_keys_of_a_frozen_model():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_as_one_graph():
+def test_the_layer_compiles_into_one_graph():
     model, x = make_model(), random(2, WIDTH)
     expected = run(model, x)
     through_kernels(model)
@@ -320,7 +320,7 @@ def test_to_a_gpu_and_back():
     same(expected, run(model.cpu(), x), 0.0)
 
 
-# ---- named, and not possible ----
+# ---- requested by name but unavailable ----
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_to_a_gpu_and_back():
         pytest.param(lambda m, x: (m.to("meta"), x.to("meta")), id="meta"),
     ],
 )
-def test_a_named_backend_that_cannot_is_an_error(change):
+def test_a_named_backend_that_cannot_run_is_an_error(change):
     model, x = change(make_model(), random(2, WIDTH))
     through_kernels(model)
     set_backend(model, "cpu")

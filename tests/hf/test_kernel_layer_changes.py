@@ -1,4 +1,4 @@
-"""Fused layers notice whatever changes in them: weights, in place or replaced, settings, dtypes, copies."""
+"""Fused layers notice every change: weights modified in place or replaced, settings, dtypes, copies."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NAMES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", [multiply, multiply_data, assign_data, replaced, load_state, load_assigned])
 def test_every_change_of_a_weight_is_noticed(change, dtype, inference):
-    """`p.data.mul_` changes neither version nor address; inference tensors have no version."""
+    """`p.data.mul_` changes neither version nor address, and inference tensors have no version."""
     with torch.inference_mode(inference):
         model = make_model(attention_bias=True).to(dtype)
         layer, x = model.model.layers[0], random(3, WIDTH, dtype=dtype)
@@ -70,14 +70,14 @@ def test_every_change_of_a_weight_is_noticed(change, dtype, inference):
             change(layer, name)
             plain, ours = both(model, x)
             now = run(model, x)
-            assert torch.equal(now[0], ours[0])  # a copy is prepared anew
+            assert torch.equal(now[0], ours[0])  # a copy is prepared again
             assert not torch.equal(now[0], last), name
-            if dtype == torch.float32:  # in bf16 the plain layer rounds in between, and may choose other experts
+            if dtype == torch.float32:  # in bf16 the plain layer rounds in between and may choose other experts
                 same(plain, now, 1e-5)
             last = now[0]
 
 
-def test_settings_that_change_are_noticed():
+def test_every_change_of_a_setting_is_noticed():
     model, x = make_model(), random(3, WIDTH)
     through_kernels(model)
     run(model, x)
@@ -94,7 +94,7 @@ def test_settings_that_change_are_noticed():
 
 
 def test_fewer_experts_at_the_same_address():
-    """Slices keep the address of what they are cut from, and kernels that remember eight experts would read them."""
+    """Slices keep the original address, and kernels that remember eight experts would read all of them."""
     model, x = make_model(), random(3, WIDTH)
     through_kernels(model)
     run(model, x)
@@ -107,7 +107,7 @@ def test_fewer_experts_at_the_same_address():
     assert run(model, x)[1].logits.shape == (3, 4)
 
 
-def test_shapes_that_do_not_belong_together_fail_as_on_torch():
+def test_mismatched_shapes_fail_like_on_torch():
     model, x = make_model(), random(3, WIDTH)
     through_kernels(model)
     run(model, x)
@@ -118,7 +118,7 @@ def test_shapes_that_do_not_belong_together_fail_as_on_torch():
         run(make_model(), random(3, WIDTH + 1))
 
 
-def test_other_dtypes_and_back():
+def test_dtypes_may_change_and_change_back():
     model, x = make_model(), random(3, WIDTH)
     through_kernels(model)
     run(model, x)

@@ -1,4 +1,4 @@
-"""The C++ kernels under transformers' face: there by default in inference, and never where they would change things."""
+"""The C++ kernels in the transformers classes: on by default in inference, off wherever they would change behaviour."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from olmoe.quant import PackedExperts, PackedModule
 from packed_folders import WHOLE, packed_folder
 from sentences import refused
 
-IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 4), generator=torch.Generator().manual_seed(1))  # few rows: plain ones too
+# Few rows, so that plain weights use the kernels too.
+IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 4), generator=torch.Generator().manual_seed(1))
 compiled = pytest.mark.skipif(not extension.available(), reason="the C++ kernels are not built")
 
 
 def ours(dtype=torch.float32, kind=OlmoeForCausalLM, **changes):
-    """Our model, always with the same weights."""
+    """Our model, with the same weights every time."""
     torch.manual_seed(0)
     attention = changes.pop("attention", "sdpa")
     return kind(OlmoeConfig(**small_config(**changes).to_dict(), attn_implementation=attention)).to(dtype).eval()
@@ -31,7 +32,7 @@ def ours(dtype=torch.float32, kind=OlmoeForCausalLM, **changes):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether the kernels took the layer, one entry for each call of a decoder layer, alone or with all others."""
+    """Whether the kernels ran the layer: one entry per call of a decoder layer, alone or in a step through all."""
     taken: list[bool] = []
     original, together = OlmoeDecoderLayer._fitting, attention.all_layers
 
@@ -52,7 +53,7 @@ def calls(monkeypatch):
 
 
 def on_torch(model, *arguments, **options):
-    """What the model computes without kernels."""
+    """The model's logits without kernels."""
     model.set_kernel_backend("torch")
     try:
         return model(*arguments, **options)
@@ -62,7 +63,7 @@ def on_torch(model, *arguments, **options):
 
 @compiled
 @pytest.mark.parametrize("kind", [OlmoeModel, OlmoeForCausalLM, OlmoeForSequenceClassification])
-def test_inference_goes_through_the_kernels_by_default(calls, kind):
+def test_inference_uses_the_kernels_by_default(calls, kind):
     model = ours(kind=kind, pad_token_id=1)
     with torch.no_grad():
         actual = model(IDS)
@@ -72,7 +73,7 @@ def test_inference_goes_through_the_kernels_by_default(calls, kind):
 
 
 @compiled
-def test_generate_decodes_through_the_kernels(calls):
+def test_generation_decodes_with_the_kernels(calls):
     model = ours()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     actual = model.generate(IDS, **options)
@@ -85,7 +86,7 @@ def test_generate_decodes_through_the_kernels(calls):
 
 @compiled
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_padding_and_recorded_outputs_are_those_of_torch(calls, attention):
+def test_padding_and_recorded_outputs_equal_torchs(calls, attention):
     model = ours(attention=attention, num_key_value_heads=2)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     options = {"attention_mask": mask, "output_hidden_states": True, "output_router_logits": True}
@@ -108,7 +109,7 @@ def test_padding_and_recorded_outputs_are_those_of_torch(calls, attention):
 
 
 @compiled
-def test_gradients_keep_the_kernels_out(calls):
+def test_the_kernels_are_not_used_with_gradients(calls):
     model = ours()
     model(IDS, labels=IDS).loss.backward()
     assert calls == [False, False]
@@ -116,7 +117,7 @@ def test_gradients_keep_the_kernels_out(calls):
 
 
 @compiled
-def test_layers_that_learn_behind_frozen_ones_keep_the_kernels_out(calls):
+def test_the_kernels_are_not_used_in_trained_layers_after_frozen_ones(calls):
     model = ours()
     model.model.embed_tokens.requires_grad_(False)  # so that the input of the first layer needs no gradient
     model(IDS, labels=IDS).loss.backward()
@@ -127,11 +128,11 @@ def test_layers_that_learn_behind_frozen_ones_keep_the_kernels_out(calls):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mlp.gate.weight", "input_layernorm.weight", "self_attn.k_norm.weight"])
-def test_weights_changed_in_place_between_calls_count(calls, dtype, name):
+def test_weights_changed_in_place_between_calls_take_effect(calls, dtype, name):
     model = ours(dtype)
     with torch.no_grad():
         model(IDS)
-        model.model.layers[1].get_parameter(name).mul_(-0.5)  # as an optimizer or load_state_dict does
+        model.model.layers[1].get_parameter(name).mul_(-0.5)  # as an optimizer or load_state_dict would
         actual = model(IDS).logits
         assert all(calls)
         expected = on_torch(model, IDS).logits
@@ -139,20 +140,20 @@ def test_weights_changed_in_place_between_calls_count(calls, dtype, name):
 
 
 @compiled
-def test_moved_and_replaced_weights_count(calls):
+def test_moved_and_replaced_weights_take_effect(calls):
     model = ours()
     with torch.no_grad():
         model(IDS)
         other = ours(initializer_range=0.3)
         model.load_state_dict(other.state_dict(), assign=True)
         torch.testing.assert_close(model(IDS).logits, other(IDS).logits, rtol=0, atol=0)
-        model.double()  # no type of the kernels
+        model.double()  # a dtype that the kernels lack
         assert torch.isfinite(model(IDS).logits).all()
     assert calls == [True] * 6 + [False, False]
 
 
 @compiled
-def test_copies_and_pickles_have_kernels_of_their_own(calls):
+def test_copies_and_pickles_have_their_own_kernels(calls):
     model = ours(torch.bfloat16)
     with torch.no_grad():
         expected = model(IDS).logits
@@ -179,7 +180,7 @@ def test_the_kernels_leave_no_trace_in_the_state(calls, tmp_path):
 
 
 @compiled
-def test_a_hook_inside_a_layer_runs(calls):
+def test_a_hook_inside_a_layer_is_called(calls):
     model = ours()
     seen = []
     handle = model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: seen.append(1))
@@ -193,7 +194,7 @@ def test_a_hook_inside_a_layer_runs(calls):
 
 
 @compiled
-def test_another_experts_implementation_keeps_the_kernels_out(calls):
+def test_the_kernels_are_not_used_with_another_experts_implementation(calls):
     model = ours()
     model.set_experts_implementation("batched_mm")
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_another_experts_implementation_keeps_the_kernels_out(calls):
 
 
 @compiled
-def test_adapters_keep_the_kernels_out_of_their_layers(calls):
+def test_the_kernels_are_not_used_in_layers_with_adapters(calls):
     peft = pytest.importorskip("peft")
     base = ours()
     config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], r=2, init_lora_weights=False)
@@ -222,10 +223,10 @@ def test_adapters_keep_the_kernels_out_of_their_layers(calls):
 
 
 @compiled
-def test_a_compiled_model_is_traced_without_kernels():
+def test_compiling_traces_the_model_without_kernels():
     model = ours(num_hidden_layers=1)
     with torch.no_grad():
-        eager = model(IDS).logits  # prepared before, which the graph must not see
+        eager = model(IDS).logits  # prepared before compiling, which the graph must not see
         graph = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(graph(IDS).logits, eager, rtol=1e-4, atol=1e-5)
 
@@ -235,12 +236,12 @@ def test_a_compiled_model_is_traced_without_kernels():
 def test_packed_folders_generate_with_the_kernels(calls, tmp_path, recipe):
     model = OlmoeForCausalLM.from_pretrained(packed_folder(tmp_path / "packed", recipe, **WHOLE))
     assert any(isinstance(module, PackedExperts) for module in model.modules())
-    many = IDS.repeat(8, 4)  # packed matrices are multiplied by the kernels for any number of tokens
+    many = IDS.repeat(8, 4)  # the kernels multiply packed matrices for any number of tokens
     with torch.no_grad():
         actual = model(many).logits
         assert calls == [True, True]
         expected = on_torch(model, many).logits
-    # The kernels round activations to 8 bits, torch rounds them to bf16; now and then that tips a router's choice.
+    # The kernels round activations to 8 bits, torch to bf16; now and then that changes a router's choice.
     errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
     assert errors.median() < 0.03
     assert (errors < 0.05).float().mean() > 0.8
@@ -282,18 +283,18 @@ def test_kernels_that_are_not_installed_are_refused_by_name(monkeypatch):
     assert "not installed" in refused(lambda: model.set_kernel_backend("cpu"), BackendUnavailableError)
     assert model.kernel_backend == "auto"
     with torch.no_grad():
-        assert torch.isfinite(model(IDS).logits).all()  # the automatic choice goes on without them
+        assert torch.isfinite(model(IDS).logits).all()  # the automatic choice works without them
 
 
 @compiled
-def test_kernels_are_refused_for_a_model_elsewhere():
+def test_kernels_are_refused_for_a_model_on_another_device():
     with torch.device("meta"):
         model = ours()
     assert "meta" in refused(lambda: model.set_kernel_backend("cpu"), BackendUnavailableError)
 
 
 @compiled
-def test_kernels_asked_for_by_name_do_not_train():
+def test_training_with_kernels_requested_by_name_is_refused():
     model = ours()
     model.set_kernel_backend("cpu")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`load_state_dict` takes a checkpoint as it lies on disk."""
+"""`load_state_dict` accepts a checkpoint in its layout on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model(seed, kind=OlmoeForCausalLM):
 
 
 @pytest.mark.parametrize("kind", [OlmoeForCausalLM, OlmoeModel])
-def test_single_experts_are_stacked(kind, tmp_path):
+def test_per_expert_weights_are_stacked(kind, tmp_path):
     saved, loaded = model(0, kind), copy.deepcopy(model(1, kind))
     saved.save_pretrained(tmp_path)
     on_disk = load_file(tmp_path / "model.safetensors")
@@ -26,10 +26,10 @@ def test_single_experts_are_stacked(kind, tmp_path):
     count = len(on_disk)
     assert loaded.load_state_dict(on_disk) == ([], [])
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in saved.state_dict().items())
-    assert len(on_disk) == count  # the caller's dictionary is left as it was
+    assert len(on_disk) == count  # the caller's dictionary is not modified
 
 
-def test_stacks_load_as_before_and_missing_experts_are_reported(tmp_path):
+def test_stacked_weights_load_and_missing_experts_are_reported(tmp_path):
     saved, loaded = model(0), model(1)
     assert loaded.load_state_dict(saved.state_dict()) == ([], [])
     saved.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from olmoe.hf import lora
 peft = pytest.importorskip("peft")
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# Of 8 experts a token takes 3, so that one token leaves most of the stack alone.
+# A token uses 3 of 8 experts, so a single token leaves most of the stack unused.
 CONFIG = small_config().to_dict()
 
 
@@ -26,7 +26,7 @@ def adapted(parameters=EXPERTS, adapters=1):
     for i in range(1, adapters):
         model.add_adapter(f"another{i}", config)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # which PEFT makes zero
+        if "lora_B" in name:  # which PEFT initializes to zero
             torch.nn.init.normal_(parameter, std=0.2)
     if adapters > 1:
         model.base_model.set_adapter(["default", *(f"another{i}" for i in range(1, adapters))])
@@ -38,7 +38,7 @@ def ids(tokens=1):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any operation computed, views aside."""
+    """The largest number of elements that any operation computed, views aside."""
 
     elements = 0
 
@@ -60,7 +60,7 @@ def largest(model):
 
 @pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[:1], EXPERTS[1:]], ids=["both", "gate_up", "down"])
 @pytest.mark.parametrize("adapters", [1, 2])
-def test_outputs_and_gradients_are_pefts(parameters, adapters, monkeypatch):
+def test_outputs_and_gradients_equal_pefts(parameters, adapters, monkeypatch):
     results = []
     for routed in (False, True):
         with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ def test_outputs_and_gradients_are_pefts(parameters, adapters, monkeypatch):
         assert torch.allclose(ours[name], gradient, atol=1e-6, rtol=1e-4), name
 
 
-def test_decoding_computes_nothing_of_the_size_of_the_whole_stack(monkeypatch):
+def test_decoding_computes_nothing_as_large_as_the_whole_stack(monkeypatch):
     model = adapted()
     experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     whole = experts.gate_up_proj.numel()
@@ -91,7 +91,7 @@ def test_decoding_computes_nothing_of_the_size_of_the_whole_stack(monkeypatch):
     assert 0 < largest(model) <= whole * CONFIG["num_experts_per_tok"] // CONFIG["num_experts"]
 
 
-def test_disabling_merging_and_unmerging_are_pefts():
+def test_disabling_merging_and_unmerging_equal_pefts():
     model = adapted()
     with torch.no_grad():
         expected = model(ids(5)).logits
@@ -107,7 +107,7 @@ def test_disabling_merging_and_unmerging_are_pefts():
         assert torch.allclose(merged(ids(5)).logits, expected, atol=1e-5)
 
 
-def test_experts_without_adapters_are_left_alone():
+def test_experts_without_adapters_are_untouched():
     model = OlmoeForCausalLM(OlmoeConfig(**CONFIG))
     before = model.model.layers[0].mlp.experts
     lora.route_lora(model.model.layers)
@@ -115,7 +115,7 @@ def test_experts_without_adapters_are_left_alone():
     assert type(before).__name__ == "OlmoeExperts"
 
 
-def test_another_experts_implementation_is_honoured(monkeypatch):
+def test_another_experts_implementation_is_respected(monkeypatch):
     model, calls = adapted(), []
     with torch.no_grad():
         expected = model(ids(5)).logits
@@ -126,11 +126,11 @@ def test_another_experts_implementation_is_honoured(monkeypatch):
         )
         model.base_model.model.set_experts_implementation("batched_mm")
         assert torch.allclose(model(ids(5)).logits, expected, atol=1e-5)
-    assert len(calls) == 2  # one a layer
+    assert len(calls) == 2  # one per layer
 
 
-def test_gradients_of_each_example_and_second_derivatives_of_adapters():
-    """`vmap` cannot say which experts were chosen, and PEFT's own wrapper runs under no transform of torch.func."""
+def test_per_example_gradients_and_second_derivatives_of_adapters():
+    """Under `vmap` the chosen experts are unknown, and PEFT's own wrapper supports no torch.func transform."""
     model, batch = adapted(), torch.randint(2, VOCAB_SIZE - 1, (3, 6), generator=torch.Generator().manual_seed(3))
     live = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values = {name: p.detach() for name, p in live.items()}
@@ -152,7 +152,7 @@ def test_gradients_of_each_example_and_second_derivatives_of_adapters():
         torch.testing.assert_close(forward[name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_parameters_of_an_activation_are_trained_with_adapters():
+def test_activation_parameters_are_trained_with_adapters():
     model = adapted()
     for layer in model.base_model.model.model.layers:
         layer.mlp.experts.get_base_layer().act_fn = torch.nn.PReLU()
@@ -163,7 +163,7 @@ def test_parameters_of_an_activation_are_trained_with_adapters():
 
 
 def test_experts_held_elsewhere_contribute_nothing():
-    """Under expert parallelism a module's number of experts stands for those."""
+    """Under expert parallelism an id equal to the module's number of experts stands for those."""
     model, count = adapted(), CONFIG["num_experts"]
     with torch.no_grad():
         model(ids(5))

@@ -1,4 +1,4 @@
-"""Which auxiliary losses the transformers face adds, and when."""
+"""Which auxiliary losses the transformers classes add, and when."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch():
     return ids, mask
 
 
-def test_per_layer_losses_are_those_of_training_and_always_on(tmp_path):
+def test_per_layer_losses_equal_those_of_training_and_are_always_on(tmp_path):
     model = build(router_loss="per_layer", router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     ids, mask = batch()
     labels = ids.masked_fill(mask == 0, -100)
@@ -51,7 +51,7 @@ KINDS = {
 
 
 def labels_of(ids, mask):
-    """Labels of a prompt that is not learnt, of padding that is not, and of the answer between them."""
+    """Labels that ignore the prompt and padding and keep the answer between them."""
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :3] = -100
     return labels
@@ -60,8 +60,8 @@ def labels_of(ids, mask):
 @pytest.mark.parametrize("integer", [True, False], ids=["int", "tensor"])
 @pytest.mark.parametrize("processes", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_adds_its_share_of_the_step(kind, processes, integer):
-    """Means over what is learnt, cross-entropy and auxiliary losses alike, weighted by how much of it is here.
+def test_a_batch_contributes_its_share_of_the_step(kind, processes, integer):
+    """Cross-entropy and auxiliary losses are means over trained tokens, weighted by this batch's share of them.
 
     transformers' Trainer divides by the tokens of all batches on all processes, and multiplies by the processes.
     """
@@ -78,7 +78,7 @@ def test_a_batch_adds_its_share_of_the_step(kind, processes, integer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unequal_batches_weigh_as_much_as_they_predict(kind):
+def test_unequal_batches_are_weighted_by_predicted_tokens(kind):
     model, (ids, mask) = build(**KINDS[kind]), batch()
     labels = labels_of(ids, mask)
     rows = [
@@ -91,7 +91,7 @@ def test_unequal_batches_weigh_as_much_as_they_predict(kind):
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_labels_that_come_shifted_or_with_another_ignored_id_are_counted_as_such():
+def test_shifted_labels_and_other_ignore_ids_are_counted_correctly():
     ids = torch.arange(8).view(1, 8)
     shifted = torch.tensor([[1, -100, -100, 4, 5, -100, 7, -100]])
     assert float(share_of_step(ids, {"num_items_in_batch": 8, "shift_labels": shifted})) == 0.5
@@ -99,7 +99,7 @@ def test_labels_that_come_shifted_or_with_another_ignored_id_are_counted_as_such
     assert share_of_step(ids, {}) == 1
 
 
-def test_the_switch_survives_a_round_trip(tmp_path):
+def test_the_loss_setting_survives_a_round_trip(tmp_path):
     OlmoeConfig(router_loss="per_layer", router_z_loss_coef=0.001).save_pretrained(tmp_path)
     loaded = OlmoeConfig.from_pretrained(tmp_path)
     assert loaded.router_loss == "per_layer"
@@ -115,12 +115,12 @@ def test_the_switch_survives_a_round_trip(tmp_path):
     ],
     ids=str,
 )
-def test_bad_switches_are_refused(values, said):
+def test_invalid_loss_settings_are_refused(values, said):
     with pytest.raises(ConfigError, match=said):
         OlmoeConfig(**values)
 
 
-def test_a_silent_coefficient_warns_once(caplog):
+def test_an_unused_coefficient_warns_once(caplog):
     hf_model._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger="olmoe")
     ids, _ = batch()
@@ -133,7 +133,7 @@ def test_a_silent_coefficient_warns_once(caplog):
 @pytest.mark.parametrize(
     "case", [{"output_router_logits": True}, {"router_aux_loss_coef": 0.0}, {"router_loss": "per_layer"}], ids=str
 )
-def test_no_warning_where_there_is_nothing_to_say(case, caplog):
+def test_no_warning_where_none_is_due(case, caplog):
     hf_model._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger="olmoe")
     ids, _ = batch()

@@ -1,4 +1,4 @@
-"""The transformers face against transformers' own OLMoE classes on shared random weights."""
+"""Our transformers classes against transformers' own OLMoE classes on shared random weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_attention_implementations_agree(attention):
         assert relative(ours(ids, attention_mask=mask).logits[mask.bool()], expected) < 1e-5
 
 
-def test_checkpoints_pass_both_ways_bit_for_bit(tmp_path):
+def test_checkpoints_round_trip_through_transformers_bit_for_bit(tmp_path):
     ours, theirs = pair(CASES[0])
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -109,7 +109,7 @@ def test_gradient_checkpointing_changes_nothing():
         assert relative(gradients[1][name], value) < 1e-5, name
 
 
-def test_logits_to_keep_as_a_number_and_as_positions():
+def test_logits_to_keep_accepts_a_number_and_positions():
     ours, _ = pair(CASES[0])
     ids, _ = batch(8)
     whole = ours(ids).logits
@@ -117,7 +117,7 @@ def test_logits_to_keep_as_a_number_and_as_positions():
     assert torch.allclose(ours(ids, logits_to_keep=torch.tensor([0, 5])).logits, whole[:, [0, 5]], atol=1e-5)
 
 
-def test_tuples_on_request():
+def test_return_dict_false_gives_tuples():
     ours, theirs = pair(CASES[0])
     ids, _ = batch(6)
     ours_tuple, theirs_tuple = ours(ids, return_dict=False), theirs(ids, return_dict=False)
@@ -125,7 +125,7 @@ def test_tuples_on_request():
     assert relative(ours_tuple[0], theirs_tuple[0]) < 1e-5
 
 
-def test_base_model_and_sequence_classification():
+def test_base_model_and_classifier_equal_transformers():
     config = OlmoeConfig(**small_config().to_dict(), num_labels=3)
     ids, mask = batch(7)
     assert OlmoeModel(config)(ids).last_hidden_state.shape == (2, 7, config.hidden_size)
@@ -140,7 +140,7 @@ def test_base_model_and_sequence_classification():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_routers_stay_fp32_under_autocast(dtype, attention, training):
-    """Logits have autocast's dtype, as transformers' do; a prompt's and a short one's, which the kernels compute."""
+    """Logits have autocast's dtype, as in transformers, for a long prompt and a short one, which the kernels run."""
     ours, theirs = pair(CASES[0], attention)
     for length in (2, 24):
         ids, _ = batch(length)
@@ -155,7 +155,7 @@ def test_routers_stay_fp32_under_autocast(dtype, attention, training):
 
 
 def test_router_logits_of_the_first_layer_are_not_rounded_by_autocast():
-    """Nothing before them is a product but attention, so without that they are exact."""
+    """Attention has the only products before them, so without it they are exact."""
     ours, _ = pair(CASES[0])
     ours.model.layers[0].self_attn.o_proj.weight.data.zero_()
     ids, _ = batch(9)

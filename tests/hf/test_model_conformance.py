@@ -1,6 +1,6 @@
-"""What transformers promises of every model, where ours once differed or could: compiled graphs, checkpointing, caches.
+"""What transformers promises for every model and ours once broke or might: compiling, checkpointing, caches.
 
-The wide suite that transformers runs on its own classes was run on ours by hand; these are the compact rest.
+The broad suite that transformers runs on its own classes was run on ours by hand; this is a compact extract.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 10), generator=torch.Generator().manu
 
 
 def ours(attention="eager", dtype=torch.float32, **changes):
-    """Our model, always with the same weights."""
+    """Our model, with the same weights every time."""
     torch.manual_seed(0)
     config = OlmoeConfig(**small_config(**changes).to_dict(), attn_implementation=attention)
     return OlmoeForCausalLM(config).to(dtype).eval()
@@ -91,17 +91,17 @@ def test_checkpointing_is_per_layer_and_keeps_router_gradients(model, reentrant)
     for layer in model.model.layers:
         assert isinstance(layer, GradientCheckpointingLayer)
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    model.enable_input_require_grads()  # as reentrant checkpointing needs
+    model.enable_input_require_grads()  # as reentrant checkpointing requires
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert_same_gradients(gradients(model), expected)
-    assert len(calls) == 2 * len(model.model.layers)  # forward, and once more on the way back
-    # Without gradients nothing is recomputed, so a model in training generates with its cache.
+    assert len(calls) == 2 * len(model.model.layers)  # once in forward, once more in backward
+    # Without gradients nothing is recomputed, so a model in training mode generates with its cache.
     sampled = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     model.gradient_checkpointing_disable()
     assert torch.equal(sampled, model.eval().generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None))
 
 
-def test_a_cache_is_left_out_while_checkpointing(model):
+def test_no_cache_is_created_while_checkpointing(model):
     model.train().gradient_checkpointing_enable()
     cache = transformers.DynamicCache(config=model.config)
     output = model(IDS, labels=IDS, past_key_values=cache, use_cache=True)
@@ -112,7 +112,7 @@ def test_a_cache_is_left_out_while_checkpointing(model):
 
 @pytest.fixture
 def interface_calls(monkeypatch):
-    """Calls of functions of transformers' experts interface."""
+    """Calls of functions in transformers' experts interface."""
     calls = []
     for name, original in list(ExpertsInterface._global_mapping.items()):
 
@@ -154,7 +154,7 @@ def test_experts_implementation_on_loading(model, tmp_path, interface_calls):
 
 
 @pytest.mark.parametrize("chosen", [0, -1, [0, -1]], ids=str)
-def test_some_hidden_states_on_request(model, chosen):
+def test_selected_hidden_states_are_returned(model, chosen):
     whole = model(IDS, output_hidden_states=True).hidden_states
     some = model(IDS, output_hidden_states=chosen).hidden_states
     kept = {i % len(whole) for i in (chosen if isinstance(chosen, list) else [chosen])}
@@ -168,7 +168,7 @@ def test_attentions_of_an_implementation_without_them_are_an_empty_tuple():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_several_texts_in_one_row(attention):
+def test_packed_texts_equal_transformers(attention):
     model = ours(attention)
     packed = torch.cat([IDS[:1, :4], IDS[1:, :6]], dim=1)
     positions = torch.tensor([[*range(4), *range(6)]])
@@ -189,7 +189,7 @@ def test_several_texts_in_one_row(attention):
     ],
     ids=str,
 )
-def test_generation_in_every_way_equals_transformers(options):
+def test_every_generation_mode_equals_transformers(options):
     mine, theirs = pair("sdpa")
     rows = IDS[:1] if "prompt_lookup_num_tokens" in options else IDS
     common = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "disable_compile": True} | options
@@ -210,7 +210,7 @@ def test_assisted_generation_and_embedded_prompts(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_within_its_rounding(dtype):
+def test_half_precision_agrees_within_rounding(dtype):
     mine, theirs = pair("eager", dtype)
     exact = ours()
     exact.load_state_dict(mine.state_dict())  # the same rounded weights

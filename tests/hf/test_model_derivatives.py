@@ -1,4 +1,4 @@
-"""Derivatives of every kind through whole models, against transformers' own class where that has them."""
+"""All kinds of derivatives through whole models, against transformers' own class where it supports them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GATE, NORM = "model.layers.0.mlp.gate.weight", "model.norm.weight"
 
 
 class Calls:
-    """What one model computes; every method gives tensors by name."""
+    """Computations on one model; every method returns named tensors."""
 
     def __init__(self, model):
         self.model = model.eval()
@@ -126,8 +126,8 @@ def ours(attention="eager", **changes):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
-def test_derivatives_equal_those_of_transformers_class(name, attention):
-    """Its attention in plain operations and its experts in products that `vmap` can follow; ours in any."""
+def test_derivatives_equal_transformers_own(name, attention):
+    """Theirs with eager attention and experts in products that `vmap` can trace; ours in any setting."""
     model = ours(attention)
     theirs = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SETTINGS, attn_implementation="eager"))
     theirs.set_experts_implementation("batched_mm")
@@ -152,8 +152,8 @@ def test_second_derivatives_with_padding_and_grouped_heads(attention):
 
 
 @pytest.mark.parametrize("loading", ["load_in_4bit", "load_in_8bit"])
-def test_derivatives_through_quantized_models(loading, tmp_path):
-    """To the embeddings, as adapters between packed matrices have them; the decoded model is what it stands for."""
+def test_derivatives_through_quantized_models_equal_decoded_ones(loading, tmp_path):
+    """With respect to the embeddings, as for adapters between packed matrices, against the decoded model."""
     ours(intermediate_size=32, hidden_size=32).save_pretrained(tmp_path)
     packed = OlmoeForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(**{loading: True}), attn_implementation="eager"
@@ -182,7 +182,7 @@ def test_derivatives_through_quantized_models(loading, tmp_path):
         close({name: found[name]}, {name: value})
 
 
-def test_per_layer_losses_are_mapped_too():
+def test_vmap_works_over_per_layer_losses():
     calls = Calls(ours(router_loss="per_layer", router_z_loss_coef=0.1))
     mask = torch.ones_like(IDS)
     mask[1, 4:] = 0
@@ -197,7 +197,7 @@ def test_per_layer_losses_are_mapped_too():
 
 @pytest.mark.parametrize("second", [False, True], ids=["first order", "second order"])
 def test_a_forward_pass_frees_its_graph(second):
-    """With a cache, whose keys hold the graph: no part of the graph may hold the cache."""
+    """With a cache, whose keys hold the graph, so no part of the graph may hold the cache."""
     model = ours("sdpa").train()
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Tensor, expert and FSDP parallelism as transformers documents them: two processes compute what one does."""
+"""Tensor, expert and FSDP parallelism as transformers documents them: two processes match one."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(folder):
-    """What each of the processes found."""
+    """The results of each process."""
     return run(folder)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    """What one process finds."""
+    """The results of a single process."""
     return evaluate(make_model())
 
 
@@ -49,14 +49,14 @@ def assert_close(actual, expected, name=None):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_compute_what_one_does(way, processes, expected):
+def test_two_processes_match_one(way, processes, expected):
     for found in processes:
         assert_close(found[way]["logits"], expected["logits"])
         assert torch.equal(found[way]["text"], expected["text"])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_learn_what_one_does(way, processes, expected):
+def test_two_processes_train_like_one(way, processes, expected):
     for found in processes:
         assert_close(found[way]["loss"], expected["loss"])
         assert found[way]["gradients"].keys() == expected["gradients"].keys()
@@ -65,7 +65,7 @@ def test_two_processes_learn_what_one_does(way, processes, expected):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_process_holds_its_share(way, processes):
+def test_every_process_holds_its_share(way, processes):
     for found in processes:
         held = found[way]["held"]
         for matrix in ("gate_up_proj", "down_proj"):
@@ -77,7 +77,7 @@ def test_each_process_holds_its_share(way, processes):
 def test_the_experts_implementation_of_a_distributed_model_can_change(way, processes, expected):
     for found in processes:
         other, calls, ours, calls_after = found[way]["switched"]
-        assert calls == calls_after == 2  # one a layer, and none by ours
+        assert calls == calls_after == 2  # one per layer, none of them ours
         assert_close(other, expected["logits"])
         assert_close(ours, expected["logits"])
 
@@ -89,7 +89,7 @@ def test_a_distributed_model_saves_whole_weights(way, processes, folder):
     assert all(torch.equal(value, original[name]) for name, value in saved.items())
 
 
-def test_blocks_wrapped_by_hand_take_the_same_training_step(processes):
+def test_manually_wrapped_blocks_take_the_same_training_step(processes):
     original = {name: value.detach().clone() for name, value in make_model().named_parameters()}
     expected = step(make_model(), IDS)
     assert all(not torch.equal(value, original[name]) for name, value in expected.items())
@@ -99,12 +99,12 @@ def test_blocks_wrapped_by_hand_take_the_same_training_step(processes):
             assert_close(found["step"][name], value, name)
 
 
-def test_a_quantized_model_is_not_distributed(processes):
+def test_distributing_a_quantized_model_is_refused(processes):
     for found in processes:
         assert "cannot be distributed" in found["refusal"]
 
 
-def test_plans_are_those_of_transformers_and_name_what_we_have():
+def test_parallel_plans_equal_transformers_and_name_existing_modules():
     model = make_model()
     theirs = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**small_config(**CHANGES).to_dict()))
     names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
@@ -114,7 +114,7 @@ def test_plans_are_those_of_transformers_and_name_what_we_have():
         assert getattr(model, plan).keys() <= patterns
 
 
-def test_accelerate_wraps_blocks():
+def test_accelerate_wraps_decoder_layers():
     accelerate = pytest.importorskip("accelerate")
     plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     model = make_model()

@@ -1,6 +1,6 @@
-"""Hooks inside the model, as interpretability tools set them: they see, change and are given what transformers' are.
+"""Hooks inside the model, as interpretability tools set them, behave like hooks on transformers' own class.
 
-Two models with the same weights, one of transformers' own class, get the same hooks and do the same.
+Two models with the same weights, one of transformers' own class, get the same hooks and are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from olmoe.hf.model import OlmoeDecoderLayer
 from peers import IDS, assert_alike, decoded, difference, peers
 from quantized_models import QuantizedModels
 
-# Every module of a layer that has a call of its own, and those around the layers.
+# Every callable module of a layer, and those around the layers.
 LAYER = (
     "", ".input_layernorm", ".self_attn", ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj",
     ".self_attn.o_proj", ".self_attn.q_norm", ".self_attn.k_norm", ".post_attention_layernorm", ".mlp", ".mlp.gate",
@@ -30,7 +30,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
 
 def tensors(value):
-    """The tensors of arguments, results or gradients, None where a place is empty; caches and flags are left out."""
+    """The tensors among arguments, results or gradients, with None for missing ones; caches and flags are skipped."""
     if isinstance(value, Tensor):
         return [value.detach().clone()]
     if isinstance(value, Mapping):
@@ -41,7 +41,7 @@ def tensors(value):
 
 
 def watch(model, places, backward=False):
-    """Hooks of every kind on some modules; the events that they note, and how to remove them."""
+    """Register every kind of hook on some modules; returns the recorded events and the handles."""
     events, handles = [], []
 
     def note(kind, name, *values):
@@ -83,7 +83,7 @@ def assert_same_events(ours, theirs, tolerance=2e-5):
 
 @pytest.fixture
 def layers_by_kernels(monkeypatch):
-    """How many layers the kernels took, alone or in one call for all of a step."""
+    """How many layers the kernels ran, alone or in one call for a whole step."""
     taken: list[int] = []
     alone, together = OlmoeDecoderLayer._fitting, attention.all_layers
 
@@ -126,7 +126,7 @@ def of_generation(model):
 
 @pytest.mark.parametrize("run", [of_a_prompt, of_generation, of_padded_texts, of_beams])
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "norm_topk_prob": True, "clip_qkv": 0.5}])
-def test_hooks_on_every_module_see_what_theirs_see(run, changes):
+def test_hooks_on_every_module_see_the_same_values_as_transformers(run, changes):
     seen = []
     for model in peers(**changes):
         events, _ = watch(model, EVERY)
@@ -137,11 +137,11 @@ def test_hooks_on_every_module_see_what_theirs_see(run, changes):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_hook_on_one_module_is_seen_after_a_first_generation_and_gone_when_removed(place, layers_by_kernels):
+def test_a_hook_added_after_generation_is_called_until_removed(place, layers_by_kernels):
     ours, theirs = peers()
     plain = ours.generate(IDS, **GREEDY)
     undisturbed = layers_by_kernels()
-    assert undisturbed == 2 * GREEDY["max_new_tokens"]  # nothing but the kernels until now
+    assert undisturbed == 2 * GREEDY["max_new_tokens"]  # only the kernels until now
     seen = []
     for model in (ours, theirs):
         events, remove = watch(model, [place])
@@ -150,21 +150,21 @@ def test_a_hook_on_one_module_is_seen_after_a_first_generation_and_gone_when_rem
         seen.append(events)
     assert len(seen[0]) == 2 * GREEDY["max_new_tokens"]
     assert_same_events(*seen)
-    # Hooks around a layer need not look inside; other layers stayed with the kernels; all do once there are none.
+    # Hooks around a layer do not look inside it; other layers stay with the kernels, and all do once hooks are removed.
     assert layers_by_kernels() == (undisturbed if place in (*AROUND, "model.layers.1") else undisturbed // 2)
     assert torch.equal(ours.generate(IDS, **GREEDY), plain)
     assert layers_by_kernels() == undisturbed
 
 
-def test_an_activation_is_called_with_what_theirs_is_called_with():
-    """Once for all experts, rows sorted by expert: as transformers' default computes them."""
+def test_activations_are_called_with_the_same_inputs_as_transformers():
+    """Once for all experts, with rows sorted by expert, as in transformers' default implementation."""
     ours, theirs = peers()
     theirs.set_experts_implementation("grouped_mm")
     seen = []
     for model in (ours, theirs):
         events, _ = watch(model, ["model.layers.1.mlp.experts.act_fn"])
         of_generation(model)
-        # theirs sort rows of one expert in no certain order
+        # theirs leave the order of one expert's rows unspecified
         seen.append([(*event[:3], [t[t[:, 0].argsort()] for t in event[3]]) for event in events])
     assert seen[0][0][3][0].shape == (IDS.numel() * 3, 12)
     assert_same_events(*seen)
@@ -177,7 +177,7 @@ def test_in_half_precision_only_the_router_differs_in_dtype():
         of_a_prompt(model)
         seen.append([(*event[:3], [t.dtype for t in event[3] if t is not None]) for event in events])
     differ = {a[1].rpartition("layers.")[2][2:] for a, b in zip(*seen, strict=True) if a != b}
-    # Its logits and weights are fp32 (docs/huggingface.md), and so are angles; who takes them gets them so.
+    # Its logits and weights are fp32 (docs/huggingface.md), and so are angles; modules that take them get fp32.
     assert differ == {"", "self_attn", "mlp.gate", "mlp.experts", "del.rotary_emb"}
     assert [event[:2] for event in seen[0]] == [event[:2] for event in seen[1]]
 
@@ -186,7 +186,7 @@ def test_in_half_precision_only_the_router_differs_in_dtype():
 
 
 def smeared(value):
-    """A tensor less half of its neighbour's values, or a tuple of such: no norm or softmax undoes that."""
+    """A tensor minus half of its neighbouring values, or a tuple of such, which no norm or softmax undoes."""
     if isinstance(value, tuple):
         return tuple(smeared(each) for each in value)
     return value - 0.5 * value.roll(1, -1) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -223,7 +223,7 @@ def given_in_place(module):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("change", [returned, in_place, given, given_in_place])
-def test_what_a_hook_changes_takes_effect(place, change):
+def test_changes_made_by_hooks_take_effect(place, change):
     if place in ("model.embed_tokens", "model.rotary_emb") and change in (given, given_in_place):
         pytest.skip("ids cannot be smeared, and of hidden states only the device is used there")
     ours, theirs = peers()
@@ -237,12 +237,12 @@ def test_what_a_hook_changes_takes_effect(place, change):
 
 # ---- gradients ----
 
-# On modules whose inputs by position have none.
+# On modules whose positional inputs have no gradient.
 FIRING = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 @FIRING
-def test_backward_hooks_on_every_module_are_given_what_theirs_are():
+def test_backward_hooks_on_every_module_get_the_same_gradients_as_transformers():
     seen = []
     for model in peers():
         events, _ = watch(model, EVERY, backward=True)
@@ -255,7 +255,7 @@ def test_backward_hooks_on_every_module_are_given_what_theirs_are():
 @FIRING
 @pytest.mark.parametrize("place", [place for place in PLACES if "rotary" not in place])
 @pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_gradients_that_a_hook_returns_go_on(place, kind):
+def test_gradients_returned_by_hooks_propagate(place, kind):
     pair, plain = peers(), []
     for model in pair:
         model(IDS, labels=IDS).loss.backward()
@@ -268,11 +268,11 @@ def test_gradients_that_a_hook_returns_go_on(place, kind):
     for (name, a), b in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
         assert difference(a.grad, b.grad) < 1e-4, name
     changed = [difference(p.grad, before) > 1e-2 for p, before in zip(pair[0].parameters(), plain[0], strict=True)]
-    # What would go on from ids has nowhere to go, and what goes on from arguments by keyword is no hook's to change.
+    # Ids have no gradient to pass on, and hooks cannot change gradients of keyword arguments.
     assert any(changed) == (not place.endswith(("embed_tokens", "self_attn")) or "pre" in kind)
 
 
-def test_a_routers_backward_hook_is_given_the_gradient_of_the_auxiliary_loss_too():
+def test_a_routers_backward_hook_gets_the_auxiliary_losss_gradient_too():
     model = peers()[0]
     kept, given = [], []
     gate = model.model.layers[1].mlp.gate
@@ -285,8 +285,8 @@ def test_a_routers_backward_hook_is_given_the_gradient_of_the_auxiliary_loss_too
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_attribution_reads_gradients_of_what_a_hook_kept(place):
-    """With frozen parameters, as attribution is done: gradients begin at the embeddings."""
+def test_attribution_reads_gradients_of_activations_kept_by_hooks(place):
+    """With frozen parameters, as attribution does: gradients start at the embeddings."""
     if place in ("model.rotary_emb",):
         pytest.skip("angles have no gradients")
     gradients = []
@@ -315,19 +315,19 @@ def test_attribution_reads_gradients_of_what_a_hook_kept(place):
 
 
 def chosen_from(logits, k):
-    """What a router returns for these logits: the patch of a tool that computes it anew."""
+    """A router's outputs for these logits, as a patch that recomputes them returns them."""
     weights, ids = logits.float().softmax(-1).topk(k, dim=-1)
     return logits, weights.to(logits.dtype), ids
 
 
 def without_the_first(module, args, output):
-    """The experts that most tokens put first are knocked out."""
+    """Knock out the experts that most tokens rank first."""
     logits, _, ids = output
     return chosen_from(logits.index_fill(1, ids[:, 0].unique()[:2], -torch.inf), ids.shape[1])
 
 
 def forced(module, args, output):
-    """Every token goes to expert 5 first."""
+    """Send every token to expert 5 first."""
     bias = torch.zeros(output[0].shape[1], dtype=output[0].dtype)
     bias[5] = 1e4
     logits, _, ids = chosen_from(output[0] + bias, output[2].shape[1])
@@ -335,7 +335,7 @@ def forced(module, args, output):
 
 
 def fewer(module, args, output):
-    """One expert a token."""
+    """One expert per token."""
     return output[0], output[1][:, :1], output[2][:, :1]
 
 
@@ -380,7 +380,7 @@ PATCHES = [
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
-def test_patched_routers_decide_in_every_way(patch, layers_by_kernels):
+def test_patched_routers_decide_on_every_path(patch, layers_by_kernels):
     ours, theirs = peers()
     plain = decoded(ours)
     assert layers_by_kernels() == 10
@@ -410,20 +410,20 @@ def test_a_router_of_half_precision_may_be_patched_with_weights_of_either_dtype(
         a, b = decoded(ours), decoded(theirs)
         assert difference(a.float(), b.float()) < 0.05
         outputs.append(a)
-    assert torch.equal(*outputs)  # 0.25 is exact in both
+    assert torch.equal(*outputs)  # 0.25 is exact in both dtypes
 
 
 @pytest.mark.parametrize("wrong", [-1, 9])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_ids_that_no_expert_has_are_refused(wrong, gradients):
+def test_expert_ids_out_of_range_are_refused(wrong, gradients):
     model = peers()[0]
     model.model.layers[1].mlp.gate.register_forward_hook(lambda _, args, output: (*output[:2], output[2] * 0 + wrong))
     with torch.set_grad_enabled(gradients), pytest.raises(IndexError, match=f"{wrong} to {wrong} are not all below 8"):
         model(IDS)
 
 
-def test_an_activation_of_another_run_may_be_patched_in():
-    """The classic experiment: a clean run's output of one module, at one position, put into a corrupted run."""
+def test_activations_of_another_run_can_be_patched_in():
+    """Activation patching: a clean run's output of one module at one position replaces that of a corrupted run."""
     corrupted = torch.where(torch.arange(IDS.shape[1]) == 3, (IDS + 5) % (VOCAB_SIZE - 2), IDS)
     for place in ("model.layers.0", "model.layers.0.self_attn", "model.layers.1.mlp", "model.layers.0.mlp.experts"):
         results = []
@@ -462,7 +462,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["q4_0", "nf4"])
-def test_packed_models_have_the_same_hooks(models, format):
+def test_packed_models_call_the_same_hooks(models, format):
     packed, plain = models.load(format), models.load(format, dequantize=True)
     for patch in (None, fewer):
         seen = []
@@ -474,7 +474,7 @@ def test_packed_models_have_the_same_hooks(models, format):
             remove()
             seen.append(events)
         assert_same_events(*seen, tolerance=1e-4)
-    # The kernels round inputs to 8 bits, so values are near alone; hooks are no less called.
+    # The kernels round inputs to 8 bits, so values are only close; hooks are called all the same.
     packed.set_kernel_backend("auto")
     events, _ = watch(packed, EVERY)
     of_generation(packed)

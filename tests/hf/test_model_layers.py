@@ -1,4 +1,4 @@
-"""Layers swapped, copied, pruned and repeated compute what transformers' own class computes when treated alike."""
+"""Swapping, copying, pruning and repeating layers gives the results of transformers' own class."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arrange(model, order, copies, renumbered, counted=True):
 
 
 def results(model):
-    """What it computes, or that it cannot."""
+    """The results, or the type of the error."""
     found = [model(IDS, use_cache=False).logits.detach()]
     try:
         found.append(decoded(model))
@@ -44,18 +44,18 @@ def results(model):
 @pytest.mark.parametrize("renumbered", [True, False], ids=["renumbered", "as they were"])
 @pytest.mark.parametrize("copies", [True, False], ids=["copies", "the same"])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_rearranged_layers(order, copies, renumbered):
+def test_rearranged_layers_equal_transformers(order, copies, renumbered):
     pair = [arrange(model, order, copies, renumbered) for model in peers(num_hidden_layers=3)]
     for a, b in zip(*map(results, pair), strict=True):
         if isinstance(b, type):
-            assert a is b  # what they cannot do: two layers' keys in one slot do not fit a mask, say
+            assert a is b  # what both refuse: for example, two layers' keys in one slot do not fit a mask
         else:
             assert difference(a, b) < 2e-5
     if renumbered and len({id(layer) for layer in pair[0].model.layers}) == len(order):
         assert_alike(*pair)
 
 
-def test_slots_of_the_cache_are_those_of_layer_idx():
+def test_cache_slots_follow_layer_idx():
     model = arrange(peers(num_hidden_layers=3)[0], [2, 0, 1], copies=False, renumbered=True)
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values
@@ -82,7 +82,7 @@ def test_the_configurations_number_of_layers_is_read_at_every_call(count):
         assert difference(in_every_way(pair[0])[0], before[0]) > 1e-3
 
 
-def test_fewer_layers_than_configured():
+def test_fewer_layers_than_configured_work():
     pair = peers(num_hidden_layers=3)
     for model in pair:
         model.model.layers = model.model.layers[:2]
@@ -94,7 +94,7 @@ def test_fewer_layers_than_configured():
         assert a is None or difference(a, b) < 1e-5
 
 
-def test_early_exit_in_assisted_generation():
+def test_early_exit_works_in_assisted_generation():
     ours, theirs = peers(num_hidden_layers=3)
     common = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     drafts = []
@@ -105,11 +105,11 @@ def test_early_exit_in_assisted_generation():
         drafts.append((text, len(counts)))
         assert model.config.num_hidden_layers == 3
     assert torch.equal(drafts[0][0], drafts[1][0])
-    assert drafts[0][1] == drafts[1][1]  # drafts are made of one layer, as theirs are
+    assert drafts[0][1] == drafts[1][1]  # one layer drafts, as in theirs
     assert torch.equal(drafts[0][0], ours.generate(IDS[:1], **common))
 
 
-def test_an_up_scaled_model_survives_saving(tmp_path):
+def test_a_depth_up_scaled_model_survives_saving(tmp_path):
     model = arrange(peers(num_hidden_layers=2)[0], [0, 1, 1], copies=True, renumbered=True)
     model.save_pretrained(tmp_path)
     loaded = OlmoeForCausalLM.from_pretrained(tmp_path)

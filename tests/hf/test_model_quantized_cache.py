@@ -1,4 +1,4 @@
-"""Key-value caches that transformers quantizes."""
+"""transformers' quantized key-value caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import QuantizedCache
 from configurations import VOCAB_SIZE, small_config
 from olmoe import OlmoeConfig, OlmoeForCausalLM
 
-# Sixteen channels a head, and a residual shorter than the text, so that generated tokens are quantized too.
+# Sixteen channels per head, and a residual shorter than the text, so that generated tokens are quantized too.
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2}
 IDS = torch.randint(2, VOCAB_SIZE - 1, (2, 12), generator=torch.Generator().manual_seed(0))
 CACHES = {
@@ -22,7 +22,7 @@ PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
 @pytest.mark.parametrize("backend", CACHES)
-def test_generation_over_a_quantized_cache_is_that_of_transformers(backend):
+def test_generation_with_a_quantized_cache_equals_transformers(backend):
     if backend in PACKAGES:
         pytest.importorskip(PACKAGES[backend])
     torch.manual_seed(0)

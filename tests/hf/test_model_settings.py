@@ -1,4 +1,4 @@
-"""Settings changed after construction have transformers' effect, in every way of computing: modules, kernels, steps."""
+"""Settings changed after construction act as in transformers on every path: modules, kernels, steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peers import IDS, assert_alike, decoded, difference, peers
 
 
 def every(name, value):
-    """Set an attribute of one module in each layer."""
+    """Set an attribute of one module in every layer."""
 
     def change(model):
         path, _, leaf = name.rpartition(".")
@@ -46,9 +46,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_settings_take_effect_everywhere(change):
+def test_changed_settings_take_effect_on_every_path(change):
     pair = peers()
-    before = decoded(pair[0])  # so that the kernels have prepared themselves
+    before = decoded(pair[0])  # so that the kernels are prepared
     for model in pair:
         change(model)
     assert_alike(*pair)
@@ -56,7 +56,7 @@ def test_settings_take_effect_everywhere(change):
         assert difference(decoded(pair[0]), before) > 1e-4
 
 
-def test_settings_go_back():
+def test_changed_settings_can_be_restored():
     ours, _ = peers()
     before = decoded(ours)
     original = [layer.mlp.experts.act_fn for layer in ours.model.layers]
@@ -69,7 +69,7 @@ def test_settings_go_back():
     assert torch.equal(decoded(ours), before)
 
 
-def test_settings_read_at_construction_are_not_read_again():
+def test_settings_read_at_construction_are_not_reread():
     pair = peers()
     for model in pair:
         for name, value in {"num_experts_per_tok": 1, "norm_topk_prob": True, "rms_norm_eps": 0.5}.items():
@@ -79,13 +79,13 @@ def test_settings_read_at_construction_are_not_read_again():
 
 
 @pytest.mark.parametrize("value", [nn.functional.gelu, lambda x: x, 3], ids=["function", "lambda", "number"])
-def test_an_activation_that_is_no_module_is_refused_as_by_theirs(value):
+def test_an_activation_that_is_no_module_is_refused_as_by_transformers(value):
     for model in peers():
         with pytest.raises(TypeError, match="act_fn"):
             model.model.layers[0].mlp.experts.act_fn = value
 
 
-def test_an_activation_with_parameters_learns():
+def test_an_activation_with_parameters_is_trained():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -104,7 +104,7 @@ def test_an_activation_with_parameters_learns():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_dropout_of_the_module(attention):
+def test_attention_dropout_set_on_the_module_takes_effect(attention):
     for model in peers(attention):
         model.train()
         plain = model(IDS, use_cache=False).logits
@@ -113,7 +113,7 @@ def test_dropout_of_the_module(attention):
         assert difference(model.eval()(IDS, use_cache=False).logits, plain) < 1e-6
 
 
-def test_losses_follow_the_model():
+def test_losses_follow_changed_settings():
     pair = peers()
     for model in pair:
         model.router_aux_loss_coef = 0.5
@@ -124,7 +124,7 @@ def test_losses_follow_the_model():
     assert pair[0].config.router_aux_loss_coef == 0.01
 
 
-def test_switches_of_outputs_in_the_configuration():
+def test_output_settings_in_the_config_take_effect():
     pair = peers("eager")
     for model in pair:
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
@@ -141,7 +141,7 @@ def test_switches_of_outputs_in_the_configuration():
 
 
 @pytest.mark.parametrize("how", ["argument", "configuration", "module"])
-def test_attention_to_both_sides(how):
+def test_bidirectional_attention_can_be_set(how):
     pair = peers("sdpa")
     options = {"is_causal": False} if how == "argument" else {}
     for model in pair:
@@ -156,7 +156,7 @@ def test_attention_to_both_sides(how):
     assert difference(a, causal) > 1e-3
 
 
-def test_attention_implementations_change_by_the_configuration():
+def test_attention_implementations_change_through_the_config():
     ours, theirs = peers("sdpa")
     for model in (ours, theirs):
         decoded(model)
@@ -165,7 +165,7 @@ def test_attention_implementations_change_by_the_configuration():
     assert_alike(ours, theirs)
 
 
-def test_packed_experts_follow_too(tmp_path):
+def test_packed_experts_follow_changed_settings(tmp_path):
     ours, _ = peers()
     ours.save_pretrained(tmp_path)
     from olmoe import BitsAndBytesConfig, OlmoeForCausalLM

@@ -1,4 +1,4 @@
-"""The surface that hooks and analysis tools use is transformers' own, module by module."""
+"""The surface that hooks and analysis tools use equals transformers' own, module by module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from olmoe.hf import attention
 from olmoe.hf import model as hf_model
 from peers import IDS, assert_alike, decoded, difference, peers
 
-# The kinds of modules that transformers' model consists of, and where ours are.
+# The module classes of transformers' model, and where ours are.
 KINDS = [name for name in vars(modeling_olmoe) if name.startswith("Olmoe") and not name.endswith(("Config", "MLP"))]
 VALUES = (bool, int, float, str, type(None), torch.dtype)
 
@@ -49,7 +49,7 @@ def test_parameters_and_modules_have_the_names_and_order_of_transformers(case):
         ]
 
 
-def test_an_optimizers_state_passes_both_ways_by_position():
+def test_optimizer_state_transfers_both_ways_by_position():
     ours, theirs = peers(num_key_value_heads=2)
     optimizers = []
     for model in (theirs, ours):
@@ -62,12 +62,12 @@ def test_an_optimizers_state_passes_both_ways_by_position():
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
-    # Another order fails with shapes that do not fit, or moves weights by moments of others.
+    # Another order would fail on mismatched shapes or update weights with other weights' moments.
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_every_attribute_of_theirs_is_there_with_its_value(pair):
+def test_every_attribute_of_transformers_exists_with_its_value(pair):
     ours, theirs = pair
     for (name, a), (same, b) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
         assert name == same
@@ -78,7 +78,7 @@ def test_every_attribute_of_theirs_is_there_with_its_value(pair):
                 assert getattr(a, key) == getattr(b, key), f"{name}.{key}"
 
 
-def test_nothing_that_a_walk_over_attributes_meets_raises(pair):
+def test_walking_over_all_attributes_raises_nothing(pair):
     for model in (pair[0], OlmoeForSequenceClassification(pair[0].config)):
         for name, module in model.named_modules():
             for key in (*dir(module), "rope_init_fn", "no_such_attribute"):
@@ -86,7 +86,7 @@ def test_nothing_that_a_walk_over_attributes_meets_raises(pair):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_signatures_take_what_theirs_take(kind):
+def test_signatures_accept_what_transformers_accept(kind):
     for method in ("__init__", "forward"):
         theirs = inspect.signature(inspect.unwrap(getattr(getattr(modeling_olmoe, kind), method))).parameters
         ours = inspect.signature(inspect.unwrap(getattr(ours_named(kind), method))).parameters
@@ -95,7 +95,7 @@ def test_signatures_take_what_theirs_take(kind):
             assert [name for name in theirs if name not in ours and not keywords] == [], (kind, method)
 
 
-def test_modules_called_directly_return_what_theirs_do(pair):
+def test_modules_called_directly_return_the_same_as_transformers(pair):
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     positions = torch.arange(5).unsqueeze(0)
     for enabled in (True, False):
@@ -144,9 +144,9 @@ def test_modules_called_directly_return_what_theirs_do(pair):
         "model.embed_tokens", "lm_head",
     ],
 )  # fmt: skip
-def test_forward_hooks_see_and_change_what_theirs_do(where):
+def test_forward_hooks_see_and_change_the_same_as_transformers(where):
     def halved(output):
-        if isinstance(output, tuple):  # a plain tuple, whatever it was
+        if isinstance(output, tuple):  # a plain tuple, whatever the original was
             return tuple(t * 0.5 if t is not None and t.is_floating_point() else t for t in output)
         return output * 0.5
 
@@ -157,14 +157,14 @@ def test_forward_hooks_see_and_change_what_theirs_do(where):
         module = model.get_submodule(where)
         module.register_forward_hook(lambda m, args, output, kept=outputs: kept.append(output) or halved(output))
     assert_alike(*pair)
-    if not where.endswith("act_fn"):  # theirs is called once an expert
+    if not where.endswith("act_fn"):  # theirs is called once per expert
         assert len(seen[0]) == len(seen[1])
         for a, b in zip(*seen, strict=True):
             assert isinstance(a, tuple) == isinstance(b, tuple)
-    assert difference(decoded(pair[0]), undisturbed) > 1e-4  # the hook matters
+    assert difference(decoded(pair[0]), undisturbed) > 1e-4  # the hook makes a difference
 
 
-def test_pre_hooks_see_and_change_what_theirs_do():
+def test_pre_hooks_see_and_change_the_same_as_transformers():
     pair, seen = peers(), ([], [])
     for model, kept in zip(pair, seen, strict=True):
 
@@ -176,13 +176,13 @@ def test_pre_hooks_see_and_change_what_theirs_do():
         model.model.layers[1].mlp.register_forward_pre_hook(hook, with_kwargs=True)
     outputs = [model(IDS, output_hidden_states=True, use_cache=False) for model in pair]
     for a, b in zip(outputs[0].hidden_states, outputs[1].hidden_states, strict=True):
-        assert difference(a, b) < 1e-5  # the first is what the first layer was given
+        assert difference(a, b) < 1e-5  # the first is the input of the first layer
     assert [n for n, _ in seen[0]] == [n for n, _ in seen[1]]
     assert all(set(ours) <= set(theirs) for (_, ours), (_, theirs) in zip(*seen, strict=True))
     assert_alike(*pair)
 
 
-def test_recorded_outputs_are_what_hooks_left():
+def test_recorded_outputs_include_changes_by_hooks():
     pair = peers("eager")
     for model in pair:
         model.model.layers[0].register_forward_hook(lambda m, args, output: output + 1)
@@ -195,7 +195,7 @@ def test_recorded_outputs_are_what_hooks_left():
     assert not pair[0].model.layers[0].self_attn._forward_hooks  # nothing is left behind
 
 
-def test_layers_of_other_classes_take_the_place_of_ours():
+def test_layers_may_be_replaced_by_other_classes():
     class Skip(torch.nn.Module):
         def forward(self, hidden_states, **kwargs):
             return hidden_states
@@ -219,7 +219,7 @@ def test_layers_of_other_classes_take_the_place_of_ours():
         assert_alike(*pair)
 
 
-def test_it_traces():
+def test_the_model_can_be_traced():
     class Logits(torch.nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -229,7 +229,7 @@ def test_it_traces():
             return self.model(ids, use_cache=False).logits
 
     ours, theirs = peers()
-    theirs.set_experts_implementation("batched_mm")  # "eager" traces a loop over the experts that were chosen
+    theirs.set_experts_implementation("batched_mm")  # "eager" would trace a loop over the chosen experts
     other = torch.randint(2, VOCAB_SIZE - 1, IDS.shape)
     with torch.no_grad():
         expected = decoded(ours)[:, : IDS.shape[1]], theirs(other).logits  # through the kernels, which cannot be traced
@@ -239,12 +239,12 @@ def test_it_traces():
             assert difference(traced(other), expected[1]) < 2e-5
     ours.config.use_cache, ours.config.return_dict = False, False
     assert difference(torch.jit.trace(ours, (IDS,), check_trace=False)(IDS)[0], expected[0]) < 2e-5
-    frozen = ours.requires_grad_(False)  # by a function, whose constants the weights are
+    frozen = ours.requires_grad_(False)  # as a function with the weights as constants
     traced = torch.jit.trace(lambda ids: frozen(input_ids=ids)[0], (IDS,))
     assert difference(traced(IDS), expected[0]) < 2e-5
 
 
-def test_logits_to_keep_in_every_form(pair):
+def test_logits_to_keep_accepts_every_form(pair):
     marks = torch.zeros(IDS.shape, dtype=torch.bool)
     marks[0, 3] = marks[1, 4] = marks[1, 8] = True
     forms = [0, 1, 3, slice(2, 6), slice(-2, None), slice(None, None, 3), torch.tensor([0, 5]), [1, 2]]
@@ -253,7 +253,7 @@ def test_logits_to_keep_in_every_form(pair):
         assert difference(a, b) < 1e-5, form
 
 
-def test_gradient_checkpointing_gives_hooks_the_same():
+def test_gradient_checkpointing_gives_hooks_the_same_values():
     pair = peers("eager")
     for model in pair:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_gives_hooks_the_same():
         assert difference(a.grad, b.grad) < 1e-4, name
 
 
-def test_ids_outside_the_vocabulary_are_as_in_transformers(pair):
+def test_ids_outside_the_vocabulary_fail_as_in_transformers(pair):
     for model in pair:
         with pytest.raises(IndexError):
             model(torch.tensor([[VOCAB_SIZE]]))

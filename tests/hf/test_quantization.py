@@ -1,4 +1,4 @@
-"""4-bit and 8-bit loading: what is packed, what it weighs, what it computes, and that it saves and loads."""
+"""4-bit and 8-bit loading: what is packed, its size and results, saving and loading."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def logits(model):
 
 
 @every_kind
-def test_experts_and_attention_are_packed_and_nothing_else(folder, kind):
+def test_only_experts_and_attention_are_packed(folder, kind):
     model = load(folder, kind)
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedModule)}
     attention = {f"self_attn.{which}_proj" for which in "qkvo"}
@@ -75,7 +75,7 @@ def test_experts_and_attention_are_packed_and_nothing_else(folder, kind):
 
 
 @every_kind
-def test_logits_are_those_of_the_dequantized_weights(folder, kind):
+def test_logits_equal_those_of_the_dequantized_weights(folder, kind):
     model = load(folder, kind)
     quantized, plain = logits(model), copy.deepcopy(model).dequantize()
     assert not any(isinstance(module, PackedModule) for module in plain.modules())
@@ -105,7 +105,7 @@ def test_saving_and_loading_a_quantized_model_changes_nothing(folder, kind, devi
     assert torch.equal(logits(again), logits(model))
 
 
-def test_experts_implementations_leave_packed_experts_alone_until_they_are_dequantized(folder, monkeypatch):
+def test_experts_implementations_apply_to_packed_experts_only_after_dequantizing(folder, monkeypatch):
     model = load(folder, experts_implementation="grouped_mm")
     expected = logits(model)
     assert torch.equal(expected, logits(load(folder)))
@@ -121,7 +121,7 @@ def test_experts_implementations_leave_packed_experts_alone_until_they_are_dequa
     assert called
 
 
-def test_generate_equals_that_of_the_dequantized_model(folder):
+def test_generation_equals_the_dequantized_model(folder):
     model = load(folder)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     tokens = model.generate(IDS, **settings)
@@ -139,7 +139,7 @@ def test_a_dequantized_model_saves_like_one_that_was_never_quantized(folder, tmp
 @pytest.mark.parametrize(
     ("kind", "most"), [(NF4, 0.29), ({"load_in_4bit": True}, 0.32), ({"load_in_8bit": True}, 0.54)], ids=str
 )
-def test_footprint_with_the_proportions_of_olmoe(tmp_path, kind, most):
+def test_memory_footprint_with_olmoes_proportions(tmp_path, kind, most):
     torch.manual_seed(0)
     plain = OlmoeForCausalLM(OlmoeConfig(**PROPORTIONAL)).to(torch.bfloat16)
     plain.save_pretrained(tmp_path)
@@ -154,7 +154,7 @@ def test_footprint_with_the_proportions_of_olmoe(tmp_path, kind, most):
     assert packed_files <= (most + 0.01) * files
 
 
-def test_footprint_of_olmoe_1b_7b():
+def test_memory_footprint_of_olmoe_1b_7b():
     with torch.device("meta"):
         model = OlmoeForCausalLM(OlmoeConfig(intermediate_size=1024)).to(torch.bfloat16)
     plain = model.get_memory_footprint()
@@ -165,16 +165,16 @@ def test_footprint_of_olmoe_1b_7b():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_models(folder, dtype):
+def test_half_precision_models_are_quantized(folder, dtype):
     model = load(folder, NF4 | {"bnb_4bit_compute_dtype": dtype}, dtype=dtype)
     quantized = logits(model)
     assert quantized.dtype == dtype
     expected = logits(model.dequantize())
-    tolerance = 2 * torch.finfo(dtype).eps  # the hidden layer of an expert is rounded once more
+    tolerance = 2 * torch.finfo(dtype).eps  # an expert's hidden layer is rounded once more
     assert (quantized - expected).float().norm() < 4 * tolerance * expected.float().norm()
 
 
-def test_no_more_than_one_weight_is_unpacked_at_a_time(folder, monkeypatch):
+def test_at_most_one_weight_is_unpacked_at_a_time(folder, monkeypatch):
     seen, encode = [], PackedModule.encode
 
     def watch(self, name, weight):
@@ -187,8 +187,8 @@ def test_no_more_than_one_weight_is_unpacked_at_a_time(folder, monkeypatch):
     assert len(seen) == 2 * (4 + 2)
 
 
-def test_awkward_configurations(tmp_path):
-    """Biases, tied embeddings, grouped keys, and widths that are no multiple of a block."""
+def test_unusual_configurations_are_quantized(tmp_path):
+    """Biases, tied embeddings, grouped keys, and widths that are not a multiple of a block."""
     changes = {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 2, "intermediate_size": 5}
     model = load(save_random(tmp_path, **changes))
     model.save_pretrained(tmp_path / "packed")
@@ -209,7 +209,7 @@ def test_base_model_and_classifier_load_packed_files(folder, tmp_path):
     assert classifier(IDS).logits.shape == (2, 3)
 
 
-def test_skipped_modules_stay_plain_after_reloading_too(folder, tmp_path):
+def test_skipped_modules_stay_plain_after_reloading(folder, tmp_path):
     model = load(folder, NF4 | {"llm_int8_skip_modules": ["lm_head", "layers.0.mlp.experts", "q_proj"]})
     model.save_pretrained(tmp_path)
     for m in (model, OlmoeForCausalLM.from_pretrained(tmp_path)):
@@ -221,7 +221,7 @@ def test_skipped_modules_stay_plain_after_reloading_too(folder, tmp_path):
     assert torch.equal(logits(m), logits(model))
 
 
-def test_gradients_are_those_of_the_dequantized_model(folder):
+def test_gradients_equal_those_of_the_dequantized_model(folder):
     model = load(folder)
     plain = copy.deepcopy(model).dequantize()
     for m in (model, plain):
@@ -259,7 +259,7 @@ def test_bitsandbytes_is_not_needed(folder, monkeypatch):
     assert model.is_loaded_in_4bit
 
 
-def test_the_example_of_the_documentation_page(folder):
+def test_the_documented_example_runs(folder):
     from olmoe import AutoModelForCausalLM, BitsAndBytesConfig, infer_device
 
     quantization_config = BitsAndBytesConfig(
@@ -277,7 +277,7 @@ def test_the_example_of_the_documentation_page(folder):
     assert model.generate(IDS.to(device), max_length=20).shape[1] <= 20
 
 
-def test_settings_as_a_dictionary(folder):
+def test_settings_may_be_a_dictionary(folder):
     settings = {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
     model = OlmoeForCausalLM.from_pretrained(folder, quantization_config=settings)
     assert model.config.quantization_config.to_dict() == {
@@ -291,14 +291,14 @@ def test_settings_as_a_dictionary(folder):
     assert model.is_loaded_in_8bit
 
 
-def test_asking_again_for_what_is_quantized_already_warns(folder, tmp_path):
+def test_quantizing_a_quantized_model_again_warns(folder, tmp_path):
     load(folder).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = load(tmp_path, {"load_in_8bit": True})
     assert model.config.quantization_config.weight_format == "nf4"
 
 
-def test_casting_a_packed_model_is_refused_and_moving_it_is_not(folder):
+def test_packed_models_can_be_moved_but_not_cast(folder):
     model = load(folder)
     with pytest.raises(ValueError, match="cannot cast"):
         model.to(torch.float16)
@@ -322,13 +322,13 @@ def test_casting_a_packed_model_is_refused_and_moving_it_is_not(folder):
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_that_cannot_be_met_are_refused(folder, settings, sentence):
+def test_unsupported_settings_are_refused(folder, settings, sentence):
     with pytest.raises(UserError, match=sentence) as refusal:
         load(folder, settings)
     assert "\n" not in str(refusal.value)
 
 
-def test_files_of_another_version_are_refused(folder, tmp_path):
+def test_files_of_another_format_version_are_refused(folder, tmp_path):
     load(folder).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, sentence in (
@@ -347,7 +347,7 @@ def test_transformers_own_classes_refuse_packed_files(folder, tmp_path):
         transformers.OlmoeForCausalLM.from_pretrained(tmp_path)
 
 
-def test_files_that_bitsandbytes_quantized_are_refused(folder, tmp_path):
+def test_files_quantized_by_bitsandbytes_are_refused(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     stock = transformers.OlmoeForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**NF4), device_map="cpu"
@@ -367,7 +367,7 @@ def test_incomplete_checkpoints_are_refused(folder, lost):
 
 
 def test_a_weight_of_another_shape_is_refused(folder):
-    """Also one of as many weights, which would fill the same blocks."""
+    """Even one with the same number of weights, which would fill the same blocks."""
     plain = OlmoeForCausalLM.from_pretrained(folder)
     for name, shape in (("self_attn.k_proj.weight", (16, 64)), ("mlp.experts.down_proj", (8, 12, 32))):
         state = plain.state_dict() | {f"model.layers.0.{name}": torch.zeros(shape)}
@@ -375,7 +375,7 @@ def test_a_weight_of_another_shape_is_refused(folder):
             load(None, config=plain.config, state_dict=state)
 
 
-def test_weights_in_memory_and_in_the_fused_layout(folder, tmp_path):
+def test_state_dicts_in_memory_and_the_fused_layout_are_quantized(folder, tmp_path):
     plain, expected = OlmoeForCausalLM.from_pretrained(folder), logits(load(folder))
     plain.save_pretrained(tmp_path, save_original_format=False)
     assert torch.equal(logits(load(tmp_path)), expected)
@@ -387,7 +387,7 @@ OFFLOADED = {"model.layers.1": "disk"} | dict.fromkeys(
 )
 
 
-def test_packed_files_offload_to_disk_and_plain_ones_are_refused(folder, tmp_path):
+def test_packed_files_can_be_offloaded_to_disk_and_plain_ones_are_refused(folder, tmp_path):
     model = load(folder)
     model.save_pretrained(tmp_path / "packed")
     offload = {"device_map": OFFLOADED, "offload_folder": tmp_path / "offload"}

@@ -1,4 +1,4 @@
-"""`from_pretrained` on folders that `olmoe quantize` packed, and on weights packed while they load."""
+"""`from_pretrained` on folders packed by `olmoe quantize`, and on weights packed while loading."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_the_face_computes_what_the_engine_does_and_saves_what_it_loaded(tmp_path, changes):
+def test_logits_equal_the_engines_and_saving_preserves_the_files(tmp_path, changes):
     model = load(packed_folder(tmp_path / "m", **changes))
     network = checkpoint.load(tmp_path / "m")
     set_backend(network, "torch")
@@ -76,10 +76,10 @@ def test_dequantizing_gives_an_ordinary_model(tmp_path, changes):
     assert torch.allclose(logits(load(tmp_path / "plain")), packed, atol=1e-4 * float(packed.abs().max()))
 
 
-def test_auto_classes_half_precision_and_generation(folder):
+def test_auto_classes_load_packed_folders_in_half_precision_and_generate(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is OlmoeForCausalLM
-    assert model.dtype == torch.bfloat16  # as config.json says
+    assert model.dtype == torch.bfloat16  # as config.json specifies
     assert model(IDS).logits.dtype == torch.bfloat16
     assert model.is_loaded_in_4bit
     assert model.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None).shape == (2, 17)
@@ -100,14 +100,14 @@ def test_a_classifier_keeps_its_own_head_plain(folder):
     assert isinstance(model.model.embed_tokens, PackedEmbedding)
 
 
-def test_parameters_count_as_the_weights_they_stand_for(folder):
+def test_parameter_counts_are_those_of_the_decoded_weights(folder):
     model, plain = load(folder), OlmoeForCausalLM.from_pretrained(folder.with_name("int4-plain"))
     assert model.num_parameters() == plain.num_parameters()
     assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
     assert model.get_memory_footprint() < 0.4 * plain.get_memory_footprint()
 
 
-def test_packing_while_loading(folder, tmp_path):
+def test_weights_can_be_packed_while_loading(folder, tmp_path):
     plain = folder.with_name("int4-plain")
     config = PackedConfig("q8_0", overrides={"lm_head": "bf16", "*.down_proj": "q4_0"})
     model = load(plain, quantization_config=config)
@@ -121,7 +121,7 @@ def test_packing_while_loading(folder, tmp_path):
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
-def test_gradients_reach_what_is_not_packed(folder):
+def test_gradients_reach_parameters_that_are_not_packed(folder):
     model = load(folder).train()
     model(IDS, labels=IDS).loss.backward()
     trainable = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -141,12 +141,12 @@ def test_gradients_reach_what_is_not_packed(folder):
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_that_make_no_sense(settings, sentence):
+def test_contradictory_settings_are_refused(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         PackedConfig(**settings)
 
 
-def test_a_packed_folder_that_lacks_a_tensor(folder):
+def test_a_packed_folder_with_a_missing_tensor_is_refused(folder):
     model = load(folder)
     rest = {k: v for k, v in model.state_dict().items() if k != "model.layers.1.self_attn.q_proj.weight"}
     with pytest.raises(UserError, match="The checkpoint lacks weight"):

@@ -1,4 +1,4 @@
-"""`register()` puts our classes behind transformers' own names, and `unregister()` takes them away."""
+"""`register()` puts our classes behind transformers' own names, and `unregister()` removes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer_file):
-    """As on the hub: one tensor an expert, written by transformers."""
+    """As on the hub: one tensor per expert, written by transformers."""
     folder = tmp_path_factory.mktemp("hub")
     transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SETTINGS)).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
@@ -69,7 +69,7 @@ def test_transformers_pipeline_runs_ours(registered, checkpoint):
     assert generate("the dog", max_new_tokens=2)[0]["generated_text"].startswith("the dog")
 
 
-def test_unregister_restores_everything_and_both_may_be_repeated():
+def test_unregister_restores_everything_and_both_are_idempotent():
     before = tables()
     assert before[-1] is False
     olmoe.hf.register()
@@ -83,7 +83,7 @@ def test_unregister_restores_everything_and_both_may_be_repeated():
     assert tables() == before
 
 
-def test_what_another_package_registered_before_comes_back():
+def test_earlier_registrations_of_other_packages_are_restored():
     class Theirs(transformers.OlmoeForCausalLM):
         pass
 
@@ -98,7 +98,7 @@ def test_what_another_package_registered_before_comes_back():
         del mapping._extra_content[transformers.OlmoeConfig]
 
 
-# In a process of its own: the first `from_pretrained` of one of our classes makes packed folders known as well.
+# In a separate process, because the first `from_pretrained` of any of our classes also registers packed folders.
 PACKED = """
 import json, sys, torch, transformers
 import olmoe.hf
@@ -121,7 +121,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("who", ["auto class", "lm_eval"])
-def test_packed_folders_load_through_code_that_only_knows_transformers(tmp_path, tokenizer_file, who):
+def test_packed_folders_load_in_code_that_only_uses_transformers(tmp_path, tokenizer_file, who):
     if who == "lm_eval":
         pytest.importorskip("lm_eval")
     folder = packed_folder(tmp_path / "m", "int4", tokenizer_file, **WHOLE)

@@ -1,4 +1,4 @@
-"""Router policies on transformers' face: what a runner computes by the same one, on every path, and nothing after."""
+"""Router policies on the transformers classes: the runner's results on every path, and no effect afterwards."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def relative(ours, theirs):
 
 
 def runner_logits(network, policy, backend):
-    """The logits (B, T, V) of `IDS` from a runner."""
+    """A runner's logits (B, T, V) for `IDS`."""
     runner, (b, t) = make_runner(network, backend), IDS.shape
-    cache = runner.new_cache(b, 64, torch.float32)  # as the face has it
+    cache = runner.new_cache(b, 64, torch.float32)  # as in the transformers classes
     table = np.arange(b, dtype=np.int32).reshape(b, 1)
     resolved = as_policy(policy).resolve(network.config)
     batch = Batch(IDS.flatten().tolist(), [t] * b, [0] * b, policies=[resolved] * b)
@@ -61,8 +61,8 @@ def folders(tmp_path_factory):
 @needs_kernels
 @by_policy
 @pytest.mark.parametrize("kind", ["plain", "packed"])
-def test_logits_equal_a_runners(folders, kind, policy):
-    """In one pass, and with a step of decoding through all layers at once; on torch too."""
+def test_logits_under_a_policy_equal_the_runners(folders, kind, policy):
+    """In one pass, and with a decoding step through all layers at once; on torch too."""
     network = checkpoint.load(folders[kind], dtype=torch.float32)
     model = OlmoeForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).eval()
     expected = runner_logits(network, policy, "cpu")
@@ -83,7 +83,7 @@ def test_logits_equal_a_runners(folders, kind, policy):
 
 
 @by_policy
-def test_with_gradients_on_it_computes_the_same(policy):
+def test_policies_compute_the_same_with_gradients_enabled(policy):
     model = make_face()
     model.router_policy = policy
     with torch.no_grad():
@@ -94,12 +94,12 @@ def test_with_gradients_on_it_computes_the_same(policy):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(torch.isfinite(g).all() for g in gradients.values() if g is not None)
     assert gradients["model.layers.0.mlp.gate.weight"].abs().max() > 0
-    if "ban" in policy:  # what nobody chooses learns nothing
+    if "ban" in policy:  # experts that no token chooses get no gradient
         assert gradients["model.layers.0.mlp.experts.down_proj"][0].abs().max() == 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_computes_by_the_policy_of_the_forward_pass(reentrant):
+def test_checkpointing_recomputes_with_the_policy_of_the_forward_pass(reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = make_face().train()
@@ -108,7 +108,7 @@ def test_checkpointing_computes_by_the_policy_of_the_forward_pass(reentrant):
         embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
         with model.routed_by(POLICIES[2]):
             loss = model(inputs_embeds=embedded, labels=IDS).loss
-        loss.backward()  # layers are computed again here, outside
+        loss.backward()  # layers are recomputed here, outside the block
         assert model.router_policy is None
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -118,7 +118,7 @@ def test_checkpointing_computes_by_the_policy_of_the_forward_pass(reentrant):
 
 @needs_kernels
 @by_policy
-def test_generate_writes_what_the_engine_writes(policy, tokenizer):
+def test_generation_under_a_policy_equals_the_engines(policy, tokenizer):
     network = make_model()
     model = make_face()
     model.load_state_dict(network.state_dict())
@@ -135,7 +135,7 @@ def test_generate_writes_what_the_engine_writes(policy, tokenizer):
     assert torch.equal(model.generate(IDS[:1], **options), plain)
 
 
-def test_what_was_set_for_inference_also_trains():
+def test_a_policy_set_for_inference_also_applies_in_training():
     model = make_face()
     with torch.inference_mode():
         model.router_policy = POLICIES[2]
@@ -144,13 +144,13 @@ def test_what_was_set_for_inference_also_trains():
     assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
 
 
-def test_inside_and_afterwards():
+def test_routed_by_applies_inside_the_block_only():
     model = make_face()
     outer, inner = RouterPolicy(top_k=2), {"k": 1}
     assert model.router_policy is None
     with model.routed_by(outer):
         assert model.router_policy is outer
-        assert model.model.router_policy is outer  # of the decoder as well
+        assert model.model.router_policy is outer  # the decoder's as well
         with model.routed_by(inner):
             assert model.router_policy == NamedPolicy(k=1)
             with model.routed_by(None):
@@ -162,7 +162,7 @@ def test_inside_and_afterwards():
     assert model.router_policy is None
 
 
-def test_returned_logits_and_losses_are_the_routers_own():
+def test_returned_router_logits_and_losses_ignore_the_policy():
     model = make_face()
     with torch.no_grad():
         plain = model(IDS, output_router_logits=True, labels=IDS)
@@ -170,11 +170,11 @@ def test_returned_logits_and_losses_are_the_routers_own():
             changed = model(IDS, output_router_logits=True, labels=IDS)
     assert (
         relative(changed.router_logits[0], plain.router_logits[0]) < 1e-6
-    )  # of the first layer: its input is the same
+    )  # of the first layer, whose input is the same
     assert relative(changed.logits, plain.logits) > 1e-3
 
 
-def test_it_is_saved_nowhere(tmp_path):
+def test_the_policy_is_not_saved_with_the_model(tmp_path):
     model = make_face()
     model.router_policy = POLICIES[1]
     model.save_pretrained(tmp_path / "model")
@@ -190,7 +190,7 @@ def test_it_is_saved_nowhere(tmp_path):
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_other_heads_and_adapters():
+def test_policies_apply_to_other_heads_and_adapters():
     torch.manual_seed(0)
     classifier = OlmoeForSequenceClassification(OlmoeConfig(**small_config().to_dict() | {"pad_token_id": 0})).eval()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_other_heads_and_adapters():
         assert relative(adapted(IDS).logits, model(IDS).logits) < 1e-5
 
 
-def test_hooks_see_the_changed_choice():
+def test_hooks_see_the_choice_of_the_policy():
     model, seen = make_face(), []
     model.model.layers[0].mlp.gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad(), model.routed_by(POLICIES[1]):
@@ -215,8 +215,8 @@ def test_hooks_see_the_changed_choice():
     assert (ids == 5).any(dim=1).all()
 
 
-def test_compiled():
-    torch._dynamo.reset()  # what other tests compiled counts against its limit
+def test_policies_apply_in_compiled_models():
+    torch._dynamo.reset()  # other tests' compilations count towards its limit
     model = make_face()
     with torch.no_grad(), model.routed_by(POLICIES[2]):
         expected = model(IDS).logits
@@ -226,7 +226,7 @@ def test_compiled():
         assert relative(compiled(IDS, use_cache=False).logits, model(IDS).logits) < 1e-5
 
 
-def test_mistakes():
+def test_invalid_policies_are_refused():
     model = make_face()
     with pytest.raises(UserError, match="router_policy must be a RouterPolicy, a file or a mapping, not 3"):
         model.router_policy = 3

@@ -1,4 +1,4 @@
-"""Routing recorded from our transformers classes: whatever runs them, it is what the routers chose for each token."""
+"""Routing recorded from our transformers classes is what the routers chose for each token, whatever runs them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model():
 
 
 def chosen_by(model, ids) -> tuple[np.ndarray, np.ndarray]:
-    """What the router logits of a text by itself say: ids and probabilities (T, L, K)."""
+    """Expert ids and probabilities (T, L, K) from the router logits of a text by itself."""
     with torch.no_grad():
         logits = model(torch.as_tensor(ids).view(1, -1), output_router_logits=True, use_cache=False).router_logits
     top = torch.stack(logits, dim=1).softmax(dim=-1).topk(model.config.num_experts_per_tok, dim=-1)
@@ -36,7 +36,7 @@ def chosen_by(model, ids) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_texts(model, trace: Trace, texts) -> None:
-    """The windows of a trace are these texts, each with what its tokens choose."""
+    """The windows of a trace are these texts, with the choices of their tokens."""
     windows = list(trace.windows())
     assert [trace.input_ids[window].tolist() for window in windows] == [list(map(int, text)) for text in texts]
     for window in windows:
@@ -46,7 +46,7 @@ def assert_texts(model, trace: Trace, texts) -> None:
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_pass(model, tmp_path, gradients):
+def test_a_forward_pass_is_recorded(model, tmp_path, gradients):
     with torch.set_grad_enabled(gradients), record_routing(model, tmp_path / "t", metadata={"model": "m"}) as recording:
         plain = model(IDS)
     assert recording.tokens == IDS.numel()
@@ -56,7 +56,7 @@ def test_a_pass(model, tmp_path, gradients):
     torch.testing.assert_close(plain.logits, model(IDS).logits)
 
 
-def test_padding_is_left_out(model):
+def test_padding_is_not_recorded(model):
     mask = torch.ones_like(IDS)
     mask[0, :5], mask[1, 9:], mask[2, :12] = 0, 0, 0
     for given in (mask, mask.bool()):
@@ -66,7 +66,7 @@ def test_padding_is_left_out(model):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_generate(model, backend):
+def test_generation_is_recorded(model, backend):
     model.set_kernel_backend(backend)
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
@@ -75,13 +75,13 @@ def test_generate(model, backend):
     assert_texts(model, recording.trace, [texts[0, 5:-1], texts[1, :-1], texts[2, :-1]])
 
 
-def test_generate_with_a_static_cache(model):
+def test_generation_with_a_static_cache_is_recorded(model):
     with record_routing(model) as recording:
         texts = model.generate(IDS, cache_implementation="static", **GREEDY)
     assert_texts(model, recording.trace, texts[:, :-1])
 
 
-def test_generate_in_another_thread_and_twice(model):
+def test_generation_in_another_thread_and_repeated_is_recorded(model):
     found = []
 
     def generate():
@@ -95,7 +95,7 @@ def test_generate_in_another_thread_and_twice(model):
     assert_texts(model, recording.trace, [text[0, :-1] for text in found])
 
 
-def test_blocks_within_one_another(model):
+def test_recordings_may_be_nested(model):
     with record_routing(model) as outer:
         model(IDS[:1])
         with record_routing(model) as inner:
@@ -105,7 +105,7 @@ def test_blocks_within_one_another(model):
     assert_texts(model, outer.trace, IDS.tolist())
 
 
-def test_blocks_that_overlap(model):
+def test_recordings_may_overlap(model):
     first, second = record_routing(model), record_routing(model)
     one, two = first.__enter__(), second.__enter__()
     model(IDS[:1])
@@ -117,7 +117,7 @@ def test_blocks_that_overlap(model):
     assert asked() is None
 
 
-def test_threads_that_run_the_model_together(model):
+def test_threads_running_the_model_concurrently_are_recorded(model):
     texts = [IDS[0, :4], IDS[1, :9], IDS[2, 3:]]
     meet = threading.Barrier(len(texts))
     failed = []
@@ -127,7 +127,7 @@ def test_threads_that_run_the_model_together(model):
         try:
             for _ in range(6):
                 model.generate(text.view(1, -1), **GREEDY)
-        except Exception as error:  # shown by the test, not by the thread
+        except Exception as error:  # raised in the test, not in the thread
             failed.append(error)
 
     threads = [threading.Thread(target=run, args=(text,)) for text in texts]
@@ -144,7 +144,7 @@ def test_threads_that_run_the_model_together(model):
     assert_texts(model, trace, found)
 
 
-def test_a_cache_continues_its_texts_and_another_one_does_not(model):
+def test_texts_continue_with_their_own_cache_only(model):
     cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with record_routing(model) as recording, torch.no_grad():
         for start, end in pairwise((0, 3, 4, 12)):
@@ -154,14 +154,14 @@ def test_a_cache_continues_its_texts_and_another_one_does_not(model):
     assert_texts(model, recording.trace, [*IDS.tolist(), *IDS[:, :2].tolist(), IDS[0, :4].tolist()])
 
 
-def test_texts_that_share_a_row(model):
+def test_packed_texts_are_recorded_separately(model):
     positions = torch.tensor([[*range(5), *range(7)]])
     with record_routing(model) as recording, torch.no_grad():
         model(IDS[:1], position_ids=positions, use_cache=False)
     assert_texts(model, recording.trace, [IDS[0, :5], IDS[0, 5:]])
 
 
-def test_embeddings_have_no_id(model):
+def test_input_embeddings_are_recorded_without_ids(model):
     with record_routing(model) as recording, torch.no_grad():
         model(inputs_embeds=model.get_input_embeddings()(IDS))
     assert set(recording.trace.input_ids.tolist()) == {-1}
@@ -169,7 +169,7 @@ def test_embeddings_have_no_id(model):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_training(model, reentrant):
+def test_training_is_recorded(model, reentrant):
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with record_routing(model) as recording:
@@ -180,7 +180,7 @@ def test_training(model, reentrant):
     assert_texts(model.eval(), recording.trace, IDS.tolist())
 
 
-def test_other_heads_and_wrapped_models(model):
+def test_other_heads_and_wrapped_models_are_recorded(model):
     peft = pytest.importorskip("peft")
     classifier = OlmoeForSequenceClassification(OlmoeConfig(**small_config(pad_token_id=1).to_dict())).eval()
     with record_routing(classifier) as recording, torch.no_grad():
@@ -193,7 +193,7 @@ def test_other_heads_and_wrapped_models(model):
     assert "holds no OlmoeModel" in refused(lambda: record_routing(torch.nn.Linear(2, 2)).__enter__())
 
 
-def test_layers_with_hooks_and_other_numbers_of_experts(model):
+def test_layers_with_hooks_or_other_numbers_of_experts_are_recorded(model):
     model.model.layers[0].mlp.gate.register_forward_hook(lambda m, a, out: (out[0], out[1], out[2].flip(-1)))
     model.model.layers[1].mlp.gate.top_k = 4
     with record_routing(model) as recording, torch.no_grad():
@@ -204,12 +204,12 @@ def test_layers_with_hooks_and_other_numbers_of_experts(model):
     np.testing.assert_array_equal(trace.expert_ids[:12, 0, :3], chosen_by(model, IDS[0])[0][:, 0, ::-1])
 
 
-def test_what_goes_wrong_leaves_nothing_behind(model, tmp_path):
+def test_errors_leave_no_recording_behind(model, tmp_path):
     def fail():
         with record_routing(model, tmp_path / "t"):
             model(IDS)
             with pytest.raises(ValueError, match="exactly one"):
-                model()  # a pass that fails is not in the trace
+                model()  # a failed pass is not in the trace
             model(IDS[:1])
             raise KeyboardInterrupt
 
@@ -227,8 +227,8 @@ def test_what_goes_wrong_leaves_nothing_behind(model, tmp_path):
     assert "Only 1 of 2 layers" in refused(blind)
 
 
-def test_a_compiled_model_says_that_it_cannot(model):
-    torch._dynamo.reset()  # beyond its limit it would run as it is
+def test_recording_a_compiled_model_is_refused(model):
+    torch._dynamo.reset()  # beyond its limit it would run uncompiled
     compiled = torch.compile(model, backend="eager")
 
     def run():

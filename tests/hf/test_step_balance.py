@@ -27,7 +27,7 @@ def make_model(kind="pooled", **changes):
 
 
 def batches(count):
-    """Six rows with padding and prompts of different lengths, in so many batches."""
+    """Six rows with padding and prompts of different lengths, in this many batches."""
     ids = torch.randint(2, VOCAB_SIZE - 1, (6, 11), generator=torch.Generator().manual_seed(0))
     mask, labels = torch.ones_like(ids), ids.clone()
     for row in range(6):
@@ -51,8 +51,8 @@ def assert_close(found, expected, way=""):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_accumulated_batches_balance_as_one(kind, dropout):
-    """With the number of items of the step each adds its share, whatever it holds of prompts and padding."""
+def test_accumulated_batches_are_balanced_as_one(kind, dropout):
+    """Given the step's number of items, each batch adds its share, whatever prompts and padding it has."""
     found = []
     for count in (1, 2, 3, 6):
         model = make_model(kind, attention_dropout=dropout)
@@ -67,23 +67,23 @@ def test_accumulated_batches_balance_as_one(kind, dropout):
     plain = make_model(kind, attention_dropout=dropout)
     torch.manual_seed(1)
     plain(**batches(1)[0]).loss.backward()
-    assert_close(found[0], gradients(plain))  # what is counted first draws what is drawn in training
+    assert_close(found[0], gradients(plain))  # counting first must draw the same random numbers as training
     for others in found[1:] if dropout == 0 else []:
         assert_close(others, gradients(plain))
 
 
-def test_without_the_number_of_items_the_mean_of_auxiliary_losses_is_that_of_the_step():
+def test_without_num_items_the_mean_of_auxiliary_losses_is_the_steps():
     whole = make_model()(**batches(1)[0]).aux_loss
     model, parts = make_model(), batches(3)
     alone = torch.stack([model(**part).aux_loss for part in parts]).mean()
     assert abs(alone - whole) > 1e-3
     with balanced_over(model, parts):
         together = [model(**part).aux_loss for part in parts]
-        assert model.eval()(**parts[0]).aux_loss != together[0]  # evaluation is of each batch by itself
+        assert model.eval()(**parts[0]).aux_loss != together[0]  # evaluation treats each batch by itself
     torch.testing.assert_close(torch.stack(together).mean(), whole)
 
 
-def test_what_cannot_be_balanced_is_refused():
+def test_unsupported_balancing_is_refused():
     with pytest.raises(UserError, match="holds no OlmoeForCausalLM"), balanced_over(torch.nn.Linear(2, 2), []):
         pass
     message = refused(lambda: balanced_over(make_model(), [{"pixels": 1}]).__enter__(), UserError)
@@ -92,7 +92,7 @@ def test_what_cannot_be_balanced_is_refused():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose experts two ranks can share."""
+    """A model whose experts can be split over two ranks."""
     folder = tmp_path_factory.mktemp("model")
     make_model(intermediate_size=16).save_pretrained(folder)
     return folder
@@ -100,22 +100,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """Steps of one process by accumulation and balancing."""
+    """The steps of one process, by accumulation and balancing."""
     from trainer_processes import step_of
 
     output = tmp_path_factory.mktemp("alone")
     return {(a, b): step_of(folder, output, a, b) for b in (True, False) for a in (1, 2, 4, 8)}
 
 
-def test_accumulation_alone_takes_the_step_of_the_whole_batch(alone):
+def test_accumulation_takes_the_same_step_as_the_whole_batch(alone):
     for accumulation in (1, 2, 4, 8):
         assert_close(alone[accumulation, True], alone[1, False])
     gate = "model.layers.0.mlp.gate.weight"
-    assert (alone[4, False][gate] - alone[1, False][gate]).abs().max() > 1e-3  # batches by themselves take another
+    # Batches that are balanced separately take another step.
+    assert (alone[4, False][gate] - alone[1, False][gate]).abs().max() > 1e-3
 
 
-def test_two_processes_take_the_step_of_one(folder, alone, tmp_path):
-    """Balanced over the step: that of the whole batch; by default: that of one process with twice the accumulation."""
+def test_two_processes_take_the_same_step_as_one(folder, alone, tmp_path):
+    """Balanced over the step: the whole batch's; by default: that of one process with twice the accumulation."""
     from trainer_processes import WAYS, steps_of
 
     cases = [(way, a, b) for way in WAYS for a, b in ((1, True), (2, True), (4, True), (2, False))]

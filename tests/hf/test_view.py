@@ -1,4 +1,4 @@
-"""Two objects over one state."""
+"""Two objects that share one state."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from olmoe.hf.view import view_as
 
 
 class Doubled(nn.Linear):
-    """A linear layer with other outputs."""
+    """A linear layer with doubled outputs."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-def test_both_show_every_change_of_either():
+def test_changes_through_either_view_show_in_both():
     original = nn.Linear(3, 2)
     view = view_as(Doubled, original)
     assert (type(original), type(view)) == (nn.Linear, Doubled)
@@ -33,7 +33,7 @@ def test_both_show_every_change_of_either():
     assert not original.training
 
 
-def test_copies_of_a_view_have_a_state_of_their_own():
+def test_copies_of_a_view_have_their_own_state():
     view = view_as(Doubled, nn.Linear(3, 2))
     for copied in (copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
         assert type(copied) is Doubled
@@ -41,7 +41,7 @@ def test_copies_of_a_view_have_a_state_of_their_own():
         assert copied.weight is not view.weight
 
 
-def test_hooks_that_know_their_module_go_on_with_the_view():
+def test_hooks_bound_to_a_module_keep_working_with_the_view():
     original, seen = nn.Linear(3, 2), []
     original.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(module))
     view = view_as(Doubled, original)

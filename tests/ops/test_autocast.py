@@ -1,4 +1,4 @@
-"""Under autocast single products and attention have its dtype, on every backend; everything else keeps its own."""
+"""Under autocast, single products and attention use its dtype on every backend; everything else keeps its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from olmoe.ops import cpu, torch_fast
 from olmoe.ops.dispatch import LOWERED
 
 N, E, K, D, F_ = 20, 6, 2, 16, 8
-WIDTHS = {"aligned": F_, "not aligned": 5}  # the fallback multiplies expert by expert, which autocast would lower
+WIDTHS = {
+    "aligned": F_,
+    "not aligned": 5,
+}  # the fallback multiplies expert by expert, which autocast would otherwise lower
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -21,7 +24,7 @@ def random(*shape, seed=0):
 
 
 def calls(width):
-    """Each operation that multiplies, with fp32 inputs as autocast finds them."""
+    """Each operation with products, on fp32 inputs as autocast would see them."""
     ids = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(n))[:K] for n in range(N)])
     rows = ops.sort_by_expert(ids, E)
     labels = torch.randint(0, 50, (N,), generator=torch.Generator().manual_seed(1))
@@ -67,7 +70,7 @@ def results(function, inputs, backend, autocast, training):
 @pytest.mark.parametrize("name", calls(F_))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("hardware", [True, False], ids=["native-bf16", "no-bf16-instructions"])
-def test_operations_under_autocast(name, backend, width, dtype, training, hardware, monkeypatch):
+def test_operations_follow_autocast(name, backend, width, dtype, training, hardware, monkeypatch):
     monkeypatch.setattr(torch_fast, "cpu_multiplies_bf16", lambda: hardware)
     if backend == "cpu" and (training or not cpu.available() or "cpu" not in ops.backends(name)):
         pytest.skip("forward only")
@@ -82,13 +85,13 @@ def test_operations_under_autocast(name, backend, width, dtype, training, hardwa
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         if training:
             assert ours.dtype == torch.float32
-            # The incoming gradient of what was lowered has that dtype.
+            # The incoming gradient of a lowered result has that dtype.
             allowed = 4 * tolerance if lowered else 1e-5
             assert float((ours - theirs).abs().max()) <= allowed * theirs.abs().max()
 
 
-def test_mixed_dtypes_meet_as_in_torchs_own_products():
-    """Frozen weights in half precision under hidden states that autocast leaves in fp32, and the other way round."""
+def test_mixed_dtypes_are_promoted_like_torchs_own_products():
+    """Frozen half-precision weights with hidden states that autocast leaves in fp32, and the other way round."""
     function, (x, routing, gate_up, down) = calls(F_)["moe"]
     expected = function(x, routing, gate_up, down)
     with torch.autocast("cpu"):

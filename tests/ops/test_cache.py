@@ -1,4 +1,4 @@
-"""The int8 cache: torch and the kernels write the same bytes, and what they attend to is the same within rounding."""
+"""The int8 cache: torch and the kernels write the same bytes and attend to it equally up to rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def isa(request):
 
 
 def allocate(blocks, block_size, head_dim, layers=1, kv_heads=KV_HEADS):
-    """A cache with NaN in every place."""
+    """A cache filled with NaN."""
     cache = BlockCache.allocate(
         layers, blocks, kv_heads, block_size, head_dim, dtype=torch.int8, device=torch.device("cpu")
     )
@@ -50,7 +50,7 @@ def rows(*shape, seed=0):
     return x * torch.randn(*shape[:-1], 1, generator=generator).mul(3).exp()
 
 
-def test_rows_are_rounded_to_the_nearest_code():
+def test_int8_rows_are_rounded_to_the_nearest_code():
     x = rows(500, 24)
     codes, scales = quantize_rows(x)
     assert codes.dtype == torch.int8
@@ -66,14 +66,14 @@ def test_halves_round_to_even():
     assert codes.tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
 
 
-def test_zeros_stay_zeros_and_tiny_numbers_do_not_overflow():
+def test_zeros_stay_zero_and_tiny_values_do_not_overflow():
     codes, scales = quantize_rows(torch.tensor([[0.0, -0.0], [1e-40, 0.0]]))
     assert not codes.any()
     assert scales.isfinite().all()
 
 
 @pytest.mark.parametrize("foreign", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_shows(foreign):
+def test_nan_and_infinity_stay_visible(foreign):
     codes, scales = quantize_rows(torch.tensor([1.0, foreign, 2.0]))
     assert (codes * scales).isnan().all()
 
@@ -89,7 +89,7 @@ def test_what_is_no_number_shows(foreign):
 )
 @pytest.mark.parametrize("blocks", [1, 6])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_reads_what_was_written(block_size, head_dim, reason, blocks, kv_heads):
+def test_reading_returns_what_was_written(block_size, head_dim, reason, blocks, kv_heads):
     cache = allocate(blocks, block_size, head_dim, layers=2, kv_heads=kv_heads)
     order, length = table(blocks), blocks * block_size
     k, v = rows(2, length, kv_heads, head_dim), rows(2, length, kv_heads, head_dim, seed=1)
@@ -103,7 +103,7 @@ def test_reads_what_was_written(block_size, head_dim, reason, blocks, kv_heads):
                 assert torch.equal(read[0], (codes * scales.unsqueeze(-1)).transpose(0, 1))
 
 
-def test_takes_the_memory_that_is_said():
+def test_memory_is_as_reported():
     assert position_bytes(16, 16, 128, torch.int8) == 2 * 16 * 16 * (128 + 4)
     assert position_bytes(16, 16, 128, torch.float16) == 2 * 16 * 16 * 128 * 2
     cache = allocate(3, 64, 128, layers=2)
@@ -129,12 +129,12 @@ def attended(kind, q, k, v, cache, order, counts, lengths):
     return block_attention(q, k, v, counts, lengths, cache, order, 0)
 
 
-# 24 is a rest beside whole vectors, 6 less than any.
+# 24 leaves a remainder after full vectors; 6 is shorter than any vector.
 @needs_kernels
 @pytest.mark.parametrize("head_dim", [128, 24, 6])
 @pytest.mark.parametrize("block_size", [64, 192])
 @pytest.mark.parametrize("heads", [2, 6])
-def test_kernels_write_and_attend_as_torch_does(isa, head_dim, block_size, heads):
+def test_kernels_write_and_attend_like_torch(isa, head_dim, block_size, heads):
     width = -(-170 // block_size)
     order = table(2 * width, 2)
     caches = {kind: allocate(2 * width, block_size, head_dim) for kind in ("cpu", "torch")}
@@ -142,7 +142,7 @@ def test_kernels_write_and_attend_as_torch_does(isa, head_dim, block_size, heads
     for step, counts in enumerate([[130, 64], [1, 1], [30, 5], [1, 1]]):
         n = sum(counts)
         q, k, v = (rows(n, h, head_dim, seed=3 * step + i) for i, h in enumerate((heads, KV_HEADS, KV_HEADS)))
-        # Scores that leave more than one key in the softmax.
+        # Scores that keep more than one key in the softmax.
         q, k = q / q.norm(dim=-1, keepdim=True) * 2, k / k.norm(dim=-1, keepdim=True) * 3
         ours, theirs = (attended(kind, q, k, v, caches[kind], order, counts, lengths) for kind in ("cpu", "torch"))
         largest = theirs.abs().max()
@@ -157,7 +157,7 @@ def test_kernels_write_and_attend_as_torch_does(isa, head_dim, block_size, heads
 
 @needs_kernels
 @pytest.mark.parametrize("foreign", [math.nan, math.inf])
-def test_what_is_no_number_shows_in_the_kernels_too(isa, foreign):
+def test_nan_and_infinity_stay_visible_in_the_kernels(isa, foreign):
     for place in ("k", "v"):
         inputs = {"q": rows(3, 2, 24), "k": rows(3, 2, 24, seed=1), "v": rows(3, 2, 24, seed=2)}
         inputs[place][1, 0, 5] = foreign

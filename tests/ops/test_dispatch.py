@@ -25,7 +25,7 @@ def toy(monkeypatch):
     log_once.cache_clear()
 
 
-def test_auto_takes_the_fastest_that_supports_the_call_and_logs_once(toy, caplog):
+def test_auto_selects_the_fastest_backend_that_supports_the_call(toy, caplog):
     caplog.set_level(logging.INFO, logger="olmoe")
     for _ in range(3):
         assert dispatch.choose("toy", "auto", torch.zeros(1))(None) == "fast"
@@ -36,7 +36,7 @@ def test_auto_takes_the_fastest_that_supports_the_call_and_logs_once(toy, caplog
     ]
 
 
-def test_auto_passes_over_what_would_be_slower_but_a_name_does_not(toy):
+def test_auto_skips_slower_backends_but_a_named_one_is_used(toy):
     dispatch.register("toy", "cpu", prefer=lambda x: x.numel() < 5)(lambda x: "for few")
     assert dispatch.choose("toy", "auto", torch.zeros(4))(None) == "for few"
     assert dispatch.choose("toy", "auto", torch.zeros(5))(None) == "fast"
@@ -56,7 +56,7 @@ def test_unknown_names_are_refused_with_the_choices():
         ops.linear(torch.zeros(1, 2), torch.zeros(3, 2), backend="cuda_magic")
 
 
-def test_a_backend_without_a_place_among_the_others_cannot_be_registered(toy, monkeypatch):
+def test_a_backend_without_a_rank_cannot_be_registered(toy, monkeypatch):
     with pytest.raises(UserError, match=r"backend 'triton' for toy; use one of cpu, torch, reference.*PRIORITY"):
         dispatch.register("toy", "triton")
     assert dispatch.backends("toy") == ("torch", "reference")

@@ -1,6 +1,6 @@
-"""Products of fp32 tensors in bf16 against the reference, and against products in fp32 within what rounding may do.
+"""bf16 products of fp32 tensors against the reference, and against fp32 products up to rounding.
 
-Both ways: by the kernels, whose results are fp32, and by operations on tensors of bf16.
+Both ways: by the kernels, whose results are fp32, and by operations on bf16 tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KERNELS = extension.available() and extension.kernels().has_bf16_products()
 
 @pytest.fixture(params=["kernels", "composed"])
 def way(request, monkeypatch):
-    """How it is computed."""
+    """How products are computed."""
     if request.param == "composed":
         monkeypatch.setattr(training, "takes_products", lambda *arguments, **indices: False)
     elif not KERNELS:
@@ -33,7 +33,7 @@ def random(*shape, seed=0):
 
 
 def mixture(n, e, k, d, f, routing="random"):
-    """Ids of the chosen experts, and what has a gradient: hidden states, routing weights, the two stacks."""
+    """Ids of the chosen experts, and the differentiable inputs: hidden states, routing weights, the two stacks."""
     ids = torch.stack([torch.randperm(e, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
     if routing == "first":
         ids = torch.arange(k).expand(n, -1)
@@ -50,7 +50,7 @@ def computed(function, inputs, **options):
 
 
 def assert_near(ours, theirs, operation="moe"):
-    """Each in fp32, and as near as tensors of bf16 must be."""
+    """Everything is fp32, and as close as bf16 tensors have to be."""
     allowed = [forward_tolerance(operation, BF16)] + [gradient_tolerance(operation, BF16)] * (len(ours) - 1)
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == torch.float32
@@ -95,7 +95,7 @@ def rounded(t):
 
 
 def by_definition(x, weight, grad):
-    """x W^T and its gradients for `grad`: products of rounded factors, in fp32."""
+    """x W^T and its gradients for `grad`: fp32 products of rounded factors."""
     return [rounded(x) @ rounded(weight).T, rounded(grad) @ rounded(weight), rounded(grad).T @ rounded(x)]
 
 
@@ -120,7 +120,7 @@ def test_linear(bias, way):
         pytest.param(300, 40, 520, id="more rows and columns than are gone through at a time"),
     ],
 )
-def test_kernels_round_factors_and_nothing_else(n, columns, rows):
+def test_kernels_round_only_the_factors(n, columns, rows):
     x, weight, grad = random(n, columns), random(rows, columns, seed=1), random(n, rows, seed=9)
     ours = computed(ops.linear, [x, weight], products=BF16)
     for mine, expected in zip(ours, by_definition(x, weight, grad), strict=True):
@@ -129,8 +129,8 @@ def test_kernels_round_factors_and_nothing_else(n, columns, rows):
 
 @pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
 @pytest.mark.parametrize("shape", [(37, 8, 3, 33, 17), (700, 2, 1, 130, 70), (20, 30, 2, 300, 140)], ids=str)
-def test_a_mixture_by_kernels_is_the_reference_but_for_halves(shape):
-    """Numbers between two neighbours of bf16 that differ in their last bit of fp32 may round to either of these."""
+def test_the_kernels_mixture_matches_the_reference_up_to_rounding_ties(shape):
+    """Values that differ in the last fp32 bit may round to either of two neighbouring bf16 values."""
     ids, inputs = mixture(*shape)
     with torch.no_grad():
         ours, reference = (
@@ -182,7 +182,7 @@ def test_attention_of_several_texts(way):
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[False, True, True, True, True]])], ids=["after others", "mask"])
-def test_attention_that_the_kernels_do_not_compute(mask, way):
+def test_attention_that_the_kernels_do_not_support(mask, way):
     inputs = [random(2, 2, 3 if mask is None else 5, 8), *(random(2, 2, 5, 8, seed=i) for i in (1, 2))]
     options = {"causal": mask is None, "mask": mask}
     ours = computed(ops.attention, inputs, products=BF16, **options)
@@ -190,15 +190,15 @@ def test_attention_that_the_kernels_do_not_compute(mask, way):
 
 
 @pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
-def test_attention_by_kernels_rounds_factors_and_nothing_else():
-    """As many tokens as have one top score, so that probabilities are rounded as they are before their sum is known."""
+def test_the_kernels_attention_rounds_only_the_factors():
+    """Few enough tokens to share one top score, so that probabilities are rounded before their sum is known."""
     inputs = heads_of(2, 2, 2, 50, 32)
     q, k, v = (rounded(t) for t in inputs)
     scores = (q @ k.mT / 32**0.5).masked_fill(torch.ones(50, 50).triu(1).bool(), float("-inf"))
     powers = (scores - scores.amax(-1, keepdim=True)).exp()
     expected = rounded(powers) @ v / powers.sum(-1, keepdim=True)
     ours = ops.attention(*inputs, causal=True, products=BF16)
-    # A power between two neighbours of bf16 may round to either of these.
+    # An exponential between two neighbouring bf16 values may round to either.
     assert float((ours - expected).abs().mean() / expected.abs().max()) < 2e-6
     assert error(ours, expected) < 1e-3
     leaves = [t.clone().requires_grad_() for t in inputs]
@@ -207,8 +207,8 @@ def test_attention_by_kernels_rounds_factors_and_nothing_else():
 
 
 @pytest.mark.skipif(not KERNELS, reason="without an instruction for it results are rounded, too")
-def test_gradients_of_queries_by_kernels_are_not_biased():
-    """Those of scores add up to zero for each query, up to how probabilities were rounded: equal keys get nothing."""
+def test_the_kernels_query_gradients_are_unbiased():
+    """Each query's score gradients sum to zero up to the rounding of probabilities: equal keys get no gradient."""
     q, _, v = heads_of(1, 1, 1, 200, 32)
     k = random(1, 1, 1, 32, seed=1).expand(1, 1, 200, 32)
     _, grad_q, grad_k, _ = computed(ops.attention, [q, k, v], causal=True, products=BF16)
@@ -216,7 +216,7 @@ def test_gradients_of_queries_by_kernels_are_not_biased():
 
 
 @pytest.mark.skipif(not KERNELS, reason="there is nothing to leave out")
-def test_kernels_without_the_instruction_leave_it_to_torch():
+def test_without_bf16_instructions_torch_computes():
     x, weight = random(3, 8).requires_grad_(), random(4, 8)
     assert training.takes_products(BF16, x, weight)
     assert not training.takes_products(torch.float16, x, weight)
@@ -248,7 +248,7 @@ def test_cross_entropy(n, ignored, way):
     assert_near(ours, computed(loss, inputs), "linear_cross_entropy")
 
 
-def test_derivatives_of_derivatives_are_those_of_the_reference(way):
+def test_second_derivatives_match_the_reference(way):
     ids, inputs = mixture(9, 4, 2, 8, 4)
     labels = torch.arange(9)
 
@@ -266,7 +266,7 @@ def test_derivatives_of_derivatives_are_those_of_the_reference(way):
         assert float((a - b).abs().max()) <= 2**-5 * float(b.abs().max())
 
 
-def test_transforms_of_torch_func_follow(way):
+def test_torch_func_transforms_work(way):
     ids, (x, weights, gate_up, down) = mixture(9, 4, 2, 8, 4)
 
     def loss(x):

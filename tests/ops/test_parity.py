@@ -1,6 +1,6 @@
 """Every backend of every operation against the reference: values, and the gradient of every input.
 
-Outputs that a backend allocates with `torch.empty` are poisoned with NaN, so that a row it forgets shows.
+Outputs that a backend allocates with `torch.empty` are poisoned with NaN, so that forgotten rows show.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=[True, False], ids=["native-bf16", "no-bf16-instructions"])
 def bf16_hardware(request, monkeypatch):
-    """Both kinds of CPU, on any CPU."""
+    """Both kinds of CPU, simulated on any CPU."""
     monkeypatch.setattr(torch_fast, "cpu_multiplies_bf16", lambda: request.param)
     return request.param
 
@@ -109,7 +109,7 @@ dtypes = pytest.mark.parametrize(
 
 
 def backends(operation):
-    """Every fast backend of an operation; that of the C++ kernels needs them built."""
+    """Every fast backend of an operation; the C++ kernels have to be built."""
     missing = pytest.mark.skipif(not cpu.available(), reason=f"{cpu.unavailable()}")
     names = [b for b in ops.backends(operation) if b != "reference"]
     return pytest.mark.parametrize("backend", [pytest.param(b, marks=[missing] * (b == "cpu")) for b in names])
@@ -130,7 +130,7 @@ def test_every_operation_is_compared_here():
     [
         (7, 33, 12, True),  # odd inner width
         (1, 16, 8, False),  # decode
-        (12, 64, 1100, True),  # more outputs than one converted piece
+        (12, 64, 1100, True),  # more outputs than one converted part
     ],
 )
 def test_linear(rows, width, out, bias, gradients, backend, dtype, bf16_hardware):
@@ -181,7 +181,7 @@ def test_apply_rope(lead, backend, dtype):
         (9, 9, 4, False, True),  # training
         (70, 70, 2, False, True),  # training on more tokens than a block has, grouped heads
         (1, 13, 4, False, False),  # decode
-        (5, 13, 2, False, True),  # a piece of a prompt after a cached prefix, grouped heads
+        (5, 13, 2, False, True),  # a chunk of a prompt after a cached prefix, grouped heads
         (6, 6, 1, True, True),  # padding, one KV head
         (1, 8, 4, True, False),  # decode of sequences of different lengths
     ],
@@ -342,7 +342,7 @@ def test_moe(shape, activation, backend, dtype):
     ("n", "ignored"),
     [
         (10, 3),
-        (700, 1),  # more tokens than one piece
+        (700, 1),  # more tokens than one part
         (5, 5),  # nothing to learn from: loss and gradients are zero, not NaN
     ],
 )

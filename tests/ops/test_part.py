@@ -1,6 +1,6 @@
-"""The parts of a mixture, by experts: their sum, and the sum of their gradients, is the whole mixture's.
+"""A mixture split by experts: the parts' outputs and gradients add up to the whole mixture's.
 
-Both ways: by the kernels of training, and composed of operations.
+Both ways: by the training kernels, and composed of operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ N, E, K, D, HIDDEN = 50, 6, 3, 16, 12
 
 @pytest.fixture(params=["kernels", "composed"])
 def way(request, monkeypatch):
-    """How it is computed; the other way must not be taken."""
+    """How the part is computed; the other way must not be used."""
     if request.param == "composed":
         monkeypatch.setattr(training, "takes", lambda *tensors, **indices: False)
     elif not training.takes(torch.ones(1, requires_grad=True)):
@@ -44,13 +44,13 @@ def chosen(among):
 
 
 def results(function, tensors):
-    """The value and all gradients, for a random gradient of it."""
+    """The value and all gradients, for a random incoming gradient."""
     out = function(*tensors)
     return [out.detach(), *torch.autograd.grad(out, tensors, random(*out.shape, seed=9).to(out.dtype))]
 
 
 def summed(ids, cuts, activation=F.silu, **options):
-    """The sum of the parts from each cut to the next one, each given its own experts only."""
+    """The sum of the parts between consecutive cuts, each given only its own experts."""
 
     def function(x, weights, gate_up, down):
         ranges = list(zip(cuts, [*cuts[1:], E], strict=True))
@@ -81,7 +81,7 @@ def test_parts_add_up(among, cuts, way):
         assert error(mine, theirs) < 5e-6
 
 
-def test_one_part_has_the_bits_of_the_whole(way):
+def test_a_single_part_equals_the_whole_bit_for_bit(way):
     ids, tensors = chosen(range(E)), inputs()
     if way == "composed":
         pytest.skip("the whole is computed by kernels")
@@ -89,9 +89,9 @@ def test_one_part_has_the_bits_of_the_whole(way):
         assert torch.equal(mine, theirs)
 
 
-def test_choices_of_others_have_no_gradient(way):
+def test_choices_of_other_parts_have_no_gradient(way):
     ids, (x, weights, gate_up, down) = chosen(range(E)), inputs()
-    for _ in range(3):  # memory that was used before
+    for _ in range(3):  # reused memory
         out = ops.moe_part(x, weights, ids, gate_up[2:4], down[2:4], F.silu, 2)
         _, grad = torch.autograd.grad(out.square().sum(), (x, weights))
         assert torch.equal(grad != 0, (ids >= 2) & (ids < 4))
@@ -120,7 +120,7 @@ def test_bf16_tensors_and_autocast():
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_tokens(products, grad):
+def test_empty_batches(products, grad):
     ids, (x, weights, gate_up, down) = chosen(range(E)), inputs()
     with torch.set_grad_enabled(grad):
         out = ops.moe_part(x[:0], weights[:0], ids[:0], gate_up[:2], down[:2], F.silu, 0, products=products)
@@ -129,13 +129,13 @@ def test_no_tokens(products, grad):
         assert not torch.autograd.grad(out.sum(), gate_up)[0].any()
 
 
-def test_without_gradients_the_parts_add_up_too():
+def test_parts_add_up_without_gradients_too():
     ids, tensors = chosen(range(E)), inputs()
     with torch.no_grad():
         assert error(summed(ids, (0, 2))(*tensors), whole(ids, backend="reference")(*tensors)) < 2e-6
 
 
-def test_derivatives_of_derivatives():
+def test_second_derivatives():
     ids, tensors = chosen(range(E)), inputs()
     found = []
     for function in (summed(ids, (0, 3)), whole(ids, backend="reference")):

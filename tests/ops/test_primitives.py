@@ -1,4 +1,4 @@
-"""What each primitive of the mixture of experts guarantees, whatever the backend."""
+"""What each mixture-of-experts primitive guarantees on every backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def logits(n=40, e=16, seed=0):
     return torch.randn(n, e, generator=torch.Generator().manual_seed(seed))
 
 
-def test_route_takes_the_largest_probabilities_in_falling_order(backend):
+def test_route_takes_the_largest_probabilities_in_descending_order(backend):
     weights, ids = ops.route(logits(), 5, backend=backend)
     probabilities = logits().softmax(-1)
     assert torch.equal(weights, weights.sort(dim=-1, descending=True)[0])
@@ -57,8 +57,8 @@ def test_sort_by_expert_is_a_stable_permutation_grouped_by_expert(backend):
     assert torch.equal(rows.order_M[rows.position_NK].flatten(), torch.arange(160))
 
 
-def test_combine_undoes_the_sorting(backend):
-    """With equal rows for a token, the sum is the row times the sum of the weights."""
+def test_combine_undoes_sort_by_expert(backend):
+    """If all rows of a token are equal, the result is the row times the sum of the weights."""
     weights, ids = ops.route(logits(), 4, backend=backend)
     rows = ops.sort_by_expert(ids, 16, backend=backend)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
@@ -66,8 +66,8 @@ def test_combine_undoes_the_sorting(backend):
     assert torch.allclose(out, x * weights.sum(-1, keepdim=True), atol=1e-6)
 
 
-def test_experts_touch_only_their_own_rows(backend):
-    """NaN weights of an expert that nobody chose must not reach anything."""
+def test_experts_affect_only_their_own_rows(backend):
+    """NaN weights of an expert that no token chose must not affect anything."""
     ids = torch.tensor([[0, 2], [2, 0], [0, 2]])
     gate_up, down = torch.randn(4, 8, 6), torch.randn(4, 6, 4)
     gate_up[1] = down[1] = gate_up[3] = down[3] = float("nan")

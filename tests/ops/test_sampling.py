@@ -1,4 +1,4 @@
-"""The definition of sampling: random numbers, distributions, and what each parameter does to a row by hand."""
+"""The definition of sampling: random numbers, distributions, and each parameter's effect worked out by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def backend(request):
 
 
 def test_random_numbers_are_philox():
-    """The known answers that its authors publish with it (Random123, philox4x32 of 10 rounds)."""
+    """Known-answer tests published by its authors (Random123, philox4x32 with 10 rounds)."""
     ones = 2**32 - 1
     assert philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox((ones,) * 4, (ones, ones)) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -28,7 +28,7 @@ def test_random_numbers_are_philox():
     assert philox(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
-def test_random_numbers_are_counted_by_seed_and_position():
+def test_random_numbers_depend_on_seed_and_position():
     assert uniform(0, 0) == (0x6627E8D5E169C58D >> 11) / 2**53
     numbers = [uniform(seed, position) for seed in (0, 1, 2**32, 2**63 - 1) for position in (0, 1, 2**32)]
     assert len(set(numbers)) == len(numbers)
@@ -50,7 +50,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_many_draws_pass_a_chi_square_test_against_the_definition(name, backend):
-    """20,000 draws, one for each position; the limit is what one in 100,000 right samplers would exceed."""
+    """20,000 draws, one per position; one in 100,000 correct samplers would exceed the limit."""
     count, chunk, v = 20_000 if backend == "cpu" else 2_000, 500, 12  # the definition is slow
     logits = torch.randn(v, generator=torch.Generator().manual_seed(8))
     row = SamplingRow(**({"temperature": 1.0, "ids": array("q", [0, 5, 5]), "prompt_length": 1} | PARAMETERS[name]))
@@ -69,20 +69,20 @@ def test_many_draws_pass_a_chi_square_test_against_the_definition(name, backend)
     assert degrees >= 2
 
 
-def test_of_equal_scores_greedy_takes_the_lower_id(backend):
+def test_greedy_breaks_ties_by_the_lower_id(backend):
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0], [-0.0, 0.0, -1.0, -0.0], [5.0] * 4])
     assert ops.sample(logits, [SamplingRow()] * 3, 4, backend=backend).ids.tolist() == [1, 0, 0]
 
 
 def kept(row: SamplingRow, logits: torch.Tensor, backend: str) -> set[int]:
-    """What a row can choose, by many draws at once."""
+    """The tokens that a row can choose, found by many draws at once."""
     rows = [SamplingRow(**{**vars(row), "seed": 1, "position": p}) for p in range(400)]
     return set(ops.sample(logits.expand(400, -1), rows, len(logits), backend=backend).ids.tolist())
 
 
 def test_ties_at_the_edge_of_each_filter(backend):
     logits = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    assert kept(SamplingRow(temperature=1.0, top_k=1), logits, backend) == {1, 2, 4}  # all equal to the last stay
+    assert kept(SamplingRow(temperature=1.0, top_k=1), logits, backend) == {1, 2, 4}  # all tied with the last one stay
     assert kept(SamplingRow(temperature=1.0, top_k=4), logits, backend) == {0, 1, 2, 3, 4, 5}
     assert kept(SamplingRow(temperature=1.0, min_p=1.0), logits, backend) == {1, 2, 4}
     assert kept(SamplingRow(temperature=1.0, top_p=1e-9), logits, backend) == {1}  # the lower id comes first
@@ -92,7 +92,7 @@ def test_ties_at_the_edge_of_each_filter(backend):
     assert kept(SamplingRow(temperature=1.0, top_k=3, top_p=0.5), same, backend) == {0, 1, 2, 3, 4}
 
 
-def test_a_row_with_nothing_to_choose_says_so_and_others_go_on(backend):
+def test_a_row_without_choices_is_reported_and_others_continue(backend):
     logits = torch.zeros(5, 40)
     logits[1, 3], logits[2, 39] = torch.nan, torch.inf
     nothing, padding_only = torch.zeros(2, dtype=torch.int32), torch.tensor([0, 1 << 7], dtype=torch.int32)
@@ -108,7 +108,7 @@ def test_a_row_with_nothing_to_choose_says_so_and_others_go_on(backend):
     assert (samples.top_ids == -1).all()
 
 
-def test_only_one_allowed_token_is_the_choice_whatever_the_filters(backend):
+def test_a_single_allowed_token_is_chosen_whatever_the_filters(backend):
     logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(3, dtype=torch.int32)
     mask[2] = 1 << 1

@@ -1,6 +1,6 @@
-"""What follows operations one by one: second derivatives, forward mode, and the transforms of torch.func.
+"""Transforms that trace single operations: second derivatives, forward mode, and torch.func.
 
-Every operation of the backend "torch" (and what "auto" chooses) against the reference, whose code torch follows itself.
+Every operation of the backend "torch" (and what "auto" chooses) against the reference, which torch traces itself.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ def scalar(function, **options):
     return lambda *inputs: (function(*inputs, **options) ** 3).sum()
 
 
-def test_every_operation_is_here():
+def test_every_operation_is_covered():
     tested = {name.partition(",")[0] for name in CALLS}
-    chosen = {"sort_by_expert", "sample"}  # whose results are numbers of experts and tokens
-    # Differences of what is rounded say nothing; these are in test_lowered.py.
+    chosen = {"sort_by_expert", "sample"}  # their results are ids
+    # Numeric differences of rounded results say nothing; test_lowered.py tests these.
     rounding = {"lowered_linear", "lowered_attention", "lowered_moe", "lowered_cross_entropy"}
     assert sorted(tested | chosen | rounding) == sorted(ops.dispatch._REGISTRY)
 
 
 @every
 @pytest.mark.parametrize("order", [2, 3])
-def test_derivatives_of_derivatives(name, order):
+def test_second_derivatives(name, order):
     function, inputs = CALLS[name]
     results = {}
     for backend in ("reference", "auto"):
@@ -114,8 +114,8 @@ def test_derivatives_of_derivatives(name, order):
 
 
 @every
-def test_one_input_that_wants_gradients(name):
-    """The others are frozen, as under adapters or for a gradient penalty on inputs."""
+def test_gradients_of_a_single_input(name):
+    """The others are frozen, as with adapters or a gradient penalty on inputs."""
     function, inputs = CALLS[name]
     for wanted in range(len(inputs)):
         results = {}
@@ -129,8 +129,8 @@ def test_one_input_that_wants_gradients(name):
 
 
 @every
-def test_gradients_that_are_one_number_repeated(name):
-    """As sums give them; torch's grouped product refuses such memory."""
+def test_expanded_scalar_gradients(name):
+    """As a sum produces them; torch's grouped product refuses such memory."""
     function, inputs = CALLS[name]
     results = {}
     for backend in ("reference", "auto"):
@@ -142,8 +142,8 @@ def test_gradients_that_are_one_number_repeated(name):
 
 
 @every
-def test_numeric_second_derivatives(name):
-    """Against differences of first ones: the reference may be wrong in the same way."""
+def test_second_derivatives_match_numeric_ones(name):
+    """Against differences of first derivatives, since the reference could be wrong in the same way."""
     function, inputs = CALLS[name]
     directions = [random(*t.shape, seed=30 + i) for i, t in enumerate(inputs)]
 
@@ -166,7 +166,7 @@ def test_forward_mode(name):
     tangents = tuple(random(*t.shape, seed=40 + i) for i, t in enumerate(inputs))
     with torch.no_grad():
         expected = jvp(lambda *t: function(*t, backend="reference"), tuple(inputs), tangents)
-        close(jvp(function, tuple(inputs), tangents), expected)  # also where the kernels would be chosen
+        close(jvp(function, tuple(inputs), tangents), expected)  # even where the kernels would be chosen
         with forward_ad.dual_level():
             dual = [forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)]
             close(tuple(forward_ad.unpack_dual(function(*dual))), expected)
@@ -182,7 +182,7 @@ def test_jacobians(name, transform):
 
 
 @every
-def test_many_gradients_at_once(name):
+def test_vmap_over_incoming_gradients(name):
     function, inputs = CALLS[name]
     results = {}
     for backend in ("reference", "auto"):
@@ -203,7 +203,7 @@ def test_vmap_over_inputs(name, training):
 
 
 @every
-def test_gradients_of_each_example(name):
+def test_per_example_gradients(name):
     """vmap over gradients: the first input is the example, the others are shared."""
     function, inputs = CALLS[name]
     batch = torch.stack([inputs[0], 2 * inputs[0], inputs[0].flip(0)])
@@ -214,7 +214,7 @@ def test_gradients_of_each_example(name):
 
 
 def routed(x, router, gate_up, down):
-    """A whole block, whose experts are chosen example by example."""
+    """A whole block, whose experts are chosen per example."""
     weights_NK, ids_NK = ops.route(x @ router.T, K)
     rows = ops.sort_by_expert(ids_NK, E)
     split = ops.experts(ops.gather_rows(x, rows), rows.offsets_E, gate_up, down, F.silu)
@@ -222,7 +222,7 @@ def routed(x, router, gate_up, down):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_vmap_over_what_decides_the_routing(training):
+def test_vmap_over_the_input_of_the_router(training):
     x, router = random(4, N, D), random(E, D, seed=4)
     with torch.set_grad_enabled(training):
         expected = torch.stack([routed(row, router, *WEIGHTS) for row in x])
@@ -232,7 +232,7 @@ def test_vmap_over_what_decides_the_routing(training):
         close(vmap(routed, in_dims=(None, 0, None, None))(x[0], routers, *WEIGHTS), expected)
 
 
-def test_gradients_of_each_example_through_the_routing():
+def test_per_example_gradients_through_routing():
     x, router = random(4, N, D), random(E, D, seed=4)
     gradient = grad(scalar(routed), (0, 1, 2, 3))
     found = vmap(gradient, in_dims=(0, None, None, None))(x, router, *WEIGHTS)
@@ -252,8 +252,8 @@ def test_transforms_in_half_precision(dtype):
     close(wide, expected, 0.02)
 
 
-def test_first_order_passes_are_not_those_of_plain_code(monkeypatch):
-    """What training runs is unchanged: nothing plain is computed unless somebody follows."""
+def test_first_order_passes_do_not_use_plain_code(monkeypatch):
+    """Ordinary training is unchanged: plain code runs only under a transform."""
     for module, names in (
         (ops.torch_fast.composable, ("sum_rows", "combine_gradients", "gated_unit_gradient", "experts", "moe")),
         (ops.torch_fast, ("plain_gradients", "plain_cross_entropy", "plain_attention")),
@@ -265,7 +265,7 @@ def test_first_order_passes_are_not_those_of_plain_code(monkeypatch):
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
-def test_kernels_are_not_given_what_they_cannot_see():
+def test_kernels_refuse_transformed_and_fake_tensors():
     x = torch.randn(2, 4)
     reasons = []
 
@@ -294,7 +294,7 @@ def test_kernels_are_not_given_what_they_cannot_see():
     assert extension.unsupported(x.requires_grad_().detach()) is None
 
 
-def test_what_is_at_work_is_known():
+def test_active_transforms_are_detected():
     x = torch.randn(2, 3)
     seen = []
     vmap(lambda t: seen.append((transformed(), mapped(t), mapped(x))) or t)(x)

@@ -1,4 +1,4 @@
-"""fp32 inputs and frozen weights in half precision: the results of fp32 weights, without a copy of them in memory."""
+"""fp32 inputs with frozen half-precision weights: the results of fp32 weights without an fp32 copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [3, 256, 700])  # less than a part of the weight, one, several with a rest
+@pytest.mark.parametrize("rows", [3, 256, 700])  # less than one part of the weight, one, several and a remainder
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
 def test_linear(rows, dtype, bias, backend):
@@ -53,7 +53,7 @@ def test_a_trained_weight_has_its_gradient():
     torch.testing.assert_close(weight.grad.float(), values(3, 8).sum(0).expand(5, 8), rtol=1e-2, atol=1e-2)
 
 
-def test_gradients_are_differentiated_again():
+def test_gradients_can_be_differentiated_again():
     weight, x = values(5, 8).bfloat16(), values(3, 8).requires_grad_(True)
     y = ops.linear(x, weight, backend="torch").square().sum()
     (grad,) = torch.autograd.grad(y, x, create_graph=True)

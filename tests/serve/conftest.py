@@ -1,4 +1,4 @@
-"""A real server on a free port, over the shipped olmoe-tiny, in a thread of the test's process."""
+"""A real server on a free port with the shipped olmoe-tiny, in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from olmoe.serve.state import ServerState, ServeSettings, make_state
 
 @dataclass
 class Running:
-    """A server that runs: where, and what is inside."""
+    """A running server: its address and its parts."""
 
     url: str  # without a slash at the end
     host: str
@@ -35,7 +35,7 @@ class Running:
         return self.state.engine
 
     def stop(self) -> None:
-        """As a signal does."""
+        """Stop as on a signal."""
         self.server.loop.call_soon_threadsafe(self.server.stop)
 
     def call(self, path: str, body=None, *, headers=None, method: str | None = None, timeout: float = 60):
@@ -60,7 +60,7 @@ class Running:
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
     def idle(self, seconds: float = 10) -> bool:
-        """Whether, before long, nothing runs or waits and every block is free."""
+        """Whether the engine soon has nothing running or waiting and every block is free."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             now = self.engine.statistics()
@@ -71,7 +71,7 @@ class Running:
 
 
 def until(condition, seconds: float = 10) -> bool:
-    """Whether a condition comes true in time."""
+    """Whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -110,7 +110,7 @@ def start(llm: LLM, settings: ServeSettings | None = None, **options) -> Running
 
 @pytest.fixture
 def run_server(tiny_llm):
-    """Start servers with settings or engine options of their own; they end with the test."""
+    """Start servers with their own settings or engine options; they stop with the test."""
     running = []
 
     def run(settings: ServeSettings | None = None, **options) -> Running:
@@ -131,7 +131,7 @@ def server(tiny_llm) -> Running:
 
 
 def end(running: Running) -> None:
-    """Stop at once, whatever runs."""
+    """Stop at once, whatever is running."""
     if running.thread.is_alive():
         running.stop()
         running.stop()

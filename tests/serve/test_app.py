@@ -1,4 +1,4 @@
-"""Routes, keys, other origins, errors that are no endpoint's, and the description of it all."""
+"""Routes, keys, other origins, errors outside endpoints, and the API description."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def guarded(tiny_llm):
     end(running)
 
 
-def test_models(server):
+def test_models_are_listed(server):
     status, body, _ = server.call("/v1/models")
     assert status == 200
     (card,) = body["data"]
@@ -45,7 +45,7 @@ def test_models(server):
         ("PUT", "/v1/chat/completions", 405),
     ],
 )
-def test_what_is_not_there_is_told_in_the_same_shape(server, method, path, status):
+def test_unknown_routes_give_errors_in_the_same_shape(server, method, path, status):
     got, body, headers = server.call(path, method=method)
     assert (got, set(body["error"])) == (status, {"message", "type", "param", "code"})
     if status == 405:
@@ -55,7 +55,7 @@ def test_what_is_not_there_is_told_in_the_same_shape(server, method, path, statu
 @pytest.mark.parametrize(
     "headers", [{"authorization": "Bearer secret"}, {"authorization": "bearer other"}, {"x-api-key": "secret"}]
 )
-def test_keys_open_the_door(guarded, headers):
+def test_a_valid_key_is_required(guarded, headers):
     assert guarded.call("/v1/completions", COMPLETION, headers=headers)[0] == 200
     assert guarded.call("/v1/models", headers=headers)[0] == 200
 
@@ -65,23 +65,23 @@ def test_keys_open_the_door(guarded, headers):
     [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}, {"x-api-key": ""}],
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/models", "/metrics", "/openapi.json", "/tokenizer_info", "/nowhere"])
-def test_everything_but_probes_is_guarded(guarded, headers, path):
+def test_all_routes_but_probes_require_a_key(guarded, headers, path):
     status, body, answered = guarded.call(path, headers=headers)
     assert (status, body["error"]["code"]) == (401, "invalid_api_key")
     assert answered["www-authenticate"] == "Bearer"
 
 
-def test_a_guarded_post_is_refused_before_its_body(guarded):
+def test_a_post_without_a_key_is_refused_before_its_body(guarded):
     assert guarded.call("/v1/completions", b"x" * 100)[0] == 401
     assert guarded.call("/v1/chat/completions", {"messages": []})[0] == 401
 
 
-def test_probes_are_open(guarded):
+def test_probes_need_no_key(guarded):
     assert guarded.call("/health")[0] == guarded.call("/ready")[0] == 200
-    assert guarded.call("/")[0] in (200, 404)  # the page, which asks for a key itself
+    assert guarded.call("/")[0] in (200, 404)  # the page, which asks for the key by itself
 
 
-def test_any_key_is_taken_where_there_are_none(server):
+def test_any_key_is_accepted_if_none_is_configured(server):
     assert server.call("/v1/completions", COMPLETION, headers={"authorization": "Bearer fake-api-key"})[0] == 200
 
 
@@ -101,7 +101,7 @@ def test_each_key_has_its_own_prefix_cache(guarded, run_server):
     assert [cached(shared, "secret") > 0, cached(shared, "other") > 0] == [False, True]
 
 
-def test_other_origins_are_kept_out_by_default(server):
+def test_other_origins_are_refused_by_default(server):
     headers = {"origin": "https://evil.example"}
     _, _, answered = server.call("/v1/models", headers=headers)
     assert "access-control-allow-origin" not in answered
@@ -112,18 +112,18 @@ def test_other_origins_are_kept_out_by_default(server):
     assert "access-control-allow-origin" not in answered
 
 
-def test_an_origin_that_is_let_in(guarded):
+def test_allowed_origins_are_accepted(guarded):
     asked = {"origin": "https://page.example", "access-control-request-method": "POST",
              "access-control-request-headers": "authorization,content-type"}  # fmt: skip
     status, _, answered = guarded.call("/v1/completions", method="OPTIONS", headers=asked)
     assert (status, answered["access-control-allow-origin"]) == (200, "https://page.example")
     _, _, answered = guarded.call("/v1/models", headers={"origin": "https://page.example"})
-    assert answered["access-control-allow-origin"] == "https://page.example"  # on errors as well, for pages to read
+    assert answered["access-control-allow-origin"] == "https://page.example"  # also on errors, for pages to read
     _, _, answered = guarded.call("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in answered
 
 
-def test_the_queue_has_an_end(run_server):
+def test_the_queue_is_bounded(run_server):
     running = run_server(ServeSettings(port=0, max_queued_requests=4, max_queued_tokens=40), max_rows=1)
     long = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
     import threading
@@ -148,7 +148,7 @@ def test_the_queue_has_an_end(run_server):
     assert 'reason="queue_tokens"} 1.0' in text
 
 
-def test_an_engine_that_fails_is_told_to_everybody(run_server, monkeypatch):
+def test_a_failing_engine_is_reported_to_all_clients(run_server, monkeypatch):
     running = run_server()
     assert running.call("/health")[0] == 200
 

@@ -1,4 +1,4 @@
-"""A batch through the endpoints: many at once, errors as answers, and an end that loses nothing."""
+"""Batches through the endpoints: concurrency, errors as answers, and stopping without losing anything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Body(BaseModel):
 
 
 class Fake:
-    """An endpoint that answers when told to, and what was asked of it."""
+    """An endpoint that answers when told to and records its requests."""
 
     def __init__(self, action=None) -> None:
         self.running = self.most = 0
@@ -72,7 +72,7 @@ def line(name: str, url: str = URL, **body) -> BatchLine:
     return BatchLine(1, name, url, {"prompt": name} | body)
 
 
-def test_all_are_answered_with_so_many_in_flight_and_no_more():
+def test_all_are_answered_with_a_bounded_number_in_flight():
     fake, taken = Fake(), []
 
     def lines():
@@ -88,7 +88,7 @@ def test_all_are_answered_with_so_many_in_flight_and_no_more():
     assert max(taken) < 9  # lines are read as they are needed
 
 
-def test_what_is_wrong_with_a_request_is_its_answer(caplog):
+def test_an_invalid_request_is_answered_with_its_error(caplog):
     async def act(prompt):
         if prompt == "api":
             raise invalid("temperature must be at least 0, not -1.", "temperature")
@@ -117,7 +117,7 @@ def test_what_is_wrong_with_a_request_is_its_answer(caplog):
     assert all(each["error"] is None for each in written)
 
 
-def test_stopping_aborts_what_runs_and_writes_no_answer_for_it():
+def test_stopping_aborts_running_requests_and_writes_no_answer_for_them():
     async def act(prompt):
         if prompt == "6":
             fake.event.set()
@@ -157,7 +157,7 @@ def test_a_full_disk_ends_the_run():
     assert fake.running == 0
 
 
-def test_a_file_made_for_another_model_is_answered_and_that_is_said_once(caplog):
+def test_a_file_made_for_another_model_is_answered_with_one_warning(caplog):
     caplog.set_level(logging.WARNING, "olmoe")
     fake = Fake()
     fake.run([line("a", model="gpt-x"), line("b", model="gpt-x"), line("c", model="served"), line("d", model="other")])
@@ -168,8 +168,8 @@ def test_a_file_made_for_another_model_is_answered_and_that_is_said_once(caplog)
 # ---- over the engine ----
 
 
-def test_the_engine_answers_as_it_does_over_http(server):
-    """The same bodies, at once and mixed, one of them wrong."""
+def test_the_engine_answers_the_same_as_over_http(server):
+    """The same bodies, concurrently and mixed, one of them invalid."""
     bodies = {
         "text": (URL, {"prompt": "Once upon a time", "max_tokens": 8}),
         "ids": (URL, {"prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 2}),
@@ -185,7 +185,7 @@ def test_the_engine_answers_as_it_does_over_http(server):
         work = BatchRun(server.state, endpoints, written.append, in_flight=3)
         await work.run([BatchLine(1, name, url, body) for name, (url, body) in bodies.items()], asyncio.Event())
 
-    # The state belongs to the loop of its server.
+    # The state belongs to its server's event loop.
     asyncio.run_coroutine_threadsafe(everything(), server.server.loop).result(60)
     for each in written:
         status, body = expected[each["custom_id"]]

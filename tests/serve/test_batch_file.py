@@ -1,4 +1,4 @@
-"""Batch files: what is refused before anything runs, and how an interrupted run goes on."""
+"""Batch files: what is refused before anything runs, and how an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(path, *lines) -> str:
     return str(path)
 
 
-def test_requests_are_read_and_read_again(tmp_path):
+def test_requests_can_be_read_repeatedly(tmp_path):
     path = tmp_path / "in.jsonl"
     text = "\ufeff" + json.dumps(line("ä")) + "\r\n\n" + json.dumps(line("b", "/v1/chat/completions"))
     path.write_text(text, encoding="utf-8")
@@ -37,7 +37,7 @@ def test_requests_are_read_and_read_again(tmp_path):
     batch.close()
 
 
-def test_requests_come_from_stdin(monkeypatch):
+def test_requests_may_come_from_stdin(monkeypatch):
     data = (json.dumps(line("a")) + "\n" + json.dumps(line("b"))).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     batch = BatchInput("-")
@@ -63,13 +63,13 @@ def test_requests_come_from_stdin(monkeypatch):
         ("caf\udce9", "Line 1 of IN is not JSON;"),
     ],
 )
-def test_what_is_no_batch_is_one_sentence(tmp_path, monkeypatch, content, sentence):
+def test_invalid_batches_are_refused(tmp_path, monkeypatch, content, sentence):
     (tmp_path / "IN").write_bytes(content.encode("utf-8", "surrogateescape"))
     monkeypatch.chdir(tmp_path)
     assert refused(lambda: BatchInput("IN")).startswith(sentence)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert refused(lambda: BatchInput("no.jsonl")) == "There is no batch file 'no.jsonl'; check its name."
     assert "Is a directory" in refused(lambda: BatchInput(tmp_path))
 
@@ -81,7 +81,7 @@ def answers(path) -> list[str]:
     return [json.loads(each)["custom_id"] for each in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_lines_are_openais(tmp_path):
+def test_output_lines_are_openais(tmp_path):
     path = tmp_path / "sub" / "out.jsonl"
     with BatchOutput(path, ["a"]) as output:
         output.write(result("a", 200, {"text": "ü"}))
@@ -94,7 +94,7 @@ def test_lines_are_openais(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30, None])
-def test_a_torn_line_is_cut_off_and_the_rest_stays(tmp_path, cut):
+def test_a_partial_last_line_is_removed_and_the_rest_kept(tmp_path, cut):
     path = tmp_path / "out.jsonl"
     with BatchOutput(path, "abc") as output:
         output.write(result("a", 200, {}))
@@ -110,7 +110,7 @@ def test_a_torn_line_is_cut_off_and_the_rest_stays(tmp_path, cut):
     assert answers(path) == ["a", "b", "c"]
 
 
-def test_a_file_of_something_else_stays_as_it_is(tmp_path):
+def test_an_unrelated_output_file_is_not_modified(tmp_path):
     path = tmp_path / "out.jsonl"
     for content, sentence in (
         ("a text\n", "Line 1 of "),
@@ -128,7 +128,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_two_runs_do_not_write_one_file(tmp_path):
+def test_two_runs_cannot_write_the_same_file(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "out.jsonl"
     with BatchOutput(path, ["a"]):
@@ -136,7 +136,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     BatchOutput(path, ["a"]).close()
 
 
-def test_answers_reach_the_disk_now_and_then(tmp_path, monkeypatch):
+def test_answers_are_flushed_to_disk_regularly(tmp_path, monkeypatch):
     from olmoe.serve import batch_file
 
     synced = []
@@ -148,16 +148,16 @@ def test_answers_reach_the_disk_now_and_then(tmp_path, monkeypatch):
     assert len(synced) == 3
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_path_is_refused(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "cannot be written (File exists)" in refused(lambda: BatchOutput(tmp_path / "file" / "out", []))
     assert "cannot be written (Is a directory)" in refused(lambda: BatchOutput(tmp_path, []))
-    # What can be read without end is not searched for earlier answers.
+    # An endless output is not searched for earlier answers.
     assert "/dev/full is not a regular file" in refused(lambda: BatchOutput("/dev/full", []))
 
 
-def test_requests_come_from_a_pipe(tmp_path):
-    """As a shell's <(command) gives them."""
+def test_requests_may_come_from_a_pipe(tmp_path):
+    """As from a shell's <(command)."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("there are no named pipes here")
     pipe = tmp_path / "pipe"
@@ -170,7 +170,7 @@ def test_requests_come_from_a_pipe(tmp_path):
     batch.close()
 
 
-def test_an_id_that_is_no_unicode_is_known_again(tmp_path):
+def test_an_id_that_is_not_valid_unicode_is_matched_again(tmp_path):
     name = "\ud83d"
     with BatchOutput(tmp_path / "out", {name: 1}) as output:
         output.write(result(name, 200, {}))

@@ -20,7 +20,7 @@ def ask(server, **fields):
     return body
 
 
-def test_the_answer_is_that_of_the_library(server, tiny_llm):
+def test_the_answer_equals_the_librarys(server, tiny_llm):
     (expected,) = tiny_llm.chat(MESSAGES, SamplingParams(max_new_tokens=12))
     body = ask(server)
     (choice,) = body["choices"]
@@ -59,14 +59,14 @@ def test_logprobs(server):
     assert ask(server, logprobs=True, top_logprobs=None)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def test_the_limit_is_what_the_context_leaves(server):
+def test_the_default_limit_is_the_remaining_context(server):
     body = ask(server, max_tokens=None, ignore_eos=True)
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["total_tokens"] == 512
     assert ask(server, max_tokens=9, max_completion_tokens=3, ignore_eos=True)["usage"]["completion_tokens"] == 3
 
 
-def test_a_pool_smaller_than_the_context_leaves_less(run_server, tiny_llm):
+def test_a_small_pool_lowers_the_default_limit(run_server, tiny_llm):
     running = run_server(cache_bytes=128 * tiny_llm.runner.position_bytes)
     body = ask(running, max_tokens=None, ignore_eos=True)
     assert body["usage"]["total_tokens"] == 128
@@ -76,7 +76,7 @@ def test_a_pool_smaller_than_the_context_leaves_less(run_server, tiny_llm):
     assert body["error"]["param"] == "messages"
 
 
-def test_messages_of_every_kind(server, tiny_llm):
+def test_every_kind_of_message_is_accepted(server, tiny_llm):
     expected = tiny_llm.tokenizer.encode_chat(
         [
             {"role": "system", "content": "Be kind."},
@@ -117,7 +117,7 @@ def test_prompt_logprobs_and_routing(server):
     assert first["prompt_routing"] == body["prompt_routing"]
 
 
-def test_stops_split_over_tokens_do_not_leak(server):
+def test_stop_strings_split_over_tokens_do_not_leak(server):
     whole = ask(server, max_tokens=60)["choices"][0]["message"]["content"]
     assert len(whole) > 20
     for begin in range(8, 14):
@@ -182,8 +182,8 @@ def test_more_messages_than_tokens_are_refused_before_they_are_rendered(server, 
     assert "has 513 messages" in answer["error"]["message"]
 
 
-def test_what_is_large_is_read_beside_the_loop(server, monkeypatch):
-    """Calls in the history are no tools of the request, and may be as many."""
+def test_large_bodies_are_parsed_off_the_event_loop(server, monkeypatch):
+    """Calls in the history are not the request's tools, and there may be many."""
     threads = []
     original = tools.plan
     monkeypatch.setattr(

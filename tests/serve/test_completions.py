@@ -27,7 +27,7 @@ def refused(server, **fields):
     return body["error"]["param"], body["error"]["message"]
 
 
-def test_the_text_is_that_of_the_library(server, tiny_llm):
+def test_the_text_equals_the_librarys(server, tiny_llm):
     (expected,) = tiny_llm.generate(PROMPT, SamplingParams(max_new_tokens=12))
     body = ask(server)
     (choice,) = body["choices"]
@@ -40,12 +40,12 @@ def test_the_text_is_that_of_the_library(server, tiny_llm):
     assert body["usage"]["total_tokens"] == 16
 
 
-def test_sixteen_tokens_are_the_default(server):
+def test_the_default_limit_is_sixteen_tokens(server):
     _, body, _ = server.call(PATH, {"prompt": PROMPT, "ignore_eos": True})
     assert body["usage"]["completion_tokens"] == 16
 
 
-def test_prompts_of_every_kind(server, tiny_llm):
+def test_every_kind_of_prompt_is_accepted(server, tiny_llm):
     ids = tiny_llm.tokenizer.encode(PROMPT)
     texts = [c["text"] for c in ask(server, prompt=[PROMPT, "The dog", PROMPT])["choices"]]
     assert texts[0] == texts[2] != texts[1]
@@ -60,7 +60,7 @@ def test_usage_counts_each_prompt_once(server):
     assert usage["completion_tokens"] == 6 * 12
 
 
-def test_a_stream_is_the_whole_answer_in_parts(server):
+def test_stream_parts_add_up_to_the_whole_answer(server):
     whole = ask(server, logprobs=2, n=2, seed=3, temperature=1, echo=True)
     events = server.events(PATH, {**GREEDY, "logprobs": 2, "n": 2, "seed": 3, "temperature": 1, "echo": True,
                                   "stream_options": {"include_usage": True}})  # fmt: skip
@@ -78,8 +78,8 @@ def test_a_stream_is_the_whole_answer_in_parts(server):
             assert [value for c in mine if c["logprobs"] for value in c["logprobs"][name]] == values
 
 
-def test_running_usage(server):
-    # Long enough that no single event tells of all, however late the reader is.
+def test_usage_can_be_streamed_continuously(server):
+    # Long enough that no single event covers everything, however slow the reader is.
     body = {**GREEDY, "max_tokens": 100, "ignore_eos": True}
     events = server.events(PATH, {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}})
     counts = [event["usage"]["completion_tokens"] for event in events[:-1]]
@@ -89,8 +89,8 @@ def test_running_usage(server):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_running_usage_counts_what_has_been_told(server, chat):
-    """Not what the engine has made meanwhile."""
+def test_continuous_usage_counts_only_what_was_sent(server, chat):
+    """Not what the engine has generated in the meantime."""
     path = "/v1/chat/completions" if chat else PATH
     body = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
     body |= {"max_tokens": 40, "n": 3, "ignore_eos": True, "return_token_ids": True}
@@ -132,7 +132,7 @@ def test_no_new_tokens_score_the_prompt_alone(server):
     assert [e if e == "[DONE]" else e["choices"][0]["text"] for e in events] == [PROMPT, "[DONE]"]
 
 
-def test_tokens_of_half_characters_have_texts_of_their_own(server, tiny_llm):
+def test_tokens_of_partial_characters_have_their_own_text(server, tiny_llm):
     ids = tiny_llm.tokenizer.encode("é☃𝄞")
     choice = ask(server, prompt=ids, echo=True, max_tokens=1, logprobs=0)["choices"][0]
     assert choice["text"].startswith("é☃𝄞")
@@ -198,7 +198,7 @@ def test_a_router_policy_changes_the_text_and_shows(server):
         ({"model": "olmoe-tiny", "nonsense": 1, "suffix": None, "best_of": None}, lambda c: c["text"]),
     ],
 )  # fmt: skip
-def test_fields(server, fields, check):
+def test_fields_take_effect(server, fields, check):
     assert check(ask(server, **fields)["choices"][0])
 
 
@@ -211,7 +211,7 @@ def test_stop_ids_and_allowed_ids(server, tiny_llm):
     assert len(ids) == 12
 
 
-def test_ids_show_as_no_text_and_ignore_eos_goes_on(server, tiny_llm):
+def test_special_ids_have_no_text_and_ignore_eos_continues(server, tiny_llm):
     eos = tiny_llm.tokenizer.eos_ids[0]
     fields = {"allowed_token_ids": [eos], "max_tokens": 9, "return_token_ids": True}
     choice = ask(server, **fields)["choices"][0]
@@ -220,7 +220,7 @@ def test_ids_show_as_no_text_and_ignore_eos_goes_on(server, tiny_llm):
     assert (choice["finish_reason"], choice["text"], choice["token_ids"]) == ("length", "", [eos] * 9)
 
 
-def test_bad_words_do_not_come(server):
+def test_bad_words_are_never_generated(server):
     text = ask(server, max_tokens=30)["choices"][0]["text"]
     assert " little girl" in text
     choice = ask(server, max_tokens=30, bad_words=["little girl", ","])["choices"][0]
@@ -289,7 +289,7 @@ def test_mistakes_are_named(server, fields, param):
     assert refused(server, **fields)[0] == param
 
 
-def test_other_models_are_unknown(server):
+def test_unknown_models_are_refused(server):
     status, body, _ = server.call(PATH, {**GREEDY, "model": "gpt-9"})
     assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
 
@@ -300,7 +300,7 @@ def test_a_limit_beyond_the_context_ends_with_length(server):
     assert body["usage"]["total_tokens"] == 512
 
 
-def test_no_stream_has_broken_characters(server):
+def test_streams_never_split_characters(server):
     events = server.events(PATH, {"prompt": "é☃", "temperature": 2, "seed": 1, "max_tokens": 300, "ignore_eos": True,
                                   "allowed_token_ids": list(range(256))})  # fmt: skip
     texts = [e["choices"][0]["text"] for e in events[:-1]]
@@ -309,14 +309,14 @@ def test_no_stream_has_broken_characters(server):
     assert "".join(texts) == whole
 
 
-def test_logprobs_are_raw_whatever_the_sampling(server):
+def test_logprobs_are_raw_regardless_of_sampling(server):
     cold = ask(server, logprobs=1, max_tokens=1)["choices"][0]["logprobs"]["token_logprobs"][0]
     warm = ask(server, logprobs=1, max_tokens=1, temperature=5, top_k=1)["choices"][0]["logprobs"]["token_logprobs"][0]
     assert cold == warm
     assert -math.inf < cold < 0
 
 
-def test_top_p_0_takes_the_likeliest_token_and_best_of_n_is_n(server):
+def test_top_p_0_is_greedy_and_best_of_n_equals_n_is_accepted(server):
     body = {"prompt": "Once upon a time", "max_tokens": 12}
     greedy = server.call(PATH, {**body, "temperature": 0})[1]["choices"][0]["text"]
     for seed in range(3):
@@ -327,7 +327,7 @@ def test_top_p_0_takes_the_likeliest_token_and_best_of_n_is_n(server):
 
 
 def test_many_texts_share_their_parameters(server):
-    """500 texts with 2,000 biases each were as many dictionaries, and seconds in which nobody else was answered."""
+    """500 texts with 2,000 biases each used to make 500 dictionaries, and blocked everyone else for seconds."""
     biases = {str(i): -1.5 for i in range(2000)}
     body = {"prompt": [[5]] * 500, "max_tokens": 1, "seed": 1, "logit_bias": biases}
     made = []

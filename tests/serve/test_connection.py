@@ -1,4 +1,4 @@
-"""Heads of requests: how large, how slow, and what else they may ask for. Over real sockets."""
+"""Request heads over real sockets: their size, their speed, and requests to upgrade."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def connect(server) -> socket.socket:
 
 
 def statuses(client: socket.socket, count: int) -> list[int]:
-    """The status of so many answers, or of those that came before the connection ended."""
+    """The statuses of this many answers, or of those that arrived before the connection closed."""
     got = b""
     while len(re.findall(rb"HTTP/1.1 \d+", got)) < count:
         part = client.recv(65536)
@@ -37,8 +37,8 @@ def statuses(client: socket.socket, count: int) -> list[int]:
     [b"Content-Length: 29\r\n\r\n" + BODY, b"Transfer-Encoding: chunked\r\n\r\n1d\r\n" + BODY + b"\r\n0\r\n\r\n"],
 )
 @pytest.mark.parametrize("size", [7, 150, 10**6])
-def test_a_request_for_another_protocol_is_answered_in_this(server, rest, size):
-    """As Java's HttpClient and `curl --http2` send them, the connection used again, in parts of any size."""
+def test_requests_to_upgrade_are_answered_over_http_1_1(server, rest, size):
+    """As Java's HttpClient and `curl --http2` send them, on a reused connection, in parts of any size."""
     with connect(server) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(2):
@@ -51,7 +51,7 @@ def test_a_request_for_another_protocol_is_answered_in_this(server, rest, size):
         assert statuses(client, 3) == [200, 200, 200]
 
 
-def test_upgrades_that_close_and_proxying(server):
+def test_upgrades_with_close_are_ignored_and_connect_is_refused(server):
     for name in (b"websocket", b"h2c"):
         with connect(server) as client:
             head = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close, Upgrade\r\nUpgrade: " + name + b"\r\n\r\n"
@@ -62,7 +62,7 @@ def test_upgrades_that_close_and_proxying(server):
         assert statuses(client, 2) == [400]
 
 
-def test_a_head_without_end_is_not_collected(server):
+def test_an_endless_head_is_not_buffered(server):
     for begin in (b"GET /health HTTP/1.1\r\nX: ", b"GET /", b"GET /health HTTP/1.1\r\n"):
         with connect(server) as client:
             line = b"X: " + b"a" * 1021 + b"\r\n" if begin.endswith(b"\n") else b"a" * 1024
@@ -76,12 +76,12 @@ def test_a_head_without_end_is_not_collected(server):
             except OSError:
                 pass
             assert sent < 4096
-    with connect(server) as client:  # a large one that ends
+    with connect(server) as client:  # a large head that does end
         client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nCookie: " + b"a" * 30000 + b"\r\n\r\n")
         assert statuses(client, 1) == [200]
 
 
-def test_a_head_that_does_not_come_is_not_waited_for(run_server):
+def test_a_head_that_never_arrives_times_out(run_server):
     server = run_server(ServeSettings(port=0, body_timeout=0.4))
     with connect(server) as drip, connect(server) as half, connect(server) as second, connect(server) as good:
         half.sendall(b"POST /v1/compl")
@@ -104,7 +104,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(run_server):
         assert statuses(good, 1) == [200]
 
 
-def test_a_late_second_head_does_not_cut_the_first_answer(run_server):
+def test_a_slow_second_head_does_not_cut_off_the_first_answer(run_server):
     server = run_server(ServeSettings(port=0, body_timeout=0.05))
     body = b'{"prompt":"a","max_tokens":500,"ignore_eos":true,"n":16,"stream":true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -117,14 +117,14 @@ def test_a_late_second_head_does_not_cut_the_first_answer(run_server):
             got += part
 
 
-def test_an_answer_to_http_1_0_has_no_chunks(server):
-    """Such clients, some proxies among them, would take the lengths of chunks for text."""
+def test_answers_to_http_1_0_are_not_chunked(server):
+    """Such clients, including some proxies, would read chunk lengths as text."""
     body = b'{"prompt":"Once upon a time","max_tokens":9,"temperature":0,"stream":true}'
     head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nConnection: keep-alive\r\n"
     with connect(server) as client:
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         got = b""
-        while part := client.recv(65536):  # the end of the connection is that of the answer
+        while part := client.recv(65536):  # closing the connection ends the answer
             got += part
     told, _, text = got.partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in told.lower()

@@ -1,4 +1,4 @@
-"""How a body that does not fit is answered: one sentence that names the field as the client wrote it."""
+"""Invalid bodies are answered with one sentence that names the field as the client wrote it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from olmoe.serve.responses_models import ResponsesRequest
         ({"input": "x", "truncation": "sometimes"}, "truncation", "'auto' or 'disabled'"),
     ],
 )
-def test_the_field_that_does_not_fit_is_named(body, param, part_of_message):
+def test_the_invalid_field_is_named(body, param, part_of_message):
     with pytest.raises(ApiError) as caught:
         parse(ResponsesRequest, body)
     error = caught.value
@@ -75,7 +75,7 @@ def test_the_field_that_does_not_fit_is_named(body, param, part_of_message):
         ({"max_tokens": 5, "messages": [], "tool_choice": {"type": "some"}}, "tool_choice.type", "'auto', 'any'"),
     ],
 )
-def test_anthropics_fields_are_named_with_dots(body, param, part_of_message):
+def test_anthropic_errors_name_fields_with_dots(body, param, part_of_message):
     with pytest.raises(ApiError) as caught:
         parse(MessagesRequest, body, dotted=True)
     assert caught.value.param == param
@@ -83,12 +83,12 @@ def test_anthropics_fields_are_named_with_dots(body, param, part_of_message):
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 3])
-def test_a_body_is_an_object(body):
+def test_a_body_must_be_an_object(body):
     with pytest.raises(ApiError, match="must be a JSON object"):
         parse(ResponsesRequest, body)
 
 
-def test_a_chat_field_gets_the_name_that_the_client_knows():
+def test_chat_fields_are_named_as_the_client_knows_them():
     names = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
     error = ApiError(
         400, "max_completion_tokens must be at least 1, not 0.", "x", "max_completion_tokens", "c", {"a": "b"}

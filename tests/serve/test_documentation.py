@@ -1,4 +1,4 @@
-"""docs/serving.md: its blocks run as they stand there, and its tables say what the server does."""
+"""docs/serving.md: its code blocks run unchanged, and its tables match the server."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ pytestmark = pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped checkp
 
 
 def named(text: str) -> set[str]:
-    """What stands in backticks."""
+    """The words in backticks."""
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
 def prose(section: str) -> str:
-    """A section without its line ends."""
+    """A section without line breaks."""
     return " ".join(SECTIONS[section].split())
 
 
@@ -50,7 +50,7 @@ def prose(section: str) -> str:
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python(server, code):
+def test_python_examples_run(server, code):
     for package in ("openai", "anthropic", "langchain_openai", "litellm"):
         if re.search(rf"^(?:import|from) {package}\b", code, flags=re.MULTILINE):
             pytest.importorskip(package)
@@ -63,7 +63,7 @@ def test_python(server, code):
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("curl")])
-def test_curl(server, line):
+def test_curl_examples_run(server, line):
     done = subprocess.run(
         shlex.split(line.replace(ADDRESS, server.url)), capture_output=True, text=True, timeout=60, check=False
     )
@@ -72,7 +72,7 @@ def test_curl(server, line):
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(r"(^| )olmoe (?!.*pip)", line)])
-def test_olmoe(line):
+def test_olmoe_commands_run(line):
     words = shlex.split(line.replace("$(openssl rand -hex 32)", "key"))
     if words[0] == "pip":
         return
@@ -92,7 +92,7 @@ def test_every_command_is_of_a_kind_that_is_tested():
         assert f"{option}=" in ours
 
 
-def test_the_request_of_a_batch_is_one():
+def test_the_batch_example_is_valid():
     (line,) = re.findall(r'^{"custom_id".*$', SECTIONS["Without HTTP: olmoe chat and olmoe batch"], flags=re.MULTILINE)
     found = parse_line(line.encode(), 1, "page")
     CompletionRequest.model_validate(found.body)
@@ -110,7 +110,7 @@ def test_every_route_is_in_the_table(server):
     assert {re.sub(r":\w+}", "}", path) for path in routes} - aliases == told
 
 
-def test_every_field_is_named():
+def test_every_field_is_documented():
     text = SECTIONS["What it answers"]
     fields = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
     implied = {"model", "prompt", "messages"}
@@ -124,12 +124,12 @@ def test_every_field_is_named():
 
 
 @pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("best_of", 2), ("functions", [{"name": "x"}])])
-def test_what_is_said_to_be_refused_is_refused(server, name, value):
+def test_fields_documented_as_refused_are_refused(server, name, value):
     status, body, _ = server.call("/v1/completions", {"prompt": "Once", name: value})
     assert (status, body["error"]["param"]) == (400, name)
 
 
-def test_metrics(server):
+def test_documented_metrics_exist(server):
     server.call("/v1/completions", {"prompt": "Once", "max_tokens": 2})
     shown = set(re.findall(r"^# TYPE (\S+) ", server.call("/metrics")[1], flags=re.MULTILINE))
     shown = {name for name in shown if not name.endswith("_created")}
@@ -137,7 +137,7 @@ def test_metrics(server):
     assert told == shown
 
 
-def test_limits():
+def test_documented_limits_are_the_settings():
     defaults = dict(re.findall(r"^\| `(--[\w-]+)` \| (\S+)", SECTIONS["Limits"], flags=re.MULTILINE))
     settings, arguments = ServeSettings(), _parse(["serve"])
     assert defaults.keys() >= {"--max-queued-requests", "--max-queued-tokens", "--max-body-mib", "--max-rows"}
@@ -152,7 +152,7 @@ def test_limits():
     assert f"`--cache-mib` ({arguments.cache_mib})" in prose("Memory")
 
 
-def test_memory(server):
+def test_documented_memory_is_calculated(server):
     rows = re.findall(r"^\| ([\w-]+) \| ([\d,]+) \| ([\d,]+) \|$", SECTIONS["Memory"], flags=re.MULTILINE)
     sizes = {model: int(size.replace(",", "")) for model, size, _ in rows}
     config = ModelConfig()  # the released shapes
@@ -166,12 +166,12 @@ def test_memory(server):
     assert f"Blocks of {server.engine.pool_tokens // statistics.blocks} tokens" in prose("Memory")
 
 
-def test_what_needs_no_key():
+def test_documented_open_routes_need_no_key():
     assert all(map(is_open, ("/", "/health", "/ready")))
     assert not any(map(is_open, ("/metrics", "/v1/models", "/openapi.json", "/tokenize", "/version")))
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for target in re.findall(r"\]\(([^)]+)\)", PAGE):
         page, _, anchor = target.partition("#")
         place = ROOT / "docs" / (page or "serving.md")
@@ -182,5 +182,5 @@ def test_links_lead_somewhere():
         )
 
 
-def test_the_contents_are_the_sections():
+def test_the_table_of_contents_matches_the_sections():
     assert re.findall(r"^- \[(.+)\]\(#", PAGE, flags=re.MULTILINE) == list(SECTIONS)

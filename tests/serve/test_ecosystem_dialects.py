@@ -1,4 +1,4 @@
-"""Packages that speak to /v1/responses and /v1/messages by themselves: LangChain and litellm."""
+"""Packages that use /v1/responses and /v1/messages themselves: LangChain and litellm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_langchain_over_responses(server):
 
 @pytest.fixture
 def litellm(monkeypatch):
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network at its import
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise it accesses the network on import
     return pytest.importorskip("litellm")
 
 
@@ -61,5 +61,5 @@ def test_litellm_over_messages(server, litellm):
 
 def test_litellm_over_responses(server, litellm):
     given = {"model": f"openai/{MODEL}", "api_base": f"{server.url}/v1", "api_key": "none", "input": SAID}
-    answer = litellm.responses(**given, temperature=0, max_output_tokens=16)  # it asks for no fewer
+    answer = litellm.responses(**given, temperature=0, max_output_tokens=16)  # its minimum
     assert answer.output[0].content[0].text == answer_of(server, [{"role": "user", "content": SAID}], max_tokens=16)

@@ -1,4 +1,4 @@
-"""LiteLLM against a real server, as any OpenAI-compatible one and as vLLM."""
+"""LiteLLM against a real server, as a generic OpenAI-compatible one and as vLLM."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from olmoe import SamplingParams
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its import asks the network for prices otherwise
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it fetches prices from the network on import
 litellm = pytest.importorskip("litellm", reason="the dev extra is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # its own, by the dozen
+pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own, dozens of them
 
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 

@@ -1,4 +1,4 @@
-"""lm_eval's clients of local servers: log-likelihoods are those of one pass through the network."""
+"""lm_eval's clients for local servers: log-likelihoods equal one pass through the network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def completions(server):
 
 
 def own(llm, context: str, continuation: str) -> tuple[float, bool]:
-    """The same from one pass of all tokens through the network, without engine and cache."""
+    """The same from one pass of all tokens through the network, without engine or cache."""
     ids, before = llm.tokenizer.encode(context + continuation), len(llm.tokenizer.encode(context))
     if not context:
         ids, before = [llm.tokenizer.eos_ids[0], *ids], 1
@@ -51,7 +51,7 @@ def own(llm, context: str, continuation: str) -> tuple[float, bool]:
     return float(chosen.sum()), bool((logprobs[before - 1 :].argmax(-1) == torch.tensor(ids[before:])).all())
 
 
-def test_log_likelihoods_are_our_own(completions, tiny_llm):
+def test_log_likelihoods_equal_our_own(completions, tiny_llm):
     results = completions.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     engine = []
     for context, continuation in PAIRS:
@@ -63,7 +63,7 @@ def test_log_likelihoods_are_our_own(completions, tiny_llm):
     assert [value for value, _ in results] == pytest.approx(engine, abs=1e-5)
 
 
-def test_log_likelihoods_are_those_of_the_network(completions, tiny_llm):
+def test_log_likelihoods_equal_the_networks(completions, tiny_llm):
     results = completions.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     for (value, greedy), (context, continuation) in zip(results, PAIRS, strict=True):
         expected, expected_greedy = own(tiny_llm, context, continuation)

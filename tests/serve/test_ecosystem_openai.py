@@ -25,7 +25,7 @@ def test_models(client):
     assert client.models.retrieve("olmoe-tiny").id == "olmoe-tiny"
 
 
-def test_chat_is_the_library(client, tiny_llm):
+def test_a_chat_equals_the_librarys(client, tiny_llm):
     (expected,) = tiny_llm.chat(MESSAGES, SamplingParams(max_new_tokens=20))
     answer = client.chat.completions.create(model="olmoe-tiny", messages=MESSAGES, temperature=0, max_tokens=20)
     assert answer.choices[0].message.content == expected.text
@@ -50,7 +50,7 @@ def test_the_stream_helper(client):
     asked = {"model": "olmoe-tiny", "messages": MESSAGES, "temperature": 0, "logprobs": True, "top_logprobs": 2}
     with client.chat.completions.stream(**asked, max_tokens=20) as stream:
         kinds = {event.type for event in stream}
-    # It takes the end at a limit for an error, so this one ends at a stop string.
+    # It treats reaching the limit as an error, so this one ends at a stop string.
     text = client.chat.completions.create(**asked, max_tokens=20).choices[0].message.content
     with client.chat.completions.stream(**asked, max_tokens=20, stop=text[-2:]) as stream:
         final = stream.get_final_completion()
@@ -70,7 +70,7 @@ def test_completions(client, tiny_llm):
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
 
 
-def test_our_own_fields(client):
+def test_extension_fields_are_accepted(client):
     answer = client.chat.completions.create(
         model="olmoe-tiny",
         messages=MESSAGES,
@@ -81,7 +81,7 @@ def test_our_own_fields(client):
     assert answer.choices[0].routing["k"] == 8
 
 
-def test_mistakes_raise_with_the_field(client):
+def test_mistakes_raise_errors_that_name_the_field(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="olmoe-tiny", messages=MESSAGES, temperature=-1)
     assert (caught.value.param, caught.value.status_code) == ("temperature", 400)
@@ -94,7 +94,7 @@ def test_mistakes_raise_with_the_field(client):
     assert caught.value.param == "prompt"
 
 
-def test_a_wrong_key(run_server):
+def test_a_wrong_key_raises(run_server):
     running = run_server(ServeSettings(port=0, api_keys=("right",)))
     asked = {"model": "olmoe-tiny", "messages": MESSAGES, "max_tokens": 2}
     wrong = openai.OpenAI(base_url=running.url + "/v1", api_key="wrong", max_retries=0)
@@ -122,14 +122,14 @@ def test_an_engine_that_breaks_in_a_stream_raises(run_server, monkeypatch):
         list(stream)
 
 
-def test_leaving_a_stream_frees_everything(client, server):
+def test_abandoning_a_stream_frees_everything(client, server):
     asked = {"model": "olmoe-tiny", "messages": MESSAGES, "max_tokens": 450, "extra_body": {"ignore_eos": True}}
     with client.chat.completions.create(**asked, stream=True) as stream:
         next(iter(stream))
     assert server.idle()
 
 
-def test_async_clients_together_get_what_each_gets_alone(server):
+def test_concurrent_async_clients_get_the_same_as_alone(server):
     prompts = [f"Once upon a time there was a {animal}" for animal in "dog cat bird fish girl boy".split()] * 3
 
     async def one(client, prompt):
@@ -149,7 +149,7 @@ def test_async_clients_together_get_what_each_gets_alone(server):
         assert server.call("/v1/completions", body)[1]["choices"][0]["text"] == text
 
 
-def test_a_full_queue_is_tried_again(run_server):
+def test_a_full_queue_is_retried(run_server):
     running = run_server(ServeSettings(port=0, max_queued_requests=1), max_rows=1)
     asked = {"model": "olmoe-tiny", "prompt": "Once", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
 

@@ -60,7 +60,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
         (b'{"prompt": "a", "x": ' + b"[" * 150 + b"]" * 150 + b', "max_tokens": 1}', 200, None),
     ],
 )
-def test_broken_bodies(server, content, status, sentence):
+def test_malformed_bodies_are_refused(server, content, status, sentence):
     got, body, _ = server.call(PATH, content)
     assert got == status, body
     if sentence:
@@ -68,7 +68,7 @@ def test_broken_bodies(server, content, status, sentence):
         assert body["error"]["type"] == "invalid_request_error"
 
 
-def test_only_json_is_read(server):
+def test_only_json_is_accepted(server):
     body = json.dumps({"prompt": "a"}).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         status, answer, _ = server.call(PATH, body, headers={"content-type": kind})
@@ -76,19 +76,19 @@ def test_only_json_is_read(server):
     assert server.call(PATH, body, headers={"content-type": "application/json; charset=utf-8"})[0] == 200
 
 
-def test_bodies_that_are_too_large_are_refused_before_they_come(run_server):
+def test_oversized_bodies_are_refused_before_they_are_received(run_server):
     running = run_server(ServeSettings(port=0, max_body_bytes=1000))
     assert running.call(PATH, {"prompt": "a" * 2000})[0] == 413
     with connect(running) as connection:
         connection.sendall(request_bytes(b"").replace(b"content-length: 0", b"content-length: 99999999"))
         assert b" 413 " in read_until(connection, b"}}")
-    with connect(running) as connection:  # in chunks, whose sum nobody has told
+    with connect(running) as connection:  # chunked, without a declared length
         head = request_bytes(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
         connection.sendall(head + b"200\r\n" + b"x" * 512 + b"\r\n" + b"200\r\n" + b"x" * 512 + b"\r\n")
         assert b" 413 " in read_until(connection, b"}}")
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(run_server):
+def test_a_body_that_never_arrives_times_out(run_server):
     running = run_server(ServeSettings(port=0, body_timeout=0.3))
     with connect(running) as connection:
         connection.sendall(request_bytes(LONG)[:-5])
@@ -96,8 +96,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(run_server):
     assert running.idle()
 
 
-def test_the_end_of_the_server_does_not_wait_for_a_body(run_server):
-    """Neither for one that has stopped nor for one that comes drop by drop."""
+def test_shutdown_does_not_wait_for_a_body(run_server):
+    """Neither for a stalled body nor for one that trickles in."""
     for drip in (False, True):
         running = run_server(ServeSettings(port=0))
         with connect(running) as connection:
@@ -114,7 +114,7 @@ def test_the_end_of_the_server_does_not_wait_for_a_body(run_server):
         assert not running.thread.is_alive()
 
 
-def test_a_mark_before_the_body_and_one_that_is_compressed(server):
+def test_a_byte_order_mark_is_accepted_and_compression_refused(server):
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     assert server.call(PATH, codecs.BOM_UTF8 + body)[0] == 200
     assert server.call("/v1/responses", codecs.BOM_UTF8 + b'{"input": "a", "max_output_tokens": 1}')[0] == 200
@@ -162,7 +162,7 @@ def test_queued_requests_are_dropped_with_their_clients(run_server):
     assert running.idle()
 
 
-def test_a_hang_up_leaves_others_alone(server):
+def test_a_hang_up_does_not_affect_others(server):
     expected = server.call(PATH, LONG)[1]["choices"][0]["text"]
     answers = []
     thread = threading.Thread(target=lambda: answers.append(server.call(PATH, LONG)))
@@ -176,12 +176,12 @@ def test_a_hang_up_leaves_others_alone(server):
     assert server.idle()
 
 
-def test_a_stream_that_nobody_reads_ends_and_is_cut(run_server):
+def test_an_unread_stream_ends_and_is_closed(run_server):
     running = run_server(ServeSettings(port=0, stall_timeout=0.5))
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect((running.host, running.port))
-        # Enough that no buffer between the two holds it.
+        # More than any buffer between the two holds.
         connection.sendall(request_bytes({**LONG, "stream": True, "n": 16, "logprobs": 20, "routing": True}))
         assert until(lambda: running.engine.statistics().generation_tokens > 1000, 60)
         assert running.idle(60)
@@ -214,14 +214,14 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert b'"completion_tokens":3' in third
 
 
-def test_garbage_is_answered_in_http(server):
+def test_garbage_gets_an_http_answer(server):
     with connect(server) as connection:
         connection.sendall(b"\x16\x03\x01 this is TLS, or nothing\r\n\r\n")
         assert b"400" in connection.recv(4096)
     assert server.call("/health")[0] == 200
 
 
-# ---- what takes long stays off the loop ----
+# ---- slow work stays off the event loop ----
 
 
 @pytest.mark.parametrize(("path", "name"), [(PATH, "prompt"), ("/v1/chat/completions", "messages")])
@@ -246,6 +246,6 @@ def test_health_answers_while_a_prompt_of_5_mb_is_tokenized(server, path, name):
     assert slowest < 0.1
 
 
-def test_locations_name_the_field_alone():
+def test_error_locations_name_only_the_field():
     assert endpoint._location(("stop", "list[str]", 0)) == "stop[0]"
     assert endpoint._location(("messages", 2, "role")) == "messages[2].role"

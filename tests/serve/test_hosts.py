@@ -1,4 +1,4 @@
-"""Which names a server answers to: another's name that points to this machine is none of them."""
+"""Host names that a server answers to: a foreign name that points to this machine is refused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from olmoe.serve.hosts import is_loopback, names_to_check
 from olmoe.serve.state import ServeSettings
 
 
-def test_loopback():
+def test_loopback_names_are_accepted():
     assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.1", "example.com")))
 
 
-def test_a_server_for_this_machine_without_keys_checks_names_by_itself():
+def test_a_loopback_server_without_keys_checks_host_names():
     assert names_to_check([], "127.0.0.1", keys=False) == ("localhost",)
     assert names_to_check([], "127.0.0.1", keys=True) == ()  # a browser does not know the key
-    assert names_to_check([], "0.0.0.0", keys=False) == ()  # whose names nobody here knows
+    assert names_to_check([], "0.0.0.0", keys=False) == ()  # whose names the server cannot know
     assert names_to_check(["LLM.example.org."], "0.0.0.0", keys=True) == ("llm.example.org",)
     assert names_to_check(["*"], "127.0.0.1", keys=False) == ()
     for wrong in ("http://a.org", "a.org:80", "a.*", "", "a b"):
@@ -25,7 +25,7 @@ def test_a_server_for_this_machine_without_keys_checks_names_by_itself():
             names_to_check([wrong], "127.0.0.1", keys=False)
 
 
-def test_other_names_are_refused(run_server):
+def test_other_host_names_are_refused(run_server):
     running = run_server(ServeSettings(port=0, allowed_hosts=("llm.example.org", "*.inner.example")))
     ours = ["localhost", "LOCALHOST:80", "app.localhost:8000", "127.0.0.1", "10.0.0.7:8000", "[::1]:8000", "[::1]"]
     ours += ["llm.example.org", "LLM.example.org.:443", "a.inner.example", "a.b.inner.example", ""]
@@ -41,5 +41,5 @@ def test_other_names_are_refused(run_server):
     assert (status, answer["type"], answer["error"]["type"]) == (403, "error", "permission_error")
 
 
-def test_any_name_will_do_for_a_server_that_does_not_check(server):
+def test_any_host_name_is_accepted_without_the_check(server):
     assert server.call("/health", headers={"host": "anything.example"})[0] == 200

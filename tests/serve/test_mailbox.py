@@ -1,4 +1,4 @@
-"""Mailboxes without an engine: what arrives while nobody reads is merged."""
+"""Mailboxes without an engine: deltas that arrive while nobody reads are merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def make() -> Request:
     return Request([1, 2], SamplingParams(), 9)
 
 
-def test_merged_deltas_are_one():
+def test_merged_deltas_form_one_delta():
     request = make()
     first, second = Delta(request, "a", [1]), Delta(request, "b", [2], finish_reason="length")
     assert merged(first, second) == Delta(request, "ab", [1, 2], finish_reason="length")
@@ -22,7 +22,7 @@ def test_merged_deltas_are_one():
     assert Delta(request).token_ids == []
 
 
-def test_a_lagging_reader_gets_one_delta_a_request():
+def test_a_slow_reader_gets_one_delta_per_request():
     async def run():
         hub, requests = Hub(), [make(), make()]
         box = hub.open(requests)
@@ -53,7 +53,7 @@ def test_a_reader_is_woken_from_another_thread():
     asyncio.run(run())
 
 
-def test_observers_see_each_step_even_if_nobody_waits():
+def test_observers_see_every_step_even_without_readers():
     async def run():
         seen = []
         hub, request = Hub(seen.append), make()
@@ -65,7 +65,7 @@ def test_observers_see_each_step_even_if_nobody_waits():
     asyncio.run(run())
 
 
-def test_the_queue_is_what_the_engine_has_not_begun():
+def test_the_queue_holds_requests_that_have_not_started():
     async def run():
         hub, requests = Hub(), [make(), make(), make()]
         hub.open(requests)
@@ -76,7 +76,7 @@ def test_the_queue_is_what_the_engine_has_not_begun():
     asyncio.run(run())
 
 
-def test_an_observer_that_fails_keeps_nothing_from_readers(caplog):
+def test_a_failing_observer_does_not_affect_readers(caplog):
     async def run():
         def observe(_):
             raise ValueError("no such number")

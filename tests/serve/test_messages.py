@@ -41,7 +41,7 @@ def asked(client, messages=SAID, **fields):
 # ---- answers ----
 
 
-def test_the_answer_is_the_chats(server, client):
+def test_the_answer_equals_chat_completions(server, client):
     chat = chat_of(server, max_tokens=24)
     message = asked(client)
     assert [block.type for block in message.content] == ["text"]
@@ -54,25 +54,25 @@ def test_the_answer_is_the_chats(server, client):
 
 
 @pytest.mark.parametrize("system", ["Write Python.", [{"type": "text", "text": "Write Python."}]])
-def test_the_system_prompt(server, client, system):
+def test_the_system_prompt_is_used(server, client, system):
     chat = chat_of(server, [{"role": "system", "content": "Write Python."}, *SAID], max_tokens=24)
     assert asked(client, system=system).content[0].text == chat["choices"][0]["message"]["content"]
 
 
-def test_sampling_is_the_chats(server, client):
+def test_sampling_equals_chat_completions(server, client):
     fields = {"temperature": 1.5, "top_p": 0.8, "seed": 11, "top_k": 30, "ignore_eos": True}
     chat = chat_of(server, max_tokens=24, **fields)
     assert asked(client, extra_body=fields).content[0].text == chat["choices"][0]["message"]["content"]
 
 
-def test_a_stop_sequence_is_told(client):
+def test_the_stop_sequence_is_reported(client):
     text = asked(client).content[0].text
     message = asked(client, stop_sequences=["never to be seen", text[3]])
     assert message.content[0].text == text[: text.index(text[3])]
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", text[3])
 
 
-def test_an_answer_that_has_begun_goes_on(server, client):
+def test_a_prefilled_answer_is_continued(server, client):
     whole = chat_of(
         server, [*SAID, {"role": "assistant", "content": "    return"}], max_tokens=24, continue_final_message=True,
         add_generation_prompt=False,
@@ -82,14 +82,14 @@ def test_an_answer_that_has_begun_goes_on(server, client):
     assert message.content[0].text != asked(client).content[0].text
 
 
-def test_the_end_of_the_context_is_told_from_the_limit(server, client):
+def test_a_full_context_is_distinguished_from_the_limit(server, client):
     message = asked(client, max_tokens=4000, extra_body={"ignore_eos": True, "temperature": 0})
     assert message.stop_reason == "model_context_window_exceeded"
     used = message.usage.input_tokens + message.usage.cache_read_input_tokens + message.usage.output_tokens
     assert used >= server.state.context_length
 
 
-def test_routing_is_the_chats(server, client):
+def test_routing_equals_chat_completions(server, client):
     policy = {"ban": [{"layer": 0, "expert": 5}], "k": 4}
     chat = chat_of(server, max_tokens=8, routing=True, router_policy=policy)
     message = asked(client, max_tokens=8, extra_body=GREEDY | {"routing": True, "router_policy": policy})
@@ -97,7 +97,7 @@ def test_routing_is_the_chats(server, client):
     assert message.routing["tokens"] == 8
 
 
-def test_a_prompt_that_was_sent_before_is_cached(client):
+def test_a_repeated_prompt_is_served_from_the_cache(client):
     said = [{"role": "user", "content": "nine eight seven six five four three " * 20}]
     first = asked(client, said, max_tokens=1).usage
     second = asked(client, said, max_tokens=1).usage
@@ -115,7 +115,7 @@ def test_tokens_are_counted(client):
 # ---- streams ----
 
 
-def test_a_stream_tells_the_same(client):
+def test_a_stream_has_the_same_content(client):
     whole = asked(client)
     with client.messages.stream(model=MODEL, messages=SAID, max_tokens=24, extra_body=GREEDY) as stream:
         text = "".join(stream.text_stream)
@@ -129,7 +129,7 @@ def test_a_stream_tells_the_same(client):
     )
 
 
-def test_events_have_names_and_an_order(server):
+def test_events_have_names_and_are_ordered(server):
     body = {"messages": SAID, "max_tokens": 4, "stream": True, "temperature": 0}
     status, text, headers = server.call("/v1/messages", body)
     assert status == 200
@@ -144,7 +144,7 @@ def test_events_have_names_and_an_order(server):
     assert first["message"]["usage"]["input_tokens"] == count
 
 
-def test_many_at_once_get_what_each_gets_alone(server):
+def test_concurrent_requests_get_the_same_as_alone(server):
     said = [[{"role": "user", "content": f"Number {i}:"}] for i in range(6)]
 
     async def one(client, messages):
@@ -164,14 +164,14 @@ def test_many_at_once_get_what_each_gets_alone(server):
     assert together == alone
 
 
-def test_a_client_that_leaves_ends_its_work(server, client):
+def test_a_disconnected_clients_work_is_aborted(server, client):
     body = {"ignore_eos": True}
     with client.messages.stream(model=MODEL, messages=SAID, max_tokens=450, extra_body=body) as stream:
         next(stream.text_stream)
     assert server.idle()
 
 
-def test_a_server_that_ends_says_so(run_server):
+def test_a_stopping_server_says_so(run_server):
     server = run_server()
     found = []
     begun = threading.Event()
@@ -199,7 +199,7 @@ def test_a_server_that_ends_says_so(run_server):
         assert "shutting down" in found[-1]["message"]
 
 
-def test_an_engine_that_breaks_says_so(run_server, monkeypatch):
+def test_a_failing_engine_says_so(run_server, monkeypatch):
     server = run_server()
 
     def broken():
@@ -242,7 +242,7 @@ def test_mistakes_are_named(client, fields, word, stream):
     assert word in caught.value.body["error"]["message"]
 
 
-def test_a_limit_must_be_given(server):
+def test_max_tokens_is_required(server):
     status, answer, _ = server.call("/v1/messages", {"messages": SAID})
     assert (status, answer) == (
         400,
@@ -250,7 +250,7 @@ def test_a_limit_must_be_given(server):
     )
 
 
-def test_an_unknown_model(client):
+def test_an_unknown_model_is_refused(client):
     with pytest.raises(anthropic.NotFoundError, match="'claude-x'") as caught:
         asked(client, model="claude-x")
     assert caught.value.body["error"]["type"] == "not_found_error"
@@ -258,7 +258,7 @@ def test_an_unknown_model(client):
         client.messages.count_tokens(model="claude-x", messages=SAID)
 
 
-def test_keys(run_server):
+def test_keys_are_checked(run_server):
     server = run_server(ServeSettings(port=0, api_keys=("secret",)))
     with anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0) as client:
         assert asked(client, max_tokens=2).usage.output_tokens == 2
@@ -272,7 +272,7 @@ def test_keys(run_server):
             client.messages.count_tokens(model=MODEL, messages=SAID)
 
 
-def test_a_body_that_is_no_json(server):
+def test_a_body_that_is_not_json_is_refused(server):
     for body in (
         b"",
         b"{",
@@ -288,7 +288,7 @@ def test_a_body_that_is_no_json(server):
         assert answer["error"]["type"] == "invalid_request_error"
 
 
-def test_what_is_not_there_is_told_in_the_same_shape(server):
+def test_unknown_routes_give_errors_in_the_same_shape(server):
     for path, status in (("/v1/messages", 405), ("/v1/messages/batches", 404)):
         told, answer, _ = server.call(path)
         assert told == status
@@ -355,7 +355,7 @@ VALID = [
     body=mangled(VALID, sorted(MessagesRequest.model_fields)),
     path=st.sampled_from(["/v1/messages"] * 3 + ["/v1/messages/count_tokens"]),
 )
-def test_nothing_that_is_sent_is_a_failure_of_the_server(server, body, path):
+def test_no_request_causes_a_5xx(server, body, path):
     status, answer, headers = server.call(path, encoded(body), method="POST")
     assert status < 500, answer
     if status != 200:
@@ -368,5 +368,5 @@ def test_nothing_that_is_sent_is_a_failure_of_the_server(server, body, path):
 
 
 @pytest.mark.parametrize("body", VALID)
-def test_what_is_mangled_was_valid(server, body):
+def test_requests_used_for_mangling_are_valid(server, body):
     assert server.call("/v1/messages", body)[0] == 200

@@ -26,7 +26,7 @@ def translated(messages=HELLO, **body):
     return chat_body(request)
 
 
-def test_the_least_that_a_request_holds():
+def test_a_minimal_request_is_accepted():
     assert translated(model="m") == {"model": "m", "messages": HELLO, "max_completion_tokens": 5}
 
 
@@ -45,7 +45,7 @@ def test_the_system_prompt_is_the_first_message(system, content):
     assert translated(system=system)["messages"] == [{"role": "system", "content": content}, *HELLO]
 
 
-def test_no_system_prompt():
+def test_the_system_prompt_may_be_missing():
     assert translated(system="")["messages"] == translated(system=[])["messages"] == HELLO
 
 
@@ -93,7 +93,7 @@ def test_blocks_become_messages():
     ]
 
 
-def test_neighbours_of_one_role_are_one_turn():
+def test_consecutive_messages_of_one_role_are_merged():
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -111,7 +111,7 @@ def test_neighbours_of_one_role_are_one_turn():
     ]
 
 
-def test_an_answer_that_has_begun_goes_on():
+def test_a_prefilled_answer_is_continued():
     body = translated([*HELLO, {"role": "assistant", "content": "The best answer is ("}])
     assert body["messages"][-1] == {"role": "assistant", "content": "The best answer is ("}
     assert body["continue_final_message"] is True
@@ -133,13 +133,13 @@ def test_an_answer_that_has_begun_goes_on():
         ([{"role": "system", "content": [RESULT]}], "messages.0.content.0"),
     ],
 )  # fmt: skip
-def test_messages_that_are_no_conversation(messages, param):
+def test_invalid_conversations_are_refused(messages, param):
     with pytest.raises(ApiError) as caught:
         translated(messages)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
-def test_sampling_and_our_own_fields_are_handed_on():
+def test_sampling_and_extension_fields_are_passed_on():
     body = translated(
         temperature=0.0, top_p=0.9, top_k=40, stop_sequences=["\n\n"], routing=True, router_policy={"k": 2}, seed=1,
         metadata={"user_id": "u"}, stream=True, service_tier="auto", speed="standard", unheard_of=2,
@@ -158,7 +158,7 @@ def test_sampling_and_our_own_fields_are_handed_on():
 
 
 @pytest.mark.parametrize("field", ["output_config", "output_format"])
-def test_a_schema_for_the_answer(field):
+def test_an_output_schema_is_passed_on(field):
     form = {"type": "json_schema", "schema": {"type": "object"}}
     body = translated(**{field: {"format": form, "effort": "high"} if field == "output_config" else form})
     assert body["response_format"] == {
@@ -176,7 +176,7 @@ def test_a_schema_for_the_answer(field):
         ({"type": "tool", "name": "add"}, {"type": "function", "function": {"name": "add"}}),
     ],
 )
-def test_tools(choice, expected):
+def test_tools_are_translated(choice, expected):
     body = translated(tools=[TOOL], tool_choice=choice | {"disable_parallel_tool_use": True})
     function = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
     assert body["tools"] == [{"type": "function", "function": function}]
@@ -186,7 +186,7 @@ def test_tools(choice, expected):
     assert "tool_choice" not in translated(tools=[TOOL])
 
 
-def test_a_choice_without_tools():
+def test_a_tool_choice_without_tools_is_refused():
     assert "tool_choice" not in translated(tool_choice={"type": "auto"})
     assert translated(tool_choice={"type": "any"})["tool_choice"] == "required"  # which the chat refuses
     with pytest.raises(ApiError, match="needs a name") as caught:
@@ -205,18 +205,18 @@ def test_a_choice_without_tools():
         ({"context_management": {"edits": [{"type": "clear"}]}}, "context_management"),
     ],
 )
-def test_what_we_lack_is_refused(fields, param):
+def test_unsupported_fields_are_refused(fields, param):
     with pytest.raises(ApiError) as caught:
         translated(**fields)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
-def test_defaults_of_what_we_lack_are_accepted():
+def test_defaults_of_unsupported_fields_are_accepted():
     translated(thinking={"type": "disabled"}, mcp_servers=[], context_management={"edits": []}, container=None)
     translated(thinking={"type": "adaptive"}, output_config={})
 
 
-def test_counting_needs_no_limit():
+def test_counting_tokens_needs_no_limit():
     request = parse(CountTokensRequest, {"messages": HELLO, "tools": [TOOL], "system": "s"}, dotted=True)
     refuse_what_we_lack(request)
     body = chat_body(request)

@@ -1,4 +1,4 @@
-"""Chat events as a message: each event is one that the anthropic package knows, in the order that it documents."""
+"""Chat events as a message: every event is known to the anthropic package and in the documented order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(value, routing=()):
 
 
 def written(news, *, max_tokens=4, routing=False):
-    """The events that a stream tells `news` in, and the message in the end; anthropic's package must read the same."""
+    """The stream events for `news`, and the final message; anthropic's package must read the same."""
     writer = MessageWriter(
         message_object("m"), max_tokens=max_tokens, encode=lambda each: {"tokens": len(each)}, routing=routing
     )
@@ -51,7 +51,7 @@ START = ["message_start", "ping"]
 END = ["message_delta", "message_stop"]
 
 
-def test_a_text():
+def test_a_text_is_one_block():
     events, writer = written([text("Hel"), text(""), text("lo"), Finished(0, "stop"), USAGE])
     assert kinds(events) == [*START, "start", "delta", "delta", "stop", *END]
     assert events[0]["message"]["content"] == []
@@ -70,7 +70,7 @@ def test_a_text():
     assert writer.message["content"] == [{"type": "text", "text": "Hello"}]
 
 
-def test_text_then_two_tools():
+def test_text_and_two_tool_uses_are_three_blocks():
     news = [
         text("I add."),
         ToolCallDelta(0, 0, "call_a", "add", ""),
@@ -106,24 +106,24 @@ def test_text_then_two_tools():
         (Finished(0, "tool_calls"), 4, "tool_use", None),
     ],
 )
-def test_why_a_message_ended(finished, max_tokens, reason, sequence):
+def test_the_stop_reason_says_why_a_message_ended(finished, max_tokens, reason, sequence):
     events, writer = written([text("a"), finished, USAGE], max_tokens=max_tokens)
     assert (writer.message["stop_reason"], writer.message["stop_sequence"]) == (reason, sequence)
     assert events[-2]["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
 
 
-def test_a_use_that_was_demanded_is_one():
+def test_a_required_tool_use_is_reported_as_tool_use():
     _, writer = written([ToolCallDelta(0, 0, "call_a", "add", "{}"), Finished(0, "stop"), USAGE])
     assert writer.message["stop_reason"] == "tool_use"
 
 
-def test_an_empty_answer_is_an_empty_text():
+def test_an_empty_answer_is_one_empty_text_block():
     events, writer = written([text(""), Finished(0, "stop"), USAGE])
     assert kinds(events) == [*START, "start", "stop", *END]
     assert writer.message["content"] == [{"type": "text", "text": ""}]
 
 
-def test_arguments_that_broke_off():
+def test_incomplete_arguments_are_reported():
     news = [ToolCallDelta(0, 0, "call_a", "add", '{"a": "xy'), Finished(0, "length"), USAGE]
     writer = MessageWriter(message_object("m"), max_tokens=4, encode=len)
     for each in news:
@@ -133,7 +133,7 @@ def test_arguments_that_broke_off():
     assert writer.message["stop_reason"] == "max_tokens"
 
 
-def test_routing_comes_with_each_delta_and_whole_at_the_end():
+def test_routing_comes_with_each_delta_and_complete_at_the_end():
     one = Routing(np.zeros((2, 2), np.int16), np.ones((2, 2), np.float32))
     news = [text("", [one]), text("a", [one]), text("", [one]), text("b", [one, one]), Finished(0, "stop"), USAGE]
     events, writer = written(news, routing=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 MODEL = "olmoe-tiny"
 SAID = [{"role": "user", "content": "The weather in Rome?"}]
-# Of a few dozen tokens at most, so that even a model of no sense ends them.
+# A few dozen tokens at most, so that even a nonsensical model finishes them.
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Rome"]}, "unit": {"enum": ["C", "F"]}},
@@ -42,7 +42,7 @@ def asked(client, **fields):
     return client.messages.create(**given | fields)
 
 
-def test_a_tool_is_used(client):
+def test_tools_can_be_used(client):
     message = asked(client, tool_choice=WEATHER)
     (use,) = message.content
     assert (use.type, use.name) == ("tool_use", "weather")
@@ -52,7 +52,7 @@ def test_a_tool_is_used(client):
     assert message.stop_reason == "tool_use"
 
 
-def test_a_stream_tells_the_same_use(client):
+def test_a_stream_has_the_same_tool_use(client):
     whole = asked(client, tool_choice=WEATHER).content[0]
     with client.messages.stream(
         model=MODEL, messages=SAID, max_tokens=200, tools=TOOLS, tool_choice=WEATHER, extra_body=GREEDY
@@ -66,13 +66,13 @@ def test_a_stream_tells_the_same_use(client):
     assert final.stop_reason == "tool_use"
 
 
-def test_any_uses_one_of_them_and_none_uses_none(client):
+def test_any_forces_one_tool_and_none_forbids_all(client):
     assert asked(client, tool_choice={"type": "any"}).content[0].name in ("weather", "clock")
     answer = asked(client, tool_choice={"type": "none"}, max_tokens=8)
     assert [block.type for block in answer.content] == ["text"]
 
 
-def test_a_use_goes_back_with_its_result(client):
+def test_a_tool_use_can_be_sent_back_with_its_result(client):
     first = asked(client, tool_choice=WEATHER)
     result = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": "20 degrees"}
     said = [*SAID, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
@@ -83,12 +83,12 @@ def test_a_use_goes_back_with_its_result(client):
     assert count.input_tokens > client.messages.count_tokens(model=MODEL, messages=SAID).input_tokens + 20
 
 
-def test_tools_cost_tokens(client):
+def test_tools_count_towards_input_tokens(client):
     plain = client.messages.count_tokens(model=MODEL, messages=SAID).input_tokens
     assert client.messages.count_tokens(model=MODEL, messages=SAID, tools=TOOLS).input_tokens > plain
 
 
-def test_a_use_that_the_limit_cut(client):
+def test_a_tool_use_cut_by_the_limit_is_reported(client):
     message = asked(client, tool_choice=WEATHER, max_tokens=6)
     assert message.stop_reason == "max_tokens"
 
@@ -100,7 +100,7 @@ def test_answers_are_parsed(client):
     assert isinstance(message.parsed_output, Forecast)
 
 
-def test_many_at_once(server):
+def test_concurrent_requests_with_tools_get_equal_answers(server):
     async def run():
         async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(asked(client, tool_choice=WEATHER) for _ in range(4)))

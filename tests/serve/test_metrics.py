@@ -1,4 +1,4 @@
-"""/metrics: vLLM's names, and values that follow what happened."""
+"""/metrics: vLLM's names, and values that follow events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ request_generation_tokens_sum iteration_tokens_total_sum request_params_n_sum re
 
 
 def read(running) -> dict[str, float]:
-    """Name and labels besides the model's -> value."""
+    """Values by name and labels, without the model's label."""
     status, text, headers = running.call("/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
@@ -37,7 +37,7 @@ def running(run_server):
     return run_server()
 
 
-def test_names_are_those_of_vllm(running):
+def test_metric_names_are_vllms(running):
     running.call("/v1/completions", {"prompt": "Once", "max_tokens": 2, "ignore_eos": True})
     values = read(running)
     found = {re.sub(r"(le|reason|finished_reason)=.*", "", name) for name in values}
@@ -45,7 +45,7 @@ def test_names_are_those_of_vllm(running):
     assert "request_success_total" in found
 
 
-def test_values_follow_what_happened(running):
+def test_metric_values_follow_events(running):
     before = read(running)
     assert before["generation_tokens_total"] == 0
     body = {"prompt": ["word " * 200] * 2, "n": 2, "max_tokens": 10, "ignore_eos": True}
@@ -66,7 +66,7 @@ def test_values_follow_what_happened(running):
     assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
 
 
-def test_gone_clients_count_as_aborted(running):
+def test_disconnected_clients_count_as_aborted(running):
     import http.client
 
     connection = http.client.HTTPConnection(running.host, running.port)

@@ -1,4 +1,4 @@
-"""The description of the API, and what a fuzzer makes of it: no answer is a 5xx, all have the shape of the protocol."""
+"""The API description, and fuzzing by it: no answer is a 5xx, and all have the protocol's shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_description_names_every_field(server):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
-def test_bodies_by_the_schema_get_no_5xx(server, path):
+def test_schema_generated_bodies_get_no_5xx(server, path):
     schemathesis = pytest.importorskip("schemathesis", reason="the dev extra is not installed")
     import hypothesis
 
@@ -35,7 +35,7 @@ def test_bodies_by_the_schema_get_no_5xx(server, path):
     )
     def check(case):
         if isinstance(case.body, dict) and "completions" in path:
-            for name in ("max_tokens", "max_completion_tokens"):  # what is asked for must not take long
+            for name in ("max_tokens", "max_completion_tokens"):  # requests must not take long
                 if not isinstance(case.body.get(name), int) or case.body[name] > 3:
                     case.body[name] = 3
         answer = case.call(timeout=60)
@@ -69,7 +69,7 @@ def test_any_value_in_any_field_gets_no_5xx(server, path, model):
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, "1e5000", "9" * 5000 + ".5"])
-def test_numbers_without_end_get_no_5xx(server, number):
+def test_extreme_numbers_get_no_5xx(server, number):
     for name in (*CompletionRequest.model_fields, "unknown"):
         for content in (number, f"[{number}]", f'{{"1": {number}}}', f'{{"ban": [{{"expert": {number}}}]}}'):
             body = f'{{"prompt": "a", "max_tokens": 1, "{name}": {content}}}'.encode()

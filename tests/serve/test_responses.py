@@ -40,7 +40,7 @@ def asked(client, **fields):
 # ---- answers ----
 
 
-def test_the_answer_is_the_chats(server, client):
+def test_the_answer_equals_chat_completions(server, client):
     chat = chat_of(server, max_tokens=24)
     answer = asked(client)
     assert answer.output_text == chat["choices"][0]["message"]["content"] != ""
@@ -59,7 +59,7 @@ def test_instructions_are_a_system_message(server, client):
     assert answer.instructions == "Write Python."
 
 
-def test_sampling_is_the_chats(server, client):
+def test_sampling_equals_chat_completions(server, client):
     fields = {"temperature": 1.5, "top_p": 0.8, "seed": 11, "top_k": 30, "ignore_eos": True}
     chat = chat_of(server, max_tokens=24, **fields)
     answer = asked(client, temperature=1.5, top_p=0.8, extra_body={"seed": 11, "top_k": 30, "ignore_eos": True})
@@ -75,7 +75,7 @@ def test_a_stop_string_completes_a_response(server, client):
     assert answer.incomplete_details is None
 
 
-def test_log_probabilities_are_the_chats(server, client):
+def test_log_probabilities_equal_chat_completions(server, client):
     chat = chat_of(server, max_tokens=8, logprobs=True, top_logprobs=3)
     answer = asked(client, max_output_tokens=8, include=["message.output_text.logprobs"], top_logprobs=3)
     told = [each.to_dict() for each in answer.output[0].content[0].logprobs]
@@ -86,7 +86,7 @@ def test_log_probabilities_are_the_chats(server, client):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_tokens_that_are_no_whole_characters_are_told_too(server, client, seed):
+def test_tokens_of_partial_characters_have_log_probabilities_too(server, client, seed):
     fields = {"temperature": 1.9, "seed": seed, "ignore_eos": True}
     chat = chat_of(server, max_tokens=60, logprobs=True, **fields)["choices"][0]
     include = ["message.output_text.logprobs"]
@@ -98,7 +98,7 @@ def test_tokens_that_are_no_whole_characters_are_told_too(server, client, seed):
     assert answer.output_text == chat["message"]["content"]
 
 
-def test_routing_is_the_chats(server, client):
+def test_routing_equals_chat_completions(server, client):
     policy = {"ban": [{"layer": 0, "expert": 5}], "k": 4}
     chat = chat_of(server, max_tokens=8, routing=True, router_policy=policy)
     answer = asked(client, max_output_tokens=8, extra_body={"routing": True, "router_policy": policy})
@@ -106,7 +106,7 @@ def test_routing_is_the_chats(server, client):
     assert answer.routing["tokens"] == 8
 
 
-def test_a_prompt_that_was_sent_before_is_cached(client):
+def test_a_repeated_prompt_is_served_from_the_cache(client):
     said = "one two three four five six seven " * 20
     asked(client, input=said, max_output_tokens=1)
     usage = asked(client, input=said, max_output_tokens=1).usage
@@ -116,7 +116,7 @@ def test_a_prompt_that_was_sent_before_is_cached(client):
 # ---- streams ----
 
 
-def test_a_stream_tells_the_same(server, client):
+def test_a_stream_has_the_same_content(server, client):
     whole = asked(client, include=["message.output_text.logprobs"])
     with client.responses.stream(
         model=MODEL, input=SAID, temperature=0, max_output_tokens=24, include=["message.output_text.logprobs"]
@@ -139,7 +139,7 @@ def test_a_stream_tells_the_same(server, client):
     assert client.responses.retrieve(final.id).to_dict()["output"] == final.to_dict()["output"]
 
 
-def test_events_have_names_and_no_done(server):
+def test_events_have_names_and_there_is_no_done(server):
     status, text, headers = server.call("/v1/responses", {"input": "a", "max_output_tokens": 2, "stream": True})
     assert status == 200
     assert headers["content-type"].startswith("text/event-stream")
@@ -150,7 +150,7 @@ def test_events_have_names_and_no_done(server):
     assert text.count("\ndata: ") == len(names)
 
 
-def test_many_at_once_get_what_each_gets_alone(server):
+def test_concurrent_requests_get_the_same_as_alone(server):
     said = [f"Number {i}:" for i in range(6)]
 
     async def one(client, text):
@@ -176,7 +176,7 @@ def test_many_at_once_get_what_each_gets_alone(server):
     assert together == alone
 
 
-def test_a_client_that_leaves_ends_its_work(server, client):
+def test_a_disconnected_clients_work_is_aborted(server, client):
     stream = client.responses.create(
         model=MODEL, input="x", stream=True, max_output_tokens=400, extra_body={"ignore_eos": True}
     )
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_ends_its_work(server, client):
     assert server.idle()
 
 
-def test_a_server_that_ends_fails_its_responses(run_server):
+def test_a_stopping_server_fails_its_responses(run_server):
     server = run_server()
     events = []
     begun = threading.Event()
@@ -213,7 +213,7 @@ def test_a_server_that_ends_fails_its_responses(run_server):
         assert "shutting down" in last.response.error.message or "cancelled" in last.response.error.message
 
 
-def test_an_engine_that_breaks_fails_its_responses(run_server, monkeypatch):
+def test_a_failing_engine_fails_its_responses(run_server, monkeypatch):
     server = run_server()
 
     def broken():
@@ -235,7 +235,7 @@ def test_an_engine_that_breaks_fails_its_responses(run_server, monkeypatch):
 # ---- conversations ----
 
 
-def test_a_conversation_goes_on_from_its_id(server, client):
+def test_a_conversation_continues_from_a_response_id(server, client):
     first = asked(client, input="def add(a, b):", instructions="Write Python.")
     second = asked(client, input="Again", previous_response_id=first.id)
     history = [*SAID, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Again"}]
@@ -251,7 +251,7 @@ def test_a_conversation_goes_on_from_its_id(server, client):
     assert third.output_text == chat_of(server, history, max_tokens=24)["choices"][0]["message"]["content"]
 
 
-def test_what_the_client_keeps_itself_is_the_same_conversation(client):
+def test_client_side_history_gives_the_same_conversation(client):
     first = asked(client, store=False)
     items = [*SAID, *[item.to_dict() for item in first.output], {"role": "user", "content": "Again"}]
     kept = asked(client, input=items)
@@ -261,7 +261,7 @@ def test_what_the_client_keeps_itself_is_the_same_conversation(client):
     assert asked(client, input=referred).output_text == kept.output_text
 
 
-def test_stored_responses_can_be_read_and_forgotten(client):
+def test_stored_responses_can_be_read_and_deleted(client):
     answer = asked(client, metadata={"topic": "sums"})
     again = client.responses.retrieve(answer.id)
     assert again.to_dict() == answer.to_dict()
@@ -275,14 +275,14 @@ def test_stored_responses_can_be_read_and_forgotten(client):
     assert (caught.value.param, caught.value.code) == ("previous_response_id", "previous_response_not_found")
 
 
-def test_what_is_not_to_be_stored_is_not(client):
+def test_responses_are_not_stored_if_store_is_false(client):
     answer = asked(client, store=False)
     assert answer.store is False
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(answer.id)
 
 
-def test_input_items_come_in_pages(client):
+def test_input_items_are_paginated(client):
     first = asked(client, input=[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
     second = asked(client, input="c", previous_response_id=first.id)
     texts = [item.content[0].text for item in client.responses.input_items.list(second.id, limit=2)]  # reads on itself
@@ -296,7 +296,7 @@ def test_input_items_come_in_pages(client):
         assert caught.value.param == next(iter(query))
 
 
-def test_a_conversation_that_is_too_long_loses_its_beginning(server, client):
+def test_a_conversation_that_is_too_long_is_truncated_at_its_beginning(server, client):
     said = [{"role": "user", "content": f"Message {i}: " + "word " * 30} for i in range(40)]
     system = {"role": "system", "content": "Count."}
     with pytest.raises(openai.BadRequestError, match="the model's context ends") as caught:
@@ -314,8 +314,8 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(server, client):
     assert asked(client, input=SAID, truncation="auto").usage.input_tokens == asked(client).usage.input_tokens
 
 
-def test_a_conversation_of_any_number_of_messages_is_shortened(server):
-    """All its shortened forms at once would be 200 million messages."""
+def test_truncation_handles_any_number_of_messages(server):
+    """Building all truncated forms at once would take 200 million messages."""
     said = [{"role": "user", "content": "a"}] * 20_000
     before = peak_memory_bytes()
     body = {"input": said, "truncation": "auto", "max_output_tokens": 4, "store": False}
@@ -360,13 +360,13 @@ def test_mistakes_are_named(client, fields, param, stream):
     assert caught.value.type == "invalid_request_error"
 
 
-def test_an_unknown_model(client):
+def test_an_unknown_model_is_refused(client):
     with pytest.raises(openai.NotFoundError) as caught:
         asked(client, model="gpt-9")
     assert caught.value.code == "model_not_found"
 
 
-def test_an_alias_answers_by_its_name(run_server):
+def test_an_alias_is_answered_under_its_name(run_server):
     server = run_server()
     server.state.aliases = ("gpt-4o", "claude-x")
     given = {"model": "gpt-4o", "input": "a", "max_output_tokens": 1}
@@ -376,7 +376,7 @@ def test_an_alias_answers_by_its_name(run_server):
     assert server.call("/v1/messages", given | {"model": ""})[1]["model"] == MODEL
 
 
-def test_keys_do_not_see_each_others_responses(run_server):
+def test_keys_cannot_see_each_others_responses(run_server):
     server = run_server(ServeSettings(port=0, api_keys=("one", "two"), share_prefixes=True))
 
     def of(key):
@@ -395,7 +395,7 @@ def test_keys_do_not_see_each_others_responses(run_server):
             three.responses.retrieve(answer.id)
 
 
-def test_the_description_has_the_routes(server):
+def test_the_openapi_description_has_the_routes(server):
     description = server.call("/openapi.json")[1]
     assert set(description["paths"]["/v1/responses/{id}"]) == {"get", "delete"}
     query = description["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]
@@ -477,7 +477,7 @@ VALID = [
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=mangled(VALID, sorted(ResponsesRequest.model_fields)))
-def test_nothing_that_is_sent_is_a_failure_of_the_server(server, body):
+def test_no_request_causes_a_5xx(server, body):
     status, answer, headers = server.call("/v1/responses", encoded(body), method="POST")
     assert status < 500, answer
     if status != 200:
@@ -490,5 +490,5 @@ def test_nothing_that_is_sent_is_a_failure_of_the_server(server, body):
 
 
 @pytest.mark.parametrize("body", VALID)
-def test_what_is_mangled_was_valid(server, body):
+def test_requests_used_for_mangling_are_valid(server, body):
     assert server.call("/v1/responses", body)[0] == 200

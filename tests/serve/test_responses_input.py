@@ -28,11 +28,11 @@ CALL = {"type": "function_call", "call_id": "call_1", "name": "add", "arguments"
 TOOL = {"type": "function", "name": "add", "description": "Adds.", "parameters": {"type": "object"}, "strict": True}
 
 
-def test_a_text_is_a_message_of_the_user():
+def test_a_text_becomes_a_user_message():
     assert translated(input="Hello", model="m") == {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 
-def test_instructions_come_first_and_developers_are_the_system():
+def test_instructions_come_first_and_developer_means_system():
     assert translated(
         input=[{"role": "developer", "content": "b"}, {"role": "user", "content": "c"}], instructions="a"
     )["messages"] == [
@@ -71,7 +71,7 @@ def test_items_become_messages():
     ]
 
 
-def test_sampling_and_our_own_fields_are_handed_on():
+def test_sampling_and_extension_fields_are_passed_on():
     body = translated(
         input="x",
         max_output_tokens=7,
@@ -107,13 +107,13 @@ def test_sampling_and_our_own_fields_are_handed_on():
         ({"include": ["reasoning.encrypted_content"], "top_logprobs": 0}, {}),
     ],
 )
-def test_log_probabilities(fields, expected):
+def test_log_probabilities_are_requested(fields, expected):
     body = translated(input="x", **fields)
     del body["messages"]
     assert body == expected
 
 
-def test_formats():
+def test_text_formats_are_translated():
     assert "response_format" not in translated(input="x", text={"format": {"type": "text"}, "verbosity": "medium"})
     assert translated(input="x", text={"format": {"type": "json_object"}})["response_format"] == {"type": "json_object"}
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -124,7 +124,7 @@ def test_formats():
     }
 
 
-def test_tools_and_their_choice():
+def test_tools_and_tool_choice_are_translated():
     function = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}, "strict": True}
     body = translated(input="x", tools=[TOOL], tool_choice={"type": "function", "name": "add"})
     assert body["tools"] == [{"type": "function", "function": function}]
@@ -138,7 +138,7 @@ def test_tools_and_their_choice():
     }
 
 
-def test_allowed_tools_are_the_only_ones():
+def test_allowed_tools_restrict_the_tools():
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "mul"}]}
     body = translated(input="x", tools=[TOOL, TOOL | {"name": "mul"}], tool_choice=allowed)
     assert [tool["function"]["name"] for tool in body["tools"]] == ["mul"]
@@ -162,26 +162,26 @@ def test_allowed_tools_are_the_only_ones():
         ({"include": ["message.output_text.logprobs", "everything"]}, "include[1]"),
     ],
 )
-def test_what_we_lack_is_refused(fields, param):
+def test_unsupported_fields_are_refused(fields, param):
     with pytest.raises(ApiError) as caught:
         translated(input="x", **fields)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
-def test_defaults_of_what_we_lack_are_accepted():
+def test_defaults_of_unsupported_fields_are_accepted():
     fields = {"background": False, "conversation": None, "reasoning": {"effort": None, "summary": None}, "user": "u"}
     assert translated(input="x", service_tier="flex", max_tool_calls=3, **fields)["user"] == "u"
     translated(input="x", reasoning={"effort": "none"}, stream_options={"include_obfuscation": False})
 
 
 @pytest.mark.parametrize("body", [{}, {"input": []}, {"input": [{"type": "reasoning", "id": "r"}]}])
-def test_there_must_be_something_to_answer(body):
+def test_an_empty_input_is_refused(body):
     with pytest.raises(ApiError, match="at least one item") as caught:
         translated(**body)
     assert caught.value.param == "input"
 
 
-def test_references_are_replaced_by_what_they_name():
+def test_item_references_are_resolved():
     request = parse(ResponsesRequest, {"input": [{"id": "msg_1"}, {"type": "item_reference", "id": "msg_2"}]})
     stored = {"msg_1": Message(role="assistant", content="a")}
     with pytest.raises(ApiError, match="'msg_2'") as caught:
@@ -190,7 +190,7 @@ def test_references_are_replaced_by_what_they_name():
     assert resolved(request.input[:1], stored.get) == [stored["msg_1"]]
 
 
-def test_a_conversation_is_shortened_from_its_beginning():
+def test_a_conversation_is_truncated_from_its_beginning():
     request = parse(
         ResponsesRequest,
         {
@@ -211,8 +211,8 @@ def test_a_conversation_is_shortened_from_its_beginning():
     assert cuts([]) == []
 
 
-def test_an_item_is_referred_to_once():
-    """A request of a megabyte would stand for gigabytes otherwise."""
+def test_an_item_may_be_referenced_only_once():
+    """Otherwise a one-megabyte request could expand to gigabytes."""
     item = {"type": "item_reference", "id": "msg_2"}
     request = parse(ResponsesRequest, {"input": [item, {"role": "user", "content": "a"}, item]})
     with pytest.raises(ApiError, match="'msg_2' is referred to twice") as caught:

@@ -1,4 +1,4 @@
-"""Chat events as a response: each event is one that the openai package knows, in the order that it documents."""
+"""Chat events as a response: every event is known to the openai package and in the documented order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(value, *, ids=(1,), routing=()):
 
 
 def written(news, *, logprobs=False, routing=False, **body):
-    """The events that a stream tells `news` in, and the response in the end. Each event is checked against openai's."""
+    """The stream events for `news`, and the final response. Each event is checked by openai's types."""
     request = parse(ResponsesRequest, {"input": "x", **body})
     writer = ResponseWriter(
         response_object(request, "m"), describe=describe, encode=encode, logprobs=logprobs, routing=routing
@@ -60,7 +60,7 @@ MESSAGE = ["output_item.added", "content_part.added"]
 MESSAGE_END = ["output_text.done", "content_part.done", "output_item.done"]
 
 
-def test_a_text():
+def test_a_text_is_one_message():
     events, response = written([text("Hel"), text(""), text("lo"), Finished(0, "stop"), USAGE])
     assert kinds(events) == [
         "created", "in_progress", *MESSAGE, "output_text.delta", "output_text.delta", *MESSAGE_END, "completed",
@@ -84,7 +84,7 @@ def test_a_text():
     }
 
 
-def test_text_then_two_calls():
+def test_text_and_two_calls_are_three_items():
     news = [
         text("I add."),
         ToolCallDelta(0, 0, "call_a", "add", ""),
@@ -119,7 +119,7 @@ def test_text_then_two_calls():
     assert [item.type for item in output_items(response)] == ["message", "function_call", "function_call"]
 
 
-def test_the_openai_package_puts_the_events_together():
+def test_the_openai_package_assembles_the_events():
     news = [text("I "), text("add."), ToolCallDelta(0, 0, "call_a", "add", '{"a":1}'), Finished(0, "tool_calls"), USAGE]
     events, response = written(news)
     state = ResponseStreamState(input_tools=[], text_format=omit)
@@ -130,7 +130,7 @@ def test_the_openai_package_puts_the_events_together():
     assert final.id == response["id"]
 
 
-def test_the_limit():
+def test_reaching_the_limit_is_incomplete():
     events, response = written([text("Hel"), Finished(0, "length"), USAGE])
     assert kinds(events)[-2:] == ["output_item.done", "incomplete"]
     assert response["status"] == response["output"][0]["status"] == "incomplete"
@@ -143,7 +143,7 @@ def test_the_limit():
 
 @pytest.mark.parametrize("news", [[], [text("Hel")]])
 @pytest.mark.parametrize("reason", ["error", "cancelled"])
-def test_a_failure(news, reason):
+def test_an_error_fails_the_response(news, reason):
     events, response = written([*news, Finished(0, reason, "The runner broke." if reason == "error" else None)])
     assert kinds(events)[-1] == "failed"
     assert response["status"] == "failed"
@@ -152,7 +152,7 @@ def test_a_failure(news, reason):
     assert [item["status"] for item in response["output"]] == ["incomplete"] * len(news)
 
 
-def test_a_run_that_ends_without_a_word_has_failed():
+def test_a_stream_that_ends_without_a_final_event_has_failed():
     events, response = written([text("Hel")])
     assert kinds(events)[-2:] == ["output_item.done", "failed"]
     assert response["error"]["message"] == "The answer broke off."
@@ -164,7 +164,7 @@ def test_an_empty_answer_is_an_empty_message():
     assert response["output"][0]["content"][0]["text"] == ""
 
 
-def test_log_probabilities_are_beside_their_texts():
+def test_log_probabilities_come_with_their_text():
     events, response = written([text("He", ids=(1, 2)), text("y", ids=(3,)), Finished(0, "stop"), USAGE], logprobs=True)
     deltas = [e for e in events if e["type"] == "response.output_text.delta"]
     assert [[t["token"] for t in e["logprobs"]] for e in deltas] == [["1", "2"], ["3"]]
@@ -173,7 +173,7 @@ def test_log_probabilities_are_beside_their_texts():
     assert tokens[0] == describe(TokenLogprob(1, -0.5, {1: -0.5, 9: -1.5}))
 
 
-def test_a_token_whose_text_waits_for_the_next_is_told_with_it():
+def test_a_token_with_delayed_text_is_reported_with_it():
     one = Routing(np.zeros((2, 2), np.int16), np.ones((2, 2), np.float32))
     news = [text("", ids=(1,), routing=[one]), text("", ids=(2,), routing=[one]), text("é", ids=(3,), routing=[one])]
     events, response = written([*news, Finished(0, "stop"), USAGE], logprobs=True, routing=True)
@@ -183,13 +183,13 @@ def test_a_token_whose_text_waits_for_the_next_is_told_with_it():
     assert response["output"][0]["content"][0]["logprobs"] == delta["logprobs"]
 
 
-def test_tokens_without_a_text_are_told_all_the_same():
+def test_tokens_without_text_are_reported_too():
     events, response = written([text("", ids=(7,)), Finished(0, "stop"), USAGE], logprobs=True)
     assert kinds(events)[4:6] == ["output_text.delta", "output_text.done"]
     assert [token["token"] for token in response["output"][0]["content"][0]["logprobs"]] == ["7"]
 
 
-def test_tokens_of_a_call_are_not_those_of_the_text_behind_it():
+def test_tokens_of_a_call_are_not_counted_as_the_following_text():
     call = ToolCallDelta(0, 0, "call_a", "add", "{}")
     news = [text("", ids=(1,)), call, text("", ids=(2,)), text("b", ids=(3,)), Finished(0, "tool_calls"), USAGE]
     _, response = written(news, logprobs=True)
@@ -197,7 +197,7 @@ def test_tokens_of_a_call_are_not_those_of_the_text_behind_it():
     assert [token["token"] for token in response["output"][1]["content"][0]["logprobs"]] == ["3"]
 
 
-def test_routing_comes_with_each_delta_and_whole_at_the_end():
+def test_routing_comes_with_each_delta_and_complete_at_the_end():
     one = Routing(np.zeros((2, 2), np.int16), np.ones((2, 2), np.float32))
     news = [
         text("a", routing=[one]),
@@ -216,7 +216,7 @@ def test_routing_comes_with_each_delta_and_whole_at_the_end():
     assert response["routing"] == {"tokens": 4}
 
 
-def test_a_response_says_what_was_asked_for():
+def test_a_response_echoes_the_request():
     tool = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
     _, response = written(

@@ -1,4 +1,4 @@
-"""Stored responses: bounded, and each its owner's alone."""
+"""Stored responses: bounded, and visible only to their owner."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def stored(name, text="hello", history=()):
     )
 
 
-def test_a_conversation_is_history_input_and_output():
+def test_a_conversation_consists_of_history_input_and_output():
     first = stored("a")
     assert [type(item) for item in first.conversation] == [Message, Message, FunctionCall]
     second = stored("b", history=first.conversation)
     assert [item.id for item in second.conversation] == ["in_a", "msg_a", "fc_a", "in_b", "msg_b", "fc_b"]
 
 
-def test_owners_do_not_see_each_other():
+def test_owners_cannot_see_each_other():
     store = ResponseStore()
     store.add("me", stored("a"))
     assert store.get("me", "a") is not None
@@ -42,7 +42,7 @@ def test_owners_do_not_see_each_other():
     assert store.item("me", "msg_a") is None
 
 
-def test_the_least_recently_used_are_forgotten():
+def test_the_least_recently_used_are_evicted():
     store = ResponseStore(count=2)
     store.add("", stored("a"))
     store.add("", stored("b"))
@@ -53,7 +53,7 @@ def test_the_least_recently_used_are_forgotten():
     assert store.item("", "fc_c") is not None
 
 
-def test_the_bytes_are_bounded():
+def test_stored_bytes_are_bounded():
     store = ResponseStore(size=5000)
     for i in range(20):
         store.add("", stored(f"r{i}", text="x" * 1000))
@@ -64,7 +64,7 @@ def test_the_bytes_are_bounded():
     assert store.get("", "r19") is not None
 
 
-def test_items_count_even_if_they_say_nothing():
+def test_empty_items_count_too():
     store = ResponseStore(size=100_000)
     empty = tuple(Message(role="user", content="") for _ in range(250))
     store.add("", StoredResponse({"id": "a", "output": []}, (), empty))
@@ -73,7 +73,7 @@ def test_items_count_even_if_they_say_nothing():
     assert store.get("", "b") is not None
 
 
-def test_an_item_sent_again_stays_as_long_as_its_last_response():
+def test_a_resent_item_lives_as_long_as_its_last_response():
     store = ResponseStore()
     store.add("", stored("a"))
     again = Message(role="assistant", content="hello", id="msg_a")
@@ -82,7 +82,7 @@ def test_an_item_sent_again_stays_as_long_as_its_last_response():
     assert store.item("", "msg_a") is again
 
 
-def test_input_items_are_listed_as_parts():
+def test_input_items_are_listed_with_content_parts():
     items = [
         Message(role="user", content="q", id="m"),
         FunctionCallOutput(type="function_call_output", call_id="c", output="2"),

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 MODEL = "olmoe-tiny"
-# Of a few dozen tokens at most, so that even a model of no sense ends them.
+# A few dozen tokens at most, so that even a nonsensical model finishes them.
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Rome"]}, "unit": {"enum": ["C", "F"]}},
@@ -54,7 +54,7 @@ def of_weather(arguments):
     return found
 
 
-def test_a_function_is_called(client):
+def test_functions_can_be_called(client):
     answer = asked(client, tool_choice=WEATHER)
     (call,) = answer.output
     assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
@@ -66,7 +66,7 @@ def test_a_function_is_called(client):
     assert answer.tool_choice.name == "weather"
 
 
-def test_a_stream_tells_the_same_call(client):
+def test_a_stream_has_the_same_call(client):
     whole = asked(client, tool_choice=WEATHER).output[0]
     with client.responses.stream(
         model=MODEL,
@@ -90,14 +90,14 @@ def test_a_stream_tells_the_same_call(client):
     assert events[2].item.arguments == ""
 
 
-def test_required_calls_one_of_them_and_none_calls_none(client):
+def test_required_forces_one_call_and_none_forbids_all(client):
     assert asked(client, tool_choice="required").output[0].name in ("weather", "clock")
     assert [item.type for item in asked(client, tool_choice="none", max_output_tokens=8).output] == ["message"]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
     assert asked(client, tool_choice=allowed).output[0].name == "clock"
 
 
-def test_a_call_goes_back_with_its_result(client):
+def test_a_call_can_be_sent_back_with_its_result(client):
     first = asked(client, tool_choice=WEATHER)
     result = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "20 degrees"}
     asked_on = asked(client, input=[result], previous_response_id=first.id, tool_choice="none", max_output_tokens=16)
@@ -108,7 +108,7 @@ def test_a_call_goes_back_with_its_result(client):
     assert kept.usage.input_tokens == asked_on.usage.input_tokens > before.usage.input_tokens + 20
 
 
-def test_arguments_that_the_limit_cut_are_incomplete(client):
+def test_arguments_cut_by_the_limit_are_incomplete(client):
     answer = asked(client, tool_choice=WEATHER, max_output_tokens=6)
     assert answer.status == "incomplete"
     assert all(item.status == "incomplete" for item in answer.output[-1:])
@@ -140,7 +140,7 @@ def test_answers_are_parsed_asynchronously(server):
     of_weather(arguments)
 
 
-def test_any_object(client):
+def test_any_json_object_can_be_requested(client):
     answer = asked(client, tools=[], text={"format": {"type": "json_object"}}, temperature=1, max_output_tokens=400)
     if answer.status == "completed":
         assert isinstance(json.loads(answer.output_text), dict)

@@ -1,4 +1,4 @@
-"""The field `router_policy`: it means what a policy file means, and mistakes have the path of the field."""
+"""The field `router_policy`: it means the same as a policy file, and mistakes name the field's path."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def ask(server, **fields):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_request_says_what_a_file_says(value):
+def test_a_request_policy_means_the_same_as_a_file(value):
     assert router_policy(RouterPolicyModel.model_validate(value), LAYERS, EXPERTS) == to_policy(value)
 
 
-def test_pins_and_what_alone_is_allowed(server):
+def test_pinned_and_allowed_experts_are_honoured(server):
     plain_text, plain = ask(server)
     seldom = int(np.bincount(plain[:, 1].ravel(), minlength=EXPERTS).argmin())
     _, pinned = ask(server, router_policy={"pin": [{"layer": 1, "expert": seldom}]})
@@ -53,7 +53,7 @@ def test_pins_and_what_alone_is_allowed(server):
     assert ask(server, router_policy={"temperature": 1})[0] == plain_text
 
 
-def test_a_server_with_a_policy_of_its_own(run_server, server):
+def test_a_server_may_have_a_default_policy(run_server, server):
     default = {"ban": [{"layer": 0, "experts": [5, 6, 7]}], "temperature": 3.0}
     other = run_server(router_policy=to_policy(default))
     assert other.call("/v1/models")[1]["data"][0]["olmoe"]["router_policy"] == default
@@ -75,7 +75,7 @@ def test_a_server_with_a_policy_of_its_own(run_server, server):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_arrays_are_described_too():
+def test_policies_with_arrays_are_described():
     config = ModelConfig(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2)
     pinned = np.zeros((2, 4), dtype=bool)
     pinned[1, 3] = True
@@ -96,7 +96,7 @@ def test_arrays_are_described_too():
         ({"temperature": [1, 1, 1, float("nan")]}, "router_policy.temperature"),
     ],
 )
-def test_mistakes_have_a_path(value, param):
+def test_policy_mistakes_name_the_field_path(value, param):
     with pytest.raises(ApiError) as caught:
         router_policy(RouterPolicyModel.model_validate(value), LAYERS, EXPERTS)
     assert (caught.value.status, caught.value.param) == (400, param)
@@ -111,7 +111,7 @@ def test_mistakes_have_a_path(value, param):
         ({"temperature": [1, 1]}, "one number or 4, one per layer"),
     ],
 )
-def test_policies_that_contradict_themselves(server, value, sentence):
+def test_contradictory_policies_are_refused(server, value, sentence):
     status, body, _ = server.call("/v1/completions", COMPLETION | {"router_policy": value})
     assert (status, body["error"]["param"]) == (400, "router_policy")
     assert sentence in body["error"]["message"]

@@ -21,7 +21,7 @@ from serve.conftest import until
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 
 
-def test_a_port_in_use_is_one_sentence():
+def test_a_port_in_use_is_reported_in_one_sentence():
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"Port {port} of 127.0.0.1 is in use; choose another with --port"):
@@ -36,12 +36,12 @@ def test_a_port_in_use_is_one_sentence():
         ("198.51.100.7", 0, "not an address of this machine"),
     ],
 )
-def test_addresses_that_cannot_be_had(host, port, sentence):
+def test_unavailable_addresses_are_refused(host, port, sentence):
     with pytest.raises(UserError, match=sentence):
         bind(host, port)
 
 
-def test_certificates_are_tried_first(tmp_path):
+def test_certificates_are_checked_before_starting(tmp_path):
     path = tmp_path / "cert.pem"
     path.write_text("nothing")
     with pytest.raises(UserError, match="cannot be used"):
@@ -50,7 +50,7 @@ def test_certificates_are_tried_first(tmp_path):
         check_tls(ServeSettings(ssl_keyfile=path))
 
 
-def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(tmp_path):
+def test_an_encrypted_key_is_refused_without_a_password_prompt(tmp_path):
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")
@@ -64,7 +64,7 @@ def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(tmp_pa
         check_tls(ServeSettings(ssl_certfile=certificate, ssl_keyfile=key))
 
 
-def test_a_process_may_have_as_many_connections_as_the_system_allows():
+def test_the_limit_on_open_files_is_raised_as_far_as_allowed():
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -99,7 +99,7 @@ def test_draining_lets_requests_finish_and_refuses_new_ones(run_server):
         socket.create_connection((running.host, running.port), 1)
 
 
-def test_the_second_stop_ends_what_runs_and_says_so(run_server):
+def test_a_second_stop_aborts_running_requests_and_says_so(run_server):
     running = run_server(max_rows=1)
     texts, answers = [], []
 
@@ -128,7 +128,7 @@ def test_the_second_stop_ends_what_runs_and_says_so(run_server):
     assert answers[0][0] == 503
 
 
-def test_tls(run_server, tmp_path):
+def test_tls_works(run_server, tmp_path):
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")

@@ -1,4 +1,4 @@
-"""Streams of events: comments while nothing comes, errors where it breaks, an end to all that runs."""
+"""Event streams: comments while idle, errors in mid-stream, and cleanup of everything that runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from olmoe.serve.sse import ANTHROPIC, OPENAI, RESPONSES, send_stream
 
 
 class Client:
-    """Receives what is sent; `pause` makes it stop reading."""
+    """Receives what is sent; `pause` stops it from reading."""
 
     def __init__(self) -> None:
         self.start, self.body, self.ended, self.pause = None, b"", False, None
@@ -39,7 +39,7 @@ async def three():
         yield {"type": "part", "text": f"{number}\n☃"}
 
 
-def test_events_and_their_end():
+def test_events_are_sent_and_terminated():
     client = run(three())
     assert dict(client.start["headers"])[b"content-type"] == b"text/event-stream; charset=utf-8"
     events = client.body.decode().split("\n\n")
@@ -48,7 +48,7 @@ def test_events_and_their_end():
     assert client.ended
 
 
-def test_named_events():
+def test_events_may_be_named():
     text = run(three(), RESPONSES).body.decode()
     assert text.count("event: part\ndata: {") == 3
     assert "[DONE]" not in text
@@ -63,7 +63,7 @@ def test_named_events():
     ],
 )
 @pytest.mark.parametrize("dialect", [OPENAI, RESPONSES, ANTHROPIC])
-def test_errors_in_the_middle(error, message, dialect):
+def test_errors_in_mid_stream_are_sent_as_events(error, message, dialect):
     async def breaking():
         yield {"type": "part"}
         raise error
@@ -75,7 +75,7 @@ def test_errors_in_the_middle(error, message, dialect):
     assert ("event: error" in client.body.decode()) == (dialect is not OPENAI)
 
 
-def test_comments_while_nothing_comes():
+def test_comments_are_sent_while_idle():
     async def slow():
         yield {"text": "a"}
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""The page's files over HTTP: complete, with their policy, and nothing in them that the policy would refuse."""
+"""The page's files over HTTP: complete, with their security policy, and with nothing that it would block."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_file_is_served_with_its_type_and_the_policy(client):
     assert client.get("/").headers["content-security-policy"] == CONTENT_SECURITY_POLICY
 
 
-def test_the_policy_allows_this_origin_alone():
+def test_the_policy_allows_only_this_origin():
     directives = dict(part.split(" ", 1) for part in CONTENT_SECURITY_POLICY.split("; "))
     assert directives["default-src"] == directives["base-uri"] == directives["form-action"] == "'none'"
     assert directives["frame-ancestors"] == "'none'"
@@ -50,7 +50,7 @@ def test_the_policy_allows_this_origin_alone():
     assert "unsafe" not in CONTENT_SECURITY_POLICY
 
 
-def test_a_browser_keeps_what_has_not_changed(client):
+def test_unchanged_files_are_cached_by_browsers(client):
     first = client.get("/page/main.js")
     again = client.get("/page/main.js", headers={"If-None-Match": first.headers["etag"]})
     assert again.status_code == 304
@@ -65,17 +65,17 @@ def test_a_browser_keeps_what_has_not_changed(client):
     "path",
     ["/page/none.js", "/page/..%2fstatic_page.py", "/page/../static_page.py", "/page/", "/page/%00", "/page/a/b"],
 )
-def test_nothing_else_is_served(client, path):
+def test_nothing_outside_the_page_is_served(client, path):
     assert client.get(path).status_code == 404
 
 
-def test_head_and_other_methods(client):
+def test_head_works_and_other_methods_are_refused(client):
     assert client.head("/").status_code == 200
     assert client.head("/").content == b""
     assert client.post("/").status_code == 405
 
 
-def test_every_import_and_reference_is_there():
+def test_every_import_and_reference_exists():
     names = {path.name for path in FOLDER.iterdir()}
     for script in SCRIPTS:
         imported = re.findall(r'from "\./([^"]+)"', script.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def test_no_string_becomes_html_or_code():
 def test_nothing_names_another_host():
     for path in FOLDER.iterdir():
         addresses = re.findall(r"https?://[a-z0-9.]+", path.read_text(encoding="utf-8"))
-        assert set(addresses) <= {"http://www.w3.org"}, path.name  # the name of SVG's namespace, never fetched
+        assert set(addresses) <= {"http://www.w3.org"}, path.name  # the SVG namespace, never fetched
 
 
 def test_a_wheel_holds_the_page(tmp_path):

@@ -1,4 +1,4 @@
-"""The chat in a real browser: sending, streaming, stopping, editing, errors, looks. What it asks for is the wire's."""
+"""The chat in a real browser: sending, streaming, stopping, editing, errors. Requests go to a scripted server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_message_is_answered(opened, backend):  # noqa: F811
     ]  # fmt: skip
 
 
-def test_settings_outlive_a_reload_and_the_key_does_not_outlive_the_tab(opened, backend):  # noqa: F811
+def test_settings_survive_a_reload_but_the_key_only_the_tab(opened, backend):  # noqa: F811
     page = opened.page
     page.click("#open-settings")
     page.fill("#set-min_p", "0.05")
@@ -72,7 +72,7 @@ def test_settings_outlive_a_reload_and_the_key_does_not_outlive_the_tab(opened, 
     assert other.input_value("#set-temperature") == "0.7"
 
 
-def test_a_setting_out_of_range_is_said_and_not_sent(opened, backend):  # noqa: F811
+def test_a_setting_out_of_range_is_reported_and_not_sent(opened, backend):  # noqa: F811
     page = opened.page
     page.click("#open-settings")
     page.fill("#set-top_p", "7")
@@ -96,14 +96,14 @@ def test_markdown_is_rendered(opened):  # noqa: F811
         "def reverse(items: list[int]) -> list[int]:\n    return items[::-1]"
     )
     expect(answer.locator("td").nth(1)).to_have_text("3")
-    # as tokens, nothing of the source is hidden
+    # in the token view, nothing of the source is hidden
     opened.page.click("#open-settings")
     opened.page.check("#set-source")
     opened.page.click("#close-settings")
     assert answer.evaluate("node => node.firstChild && node.textContent").startswith(MARKDOWN)
 
 
-def test_copying(opened):  # noqa: F811
+def test_answers_can_be_copied(opened):  # noqa: F811
     opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
     turn = opened.ask("markdown")
     clipboard = "navigator.clipboard.readText()"
@@ -117,12 +117,12 @@ def test_copying(opened):  # noqa: F811
     assert opened.page.evaluate(clipboard) == "markdown"
 
 
-def test_what_a_model_writes_does_no_harm(opened):  # noqa: F811
+def test_model_output_is_harmless(opened):  # noqa: F811
     turn = opened.ask("attack")
     answer = answer_of(turn)
     page = opened.page
     assert answer.locator("img, script, iframe, b, svg, object, form").count() == 0
-    # What looks like an address of the web is a link, if one clicks it; the picture is one too, and is not fetched.
+    # What looks like a web address becomes a link; so does the picture, which is not fetched.
     hrefs = [a.get_attribute("href") for a in answer.locator("a").all()]
     assert hrefs == ["https://attacker.example/pixel.png", "https://attacker.example/"]
     assert "<img src=x onerror=" in answer.inner_text()
@@ -140,8 +140,8 @@ def test_what_a_model_writes_does_no_harm(opened):  # noqa: F811
     assert page.evaluate("window.attacked") is None
 
 
-def test_the_policy_stops_what_would_be_injected(browser, backend):  # noqa: F811
-    """Were the page to have a hole, the browser would refuse: inline scripts, other hosts, strings as HTML."""
+def test_the_policy_blocks_injected_content(browser, backend):  # noqa: F811
+    """If the page had a hole, the browser would still block inline scripts, other hosts and strings as HTML."""
     made = Opened(browser, backend[1])
     page = made.open()
     page.evaluate("""() => {
@@ -189,7 +189,7 @@ def test_text_streams_and_can_be_stopped(opened, backend):  # noqa: F811
     assert len(answer.inner_text().split()) == count
 
 
-def test_what_has_not_begun_is_stopped_too(opened, backend):  # noqa: F811
+def test_queued_requests_can_be_stopped_too(opened, backend):  # noqa: F811
     turn = opened.ask("silent", wait=False)
     opened.page.wait_for_timeout(200)
     opened.page.press("#prompt", "Escape")
@@ -202,7 +202,7 @@ def test_what_has_not_begun_is_stopped_too(opened, backend):  # noqa: F811
     assert backend[0].aborted == 1
 
 
-def test_escape_stops_and_enter_waits_for_the_end(opened, backend):  # noqa: F811
+def test_escape_stops_and_enter_waits_for_the_answer(opened, backend):  # noqa: F811
     page = opened.page
     turn = opened.ask("slow", wait=False)
     expect(answer_of(turn).locator(".token").nth(4)).to_be_visible()
@@ -219,7 +219,7 @@ def test_escape_stops_and_enter_waits_for_the_end(opened, backend):  # noqa: F81
     assert backend[0].bodies[1]["messages"][-1]["content"] == "next\nline"
 
 
-def test_a_new_chat_while_an_answer_runs(opened, backend):  # noqa: F811
+def test_a_new_chat_can_start_while_an_answer_runs(opened, backend):  # noqa: F811
     page = opened.page
     turn = opened.ask("slow", wait=False)
     expect(answer_of(turn).locator(".token").nth(4)).to_be_visible()
@@ -232,7 +232,7 @@ def test_a_new_chat_while_an_answer_runs(opened, backend):  # noqa: F811
     expect(page.locator(".turn")).to_have_count(1)
 
 
-def test_regenerating(opened, backend):  # noqa: F811
+def test_an_answer_can_be_regenerated(opened, backend):  # noqa: F811
     turn = opened.ask("Tell me")
     first = answer_of(turn).inner_text()
     turn.get_by_text("Same seed").click()
@@ -256,7 +256,7 @@ def test_regenerating(opened, backend):  # noqa: F811
     expect(turn.get_by_text("Regenerate")).to_have_count(0)
 
 
-def test_editing_a_message(opened, backend):  # noqa: F811
+def test_a_message_can_be_edited(opened, backend):  # noqa: F811
     page = opened.page
     opened.ask("First")
     turn = opened.ask("Second")
@@ -279,7 +279,7 @@ def test_editing_a_message(opened, backend):  # noqa: F811
     assert page.get_by_label("Edit the message").input_value() == "Changed"
 
 
-def test_completing_a_text(opened, backend):  # noqa: F811
+def test_a_text_can_be_completed(opened, backend):  # noqa: F811
     page = opened.page
     page.get_by_text("Complete", exact=True).click()
     expect(page.locator("#prompt")).to_have_attribute("placeholder", "A text to continue…")
@@ -298,13 +298,13 @@ def test_completing_a_text(opened, backend):  # noqa: F811
 
 
 @pytest.mark.parametrize("mode", ["Chat", "Complete"])
-def test_characters_of_several_tokens(opened, mode):  # noqa: F811
+def test_characters_of_several_tokens_are_shown_whole(opened, mode):  # noqa: F811
     opened.page.get_by_text(mode, exact=True).click()
     turn = opened.ask("emoji")
     assert "".join(answer_of(turn).locator(".token:not(.unseen)").all_text_contents()) == EMOJI
 
 
-def test_the_limit_is_said(opened):  # noqa: F811
+def test_reaching_the_limit_is_shown(opened):  # noqa: F811
     turn = opened.ask("long")
     expect(turn.locator(".ended")).to_contain_text("cut off after 26 tokens")
 
@@ -318,14 +318,14 @@ def test_the_limit_is_said(opened):  # noqa: F811
         ("drop", "The connection ended before the answer did.", 200),
     ],
 )
-def test_errors_are_sentences(opened, prompt, sentence, status):  # noqa: F811
+def test_errors_are_shown_as_sentences(opened, prompt, sentence, status):  # noqa: F811
     turn = opened.ask(prompt)
     expect(turn.locator(".failed")).to_have_text(sentence)
     if status == 200:
-        assert answer_of(turn).inner_text() != ""  # what had come stays
+        assert answer_of(turn).inner_text() != ""  # the text received so far is kept
     else:
         opened.forgive(f"{status}")
-    opened.ask("And now?")  # the page goes on
+    opened.ask("And now?")  # the page keeps working
     expect(opened.page.locator(".turn")).to_have_count(2)
 
 
@@ -347,7 +347,7 @@ def test_a_missing_key_is_asked_for(browser, backend):  # noqa: F811
     made.context.close()
 
 
-def test_a_server_that_is_gone(opened):  # noqa: F811
+def test_an_unreachable_server_is_reported(opened):  # noqa: F811
     page = opened.page
     page.route("**/v1/**", lambda route: route.abort())
     turn = opened.ask("Hello")
@@ -358,7 +358,7 @@ def test_a_server_that_is_gone(opened):  # noqa: F811
     opened.forgive("ERR_FAILED")
 
 
-def test_a_connection_that_breaks(browser):  # noqa: F811
+def test_a_broken_connection_is_reported(browser):  # noqa: F811
     """The server dies in the middle of a chunk."""
     import threading
 
@@ -378,7 +378,7 @@ def test_a_connection_that_breaks(browser):  # noqa: F811
                 connection.sendall(
                     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n" + data
                 )
-                threading.Event().wait(0.5)  # what has come is read before the end is
+                threading.Event().wait(0.5)  # received text is read before the end is noticed
                 return
             else:
                 head, body = f"Content-Type: {pages[path].media_type}", pages[path].content

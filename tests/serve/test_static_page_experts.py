@@ -1,4 +1,4 @@
-"""The picture of the experts in a real browser: light, tokens, load, bans and boosts, and what they change."""
+"""The expert view in a real browser: light, tokens, load, bans and boosts, and their effects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from page_backend import EXPERTS, LAYERS, PER_TOKEN, routing, token_id
 from page_browser import Opened, backend, browser, opened, sync_api  # noqa: F401  (fixtures)
 
 expect = sync_api.expect
-DARK = 7 + 40 + 44  # the colour of an expert that is not chosen, its parts added
+DARK = 7 + 40 + 44  # the colour of an unchosen expert, its components added
 PIXELS = """() => {
   const cells = document.getElementById("cells");
   const { data } = cells.getContext("2d").getImageData(0, 0, cells.width, cells.height);
@@ -27,7 +27,7 @@ def light(page):
 
 
 def chosen_of(page):
-    """The table of a token: for each layer its experts and weights."""
+    """A token's table: its experts and weights in each layer."""
     rows = page.locator(".token-experts tbody tr").all()
     labels = [[b.get_attribute("aria-label") for b in row.locator(".expert").all()] for row in rows]
     found = [[re.fullmatch(r"Layer (\d+), expert (\d+), weight ([\d.]+)", label) for label in row] for row in labels]
@@ -36,7 +36,7 @@ def chosen_of(page):
 
 
 def expected_at(text, body, at):
-    """What the server sends for a token at its place."""
+    """What the server sends for a token at this position."""
     raw = base64.b64decode(routing([text.encode()], body, at)["experts"])
     return [list(raw[layer * PER_TOKEN : (layer + 1) * PER_TOKEN]) for layer in range(LAYERS)]
 
@@ -61,7 +61,7 @@ def test_experts_light_up_and_fade(opened):  # noqa: F811
     opened.ended(turn)
     brightest = max(max(row) for row in light(page))
     page.wait_for_timeout(3000)
-    rested = light(page)  # the load of the answer stays, dimmer
+    rested = light(page)  # the answer's load stays, dimmed
     assert DARK < max(max(row) for row in rested) < brightest
     page.wait_for_timeout(300)
     assert light(page) == rested
@@ -69,7 +69,7 @@ def test_experts_light_up_and_fade(opened):  # noqa: F811
     assert {value for row in light(page) for value in row} == {DARK}
 
 
-def test_without_motion_the_last_token_stays(browser, backend):  # noqa: F811
+def test_with_reduced_motion_the_last_token_stays(browser, backend):  # noqa: F811
     made = Opened(browser, backend[1], reduced_motion="reduce")
     page = made.open()
     turn = made.ask("slow", wait=False)
@@ -97,7 +97,7 @@ def test_pointing_at_a_token_shows_its_experts(opened, backend):  # noqa: F811
     expect(page.locator(".token-head")).to_contain_text(f"token 6 of 26, id {token_id(text.encode())}")
     expect(page.locator(".token-probability")).to_have_text("probability 61 %")
     expect(page.locator(".alternatives li")).to_have_text([re.compile("61 %"), re.compile("other.*22 %")])
-    # and lights up these cells alone
+    # and only these cells light up
     for layer, row in enumerate(chosen_of(page)):
         lit = {expert for expert, value in enumerate(light(page)[layer]) if value > DARK}
         assert lit == {expert for expert, _ in row}
@@ -119,7 +119,7 @@ def test_a_pinned_token_stays(opened):  # noqa: F811
     expect(page.locator(".token-head")).to_contain_text("token 11 of 26")
 
 
-def test_the_load(opened):  # noqa: F811
+def test_the_load_is_shown(opened):  # noqa: F811
     page = opened.page
     expect(page.locator("#load-summary")).to_have_text("Nothing has been generated yet.")
     opened.ask("Tell me")
@@ -127,7 +127,7 @@ def test_the_load(opened):  # noqa: F811
     expect(bars).to_have_count(EXPERTS)
     shares = [float(bar.get_attribute("height")) for bar in bars.all()]
     busiest = max(range(EXPERTS), key=shares.__getitem__)
-    assert busiest % 5 == 0  # the server prefers those
+    assert busiest % 5 == 0  # the server prefers these
     summary = page.locator("#load-summary").text_content()
     assert re.match(
         rf"\d+ of 64 experts used; busiest E{busiest} [\d.]+ %, E\d+ [\d.]+ %, E\d+ [\d.]+ %; even would be 1.6 %.",
@@ -181,7 +181,7 @@ def test_banning_changes_the_text(opened, backend):  # noqa: F811
     assert turn.locator(".answer-text").inner_text() == before
 
 
-def test_changes_are_marked_while_they_come(opened):  # noqa: F811
+def test_changes_are_marked_while_streaming(opened):  # noqa: F811
     page = opened.page
     turn = opened.ask("slow", wait=False)
     expect(turn.locator(".token").nth(40)).to_be_visible()
@@ -191,7 +191,8 @@ def test_changes_are_marked_while_they_come(opened):  # noqa: F811
     turn.get_by_text("Same seed").click()
     expect(turn.locator(".token").nth(30)).to_be_visible()
     marked = "node => [...node.querySelectorAll('.token.changed')].map((token) => Number(token.dataset.token))"
-    assert [token for token in turn.evaluate(marked) if token < count] == []  # beyond, there is nothing to be equal to
+    # Tokens beyond the earlier answer have nothing to be compared with.
+    assert [token for token in turn.evaluate(marked) if token < count] == []
     page.keyboard.press("Escape")
     expect(turn.locator(".pager")).to_contain_text("2 / 2")
     page.locator("#histogram .column").nth(20).click()
@@ -203,7 +204,7 @@ def test_changes_are_marked_while_they_come(opened):  # noqa: F811
     expect(turn.locator(".pager")).to_contain_text("3 / 3")
 
 
-def test_boosting_weakening_and_all_layers(opened, backend):  # noqa: F811
+def test_experts_can_be_boosted_and_weakened_in_all_layers(opened, backend):  # noqa: F811
     page = opened.page
     opened.ask("Tell me")
     picture = page.locator("#picture").bounding_box()
@@ -231,7 +232,7 @@ def test_boosting_weakening_and_all_layers(opened, backend):  # noqa: F811
     assert policy == {"boost": [{"layer": 1, "expert": 17, "bias": 4}, {"expert": 63, "bias": -2}], "k": 4}
     page.locator(".token").nth(4).hover()
     assert [len(row) for row in chosen_of(page)] == [4] * LAYERS
-    click(1, 17)  # what holds is checked, and can be taken back
+    click(1, 17)  # active changes are checked and can be undone
     expect(page.get_by_role("menuitemradio", name="Boost strongly")).to_have_attribute("aria-checked", "true")
     page.get_by_role("menuitemradio", name="Leave as it is").click()
     page.get_by_label("Remove: Weaken all layers · E63 −2").click()
@@ -257,8 +258,8 @@ def test_the_histogram_opens_the_menu(opened):  # noqa: F811
     expect(page.locator("#histogram .bar.banned")).to_have_count(1)
 
 
-def test_all_of_it_with_the_keyboard_alone(opened, backend):  # noqa: F811
-    """From an empty page to a changed answer without a pointer."""
+def test_everything_works_with_the_keyboard_alone(opened, backend):  # noqa: F811
+    """From an empty page to a changed answer without a mouse."""
     page = opened.page
     keys = page.keyboard
     expect(page.locator("#prompt")).to_be_focused()
@@ -341,7 +342,7 @@ def test_every_control_has_a_name(opened):  # noqa: F811
     assert twice == []
 
 
-def test_a_server_without_routing_is_chatted_with_all_the_same(browser, backend):  # noqa: F811
+def test_chat_works_on_a_server_without_routing(browser, backend):  # noqa: F811
     backend[0].without_routing = True
     made = Opened(browser, backend[1])
     page = made.open()

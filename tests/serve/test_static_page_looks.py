@@ -9,7 +9,7 @@ from page_browser import Opened, backend, browser, sync_api  # noqa: F401  (fixt
 expect = sync_api.expect
 
 
-def test_colours_follow_the_system_until_chosen(browser, backend):  # noqa: F811
+def test_colours_follow_the_system_until_changed(browser, backend):  # noqa: F811
     made = Opened(browser, backend[1], color_scheme="dark")
     page = made.open()
 
@@ -79,7 +79,7 @@ def test_all_text_has_contrast(browser, backend, scheme):  # noqa: F811
     made.context.close()
 
 
-def test_a_narrow_screen(browser, backend):  # noqa: F811
+def test_the_page_fits_a_narrow_screen(browser, backend):  # noqa: F811
     made = Opened(browser, backend[1], viewport={"width": 380, "height": 740}, has_touch=True, is_mobile=True)
     page = made.open()
     overflow = "document.documentElement.scrollWidth - innerWidth"
@@ -87,7 +87,7 @@ def test_a_narrow_screen(browser, backend):  # noqa: F811
     turn = made.ask("markdown")
     assert page.evaluate(overflow) <= 0
     picture, answer = page.locator("#picture").bounding_box(), turn.bounding_box()
-    assert picture["width"] > 300  # in sight above the conversation
+    assert picture["width"] > 300  # visible above the conversation
     assert picture["y"] + picture["height"] < page.locator("#turns").bounding_box()["y"] + 1
     assert answer["width"] > 300
     expect(page.locator("#send")).to_be_in_viewport()

@@ -1,4 +1,4 @@
-"""The page's own parsers, run in the Chromium that runs the page: Markdown, server-sent events, routing, comparison."""
+"""The page's own parsers, in the Chromium that runs the page: Markdown, server-sent events, routing, comparison."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_links_have_harmless_schemes(opened_once, source, href):  # noqa: F811
     assert set(found[2]) <= {"p", "a"}
 
 
-def test_markdown_never_makes_a_node_of_another_kind(markdown):
+def test_markdown_creates_only_allowed_nodes(markdown):
     for tag in ("img", "script", "iframe", "svg", "style", "math", "form", "input", "base", "meta", "link"):
         blocks = (f"<{tag} src=x onerror=alert(1)>", f"- <{tag}>", f"> <{tag}>", f"| <{tag}> |\n| --- |\n| <{tag}> |")
         source = "\n\n".join(blocks) + f"\n\n```{tag}\n<{tag}>\n```"
@@ -146,7 +146,7 @@ def test_markdown_never_makes_a_node_of_another_kind(markdown):
     ids=lambda source: source[:12].replace("\n", "¶"),
 )  # fmt: skip
 def test_no_text_hangs_the_page(opened_once, source):  # noqa: F811
-    """What grows with the square of a text would take minutes here; the limit is for machines that are busy."""
+    """Quadratic work would take minutes here; the limit allows for busy machines."""
     took = opened_once.page.evaluate(
         """async (source) => {
           const { renderMarkdown } = await import("/page/markdown.js");
@@ -159,8 +159,8 @@ def test_no_text_hangs_the_page(opened_once, source):  # noqa: F811
     assert took < 5_000
 
 
-def test_a_growing_text_ends_as_the_whole_one(opened_once):  # noqa: F811
-    """Whatever the cuts, and blocks that have not changed keep their nodes."""
+def test_streamed_markdown_ends_like_the_whole_text(opened_once):  # noqa: F811
+    """However it is split, and unchanged blocks keep their nodes."""
     source = "# A\n\ntext **bold** and `co\nde`\n\n- a\n- b\n\n  c\n\n"
     source += "```js\nlet x = 1;\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n> q\n\nend"
     same = opened_once.page.evaluate(
@@ -185,7 +185,7 @@ def test_a_growing_text_ends_as_the_whole_one(opened_once):  # noqa: F811
     assert same is True
 
 
-def test_every_character_shown_has_its_place_in_the_source(opened_once):  # noqa: F811
+def test_every_character_shown_maps_to_the_source(opened_once):  # noqa: F811
     source = "# A *b*\n\n- x `y` \\* &amp; [l](https://e.org)\n  > q **r**\n\n"
     source += "| a | b |\n|--|--|\n| c | d\u00fc🦊 |\n\n```\n  z\n```"
     pairs = opened_once.page.evaluate(
@@ -217,11 +217,11 @@ EVENTS = [
 ]  # fmt: skip
 
 
-def test_events_whole(events):
+def test_whole_events_are_parsed(events):
     assert events([STREAM]) == EVENTS
 
 
-def test_events_split_anywhere(events):
+def test_events_split_anywhere_are_parsed(events):
     for cut in range(len(STREAM) + 1):
         assert events([STREAM[:cut], STREAM[cut:]]) == EVENTS, cut
     for size in (1, 2, 3, 5):
@@ -263,12 +263,12 @@ def test_routing_is_decoded(opened_once):  # noqa: F811
         ([1, 1, 1], [1], []),
     ],
 )  # fmt: skip
-def test_changed_tokens(opened_once, before, now, changed):  # noqa: F811
+def test_changed_tokens_are_found(opened_once, before, now, changed):  # noqa: F811
     script = """async ([a, b]) => [...(await import("/page/diff.js")).changedTokens(a, b)].sort((x, y) => x - y)"""
     assert opened_once.page.evaluate(script, [before, now]) == changed
 
 
-def test_long_answers_are_compared_without_a_long_table(opened_once):  # noqa: F811
+def test_long_answers_are_compared_in_bounded_memory(opened_once):  # noqa: F811
     script = """async () => {
       const { changedTokens } = await import("/page/diff.js");
       const a = Array.from({ length: 9000 }, (_, i) => i), b = a.map((n) => (n > 4 && n < 8995 ? -n : n));
@@ -277,7 +277,7 @@ def test_long_answers_are_compared_without_a_long_table(opened_once):  # noqa: F
     assert opened_once.page.evaluate(script) == 8990
 
 
-def test_tokens_find_their_places(opened_once):  # noqa: F811
+def test_tokens_are_located_in_the_text(opened_once):  # noqa: F811
     """Characters of several tokens, text that lags, a stop string that never comes, and no bytes at all."""
     script = """async (steps) => {
       const { Answer } = await import("/page/answer.js");

@@ -1,4 +1,4 @@
-"""The page in a real browser on the real server with olmoe-tiny: what it shows is what the engine did."""
+"""The page in a real browser on a real server with olmoe-tiny: it shows what the engine did."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def story(browser, server):  # noqa: F811
     made.context.close()
 
 
-def test_a_story_with_its_experts(story, server):
+def test_a_story_is_shown_with_its_experts(story, server):
     page = story.page
     expect(page.locator("#model")).to_have_text("olmoe-tiny")
     expect(page.locator("#picture-caption")).to_have_text("4 layers, 64 experts each, 8 chosen per token")
@@ -46,7 +46,7 @@ def test_a_story_with_its_experts(story, server):
     expect(page.locator("#load-summary")).to_contain_text("of 64 experts used")
 
 
-def test_a_banned_expert_is_not_chosen_and_a_boosted_one_is(story):
+def test_banned_experts_are_not_chosen_and_boosted_ones_are(story):
     page = story.page
     turn = story.ask("The little girl looked at the")
     before = turn.locator(".answer-text").inner_text()
@@ -75,7 +75,7 @@ def test_a_banned_expert_is_not_chosen_and_a_boosted_one_is(story):
     assert turn.locator(".answer-text").inner_text() == before
 
 
-def test_a_chat_and_what_cannot_run(story, server):
+def test_a_chat_works_and_a_too_long_prompt_is_reported(story, server):
     page = story.page
     page.get_by_text("Chat", exact=True).click()
     turn = story.ask("Tell me a story.")

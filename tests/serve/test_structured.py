@@ -64,16 +64,16 @@ def refused(server, path="/v1/chat/completions", **fields) -> tuple[int, str, st
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_schema_is_kept_to(client, seed):
+def test_output_follows_a_schema(client, seed):
     jsonschema.validate(json.loads(text_of(client, response_format=FORM, seed=seed)), PERSON)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 2])
-def test_a_schema_is_kept_to_at_any_temperature(client, temperature):
+def test_output_follows_a_schema_at_any_temperature(client, temperature):
     jsonschema.validate(json.loads(text_of(client, response_format=FORM, temperature=temperature)), PERSON)
 
 
-def test_a_schema_is_kept_to_by_all_choices_of_a_stream(client):
+def test_all_choices_of_a_stream_follow_a_schema(client):
     texts = ["", "", ""]
     reasons = []
     for chunk in ask(client, response_format=FORM, n=3, stream=True):
@@ -86,7 +86,7 @@ def test_a_schema_is_kept_to_by_all_choices_of_a_stream(client):
     assert len(set(texts)) > 1
 
 
-def test_any_json_object(client):
+def test_any_json_object_can_be_requested(client):
     for seed in range(20):
         (choice,) = ask(client, response_format={"type": "json_object"}, seed=seed, logit_bias=None).choices
         if choice.finish_reason == "stop":
@@ -111,7 +111,7 @@ class Dog(BaseModel):
 
 
 class Home(BaseModel):
-    """What pydantic writes: references, alternatives, enumerations, formats, defaults."""
+    """A schema as pydantic writes it: references, alternatives, enumerations, formats, defaults."""
 
     pets: Annotated[list[Annotated[Cat | Dog, Field(discriminator="kind")]], Field(max_length=2)]
     colour: Colour
@@ -120,8 +120,8 @@ class Home(BaseModel):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pydantic_models(client, seed):
-    """`rooms` has any number of digits; a cut answer is an error of the client's."""
+def test_pydantic_models_are_parsed(client, seed):
+    """`rooms` may have any number of digits; the client raises an error for a truncated answer."""
     try:
         answer = client.chat.completions.parse(
             model="olmoe-tiny", messages=ASK, response_format=Home, seed=seed, temperature=0.8
@@ -131,7 +131,7 @@ def test_pydantic_models(client, seed):
     assert isinstance(answer.choices[0].message.parsed, Home)
 
 
-def test_most_pydantic_answers_end(client):
+def test_most_pydantic_answers_finish(client):
     parsed = 0
     for seed in range(8):
         with client.chat.completions.stream(model="olmoe-tiny", messages=ASK, response_format=Cat, seed=seed) as stream:
@@ -152,7 +152,7 @@ def test_most_pydantic_answers_end(client):
         ({"json": {"type": "boolean"}, "regex": None, "json_object": False, "backend": "auto"}, "true|false"),
     ],
 )  # fmt: skip
-def test_vllms_fields(client, fields, pattern):
+def test_vllms_fields_are_supported(client, fields, pattern):
     for seed in range(3):
         assert re.fullmatch(pattern, text_of(client, structured_outputs=fields, seed=seed))
 
@@ -166,11 +166,11 @@ def test_vllms_fields(client, fields, pattern):
         ({"guided_grammar": 'start: "x"'}, "x"),
     ],
 )
-def test_fields_of_older_clients(client, fields, pattern):
+def test_fields_of_older_clients_are_supported(client, fields, pattern):
     assert re.fullmatch(pattern, text_of(client, **fields))
 
 
-def test_completions_too(server):
+def test_completions_support_grammars_too(server):
     body = {"prompt": ["Once", "The"], "structured_outputs": {"regex": "[ab]{6}"}, "max_tokens": 20, "n": 2}
     status, answer, _ = server.call("/v1/completions", body)
     assert status == 200
@@ -178,7 +178,7 @@ def test_completions_too(server):
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
 
 
-def test_other_limits_work_beside_a_grammar(server, client):
+def test_other_limits_work_with_a_grammar(server, client):
     (choice,) = ask(client, structured_outputs={"regex": "[ab]{40}"}, max_tokens=4).choices
     assert choice.finish_reason == "length"
     (choice,) = ask(client, structured_outputs={"regex": "[ab]{4}c[ab]{4}"}, stop=["c"]).choices
@@ -189,8 +189,8 @@ def test_other_limits_work_beside_a_grammar(server, client):
     assert ids
 
 
-def test_blanks_are_bounded(client, server):
-    """The spaces that a small model would write for ever."""
+def test_white_space_is_bounded(client, server):
+    """A small model would otherwise write spaces forever."""
     blank = [i for i in range(server.llm.tokenizer.vocab_size) if server.llm.tokenizer.token_bytes(i).isspace()]
     bias = {str(i): 40 for i in blank}
     (choice,) = ask(client, response_format=FORM, logit_bias=bias, temperature=0).choices
@@ -242,27 +242,27 @@ def test_blanks_are_bounded(client, server):
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_mistakes_are_told_with_their_field(server, path, fields, param):
+def test_mistakes_are_reported_with_their_field(server, path, fields, param):
     status, where, message = refused(server, path, **fields)
     assert (status, where) == (400, param)
     assert message.endswith(".")
     assert "\n" not in message
 
 
-def test_a_grammar_beside_tools_is_refused(server):
+def test_a_grammar_together_with_tools_is_refused(server):
     tools = [{"type": "function", "function": {"name": "time"}}]
     status, where, message = refused(server, tools=tools, structured_outputs={"grammar": 'start: "a"'})
     assert (status, where) == (400, "structured_outputs.grammar")
     assert "tools" in message
 
 
-def test_what_cannot_be_kept_to_is_left_out_unless_strict(server):
+def test_unsupported_keywords_are_ignored_unless_strict(server):
     loose = {"type": "array", "uniqueItems": True, "items": {"enum": [1, 2]}, "maxItems": 2}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": loose}}
     assert server.call("/v1/chat/completions", {"messages": ASK, "response_format": form})[0] == 200
 
 
-def test_a_text_form_is_no_wish():
+def test_the_text_format_sets_no_constraint():
     assert wanted(ChatRequest.model_validate({"messages": ASK, "response_format": {"type": "text"}})) is None
     assert wanted(CompletionRequest.model_validate({"prompt": "x", "structured_outputs": {"regex": None}})) is None
     assert wanted(CompletionRequest.model_validate({"prompt": "x", "guided_unknown": 1})) is None
@@ -288,7 +288,7 @@ _GUIDED = st.sampled_from(["guided_json", "guided_regex", "guided_choice"])
     outputs=st.dictionaries(_OUTPUTS, _VALUES, max_size=2),
     guided=st.dictionaries(_GUIDED, _VALUES, max_size=1),
 )
-def test_any_fields_are_read_or_refused(tiny_llm, form, outputs, guided):
+def test_any_fields_are_accepted_or_refused(tiny_llm, form, outputs, guided):
     body = ChatRequest.model_validate(
         {"messages": ASK, "response_format": form, "structured_outputs": outputs, **guided}
     )
@@ -301,8 +301,8 @@ def test_any_fields_are_read_or_refused(tiny_llm, form, outputs, guided):
 # ---- beside others ----
 
 
-def test_hostile_grammars_hold_nobody_up(server):
-    """While they compile, /health answers, and another's text goes on."""
+def test_hostile_grammars_do_not_block_others(server):
+    """While they compile, /health answers and another client's text continues."""
     bombs = ["(a{1000}){1000}" + "b" * i for i in range(4)] + ["a?" * 2000 + "b" * i for i in range(2)]
     slowest = 0.0
     threads = [
@@ -316,7 +316,7 @@ def test_hostile_grammars_hold_nobody_up(server):
         assert server.call("/health")[0] == 200
         slowest = max(slowest, time.perf_counter() - start)
         time.sleep(0.02)
-    assert slowest < 1.0  # 0.1 is aimed at; this machine may be busy
+    assert slowest < 1.0  # 0.1 is the goal, but the machine may be busy
 
 
 def test_one_text_that_outgrows_its_grammar_fails_alone(server):

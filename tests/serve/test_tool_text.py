@@ -27,7 +27,7 @@ def tool(name: str, parameters: dict = CITY, strict: bool = False) -> Tool:
 
 
 def read(parts: list[str], reason: str = "stop") -> tuple[str, list[tuple[str, str]], str, list]:
-    """(content, calls as name and arguments, reason, events) of a text that comes in parts."""
+    """(content, calls as name and arguments, reason, events) of a text that arrives in parts."""
     reader, events = CallReader(3), []
     for part in parts:
         events += reader.read(TextDelta(3, part))
@@ -75,7 +75,7 @@ ARGUMENTS_B = '{"x": [{"y": "}<tool_call>\\\\\\" é"}], "z": {}}'
         (A + B + A, "", [("a", '{"city": "Oslo"}'), ("b.c/d", ARGUMENTS_B), ("a", '{"city": "Oslo"}')], "tool_calls"),
         (written_call("é\"\n", "{}"), "", [("é\"\n", "{}")], "tool_calls"),
         ('<tool_call>{"name":"a","arguments":{}}</tool_call>', "", [("a", "{}")], "tool_calls"),
-        # cut off: what is certain is told, nothing leaks, and the end is no call's
+        # cut off: what is certain is reported, nothing leaks, and the call is not finished
         (A[:8], A[:8], [], "stop"),
         (A[:15], "", [], "stop"),
         (A[: A.index("Oslo") + 2], "", [("a", '{"city": "Os')], "stop"),
@@ -83,12 +83,12 @@ ARGUMENTS_B = '{"x": [{"y": "}<tool_call>\\\\\\" é"}], "z": {}}'
         (A + "\n" + B[: B.index('y":')], "", [("a", '{"city": "Oslo"}'), ("b.c/d", '{"x": [{"')], "stop"),
     ],
 )  # fmt: skip
-def test_a_text_is_read_whatever_parts_it_comes_in(text, content, calls, reason, how):
+def test_tool_text_is_parsed_however_it_is_split(text, content, calls, reason, how):
     assert read(split(text, how))[:3] == (content, calls, reason)
 
 
 @pytest.mark.parametrize("count", range(1, 11))
-def test_a_mark_that_is_cut_off_shows_only_where_it_may_be_text(count):
+def test_a_partial_call_marker_is_shown_only_where_it_may_be_text(count):
     mark = "<tool_call>"[:count]
     for reader, before, shown in (
         (CallReader(0), "", mark),
@@ -101,19 +101,19 @@ def test_a_mark_that_is_cut_off_shows_only_where_it_may_be_text(count):
 
 
 @pytest.mark.parametrize("reason", ["length", "cancelled", "error"])
-def test_only_a_stop_becomes_tool_calls(reason):
+def test_only_a_stop_reason_becomes_tool_calls(reason):
     assert read([A], reason)[2] == reason
 
 
-def test_what_the_end_tells_is_kept():
+def test_details_of_the_last_delta_are_kept():
     reader = CallReader(0)
     reader.read(TextDelta(0, A))
     assert reader.finish(Finished(0, "stop", None, "</s>")) == [Finished(0, "tool_calls", None, "</s>")]
     assert CallReader(1).finish(Finished(1, "error", "It broke.")) == [Finished(1, "error", "It broke.")]
 
 
-def test_the_table_of_a_stream():
-    """OpenAI's: id and name once, then arguments; each call has its number; text before."""
+def test_a_stream_follows_openais_table():
+    """OpenAI's rules: id and name once, then arguments; each call has its index; text comes before."""
     parts = [
         "Hm",
         "m. ",
@@ -138,7 +138,7 @@ def test_the_table_of_a_stream():
     ]
 
 
-def test_reports_of_tokens_come_through_whatever_the_text_is():
+def test_token_reports_pass_through_whatever_the_text():
     reader = CallReader(0)
     ids = []
     for i, part in enumerate(split("Hm. " + A, 5)):
@@ -155,9 +155,10 @@ _CALLS = st.tuples(st.text(max_size=5), st.dictionaries(st.text(max_size=4), st.
 @given(
     text=st.text(alphabet='<tool_call>\n ab"{}', max_size=60), calls=st.lists(_CALLS, max_size=3), how=st.integers(1, 9)
 )
-def test_any_text_and_calls_come_back(text, calls, how):
+def test_any_text_and_calls_round_trip(text, calls, how):
     written = text + "\n".join(written_call(name, json.dumps(arguments)) for name, arguments in calls)
-    assume((written + "<tool_call>").index("<tool_call>") >= len(text))  # the text is no mark, nor begins one
+    # The text neither holds a call marker nor ends with the start of one.
+    assume((written + "<tool_call>").index("<tool_call>") >= len(text))
     content, found, reason, _ = read(split(written, how))
     assert content == (text.rstrip() if calls else text)
     assert [(name, json.loads(arguments)) for name, arguments in found] == calls
@@ -168,7 +169,7 @@ def test_any_text_and_calls_come_back(text, calls, how):
 
 
 def write(grammar, tokenizer, seed: int, begin: str = "") -> tuple[str, bool]:
-    """A random text of a grammar, and whether it has ended."""
+    """A random text that follows a grammar, and whether it is finished."""
     random, state, ids = np.random.default_rng(seed), grammar.start(), list[int]()
     mask = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.int32)
     closing = [i for i in range(tokenizer.vocab_size) if set(tokenizer.token_bytes(i)) & set(b'"]},')]
@@ -188,7 +189,7 @@ def write(grammar, tokenizer, seed: int, begin: str = "") -> tuple[str, bool]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("mode", ["required", "named"])
-def test_calls_that_must_come_are_valid_from_the_first_token(tokenizer, mode, seed):
+def test_required_calls_are_valid_from_the_first_token(tokenizer, mode, seed):
     tools = (tool("weather"), tool('odd"name\\é', NONE)) if mode == "required" else (tool("weather"),)
     text, ended = write(structured.assembled(Calls(tools, mode).lark(), tokenizer), tokenizer, seed)
     assert ended
@@ -202,7 +203,7 @@ def test_calls_that_must_come_are_valid_from_the_first_token(tokenizer, mode, se
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("begin", ["<tool_call>", "Let me see: <<tool_call>", "日本 <tool_<tool_call>"])
-def test_a_call_that_the_model_begins_becomes_valid(tokenizer, begin, seed):
+def test_a_call_started_by_the_model_becomes_valid(tokenizer, begin, seed):
     grammar = structured.assembled(Calls((tool("weather"), tool("none", NONE)), "auto").lark(), tokenizer)
     text, ended = write(grammar, tokenizer, seed, begin)
     assert ended
@@ -213,7 +214,7 @@ def test_a_call_that_the_model_begins_becomes_valid(tokenizer, begin, seed):
         jsonschema.validate(json.loads(arguments), CITY if name == "weather" else NONE)
 
 
-def test_without_a_call_any_text_goes(tokenizer):
+def test_without_a_call_any_text_is_allowed(tokenizer):
     grammar = structured.assembled(Calls((tool("weather"),), "auto").lark(), tokenizer)
     text = 'a <tool_call is not a tool_call>.\n\n{"name": 3}'
     state = grammar.start()
@@ -236,7 +237,7 @@ def test_an_answer_may_be_json_or_a_call(tokenizer, seed):
     assert (json.loads(content) == {}) if not found else content == ""
 
 
-def test_one_call_at_a_time(tokenizer):
+def test_parallel_calls_can_be_disabled(tokenizer):
     grammar = structured.assembled(Calls((tool("none", NONE),), "required", parallel=False).lark(), tokenizer)
     state = grammar.start()
     for token_id in tokenizer.encode(written_call("none", "{}")):
@@ -244,7 +245,7 @@ def test_one_call_at_a_time(tokenizer):
     assert state.finished
 
 
-def test_a_broken_schema_names_its_tool():
+def test_an_invalid_schema_names_its_tool():
     deep: dict = {}
     for _ in range(70):
         deep = {"items": deep}
@@ -252,7 +253,7 @@ def test_a_broken_schema_names_its_tool():
         Calls((tool("a", deep),), "required").lark()
 
 
-def test_the_model_is_told_the_form_that_is_read():
+def test_the_prompt_describes_the_format_that_is_parsed():
     text = instructions([tool("weather")])
     assert json.dumps({"type": "function", "function": tool("weather").given}) in text
     example = text[text.index("<tool_call>") :]

@@ -1,4 +1,4 @@
-"""Tools: what requests say of them, what the model is told, and calls over HTTP through OpenAI's own client."""
+"""Tools: how requests describe them, what the model is told, and calls over HTTP through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def chat(messages=ASK, **fields) -> ChatRequest:
 
 @pytest.fixture(scope="module")
 def native(tokenizer_file) -> Tokenizer:
-    """A tokenizer whose chat template writes tools itself."""
+    """A tokenizer whose chat template renders tools itself."""
     return Tokenizer.from_file(tokenizer_file, eos_ids=(3,), chat_template=NATIVE)
 
 
 # ---- what the model is told ----
 
 
-def test_a_system_prompt_tells_of_tools_where_the_template_does_not(tokenizer):
+def test_a_system_prompt_describes_tools_if_the_template_does_not(tokenizer):
     made = plan(chat(tools=[WEATHER, TIME]), tokenizer)
     assert made.template_tools is None
     system, user = made.messages
@@ -78,7 +78,7 @@ def test_a_system_prompt_tells_of_tools_where_the_template_does_not(tokenizer):
     assert text.index('"get_weather"') < text.index("What is the weather") < text.rindex("<|assistant|>")
 
 
-def test_the_system_prompt_of_the_chat_comes_first(tokenizer):
+def test_the_chats_system_prompt_comes_first(tokenizer):
     made = plan(chat([{"role": "developer", "content": "Be brief."}, *ASK], tools=[WEATHER]), tokenizer)
     assert [message["role"] for message in made.messages] == ["system", "user"]
     assert made.messages[0]["content"].startswith("Be brief.\n\nYou can call functions.")
@@ -103,12 +103,12 @@ def test_calls_and_results_become_text(tokenizer, caplog):
     assert "leaves out" not in caplog.text
 
 
-def test_text_before_calls_stays(tokenizer):
+def test_text_before_calls_is_kept(tokenizer):
     messages = [*ASK, {"role": "assistant", "content": "Let me see.", "tool_calls": HISTORY[1]["tool_calls"][:1]}]
     assert plan(chat(messages), tokenizer).messages[1]["content"] == "Let me see.\n" + written_call("time", "{}")
 
 
-def test_a_template_that_writes_tools_gets_them(native):
+def test_a_template_that_renders_tools_gets_them(native):
     assert writes_tools(NATIVE)
     made = plan(chat(HISTORY, tools=[WEATHER]), native)
     assert made.template_tools == [WEATHER]
@@ -120,19 +120,19 @@ def test_a_template_that_writes_tools_gets_them(native):
 
 
 @pytest.mark.parametrize("arguments", ["", "no JSON", "[1]", "[" * 5000])
-def test_odd_arguments_of_the_history_are_shown_as_they_are(tokenizer, arguments):
+def test_odd_arguments_in_the_history_are_rendered_unchanged(tokenizer, arguments):
     call = {"id": "x", "type": "function", "function": {"name": "time", "arguments": arguments}}
     made = plan(chat([*ASK, {"role": "assistant", "tool_calls": [call]}]), tokenizer)
     assert '{"name": "time", "arguments": ' in made.messages[1]["content"]
 
 
-def test_no_tools_where_none_may_be_called(tokenizer):
+def test_no_tools_are_described_if_none_may_be_called(tokenizer):
     made = plan(chat(tools=[WEATHER], tool_choice="none"), tokenizer)
     assert made.constraint is None
     assert made.messages == ASK
 
 
-# ---- which calls may come ----
+# ---- which calls are allowed ----
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_no_tools_where_none_may_be_called(tokenizer):
         ),
     ],
 )
-def test_the_choice_of_tools(tokenizer, fields, mode, names, parallel):
+def test_tool_choice_is_translated(tokenizer, fields, mode, names, parallel):
     calls = plan(chat(tools=[WEATHER, TIME], **fields), tokenizer).constraint
     assert (calls.mode, [tool.name for tool in calls.tools], calls.parallel) == (mode, names, parallel)
 
@@ -192,7 +192,7 @@ def test_the_choice_of_tools(tokenizer, fields, mode, names, parallel):
         ({"messages": [*ASK, {"role": "tool", "tool_call_id": "x"}]}, "messages[1].content"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_with_their_place(server, fields, param):
+def test_mistakes_are_reported_with_their_place(server, fields, param):
     status, answer, _ = server.call("/v1/chat/completions", {"messages": ASK, "max_tokens": 2, **fields})
     if param is None:
         assert status in (200, 400)
@@ -208,7 +208,7 @@ def test_mistakes_are_told_with_their_place(server, fields, param):
         ({"properties": {"a": {"not": {"type": "string"}}}}, True, '"not"'),
     ],
 )
-def test_a_schema_that_cannot_be_used_names_its_tool(server, parameters, strict, words):
+def test_an_unusable_schema_names_its_tool(server, parameters, strict, words):
     broken = {"type": "function", "function": {"name": "b", "parameters": parameters, "strict": strict}}
     status, answer, _ = server.call("/v1/chat/completions", {"messages": ASK, "tools": [TIME, broken], "max_tokens": 4})
     assert (status, answer["error"]["param"]) == (400, "tools[1].function.parameters")
@@ -216,13 +216,13 @@ def test_a_schema_that_cannot_be_used_names_its_tool(server, parameters, strict,
     assert "tools[1].function.parameters" in answer["error"]["message"]
 
 
-def test_plain_schemas_are_not_refused_for_keywords_that_nothing_can_keep(server):
+def test_unenforceable_keywords_are_accepted_in_non_strict_schemas(server):
     loose = {"function": {"name": "b", "parameters": {"properties": {"a": {"type": "string", "format": "iri"}}}}}
     body = {"messages": ASK, "tools": [loose], "tool_choice": "auto", "max_tokens": 4}
     assert server.call("/v1/chat/completions", body)[0] == 200
 
 
-def test_params_of_an_exception(tokenizer):
+def test_duplicate_tools_are_refused_with_400(tokenizer):
     with pytest.raises(ApiError) as caught:
         plan(chat(tools=[TIME, TIME]), tokenizer)
     assert caught.value.status == 400
@@ -247,7 +247,7 @@ def check(name: str, arguments: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_required_calls_are_valid(client, seed):
+def test_required_calls_follow_their_schema(client, seed):
     (choice,) = ask(client, tool_choice="required", seed=seed, parallel_tool_calls=False).choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content is None
@@ -261,14 +261,14 @@ def test_required_calls_are_valid(client, seed):
 def test_a_named_function_is_called(client, seed):
     named = {"type": "function", "function": {"name": "get_weather"}}
     (choice,) = ask(client, tool_choice=named, seed=seed).choices
-    assert choice.finish_reason == "stop"  # as OpenAI has it where the function was named
+    assert choice.finish_reason == "stop"  # as OpenAI answers if the function was named
     (call,) = choice.message.tool_calls
     assert call.function.name == "get_weather"
     check(call.function.name, call.function.arguments)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_several_calls(client, seed):
+def test_several_calls_can_be_made(client, seed):
     answer = ask(client, tool_choice="required", seed=seed, n=3, max_tokens=1500)
     for choice in answer.choices:
         calls = choice.message.tool_calls
@@ -279,8 +279,8 @@ def test_several_calls(client, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_stream_is_the_whole_answer_in_parts(client, seed):
-    """OpenAI's table: role first; id, type and name once for each call; then arguments; then the reason alone."""
+def test_stream_parts_add_up_to_the_whole_answer(client, seed):
+    """OpenAI's order: the role; id, type and name once for each call; arguments; finally the reason alone."""
     named = {"type": "function", "function": {"name": "get_weather"}}
     whole = ask(client, tool_choice=named, seed=seed).choices[0]
     chunks = list(ask(client, tool_choice=named, seed=seed, stream=True, stream_options={"include_usage": True}))
@@ -305,7 +305,7 @@ def test_a_stream_is_the_whole_answer_in_parts(client, seed):
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
 
 
-def test_parallel_calls_in_a_stream(client):
+def test_parallel_calls_are_streamed(client):
     for seed in range(20):
         chunks = list(ask(client, tool_choice="required", seed=seed, stream=True, max_tokens=2000, tools=[TIME]))
         calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
@@ -320,7 +320,7 @@ def test_parallel_calls_in_a_stream(client):
 
 
 def test_auto_without_a_call_is_text(client):
-    """The model has never seen tools, so left to itself it writes text."""
+    """The model has never seen tools, so without constraints it writes text."""
     (choice,) = ask(client, temperature=0, max_tokens=20).choices
     assert choice.message.tool_calls is None
     assert choice.message.content
@@ -332,7 +332,7 @@ def test_auto_without_a_call_is_text(client):
 
 @pytest.fixture
 def wants_to_call(server, monkeypatch):
-    """The model writes some text and the mark of a call, as one that knows tools does; then it chooses as it likes."""
+    """The model writes some text and a call marker, like one trained on tools; then it chooses freely."""
     begun = server.llm.tokenizer.encode("Let me see. <tool_call>")
     choose = server.engine._sampler.choose_rows
 
@@ -348,7 +348,7 @@ def wants_to_call(server, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_auto_goes_on_with_a_call_that_has_begun(client, wants_to_call, stream):
+def test_auto_completes_a_call_that_has_started(client, wants_to_call, stream):
     for seed in range(5):
         answer = ask(client, seed=seed, max_tokens=300, stream=stream, parallel_tool_calls=False)
         if stream:
@@ -372,7 +372,7 @@ def test_an_answer_cut_short_says_so(client):
     assert "<tool_call>" not in (choice.message.content or "")
 
 
-def test_a_whole_round(client):
+def test_a_call_and_its_result_make_a_whole_round(client):
     answer = ask(client, tool_choice="required", seed=1, parallel_tool_calls=False).choices[0].message
     messages = [*ASK, answer, {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "sunny"}]
     (choice,) = ask(client, messages=messages, max_tokens=8).choices
@@ -382,8 +382,8 @@ def test_a_whole_round(client):
     )
 
 
-def test_tools_and_a_format(client):
-    """A call, or JSON; where a call must come, the format has no part."""
+def test_tools_work_with_a_response_format(client):
+    """A call or JSON; if a call is required, the format does not apply."""
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     schema["additionalProperties"] = False
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -404,7 +404,7 @@ class GetWeather(BaseModel):
     days: Annotated[int, Field(ge=1, le=14)] | None
 
 
-def test_pydantic_tools(client):
+def test_pydantic_tools_are_supported(client):
     tool = openai.pydantic_function_tool(GetWeather)
     for seed in range(4):
         answer = client.chat.completions.parse(
@@ -413,7 +413,7 @@ def test_pydantic_tools(client):
         assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, GetWeather)
 
 
-def test_reports_of_tokens_beside_calls(server):
+def test_token_ids_logprobs_and_routing_come_with_calls(server):
     body = {"messages": ASK, "tools": [TIME], "tool_choice": "required", "parallel_tool_calls": False,
             "seed": 1, "return_token_ids": True, "logprobs": True, "routing": True}  # fmt: skip
     status, answer, _ = server.call("/v1/chat/completions", body)

@@ -1,4 +1,4 @@
-"""What tests of training share: runs change settings of the process, which other tests keep, and Ctrl-C ends them."""
+"""Fixtures for tests of training: restore what runs change in the process, and let Ctrl-C interrupt them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Runs set the number of threads; other tests keep theirs."""
+    """Restore the number of threads, which runs set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -18,7 +18,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Ctrl-C raises, also where whoever started the tests ignores it, as shells do for what runs in the background."""
+    """Ctrl-C raises even if the parent process ignores it, as shells make background jobs do."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""Training configurations: what TOML says is what is built, and every mistake is one sentence."""
+"""Training configurations: values are built as TOML gives them, and every mistake is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(tmp_path: Path, **changes):
 # ---- what is read ----
 
 
-def test_values_arrive_in_their_types(tmp_path):
+def test_values_are_read_with_their_types(tmp_path):
     config = load(
         tmp_path,
         model={"rope": {"rope_type": "linear", "factor": 2}, "eos_token_id": [319, 0], "clip_qkv": 8},
@@ -54,7 +54,7 @@ def test_values_arrive_in_their_types(tmp_path):
     assert config.schedule == ScheduleConfig(total_tokens=768, warmup_tokens=32)
 
 
-def test_what_is_left_out_is_olmoes_recipe(tmp_path):
+def test_defaults_are_olmoes_recipe(tmp_path):
     values = sections("tokenizer.json")
     kept = {name: values[name] for name in ("run", "model", "tokenizer", "data", "batch", "schedule")}
     path = tmp_path / "run.toml"
@@ -77,13 +77,13 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     assert load_config("run.toml").resolve("a.txt") == Path("a.txt")
 
 
-def test_steps_follow_from_tokens(tmp_path):
+def test_the_number_of_steps_follows_from_tokens(tmp_path):
     config = load(tmp_path, schedule={"total_tokens": 12 * 64 + 1})
     assert config.tokens_per_step == 2 * 2 * 16
-    assert config.total_steps == 13  # the last step may go beyond
+    assert config.total_steps == 13  # the last step may exceed it
 
 
-def test_the_fingerprint_is_what_decides_the_weights(tmp_path):
+def test_the_fingerprint_covers_what_decides_the_weights(tmp_path):
     config = load(tmp_path)
     for change in (
         {"model": {"hidden_size": 32}},
@@ -191,7 +191,7 @@ def test_olmoe_tiny_has_olmoes_structure():
     ],
     ids=lambda x: str(x)[:60],
 )
-def test_mistakes_are_refused_with_their_place(tmp_path, changes, told):
+def test_mistakes_are_refused_by_section_and_key(tmp_path, changes, told):
     assert told in refused(lambda: load(tmp_path, **changes), ConfigError)
 
 
@@ -220,7 +220,7 @@ def test_sections_must_be_tables_and_known(tmp_path, line):
     [b"", b"run", b"[run]\noutput = 'a'\noutput = 'b'\n", b'{"run": {}}', b"\xff\xfe", b"\x80[run]"],
     ids=["empty", "a word", "key twice", "JSON", "UTF-16", "Latin-1"],
 )
-def test_what_is_not_toml_is_refused(tmp_path, content):
+def test_invalid_toml_is_refused(tmp_path, content):
     (tmp_path / "run.toml").write_bytes(content)
     refused(lambda: load_config(tmp_path / "run.toml"), ConfigError)
 

@@ -46,7 +46,7 @@ def write(path: Path, text: str) -> Path:
         ("", []),
     ],
 )
-def test_documents_are_what_stands_between_separator_lines(tmp_path, text, documents):
+def test_documents_are_split_at_separator_lines(tmp_path, text, documents):
     (tmp_path / "x.txt").write_bytes(text.encode())
     assert list(read_documents(tmp_path / "x.txt")) == documents
 
@@ -75,12 +75,12 @@ def test_a_token_file_is_raw_little_endian_uint16_with_an_eos_after_each_documen
     assert open_tokens(file, VOCAB_SIZE).tolist() == expected
 
 
-def test_bytes_are_those_of_utf8(tmp_path, tokenizer_file):
+def test_source_sizes_are_counted_in_utf8_bytes(tmp_path, tokenizer_file):
     path = write(tmp_path / "accents.txt", "né à 東京\n")
     assert prepare(path, tokenizer_file, tmp_path, EOS).text_bytes == len("né à 東京".encode())
 
 
-def test_a_foreign_token_file_is_taken_as_it_is(tmp_path, tokenizer_file):
+def test_a_foreign_token_file_is_used_unchanged(tmp_path, tokenizer_file):
     ids = [5, 299, 0, EOS, 7]
     np.memmap(tmp_path / "part-0.npy", dtype="<u2", mode="w+", shape=(5,))[:] = ids
     file = prepare(tmp_path / "part-0.npy", tokenizer_file, tmp_path / "tokens", EOS)
@@ -99,7 +99,7 @@ def test_broken_token_files_are_refused(tmp_path, tokenizer_file, content, told)
     assert told in refused(lambda: prepare(tmp_path / "x.npy", tokenizer_file, tmp_path, EOS), ConfigError)
 
 
-def test_texts_that_hold_nothing_are_refused(tmp_path, tokenizer_file):
+def test_empty_texts_are_refused(tmp_path, tokenizer_file):
     path = write(tmp_path / "empty.txt", "\n<|endoftext|>\n\n")
     assert "empty.txt" in refused(lambda: prepare(path, tokenizer_file, tmp_path, EOS), ConfigError)
 
@@ -111,12 +111,12 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_file):
     assert open_tokens(file, 321)[1] == 320
 
 
-def test_ids_of_a_large_file_are_looked_at_when_their_turn_comes(tmp_path, monkeypatch):
-    """Reading terabytes before training would take hours."""
+def test_ids_of_a_large_file_are_checked_when_they_are_read(tmp_path, monkeypatch):
+    """Checking terabytes before training would take hours."""
     monkeypatch.setattr(data, "_PART", 10)
     monkeypatch.setattr(data, "_LOOKED_AT", 100)
     file, ids = data.TokenFile("x", str(tmp_path / "x.npy"), 1000), np.zeros(1000, dtype="<u2")
-    ids[5] = 99  # among those that are looked at
+    ids[5] = 99  # among those checked at the start
     ids.tofile(file.path)
     assert "the id 99" in refused(lambda: open_tokens(file, 99), ConfigError)
     ids[5], ids[505] = 0, 99
@@ -134,7 +134,7 @@ def test_a_vocabulary_beyond_uint16_is_refused(tmp_path, tokenizer_file, monkeyp
     prepare(path, tokenizer_file, tmp_path, EOS)
 
 
-def test_a_write_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, tokenizer_file, monkeypatch):
+def test_a_failed_write_is_reported_and_leaves_nothing(tmp_path, tokenizer_file, monkeypatch):
     def full(self: Path, content: bytes) -> int:
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -150,7 +150,7 @@ def test_a_write_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, tokeniz
 
 @pytest.fixture
 def encodings(monkeypatch) -> list[list[str]]:
-    """The documents of every call of `encode_batch`: whether a file was tokenized anew."""
+    """The documents of every call of `encode_batch`, which show whether a file was tokenized again."""
     calls: list[list[str]] = []
     original = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(texts) or original(self, texts))
@@ -162,7 +162,7 @@ def test_an_unchanged_file_is_tokenized_once(tmp_path, tokenizer_file, encodings
     first = prepare(path, tokenizer_file, tmp_path / "tokens", EOS)
     assert prepare(path, tokenizer_file, tmp_path / "tokens", EOS) == first
     assert len(encodings) == 1
-    # Seen from another folder, the path is another and the file the same.
+    # From another folder, the relative path differs but the file is the same.
     monkeypatch.chdir(tmp_path / "a")
     again = prepare(Path("x.txt"), tokenizer_file, Path("../tokens"), EOS)
     assert Path(again.path).resolve() == Path(first.path)
@@ -170,7 +170,7 @@ def test_an_unchanged_file_is_tokenized_once(tmp_path, tokenizer_file, encodings
     assert len(encodings) == 1
 
 
-def test_text_tokenizer_and_eos_each_make_it_anew(tmp_path, tokenizer_file, encodings):
+def test_changed_text_tokenizer_or_eos_rebuilds_the_cache(tmp_path, tokenizer_file, encodings):
     path, tokenizer = tmp_path / "x.txt", tmp_path / "tokenizer.json"
     tokenizer.write_bytes(tokenizer_file.read_bytes())
     write(path, "The dog.")
@@ -187,7 +187,7 @@ def test_text_tokenizer_and_eos_each_make_it_anew(tmp_path, tokenizer_file, enco
 
 
 @pytest.mark.parametrize("description", ["", "[]", "{}", '{"path": "x"}', None])
-def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer_file, description):
+def test_a_damaged_cache_is_rebuilt(tmp_path, tokenizer_file, description):
     path = write(tmp_path / "a" / "x.txt", "The dog.")
     file = prepare(path, tokenizer_file, tmp_path, EOS)
     tokens = open_tokens(file, VOCAB_SIZE).tolist()
@@ -202,7 +202,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer_file, description):
 # ---- names ----
 
 
-def test_names_are_folder_and_stem_and_longer_only_where_they_must_be(tmp_path):
+def test_names_are_folder_and_stem_unless_ambiguous(tmp_path):
     names = "en/train/books.txt de/train/books.txt train/code.v2.txt plain.txt train/plain.md train/plain.txt".split()
     paths = [write(tmp_path / name, "x") for name in names]
     found = name_files(paths)
@@ -217,7 +217,7 @@ def test_names_are_folder_and_stem_and_longer_only_where_they_must_be(tmp_path):
     assert name_files(paths[:1])[paths[0]] == "train-books"
 
 
-def test_one_file_by_two_paths_has_one_name(tmp_path):
+def test_a_file_reached_by_two_paths_has_one_name(tmp_path):
     path = write(tmp_path / "a" / "x.txt", "x")
     other = tmp_path / "a" / ".." / "a" / "x.txt"
     assert name_files([path, other, path]) == {path: "a-x", other: "a-x"}
@@ -231,7 +231,7 @@ def test_files_of_the_same_name_do_not_overwrite_each_other(tmp_path, tokenizer_
     assert [decode(open_tokens(f, VOCAB_SIZE)[:-1].tolist()) for f in files] == ["en" * 9, "de" * 9]
 
 
-def test_missing_files_are_refused_before_anything_is_done(tmp_path):
+def test_missing_files_are_refused_before_any_work(tmp_path):
     path = write(tmp_path / "x.txt", "x")
     assert "none.txt" in refused(lambda: name_files([path, tmp_path / "none.txt"]), ConfigError)
 
@@ -240,12 +240,12 @@ def test_missing_files_are_refused_before_anything_is_done(tmp_path):
 
 
 def sources(*repeats: float, length: int = 203) -> list:
-    """Token streams in which every token names its source and place."""
+    """Token streams in which every token encodes its source and position."""
     return [(np.arange(length) + 1000 * i, repeat) for i, repeat in enumerate(repeats)]
 
 
 def epoch(mixture: Mixture, number: int) -> list[tuple[int, int]]:
-    """(source, start) of the windows of an epoch; a window must be a contiguous piece of its source."""
+    """(source, start) of each window of an epoch; a window must be a contiguous part of its source."""
     found = []
     for i in range(mixture.windows_per_epoch):
         window = mixture.window(number * mixture.windows_per_epoch + i)
@@ -270,7 +270,7 @@ def test_every_token_is_seen_over_the_epochs():
     assert seen >= set(range(199))
 
 
-def test_epochs_are_shuffled_anew_across_sources():
+def test_every_epoch_is_reshuffled_across_sources():
     mixture = Mixture(sources(1.0, 1.0), 10, seed=1)
     first, second = epoch(mixture, 0), epoch(mixture, 1)
     assert first != second
@@ -289,14 +289,14 @@ def test_repeats_and_their_fractions_are_honoured(repeat, windows):
         assert count == {0: 19, 1: windows}
 
 
-def test_whole_passes_of_a_repeated_source_start_at_different_places():
+def test_passes_over_a_repeated_source_start_at_different_offsets():
     mixture = Mixture(sources(3.0), 10, seed=1)
     offsets = Counter(start % 10 for _, start in epoch(mixture, 0))
     assert len(offsets) > 1
     assert set(offsets.values()) <= {19, 38, 57}
 
 
-def test_a_fraction_is_drawn_anew_each_epoch():
+def test_a_fraction_is_redrawn_every_epoch():
     mixture = Mixture(sources(0.25), 10, seed=1)
     assert len({frozenset(start // 10 for _, start in epoch(mixture, number)) for number in range(6)}) > 1
 
@@ -317,8 +317,8 @@ def test_a_window_depends_on_seed_and_index_alone():
     assert [other.window(i).tolist() for i in range(n)] != expected
 
 
-def test_the_order_is_pinned():
-    """A change here breaks the resumption of every run made before."""
+def test_the_order_of_windows_is_pinned():
+    """A change here would break resuming every earlier run."""
     mixture = Mixture(sources(1.0, 0.5, length=50), 10, seed=6198)
     assert [int(mixture.window(i)[0]) for i in range(8)] == [1020, 29, 39, 1010, 9, 19, 0, 20]
 
@@ -339,7 +339,7 @@ def test_a_file_too_short_for_two_windows_is_refused_by_name(tmp_path, tokenizer
 def test_a_repeat_that_leaves_no_window_is_refused():
     message = refused(lambda: Mixture(sources(1.0, 0.01), 10, seed=0), ConfigError)
     assert "passes 0.01 times over" in message
-    assert message.endswith("raise its repeat or weight.")  # a source with a weight was told of its repeat
+    assert message.endswith("raise its repeat or weight.")  # the message for a weighted source spoke of its repeat
 
 
 def test_a_fraction_of_several_streams_is_that_of_all_their_windows():

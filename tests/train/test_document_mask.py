@@ -1,4 +1,4 @@
-"""Documents in one window compute what they compute one by one."""
+"""Documents packed into one window compute the same as separately."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ EOS = VOCAB_SIZE - 1
 
 
 def windows() -> torch.Tensor:
-    """Two windows of 12: documents of 5, 1, 4 and 2 ids (the last is cut), and one that fills its window."""
+    """Two windows of 12 ids: documents of 5, 1, 4 and 2 (the last is cut off), and one that fills its window."""
     ids = torch.randint(0, EOS, (2, 12), generator=torch.Generator().manual_seed(5))
     ids[0, [4, 5, 9]] = EOS
     return ids
 
 
-def test_lengths_are_those_between_ends_of_documents_and_windows():
+def test_lengths_run_between_ends_of_documents_and_windows():
     assert document_lengths(windows(), EOS) == [5, 1, 4, 2, 12]
     assert document_lengths(torch.full((2, 3), EOS), EOS) == [1] * 6
     ends = torch.tensor([[1, 2, EOS]])
     assert document_lengths(ends, EOS) == [3]
 
 
-def test_positions_restart():
+def test_positions_restart_in_every_document():
     positions, _ = positions_and_attention(windows(), EOS)
     assert positions.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 0, 1], list(range(12))]
 
@@ -53,12 +53,12 @@ def test_hidden_states_and_routing_are_those_of_separate_documents():
             torch.testing.assert_close(one.logits[start : start + length], other.logits, rtol=0, atol=1e-6)
         start += length
     crossed = model(ids, *positions_and_attention(ids, None)).hidden.flatten(0, 1)
-    assert (crossed[6:12] - flat[6:12]).abs().max() > 1e-2  # so the mask makes a difference
+    assert (crossed[6:12] - flat[6:12]).abs().max() > 1e-2  # so the mask does make a difference
     torch.testing.assert_close(crossed[12:], flat[12:], rtol=0, atol=1e-6)
 
 
 def test_gradients_are_those_of_separate_documents():
-    """Of the loss that is trained: every next id within the window, the first of a document from the end before."""
+    """Of the training loss: it predicts every next id in the window, a document's first id from the previous end."""
     model, ids = make_model(), windows()
     none = LossConfig(load_balancing=0.0, router_z=0.0)
     losses = objective(model, ids, none, positions_in_step=24, microbatches=1, eos_id=EOS)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_separate_documents():
         torch.testing.assert_close(ours_, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_grouped_heads_and_flat_tokens():
+def test_grouped_heads_and_flat_tokens_are_isolated():
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(9, 4, 8, generator=generator)
     k, v = (torch.randn(9, 2, 8, generator=generator) for _ in range(2))
@@ -92,8 +92,8 @@ def test_grouped_heads_and_flat_tokens():
         torch.testing.assert_close(found[at], alone, rtol=0, atol=1e-6)
 
 
-def test_products_of_rounded_numbers():
-    """As for documents alone, and another result than in fp32, whether they are isolated or not."""
+def test_bf16_products_of_isolated_documents_match_separate_ones():
+    """bf16 products give the same as for documents alone, and a different result from fp32, isolated or not."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 12, 2, 8, generator=generator) for _ in range(3))
     for eos in (None, EOS):

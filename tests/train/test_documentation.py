@@ -37,17 +37,17 @@ def configuration(folder: Path, tokenizer: str, text: str):
     return load_config(write_run(folder, tokenizer, **tomllib.loads(text)))
 
 
-def test_the_page_has_what_is_tested_here():
+def test_the_page_has_the_examples_tested_here():
     assert len(TABLES) == 3
     assert len(COMMANDS) == 7
 
 
 @pytest.mark.parametrize("text", TABLES[:2])
-def test_the_tables_are_configurations(tmp_path, text):
+def test_the_toml_tables_are_valid_configurations(tmp_path, text):
     configuration(tmp_path, "tokenizer.json", text)
 
 
-def test_the_split_is_for_the_ranks_that_the_page_says(tmp_path):
+def test_the_split_matches_the_number_of_ranks_on_the_page(tmp_path):
     config = configuration(tmp_path, "tokenizer.json", TABLES[0] + "[batch]\nsequences = 8\n")
     parallel.check(config, Ranks(size=8))
     assert config.compute.precision == "bf16"
@@ -56,14 +56,14 @@ def test_the_split_is_for_the_ranks_that_the_page_says(tmp_path):
     assert recipe["batch"]["sequences"] == 4 * recipe["parallel"]["data"]
 
 
-def test_the_defaults_are_those_of_the_page(tmp_path):
+def test_the_defaults_match_the_page(tmp_path):
     config = configuration(tmp_path, "tokenizer.json", TABLES[1])
     assert config.skip == SkipConfig()
     assert (ParallelConfig().expert, ParallelConfig().replicate, ParallelConfig().balance) == (1, 1, "rank")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command):
+def test_commands_are_parsed(command):
     words = shlex.split(command)
     arguments = _parse(words[words.index("olmoe") + 1 :])
     assert arguments is not None
@@ -78,22 +78,22 @@ PLOTS = re.findall(r"^olmoe (plot .*?)(?: *#.*)?$", DATA_PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("text", DATA_TABLES)
-def test_the_tables_of_data_and_metrics_are_configurations(tmp_path, text):
+def test_toml_tables_of_data_and_metrics_are_valid_configurations(tmp_path, text):
     path = write_run(tmp_path, "tokenizer.json", **(tomllib.loads(text) | {"model": {"max_position_embeddings": 4096}}))
     config = load_config(path)
     for name, table in tomllib.loads(text).items():
         assert all(getattr(getattr(config, name), key) for key in table)
 
 
-def test_the_table_of_metrics_has_what_a_run_records(tmp_path, tokenizer_file):
+def test_the_table_of_metrics_lists_what_a_run_records(tmp_path, tokenizer_file):
     train(load_config(write_run(tmp_path / "run", tokenizer_file)), show_progress=False)
     recorded = {key for record in read_metrics(tmp_path / "run" / "out") for key in record}
     rows = re.findall(r"^\| (`[^|]*) \|", DATA_PAGE, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == recorded | {"skipped"}  # which is there when it happens
+    assert named == recorded | {"skipped"}  # recorded only when it happens
 
 
-def test_active_parameters_are_those_of_the_page():
+def test_active_parameters_match_the_page():
     released = ModelConfig(
         vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
         num_experts=64, num_experts_per_tok=8, max_position_embeddings=4096,
@@ -102,7 +102,7 @@ def test_active_parameters_are_those_of_the_page():
     assert f"{active} of the {every} billion parameters" in " ".join(DATA_PAGE.split())
 
 
-def test_plots_are_understood():
+def test_plot_commands_are_parsed():
     assert len(PLOTS) == 3
     assert all(_parse(shlex.split(command)) for command in PLOTS)
 
@@ -114,7 +114,7 @@ THINGS = "kite ball apple drum cake owl".split()
 
 
 def stories() -> list[str]:
-    """One about every child with every thing."""
+    """One story for every pair of a child and a thing."""
     said = {"girl": ("She", "her"), "boy": ("He", "his")}
     return [
         f"One day, a {child} named {name} found {'an' if thing[0] in 'ao' else 'a'} {thing}. "
@@ -133,15 +133,15 @@ def vary(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_what_takes_a_words_place_is_used_like_it(vary):
+def test_replacement_words_have_the_same_form(vary):
     words = vary.Words(stories(), least=6)
     assert {"ball", "drum", "cake"} <= set(words.alike("kite")) <= set(THINGS) - {"kite"}
-    assert words.alike("girl") == []  # other words agree with it
+    assert words.alike("girl") == []  # other words agree with it in gender
     assert words.alike("danced") in ([], ["jumped"])  # of the same form only
     assert words.alike("well-known") == words.alike("nowhere") == []
 
 
-def test_names_are_exchanged_for_those_of_the_same_sex(vary):
+def test_names_are_replaced_by_names_of_the_same_sex(vary):
     names = vary.Names(stories())
     generator = np.random.default_rng(0)
     found = Counter(re.search(r"(girl|boy) named (\w+)", names.varied(each, generator)).groups() for each in stories())
@@ -150,11 +150,11 @@ def test_names_are_exchanged_for_those_of_the_same_sex(vary):
     assert names.varied("Then Lily sat. Lilypad", generator).endswith("Lilypad")
 
 
-def test_variants_are_consistent_and_the_same_each_time(vary):
+def test_variants_are_consistent_and_reproducible(vary):
     made = list(vary.variants(stories(), 3, 0.5, seed=1))
     assert made == list(vary.variants(stories(), 3, 0.5, seed=1))
     assert len(made) == 3 * len(stories())
-    assert len(set(made)) < len(made)  # six children with six things are not more stories
+    assert len(set(made)) < len(made)  # six children and six things give no more stories
     for story in made:
         shape = re.fullmatch(
             r"One day, a (girl|boy) named (\w+) found (an? \w+)\. (?:She|He) put the (\w+) in (?:her|his) bag\. "
@@ -170,10 +170,10 @@ def test_variants_are_consistent_and_the_same_each_time(vary):
     changed = sum(before not in made for before in stories())
     assert changed < len(stories())
     counts = Counter(re.search(r"the (\w+) in", story)[1] for story in made)
-    assert max(counts.values()) < 3 * min(counts.values())  # about as frequent as they are
+    assert max(counts.values()) < 3 * min(counts.values())  # about as frequent as in the corpus
 
 
-def test_a_corpus_without_words_to_exchange_is_left_as_it_is(vary):
+def test_a_corpus_without_replaceable_words_is_unchanged(vary):
     few = ["The sun was up.", "It was late."]
     assert sorted(vary.variants(few, 2, 1.0, seed=0)) == sorted(few * 2)
 
@@ -192,7 +192,7 @@ def test_the_script_writes_documents(vary, tmp_path, monkeypatch, capsys):
 
 
 def test_each_stage_of_olmoe_tiny_starts_from_the_one_before():
-    """The last of them is what ships, and the model card names them all."""
+    """The last stage is what ships, and the model card names all of them."""
     names = ["olmoe-tiny", *(f"olmoe-tiny-stage{number}" for number in range(2, 5))]
     configs = [load_config(ROOT / "configs" / f"{name}.toml") for name in names]
     assert configs[0].run.initialize_from is None

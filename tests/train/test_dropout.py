@@ -1,4 +1,4 @@
-"""Dropout around a forward pass: what it leaves out, how much of it, when, and that it can be repeated."""
+"""Dropout around a forward pass: what it drops, how much and when, and that it is reproducible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def branches(model: CausalLM) -> list[torch.nn.Module]:
 
 
 def forward(model: CausalLM) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The final hidden states, and what the embeddings and each block give to the residual stream."""
+    """The final hidden states, and what the embeddings and each block add to the residual stream."""
     seen: list[torch.Tensor] = []
 
     def watch(module, arguments, output):
@@ -35,19 +35,19 @@ def forward(model: CausalLM) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return hidden, seen
 
 
-def test_values_are_left_out_everywhere_and_the_others_scaled_up(model):
+def test_values_are_dropped_everywhere_and_the_rest_scaled_up(model):
     _, whole = forward(model)
     with residual_dropout(model, 0.25, seed=0):
         _, dropped = forward(model)
     assert len(dropped) == 1 + 2 * len(model.model.layers)
-    kept = dropped[0] != 0  # the embeddings: what comes in is the same as without
+    kept = dropped[0] != 0  # the embeddings: their input is the same as without dropout
     torch.testing.assert_close(dropped[0][kept], whole[0][kept] / 0.75)
     for values in dropped:
         assert float((values == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
     assert not torch.equal(dropped[1] == 0, dropped[2] == 0)
 
 
-def test_the_seed_decides_and_the_global_generator_is_left_alone(model):
+def test_the_seed_decides_and_the_global_generator_is_untouched(model):
     before = torch.get_rng_state()
     outputs = []
     for seed in (1, 1, 2):
@@ -58,7 +58,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_gradients_pass_what_was_kept_and_nothing_else(model):
+def test_gradients_flow_through_kept_values_only(model):
     seen = {}
 
     def watch(module, arguments, output):
@@ -75,7 +75,7 @@ def test_gradients_pass_what_was_kept_and_nothing_else(model):
     assert (seen["before"].grad[~gone] != 0).all()
 
 
-def test_nothing_is_dropped_at_probability_0_or_afterwards_also_after_an_error(model):
+def test_nothing_is_dropped_at_probability_0_or_outside_the_context(model):
     whole = forward(model)[0]
     with residual_dropout(model, 0.0, seed=0):
         assert torch.equal(forward(model)[0], whole)

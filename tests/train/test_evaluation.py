@@ -1,4 +1,4 @@
-"""Bits per byte against a computation with all logits in plain sight."""
+"""Bits per byte against a plain computation from full logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model():
 
 @torch.no_grad()
 def nats_by_hand(model, tokens: np.ndarray, length: int, predictions: int) -> float:
-    """Every prediction one window at a time, from full logits in double precision."""
+    """The nats of all predictions, one window at a time, from full logits in double precision."""
     ids, total = torch.from_numpy(tokens.astype("int64")), 0.0
     for start in range(0, predictions, length):
         inputs = ids[start : min(start + length, predictions)]
@@ -35,19 +35,19 @@ def nats_by_hand(model, tokens: np.ndarray, length: int, predictions: int) -> fl
     return total
 
 
-@pytest.mark.parametrize("length", [1, 10, 13, 26, 52, 200])  # dividing the 52 predictions or not; one window alone
-@pytest.mark.parametrize("batch_tokens", [1, 30, 4096])  # one window a batch, several, all at once
+@pytest.mark.parametrize("length", [1, 10, 13, 26, 52, 200])  # divisors of the 52 predictions and not; one window
+@pytest.mark.parametrize("batch_tokens", [1, 30, 4096])  # one window per batch, several, all at once
 def test_bits_per_byte_of_a_whole_file(model, monkeypatch, length, batch_tokens):
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", batch_tokens)
     result = evaluate(model, FILE, TOKENS, length)
     nats = nats_by_hand(model, TOKENS, length, 52)
-    assert result.tokens == 52  # every token but the first
+    assert result.tokens == 52  # every token except the first
     assert result.loss == pytest.approx(nats / 52, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
 
 
 @pytest.mark.parametrize(("windows", "starts"), [(1, [0]), (2, [0, 20]), (3, [0, 10, 30]), (5, [0, 10, 20, 30, 40])])
-def test_some_windows_are_spread_over_the_file_and_charged_with_their_share_of_the_bytes(model, windows, starts):
+def test_sampled_windows_are_spread_over_the_file_and_count_their_share_of_bytes(model, windows, starts):
     result = evaluate(model, FILE, TOKENS, 10, windows)
     nats = sum(nats_by_hand(model, TOKENS[start : start + 11], 10, 10) for start in starts)
     predictions = 10 * windows
@@ -57,11 +57,11 @@ def test_some_windows_are_spread_over_the_file_and_charged_with_their_share_of_t
 
 
 @pytest.mark.parametrize("windows", [6, 99, 0])
-def test_more_windows_than_are_full_are_all_of_them(model, windows):
+def test_asking_for_more_windows_than_exist_takes_all(model, windows):
     assert evaluate(model, FILE, TOKENS, 10, windows).tokens == 52
 
 
-def test_counts_hold_every_routed_token_of_every_layer(model):
+def test_counts_cover_every_routed_token_of_every_layer(model):
     result = evaluate(model, FILE, TOKENS, 10)
     expected = torch.zeros(2, 8, dtype=torch.long)
     ids = torch.from_numpy(TOKENS.astype("int64"))
@@ -74,7 +74,7 @@ def test_counts_hold_every_routed_token_of_every_layer(model):
     assert result.counts_LE.sum(dim=1).tolist() == [52 * 3, 52 * 3]
 
 
-def test_bits_are_unknown_where_the_text_is(model):
+def test_bits_per_byte_are_unknown_without_the_text(model):
     result = evaluate(model, TokenFile("foreign", "foreign.npy", len(TOKENS)), TOKENS, 10)
     assert math.isnan(result.bits_per_byte)
     assert math.isfinite(result.loss)

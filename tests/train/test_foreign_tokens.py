@@ -1,4 +1,4 @@
-"""Token files of other programs and other widths: read as what they are, or refused."""
+"""Token files of other programs and widths: read correctly or refused."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def read(path, tokenizer_file, dtype=None) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "uint64", "int64", ">u2", ">i8"])
-def test_a_header_of_numpy_says_what_the_ids_are(dtype, tmp_path, tokenizer_file):
+def test_a_numpy_header_gives_the_type_of_ids(dtype, tmp_path, tokenizer_file):
     np.save(tmp_path / "x.npy", IDS.astype(dtype))
     assert read(tmp_path / "x.npy", tokenizer_file) == IDS.tolist()
-    np.save(tmp_path / "rows.npy", IDS[:300].astype(dtype).reshape(20, 15))  # windows, one a row
+    np.save(tmp_path / "rows.npy", IDS[:300].astype(dtype).reshape(20, 15))  # one window per row
     assert read(tmp_path / "rows.npy", tokenizer_file) == IDS[:300].tolist()
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".bin", ""])
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "uint64", "int64", ">u2", ">u4"])
-def test_the_configuration_says_what_raw_ids_are(dtype, suffix, tmp_path, tokenizer_file):
+def test_the_configuration_gives_the_type_of_raw_ids(dtype, suffix, tmp_path, tokenizer_file):
     path = tmp_path / f"x{suffix}"
     IDS.astype(dtype if dtype[0] == ">" else np.dtype(dtype).newbyteorder("<")).tofile(path)
     assert read(path, tokenizer_file, dtype) == IDS.tolist()
@@ -51,8 +51,8 @@ def test_raw_ids_of_another_width_are_refused_by_name(dtype, told, count, tmp_pa
     assert f'dtype = "{told}"' in message
 
 
-def test_large_ids_of_another_width_are_refused_too(tmp_path, tokenizer_file):
-    """With 100,352 ids the upper half of a uint32 is 0 or 1, and no half is beyond the vocabulary."""
+def test_raw_ids_of_another_width_are_refused_in_large_vocabularies_too(tmp_path, tokenizer_file):
+    """With 100,352 ids the upper half of a uint32 is 0 or 1, so both halves are valid ids."""
     ids = np.random.default_rng(0).integers(0, 100_352, 500)
     for dtype, told in (("<u4", "uint32"), (">u4", ">u4")):
         ids.astype(dtype).tofile(tmp_path / "x.npy")
@@ -64,14 +64,14 @@ def test_large_ids_of_another_width_are_refused_too(tmp_path, tokenizer_file):
     assert "set dtype beside its path" in refused(lambda: read(tmp_path / "y.npy", tokenizer_file), ConfigError)
 
 
-def test_zeros_alone_tell_no_width(tmp_path, tokenizer_file):
+def test_zeros_alone_do_not_reveal_a_width(tmp_path, tokenizer_file):
     ids = np.zeros(400, "<u2")
     ids[::7] = 5
     ids.tofile(tmp_path / "x.npy")
     assert read(tmp_path / "x.npy", tokenizer_file) == ids.tolist()
 
 
-def test_what_cannot_be_ids_is_refused(tmp_path, tokenizer_file):
+def test_types_that_cannot_be_ids_are_refused(tmp_path, tokenizer_file):
     path = tmp_path / "x.npy"
 
     def sentence(dtype=None):
@@ -98,7 +98,7 @@ def test_what_cannot_be_ids_is_refused(tmp_path, tokenizer_file):
         assert WIDTHS[0] in sentence(dtype)
 
 
-def test_a_run_on_wider_ids_is_the_run_on_narrow_ones(tmp_path, tokenizer_file):
+def test_a_run_on_wider_ids_equals_one_on_narrow_ids(tmp_path, tokenizer_file):
     losses = []
     for name, dtype in (("a", "uint16"), ("b", "uint32")):
         data = {"train": [{"path": "x.bin", "dtype": dtype}], "valid": [{"path": "y.npy"}]}
@@ -113,8 +113,8 @@ def test_a_run_on_wider_ids_is_the_run_on_narrow_ones(tmp_path, tokenizer_file):
 
 
 @pytest.mark.parametrize(("written", "said"), [("<u4", "uint16"), ("<i8", "uint32"), (">u4", ">u2"), ("<i8", "int32")])
-def test_a_type_that_is_half_of_what_the_ids_are_is_refused(written, said, tmp_path, tokenizer_file):
-    """Every second id would be 0, whoever says so; a text whose ids only look alike is taken at its owner's word."""
+def test_reading_ids_at_half_their_width_is_refused(written, said, tmp_path, tokenizer_file):
+    """Every second id would be 0, even if declared so; ids that only look like it are read as declared."""
     IDS.astype(written).tofile(tmp_path / "x.npy")
     message = refused(lambda: read(tmp_path / "x.npy", tokenizer_file, said), ConfigError)
     assert f"does not hold {np.dtype(said)} ids" in message

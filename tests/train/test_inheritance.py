@@ -1,4 +1,4 @@
-"""What a configuration leaves to the checkpoint that it starts from, and to the tokenizer."""
+"""Settings that a configuration inherits from its starting checkpoint and from the tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = small_config(
 
 @pytest.fixture
 def start(tmp_path, tokenizer_file):
-    """A checkpoint to start from, with a tokenizer and a chat template."""
+    """A checkpoint to start from, with tokenizer and chat template."""
     model = CausalLM(CONFIG)
     initialize(model, 0)
     export.save(model, tmp_path / "start")
@@ -41,7 +41,7 @@ def start(tmp_path, tokenizer_file):
 
 
 def write(folder, model=None, tokenizer=None, **run):
-    """A configuration with those sections alone beside data and schedule."""
+    """A configuration with only these sections besides data and schedule."""
     path = write_run(folder, "none.json", run=run)
     tables = {name: DEFAULTS[name] for name in ("data", "batch", "optimizer", "schedule", "evaluation", "checkpoint")}
     tables["run"] = DEFAULTS["run"] | run
@@ -50,7 +50,7 @@ def write(folder, model=None, tokenizer=None, **run):
     return path
 
 
-def test_a_checkpoint_brings_its_architecture_and_its_tokenizer(start, tmp_path):
+def test_a_run_inherits_architecture_and_tokenizer_from_its_checkpoint(start, tmp_path):
     path = write(tmp_path / "r", initialize_from="../start")
     config = load_config(path)
     assert config.model == ModelConfig.from_file(start / "config.json")
@@ -61,7 +61,7 @@ def test_a_checkpoint_brings_its_architecture_and_its_tokenizer(start, tmp_path)
     assert AutoTokenizer.from_pretrained(best).chat_template == "T{{ messages[0].content }}"
 
 
-def test_what_is_written_comes_first(start, tmp_path):
+def test_written_settings_override_inherited_ones(start, tmp_path):
     model = {"max_position_embeddings": 64, "router_aux_loss_coef": 0.5}
     config = load_config(write(tmp_path / "r", model, {"path": "../mine.json"}, initialize_from="../start"))
     assert config.model == dataclasses.replace(ModelConfig.from_file(start / "config.json"), **model)
@@ -70,7 +70,7 @@ def test_what_is_written_comes_first(start, tmp_path):
     assert "hidden_sise" in refused(lambda: load_config(path), ConfigError)
 
 
-def test_a_run_is_resumed_although_what_it_started_from_has_gone(start, tmp_path):
+def test_a_run_resumes_after_its_starting_checkpoint_was_deleted(start, tmp_path):
     reference = tmp_path / "a" / "r"
     train(load_config(write(reference, initialize_from=str(start))), show_progress=False)
     path = write(tmp_path / "b" / "r", initialize_from=str(start))
@@ -83,7 +83,7 @@ def test_a_run_is_resumed_although_what_it_started_from_has_gone(start, tmp_path
     assert recorded_names(tmp_path / "b" / "r" / "out" / "checkpoints" / "step-0000012") == ["r-train", "r-valid"]
 
 
-def test_a_checkpoint_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+def test_a_missing_checkpoint_is_reported_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     for name in ("../none", "./none", "/none", "a/b/c"):
         assert name.split("/")[-1] in refused(lambda name=name: load_config(write(tmp_path, initialize_from=name)))
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
 # ---- the id that ends a document ----
 
 
-def test_the_end_of_a_text_is_the_tokenizers(tmp_path, tokenizer_file):
+def test_the_end_of_text_id_comes_from_the_tokenizer(tmp_path, tokenizer_file):
     outputs = []
     for name, eos in (("a", EOS), ("b", None)):
         path = write_run(tmp_path / name / "r", tokenizer_file, model={"eos_token_id": eos})
@@ -105,7 +105,7 @@ def test_the_end_of_a_text_is_the_tokenizers(tmp_path, tokenizer_file):
     train(load_config(tmp_path / "b" / "r" / "run.toml"), resume=True, show_progress=False)
 
 
-def test_the_end_of_a_text_by_name_by_id_and_not_at_all(tmp_path, tokenizer_file, olmoe_tokenizer_file):
+def test_the_end_of_text_is_found_by_name_or_id_or_refused(tmp_path, tokenizer_file, olmoe_tokenizer_file):
     model = ModelConfig()
     assert derive_eos(olmoe_tokenizer_file, model).eos_token_id == 50279
     assert derive_eos(tokenizer_file, model).eos_token_id == EOS
@@ -118,7 +118,7 @@ def test_the_end_of_a_text_by_name_by_id_and_not_at_all(tmp_path, tokenizer_file
     (tmp_path / "tokenizer_config.json").unlink()
     path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<end>"), encoding="utf-8")
     assert "model.eos_token_id" in refused(lambda: derive_eos(path, model), ConfigError)
-    # In post-trained models the id is OLMoE's, and the name is that of another.
+    # In post-trained models the id is OLMoE's, but the name belongs to another token.
     contents = json.loads(olmoe_tokenizer_file.read_text(encoding="utf-8"))
     swapped = {0: "<|endoftext|>", 50279: "|||IP_ADDRESS|||"}
     for token in contents["added_tokens"]:
@@ -128,7 +128,7 @@ def test_the_end_of_a_text_by_name_by_id_and_not_at_all(tmp_path, tokenizer_file
     assert derive_eos(path, model).eos_token_id == 50279
 
 
-def test_what_a_run_writes_is_read_by_transformers_with_the_same_ends(tmp_path, tokenizer_file):
+def test_transformers_reads_a_run_with_the_same_end_of_text(tmp_path, tokenizer_file):
     path = write_run(tmp_path, tokenizer_file, schedule={"total_tokens": 64, "warmup_tokens": 0})
     best = train(load_config(path), show_progress=False)
     theirs = transformers.AutoTokenizer.from_pretrained(best)
@@ -141,11 +141,11 @@ def test_what_a_run_writes_is_read_by_transformers_with_the_same_ends(tmp_path, 
 @pytest.mark.parametrize("name", ["olmoe-tiny", "OLMoE-tiny", "OLMOE-TINY"])
 def test_a_run_may_start_from_the_shipped_model_by_name(tmp_path, name):
     assert start_folder(name, tmp_path / name) == hub.SHIPPED
-    (tmp_path / name).mkdir()  # a folder of that name beside the file comes first
+    (tmp_path / name).mkdir()  # a folder of that name beside the file takes precedence
     assert start_folder(name, tmp_path / name) == tmp_path / name
 
 
-def test_a_name_in_a_file_is_sought_beside_the_file(tmp_path):
+def test_a_model_name_in_a_file_is_looked_up_beside_the_file(tmp_path):
     (tmp_path / "runs" / "best").mkdir(parents=True)
     assert start_folder("best", tmp_path / "runs" / "best") == tmp_path / "runs" / "best"
     assert start_folder(str(tmp_path / "runs"), tmp_path / "runs") == tmp_path / "runs"

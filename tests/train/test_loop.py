@@ -1,4 +1,4 @@
-"""Whole training runs, small enough to repeat: what they write, and that an interruption changes nothing."""
+"""Whole training runs, small enough to repeat: what they write, and exact resumption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(folder: Path, tokenizer: Path | str, /, *, resume: bool = False, **chang
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer_file) -> Path:
-    """The output of an uninterrupted run, which others must equal."""
+    """The output of an uninterrupted run, to compare others with."""
     return run(tmp_path_factory.mktemp("finished"), tokenizer_file)
 
 
@@ -65,7 +65,7 @@ def test_a_run_leaves_metrics_checkpoints_the_best_and_its_evaluation(finished):
     assert [r["step"] for r in held_out] == [4, 8, 12]
     assert all(r["load_balancing"] > 0 and r["router_z"] > 0 and r["tokens_per_second"] > 0 for r in steps)
     assert all(1 <= r["max_load_over_mean"] <= 4 for r in steps)
-    assert {sum(layer) for r in steps for layer in r["expert_load"]} == {64 * 2}  # two experts a token
+    assert {sum(layer) for r in steps for layer in r["expert_load"]} == {64 * 2}  # two experts per token
     name = f"{finished.parent.name}-valid"
     assert all(list(r["bits_per_byte"]) == list(r["held_out_loss"]) == [name] for r in held_out)
 
@@ -77,8 +77,8 @@ def test_rates_follow_the_schedule(finished):
     assert rates[0] == pytest.approx(1e-3)  # a tenth of the peak
 
 
-def test_steps_are_those_written_out_here(finished, tokenizer_file):
-    """Windows in order, two microbatches a step, clipping, the rate of the moment, AdamW on everything."""
+def test_steps_match_ones_written_out_by_hand(finished, tokenizer_file):
+    """Windows in order, two microbatches per step, clipping, the scheduled rate, AdamW on everything."""
     config, folder = load_config(finished.parent / "run.toml"), finished.parent
     file = prepare(folder / "train.txt", tokenizer_file, folder / "tokens", VOCAB_SIZE - 1)
     mixture = Mixture([(np.fromfile(file.path, dtype="<u2"), 1.5)], 16, seed=3)
@@ -112,7 +112,7 @@ def test_steps_are_those_written_out_here(finished, tokenizer_file):
 
 def test_the_loss_falls(finished):
     losses = [r["cross_entropy"] for r in read_metrics(finished) if "cross_entropy" in r]
-    # The denominator counts the last position of each window too, which predicts nothing.
+    # The denominator also counts the last position of each window, which predicts nothing.
     assert losses[0] == pytest.approx(math.log(VOCAB_SIZE) * 15 / 16, rel=0.02)
     assert np.mean(losses[-3:]) < losses[0] - 0.5
 
@@ -130,7 +130,7 @@ def test_the_final_evaluation_is_of_the_best_checkpoint_on_whole_files(finished,
 
 
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(tmp_path, tokenizer_file, monkeypatch):
-    scores = iter([2.0, 1.0, 1.0])  # the last equals the best and does not replace it
+    scores = iter([2.0, 1.0, 1.0])  # the last only equals the best and does not replace it
     monkeypatch.setattr(loop, "_score", lambda results: next(scores))
     output = run(tmp_path, tokenizer_file, checkpoint={"every_steps": 4, "keep": 9})
     best = (output / "best" / "model.safetensors").read_bytes()
@@ -146,7 +146,7 @@ def test_without_held_out_files_the_last_state_is_the_best(tmp_path, tokenizer_f
     assert [r["step"] for r in read_metrics(output) if "held_out_loss" in r] == [4, 5]
 
 
-def test_token_files_train_and_measure_without_any_text(tmp_path, tokenizer_file):
+def test_token_files_train_and_evaluate_without_any_text(tmp_path, tokenizer_file):
     generator = np.random.default_rng(0)
     for name in ("train.npy", "val/c4/part-0.npy", "val/wiki/part-0.npy"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +158,8 @@ def test_token_files_train_and_measure_without_any_text(tmp_path, tokenizer_file
     }
     output = run(tmp_path, tokenizer_file, data=data, schedule={"total_tokens": 256})
     (record,) = [r for r in read_metrics(output) if "held_out_loss" in r]
-    assert record["bits_per_byte"] == {"c4-part-0": None}  # the bytes behind foreign tokens are unknown
-    assert state.restore(output / "checkpoints" / "step-0000004", *fresh(output), {}).best < 20  # the loss stands in
+    assert record["bits_per_byte"] == {"c4-part-0": None}  # the bytes of foreign tokens' text are unknown
+    assert state.restore(output / "checkpoints" / "step-0000004", *fresh(output), {}).best < 20  # the loss instead
     assert '"wiki-part-0"' in (output / "evaluation.json").read_text(encoding="utf-8")
 
 
@@ -187,7 +187,7 @@ def test_the_progress_bar_goes_to_stderr(tmp_path, tokenizer_file, capfd):
 # ---- interruptions ----
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 9, 12])  # first, between, at an evaluation, at a checkpoint, last
+@pytest.mark.parametrize("step", [1, 5, 8, 9, 12])  # first, in between, at an evaluation, at a checkpoint, last
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, finished, monkeypatch, step):
     before = signal.getsignal(signal.SIGINT)
     at_step(monkeypatch, loop, step, interrupt)
@@ -197,7 +197,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, finished, monk
         train(config, show_progress=False)
     assert caught.value.path == folder / "out" / "checkpoints" / f"step-{step:07d}"
     assert caught.value.path.is_dir()
-    assert [r["step"] for r in read_metrics(folder / "out")][-1] == step  # the step was finished, and no other begun
+    assert [r["step"] for r in read_metrics(folder / "out")][-1] == step  # the step was finished and no other started
     assert signal.getsignal(signal.SIGINT) == before
     train(config, resume=True, show_progress=False)
     assert_same_run(folder / "out", finished)
@@ -213,7 +213,7 @@ def test_an_interrupted_run_with_dropout_equals_an_uninterrupted_one(tmp_path, t
     assert_same_run(run(tmp_path / "parts" / "run", tokenizer_file, resume=True), whole)
 
 
-def test_terminating_is_interrupting(tmp_path, tokenizer_file, monkeypatch):
+def test_sigterm_acts_as_an_interrupt(tmp_path, tokenizer_file, monkeypatch):
     at_step(monkeypatch, loop, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         run(tmp_path, tokenizer_file)
@@ -235,7 +235,7 @@ def test_an_interrupt_during_the_checkpoint_of_a_step_waits_for_the_next(tmp_pat
 
 
 class Killed(BaseException):
-    """Stands for the end of a process that had no time to react."""
+    """Stands for a process that ends without time to react."""
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monke
     output = folder / "out"
     assert files(output / "checkpoints") == ["step-0000003", "step-0000006"]
     assert [r["step"] for r in read_metrics(output)][-1] == 8
-    # A killed process cannot clean up: half a checkpoint, half a best, half a line.
+    # A killed process cannot clean up: a partial checkpoint, a partial best, half a line of metrics.
     for name in ("checkpoints/.step-0000009.0123.partial", ".best.0123.partial"):
         shutil.copytree(output / "checkpoints" / "step-0000003", output / name)
         (output / name / "training_state.pt").unlink()
@@ -261,7 +261,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monke
     assert_same_run(output, finished)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finished, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, finished, monkeypatch):
     def kill() -> None:
         raise Killed
 
@@ -315,7 +315,7 @@ def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(tmp_path, fi
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, finished):
     folder = shutil.copytree(finished.parent, tmp_path / finished.parent.name)
-    (folder / "out" / "evaluation.json").unlink()  # interrupted in the final evaluation
+    (folder / "out" / "evaluation.json").unlink()  # interrupted during the final evaluation
     train(load_config(folder / "run.toml"), resume=True, show_progress=False)
     assert_same_run(folder / "out", finished)
     assert read_metrics(folder / "out") == read_metrics(finished)
@@ -332,7 +332,7 @@ def test_threads_other_than_the_main_one_train_without_signals(tmp_path, tokeniz
 # ---- what is refused ----
 
 
-def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(finished, tmp_path, tokenizer_file):
+def test_an_existing_run_is_not_overwritten_nor_a_missing_one_resumed(finished, tmp_path, tokenizer_file):
     config = load_config(finished.parent / "run.toml")
     before = (finished / "metrics.jsonl").read_bytes()
     assert "--resume" in refused(lambda: train(config, show_progress=False), ConfigError)
@@ -352,14 +352,14 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(finished, tmp_pa
         ({"regularization": {"residual_dropout": 0.1}}, "residual_dropout"),
     ],
 )
-def test_a_changed_configuration_is_not_a_continuation(finished, tmp_path, tokenizer_file, changes, told):
+def test_resuming_with_a_changed_configuration_is_refused(finished, tmp_path, tokenizer_file, changes, told):
     folder = shutil.copytree(finished.parent, tmp_path / finished.parent.name)
     message = refused(lambda: run(folder, tokenizer_file, resume=True, **changes), ConfigError)
     assert told in message
     assert read_metrics(folder / "out") == read_metrics(finished)
 
 
-def test_changed_texts_and_tokenizers_are_no_continuation_either(finished, tmp_path, tokenizer_file):
+def test_resuming_with_changed_texts_or_tokenizer_is_refused(finished, tmp_path, tokenizer_file):
     folder = shutil.copytree(finished.parent, tmp_path / finished.parent.name)
     (folder / "train.txt").write_text(text(24, seed=9), encoding="utf-8")
     message = refused(lambda: run(folder, tokenizer_file, resume=True), ConfigError)
@@ -370,7 +370,7 @@ def test_changed_texts_and_tokenizers_are_no_continuation_either(finished, tmp_p
     assert "tokenizer" in refused(lambda: run(folder, other, resume=True, run={}), ConfigError)
 
 
-def test_a_longer_evaluation_is_a_continuation(finished, tmp_path, tokenizer_file):
+def test_resuming_with_a_longer_evaluation_is_allowed(finished, tmp_path, tokenizer_file):
     folder = shutil.copytree(finished.parent, tmp_path / finished.parent.name)
     run(folder, tokenizer_file, resume=True, evaluation={"windows": 0}, checkpoint={"keep": 1}, run={"threads": 2})
 
@@ -379,14 +379,14 @@ def test_a_longer_evaluation_is_a_continuation(finished, tmp_path, tokenizer_fil
     ("rate", "tokens", "told"),
     [(9e18, 3 * 64, "gradient norm"), (9e18, 64, "held-out loss")],
 )
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path, tokenizer_file, rate, tokens, told):
+def test_a_nonfinite_loss_ends_the_run_with_one_sentence(tmp_path, tokenizer_file, rate, tokens, told):
     schedule = {"total_tokens": tokens, "warmup_tokens": 0}
     message = refused(
         lambda: run(tmp_path, tokenizer_file, optimizer={"learning_rate": rate}, schedule=schedule), ConfigError
     )
     assert told in message
     assert "learning_rate" in message
-    assert files(tmp_path / "out") == ["metrics.jsonl"]  # nothing that is not a number was saved
+    assert files(tmp_path / "out") == ["metrics.jsonl"]  # no NaN was saved
     assert all(math.isfinite(r["cross_entropy"]) for r in read_metrics(tmp_path / "out"))
 
 
@@ -411,7 +411,7 @@ def test_mistakes_are_found_before_the_first_step(tmp_path, tokenizer_file, chan
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_metrics_differ_by_the_clock_alone(finished, tmp_path):
+def test_metrics_of_equal_runs_differ_only_in_timings(finished, tmp_path):
     folder = copy_of(finished, tmp_path)
     train(load_config(folder / "run.toml"), show_progress=False)
     assert_same_run(folder / "out", finished)
@@ -423,7 +423,7 @@ def test_metrics_differ_by_the_clock_alone(finished, tmp_path):
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path, finished, tokenizer_file):
     start = str(finished / "best")
-    # A learning rate too small to change any weight: what comes out is what went in.
+    # A learning rate too small to change any weight: the output equals the start.
     output = run(
         tmp_path,
         tokenizer_file,
@@ -435,7 +435,7 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path, finished, token
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_checkpoint_of_other_shapes_is_no_start(tmp_path, finished, tokenizer_file):
+def test_starting_from_a_checkpoint_of_other_shapes_is_refused(tmp_path, finished, tokenizer_file):
     changes = {"run": {"initialize_from": str(finished / "best")}, "model": {"num_experts": 8}}
     message = refused(lambda: run(tmp_path, tokenizer_file, **changes), ConfigError)
     assert "run.initialize_from" in message
@@ -443,7 +443,7 @@ def test_a_checkpoint_of_other_shapes_is_no_start(tmp_path, finished, tokenizer_
     assert "[8, 16]" in message
 
 
-def test_a_packed_checkpoint_is_no_start(tmp_path, tokenizer_file):
+def test_starting_from_a_packed_checkpoint_is_refused(tmp_path, tokenizer_file):
     start = str(packed_folder(tmp_path / "packed", "int8"))
     message = refused(lambda: run(tmp_path / "run", tokenizer_file, run={"initialize_from": start}), ConfigError)
     assert "is a packed checkpoint" in message

@@ -1,4 +1,4 @@
-"""Runs with document masks and without windows that repeat themselves: trained, measured, and resumed exactly."""
+"""Runs with document masks and without repetitive windows: trained, evaluated and resumed exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASKED = {"document_mask": True, "mask_repetitions": 3, "train": [{"path": "trai
 
 
 def prepared(folder, tokenizer_file, data):
-    """A run whose texts have documents shorter than a window, some of which repeat themselves."""
+    """A run on documents shorter than a window, some of them repetitive."""
     path = write_run(folder, tokenizer_file, data=data)
     short = "\n".join(f"{line}\n<|endoftext|>" for line in text(8, seed=4).split("\n") if line[:1].isalpha())
     (folder / "train.txt").write_text(f"{text(16)}{short}\n{'a dog ' * 40}\n<|endoftext|>\n", encoding="utf-8")
@@ -30,7 +30,7 @@ def prepared(folder, tokenizer_file, data):
     return path
 
 
-def test_a_masked_run_resumes_exactly_and_is_measured_as_it_was_trained(tmp_path, tokenizer_file, monkeypatch):
+def test_a_masked_run_resumes_exactly_and_is_evaluated_with_its_mask(tmp_path, tokenizer_file, monkeypatch):
     whole = prepared(tmp_path / "run", tokenizer_file, MASKED)
     train(load_config(whole), show_progress=False)
     (tmp_path / "other").mkdir()
@@ -57,7 +57,7 @@ def test_a_masked_run_resumes_exactly_and_is_measured_as_it_was_trained(tmp_path
     assert abs(evaluate(model, file, tokens, 16).loss - loss) > 1e-4
 
 
-def test_each_option_changes_the_run_and_is_part_of_it(tmp_path, tokenizer_file):
+def test_each_option_changes_the_run_and_its_fingerprint(tmp_path, tokenizer_file):
     losses = {}
     for name, data in (("plain", {}), ("mask", {"document_mask": True}), ("filter", {"mask_repetitions": 3})):
         path = prepared(tmp_path / name / "run", tokenizer_file, data)
@@ -71,8 +71,8 @@ def test_each_option_changes_the_run_and_is_part_of_it(tmp_path, tokenizer_file)
     assert "[data] document_mask changed from True to None" in told
 
 
-def test_runs_of_older_versions_go_on(tmp_path, tokenizer_file):
-    """They knew none of the options, so that a run without these must look as theirs."""
+def test_runs_of_older_versions_resume(tmp_path, tokenizer_file):
+    """They knew none of these options, so a run without them must look like theirs."""
     data = load_config(write_run(tmp_path, tokenizer_file)).fingerprint()["data"]
     assert set(data) == {"train", "valid", "measure", "sequence_length", "tokens_folder"}
     assert set(data["train"][0]) == {"path", "repeat"}

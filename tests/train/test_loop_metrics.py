@@ -1,4 +1,4 @@
-"""What a run records of its speed and of its routers."""
+"""What a run records about its speed and its routers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sentences import refused
 from training_runs import read_metrics, write_run
 
 
-def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):
+def test_every_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, run={"peak_flops": 2e10})
     train(load_config(path), show_progress=False)
     steps = [record for record in read_metrics(path.parent / "out") if "cross_entropy" in record]
@@ -32,12 +32,12 @@ def test_each_step_records_speed_memory_and_margins(tmp_path, tokenizer_file):
     assert steps[0]["router_margin"] != steps[-1]["router_margin"]
 
 
-def test_a_peak_must_be_a_rate(tmp_path, tokenizer_file):
+def test_an_invalid_peak_rate_is_refused(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, run={"peak_flops": 0})
     assert refused(lambda: load_config(path)) == "run.peak_flops must be above 0 and below 2^63, not 0.0."
 
 
-def test_the_final_evaluation_can_be_of_some_windows(tmp_path, tokenizer_file):
+def test_the_final_evaluation_can_be_limited_to_some_windows(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, evaluation={"windows": 2, "final_windows": 5})
     best = train(load_config(path), show_progress=False)
     config, data = open_data(load_config(path), [])

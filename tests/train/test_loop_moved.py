@@ -1,4 +1,4 @@
-"""Runs whose folder was renamed, copied or emptied of its best checkpoint, and paths as shells write them."""
+"""Runs whose folder was renamed, copied or lost its best checkpoint, and shell-style paths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(folder, tokenizer_file):
 
 
 def interrupted(folder, tokenizer_file, name, monkeypatch):
-    """A run in a folder of that name, interrupted in its sixth step."""
+    """A run in a folder of this name, interrupted in its sixth step."""
     path = start(folder / name, tokenizer_file)
     original, calls = loop.clip_gradients, iter(range(1, 100))
 
@@ -51,7 +51,7 @@ def interrupted(folder, tokenizer_file, name, monkeypatch):
 
 @pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
 @pytest.mark.parametrize("tokens", [True, False], ids=["with tokens", "without"])
-def test_a_run_goes_on_in_a_folder_of_another_name(finished, tmp_path, tokenizer_file, monkeypatch, move, tokens):
+def test_a_run_resumes_in_a_renamed_folder(finished, tmp_path, tokenizer_file, monkeypatch, move, tokens):
     folder = interrupted(tmp_path, tokenizer_file, finished.name, monkeypatch)
     move(folder, tmp_path / "elsewhere" / "renamed")
     if not tokens:
@@ -60,7 +60,7 @@ def test_a_run_goes_on_in_a_folder_of_another_name(finished, tmp_path, tokenizer
     assert_same_run(tmp_path / "elsewhere" / "renamed" / "out", finished / "out")
 
 
-def test_a_run_goes_on_with_its_texts_in_another_place(finished, tmp_path, tokenizer_file, monkeypatch):
+def test_a_run_resumes_with_its_texts_moved(finished, tmp_path, tokenizer_file, monkeypatch):
     folder = interrupted(tmp_path, tokenizer_file, finished.name, monkeypatch)
     (folder / "texts").mkdir()
     for name in ("train.txt", "valid.txt"):
@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_its_texts_in_another_place(finished, tmp_path, token
     assert_same_run(folder / "out", finished / "out")
 
 
-def test_a_missing_best_is_made_anew_and_asks_no_hub(finished, tmp_path, tokenizer_file, monkeypatch, caplog):
+def test_a_missing_best_checkpoint_is_rebuilt_without_the_hub(finished, tmp_path, tokenizer_file, monkeypatch, caplog):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     folder = interrupted(tmp_path, tokenizer_file, finished.name, monkeypatch)
     shutil.rmtree(folder / "out" / "best")
@@ -93,7 +93,7 @@ def test_a_missing_best_is_made_anew_and_asks_no_hub(finished, tmp_path, tokeniz
 # ---- paths ----
 
 
-def test_paths_are_read_as_a_shell_reads_them(tmp_path, tokenizer_file, monkeypatch):
+def test_paths_are_expanded_like_a_shells(tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
@@ -114,7 +114,7 @@ def test_paths_are_read_as_a_shell_reads_them(tmp_path, tokenizer_file, monkeypa
 
 @pytest.mark.parametrize("place", ["$NOWHERE/run", "${NOWHERE}", "a/$NOWHERE", "~nobody-of-this-name/run"])
 @pytest.mark.parametrize("key", ["output", "tokens_folder", "train"])
-def test_a_variable_that_is_not_set_names_no_folder(place, key, tmp_path, tokenizer_file, monkeypatch):
+def test_unset_variables_in_paths_are_refused(place, key, tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     changes = {
         "output": {"run": {"output": place}},
@@ -125,5 +125,5 @@ def test_a_variable_that_is_not_set_names_no_folder(place, key, tmp_path, tokeni
     message = refused(lambda: load_config(path), ConfigError)
     assert "stands for nothing here" in message
     assert repr(place) in message
-    (tmp_path / "$odd").mkdir()  # a folder that is there is meant
+    (tmp_path / "$odd").mkdir()  # an existing folder is taken literally
     assert resolve_path("$odd", tmp_path) == tmp_path / "$odd"

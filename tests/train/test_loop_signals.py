@@ -1,4 +1,4 @@
-"""Interrupts of a run whose handlers are not Python's."""
+"""Interrupting a run in a process whose signal handlers are not Python's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from olmoe.train import loop
 from olmoe.train.ranks import Ranks
 
 
-def test_handlers_that_python_did_not_install_do_not_fail_the_end_of_a_run(monkeypatch):
-    """`signal.signal` gives None for those, and refuses to take it back."""
+def test_foreign_signal_handlers_do_not_fail_the_end_of_a_run(monkeypatch):
+    """`signal.signal` returns None for those, and refuses None as a handler."""
     installed = []
 
     def install(number, handler):

@@ -17,7 +17,7 @@ NO_AUXILIARY = LossConfig(load_balancing=0.0, router_z=0.0)
 
 
 def routers(layers: int = 3, tokens: int = 7, experts: int = 5, k: int = 2, seed: int = 0) -> list[RouterOutput]:
-    """What random routers would decide; the logits are leaves that want gradients."""
+    """Decisions of random routers; the logits are leaves that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     outputs = []
     for _ in range(layers):
@@ -80,7 +80,7 @@ def gradients(model: CausalLM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("experts", "k"), [(5, 2), (4, 1), (3, 3)])
-def test_auxiliary_losses_are_the_training_codes_formulas(experts, k):
+def test_auxiliary_losses_match_the_formulas_of_olmoes_training_code(experts, k):
     outputs = routers(experts=experts, k=k)
     assert load_balancing(outputs).item() == pytest.approx(load_balancing_by_hand(outputs), rel=1e-5)
     assert router_z(outputs).item() == pytest.approx(router_z_by_hand(outputs), rel=1e-5)
@@ -102,8 +102,8 @@ def test_load_balancing_is_one_when_the_load_is_uniform_and_the_number_of_expert
     assert float(load_balancing([collapsed])) == pytest.approx(8 / 2)
 
 
-def test_layers_are_balanced_each_for_itself():
-    # Layer 1 uses experts 0 and 1, layer 2 the others: together even, but neither is.
+def test_every_layer_is_balanced_separately():
+    # Layer 1 uses experts 0 and 1, layer 2 the others: balanced together, but not separately.
     halves = []
     for first in (0, 2):
         logits = torch.full((4, 4), -100.0)
@@ -135,17 +135,17 @@ def test_counts_carry_no_gradient():
                 assert float(router.logits.grad[t, j]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_cross_entropy_is_summed_and_divided_by_all_positions_of_the_step():
+def test_cross_entropy_is_averaged_over_all_positions_of_the_step():
     model, ids = make_model(), windows(batch=3, length=6)
     losses = objective(model, ids, NO_AUXILIARY, positions_in_step=3 * 6, microbatches=1)
     assert float(losses.cross_entropy) == pytest.approx(cross_entropy_by_hand(model, ids) / 18, rel=1e-5)
     assert losses.objective.item() == float(losses.cross_entropy)
-    # The same windows as half of a step: the denominator belongs to the step, not to the microbatch.
+    # The same windows as half a step: the denominator is the step's, not the microbatch's.
     half = objective(model, ids, NO_AUXILIARY, positions_in_step=36, microbatches=2)
     assert float(half.cross_entropy) == pytest.approx(float(losses.cross_entropy) / 2, rel=1e-6)
 
 
-def test_parts_are_weighted_and_auxiliary_losses_averaged_over_microbatches():
+def test_terms_are_weighted_and_auxiliary_losses_averaged_over_microbatches():
     model, ids = make_model(), windows()
     config = LossConfig(load_balancing=0.3, router_z=0.07)
     losses = objective(model, ids, config, positions_in_step=24, microbatches=2)
@@ -190,8 +190,8 @@ def test_accumulated_balance_is_the_mean_over_microbatches_not_that_of_the_poole
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_objective_under_autocast(dtype, backend):
-    """Routers, their losses and the cross-entropy stay fp32; gradients differ by the rounding of single products."""
+def test_the_objective_stays_fp32_under_autocast(dtype, backend):
+    """Routers, their losses and the cross-entropy stay fp32; gradients differ only by the rounding of products."""
     model, ids, config = make_model(), windows(), LossConfig(load_balancing=0.1, router_z=0.1)
     set_backend(model, backend)
     exact = objective(model, ids, config, positions_in_step=12, microbatches=1)
@@ -224,8 +224,8 @@ def test_masked_tokens_count_for_nothing():
         assert float(router_z(outputs, mask)) == pytest.approx(float(router_z(kept)), rel=1e-6)
 
 
-def test_hessian_vector_product_of_the_objective():
-    """All terms: the fast backend's against the reference's, whose code torch differentiates itself."""
+def test_hessian_vector_products_match_the_reference():
+    """Of all terms: the fast backend against the reference, which torch differentiates by itself."""
     ids, config = windows(), LossConfig(load_balancing=0.1, router_z=0.1)
     found = {}
     for backend in ("auto", "reference"):
@@ -241,7 +241,7 @@ def test_hessian_vector_product_of_the_objective():
     assert float(error) < 1e-4
 
 
-def test_gradients_of_each_window():
+def test_per_window_gradients_can_be_computed():
     model, ids, config = make_model(), windows(batch=3), LossConfig(load_balancing=0.1, router_z=0.1)
     wrapped = torch.nn.ModuleDict({"model": model})
     wrapped.forward = lambda w: objective(model, w, config, positions_in_step=6, microbatches=1).objective

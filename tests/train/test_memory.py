@@ -1,4 +1,4 @@
-"""The memory that a step is said to need, against what small models hold."""
+"""The estimated memory of a step against what small models really hold."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bytes_of(tensors):
 
 
 def saved_bytes(model):
-    """What autograd keeps of a forward pass, each memory once, without the weights."""
+    """Bytes that autograd saves in a forward pass, every storage counted once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
@@ -65,7 +65,7 @@ def saved_bytes(model):
     ("rank", "pack", "frozen"),
     [(None, None, False), (4, None, False), (4, None, True), (4, "nf4", False), (4, "nf4", True), (4, "int8", True)],
 )
-def test_weights_gradients_and_moments_are_those_of_a_step(tmp_path, rank, pack, frozen):
+def test_weights_gradients_and_moments_match_a_step(tmp_path, rank, pack, frozen):
     model = make(tmp_path, rank, pack, frozen)
     found = memory(model.config, TOKENS, adapter_rank=rank, pack=pack, frozen_bytes=2 if frozen else 4)
     assert found.weights == bytes_of(model.parameters())
@@ -86,17 +86,17 @@ def test_weights_gradients_and_moments_are_those_of_a_step(tmp_path, rank, pack,
     ids=str,
 )
 @pytest.mark.parametrize("rank", [None, 4])
-def test_activations_are_what_autograd_keeps(tmp_path, rank, changes):
+def test_activations_match_what_autograd_saves(tmp_path, rank, changes):
     model = make(tmp_path, rank, **changes)
     assert activations(model.config, TOKENS, rank) == pytest.approx(saved_bytes(model), rel=0.03)
 
 
-def test_recomputing_keeps_the_inputs_of_layers(tmp_path):
+def test_recomputation_saves_only_the_inputs_of_layers(tmp_path):
     model = make(tmp_path, num_hidden_layers=4)
     plain = activations(model.config, TOKENS) - activations(model.config, TOKENS, recompute=True)
     for layer in model.model.layers:
         recomputing.wrap(layer, "full")
-    # At the end of the forward pass no layer is kept, not even the one that backward computes first.
+    # After the forward pass no layer's activations are held, not even those that backward needs first.
     shorter = make(tmp_path, num_hidden_layers=1)
     one = activations(shorter.config, TOKENS) - activations(shorter.config, TOKENS, recompute=True)
     assert one == 0
@@ -104,7 +104,7 @@ def test_recomputing_keeps_the_inputs_of_layers(tmp_path):
     assert activations(model.config, TOKENS) - kept == pytest.approx(plain * 4 / 3, rel=0.05)
 
 
-def test_ranks_share_all_but_packed_weights():
+def test_all_but_packed_weights_are_sharded_over_ranks():
     config = small_config(hidden_size=64, intermediate_size=32, num_experts=8)
     alone, four = (memory(config, TOKENS, ranks=ranks) for ranks in (1, 4))
     for part in ("weights", "gradients", "optimizer"):

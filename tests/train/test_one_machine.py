@@ -1,4 +1,4 @@
-"""Messages through shared memory are those of the group's own collectives."""
+"""Messages through shared memory equal the process group's own collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAPACITY = 4096
 
 
 def largest_differences(count: int) -> list[float]:
-    """Of parts of `count` numbers, several messages in turn: this rank's against those of gloo."""
+    """Largest differences from gloo on this rank, over several messages of `count` numbers in turn."""
     with join_ranks("cpu") as ranks:
         memory = SharedMemory.of(dist.group.WORLD, CAPACITY)
         assert memory is not None
@@ -44,7 +44,7 @@ def largest_differences(count: int) -> list[float]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("count", [1, 1000, 5000])  # less than a slot, several
-def test_messages_are_those_of_the_group(ranks, count):
+def test_messages_equal_the_collectives_of_the_group(ranks, count):
     before = set(one_machine.FOLDER.iterdir())
     for differences in on_ranks(ranks, largest_differences, count):
         assert differences == pytest.approx([0.0] * 6, abs=1e-6)
@@ -52,7 +52,7 @@ def test_messages_are_those_of_the_group(ranks, count):
 
 
 def rows_of_all(counts: list[int], meets_by: str) -> None:
-    """Rank p has `counts[p]` rows of two tensors; three messages there and back, the last of other counts."""
+    """Rank p has `counts[p]` rows of two tensors; three messages there and back, the last with other counts."""
     if meets_by == "gloo":
         extension.available = lambda: False
     with join_ranks("cpu") as ranks:
@@ -94,7 +94,7 @@ def test_rows_are_gathered_and_summed(counts, meets_by):
 
 
 def wait_for_one_who_leaves(how: str, folder: Path) -> None:
-    """Rank 1 of three leaves after a message, and the others want another one; they leave a file when they are told."""
+    """Rank 1 of three leaves after a message; the others wait for another and write a file when they get the error."""
     with join_ranks("cpu") as ranks:
         memory = SharedMemory.of(dist.group.WORLD, CAPACITY)
         assert memory is not None
@@ -105,7 +105,7 @@ def wait_for_one_who_leaves(how: str, folder: Path) -> None:
             (folder / f"told-{ranks.rank}").touch()
         elif how == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
-    if ranks.rank == 1:  # the process lives on, as in a notebook
+    if ranks.rank == 1:  # the process stays alive, as in a notebook
         deadline = time.monotonic() + 60
         while len(told(folder)) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -117,8 +117,8 @@ def told(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(not extension.available(), reason="without kernels ranks meet by gloo")
 @pytest.mark.parametrize("how", ["is killed", "lives on"])
-def test_who_waits_for_a_rank_that_has_left_is_told(how, tmp_path):
-    with contextlib.suppress(FileNotFoundError):  # one that is killed does not say how it ended
+def test_waiting_for_a_rank_that_has_left_is_an_error(how, tmp_path):
+    with contextlib.suppress(FileNotFoundError):  # a killed process does not report how it ended
         ends_on_ranks(tmp_path, 3, wait_for_one_who_leaves, how, tmp_path)
     assert told(tmp_path) == ["told-0", "told-2"]
 
@@ -134,5 +134,5 @@ def finds_memory(folder: str | None, capacity: int) -> bool:
 
 
 @pytest.mark.parametrize(("folder", "capacity"), [("nowhere", 4096), ("/dev/shm", 2**50), (None, 4096)])
-def test_without_shared_memory_there_is_none(folder, capacity):
+def test_ranks_without_shared_memory_do_not_use_it(folder, capacity):
     assert on_ranks(2, finds_memory, folder, capacity) == [False, False]

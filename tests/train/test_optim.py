@@ -1,4 +1,4 @@
-"""The optimizer, the schedule and clipping against OLMo's rules."""
+"""The optimizer, schedules and clipping against OLMo's rules."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_parameter_decays_in_one_group():
         p.grad = torch.zeros_like(p)
     group["lr"] = 0.5
     optimizer.step()
-    for name, p in model.named_parameters():  # without a gradient, decay alone remains
+    for name, p in model.named_parameters():  # without a gradient, only decay remains
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.1), msg=name)
 
 
@@ -119,7 +119,7 @@ def with_gradients(*values: list[float] | None) -> list[torch.Tensor]:
 
 
 def test_gradients_above_the_limit_are_scaled_by_olmos_coefficient():
-    parameters = with_gradients([3.0, 0.0], None, [0.0, 4.0])  # norm 5 over all of them; one took no part
+    parameters = with_gradients([3.0, 0.0], None, [0.0, 4.0])  # norm 5 over all of them; one has no gradient
     norm = clip_gradients(parameters, 1.0)
     assert float(norm) == pytest.approx(5.0)
     coefficient = 1.0 / (5.0 + 1e-6)
@@ -128,7 +128,7 @@ def test_gradients_above_the_limit_are_scaled_by_olmos_coefficient():
     assert parameters[1].grad is None
 
 
-def test_gradients_below_the_limit_are_left_alone():
+def test_gradients_below_the_limit_are_unchanged():
     parameters = with_gradients([0.3, 0.4])
     before = copy.deepcopy(parameters[0].grad)
     assert float(clip_gradients(parameters, 1.0)) == pytest.approx(0.5)
@@ -142,5 +142,5 @@ def test_the_epsilon_of_the_coefficient_counts():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad):
+def test_a_nonfinite_gradient_makes_the_norm_nonfinite(bad):
     assert not math.isfinite(float(clip_gradients(with_gradients([1.0], [bad]), 1.0)))

@@ -1,4 +1,4 @@
-"""Training on several ranks equals training by one: losses, norms, evaluations and weights, in every split."""
+"""Training on several ranks equals one process in losses, norms, evaluations and weights, for every split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sentences import refused
 from training_runs import assert_close_records, read_metrics, write_run
 
 STEPS = 5
-WINDOWS = 8  # of a step; each rank and microbatch has one
+WINDOWS = 8  # per step; one for each rank and microbatch
 SHORT = {
     "schedule": {"total_tokens": STEPS * WINDOWS * 16, "warmup_tokens": 32},
     "evaluation": {"every_steps": 3, "windows": 5},
     "checkpoint": {"every_steps": 4},
 }
-# Ranks, [parallel], [compute], and why it is there.
+# Ranks, [parallel], [compute], and why the case is there.
 WAYS = {
     "data 2": (2, {}, {}),
     "data 4, recompute all": (4, {"data": 4}, {"activation_checkpointing": "full"}),
@@ -39,7 +39,7 @@ WAYS = {
 
 
 def batch(ranks: int) -> dict[str, int]:
-    """The same windows a step, one a rank and microbatch, for so many ranks."""
+    """The same windows per step for this many ranks, one for each rank and microbatch."""
     return {"sequences": ranks, "accumulation": WINDOWS // ranks}
 
 
@@ -48,7 +48,7 @@ def write(folder: Path, tokenizer: Path, ranks: int, **changes) -> Path:
 
 
 def assert_equal_runs(output: Path, reference: Path, tolerance: float = 3e-6) -> None:
-    """Both ended alike but for rounding."""
+    """Both runs are equal up to rounding."""
     assert_close_records(read_metrics(output), read_metrics(reference), tolerance)
     ours, theirs = checkpoint.load(output / "best"), checkpoint.load(reference / "best")
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -67,7 +67,7 @@ def alone(tmp_path_factory, tokenizer_file) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_compute_what_one_process_does(way, tmp_path, tokenizer_file, alone):
+def test_ranks_match_one_process(way, tmp_path, tokenizer_file, alone):
     ranks, split, compute = WAYS[way]
     path = write(tmp_path, tokenizer_file, ranks, parallel=split, compute=compute)
     on_ranks(ranks, train_run, path)
@@ -81,21 +81,21 @@ def test_ranks_compute_what_one_process_does(way, tmp_path, tokenizer_file, alon
 
 
 def train_apart(path: Path) -> None:
-    """Train where ranks share no memory, as on several machines."""
+    """Train on ranks without shared memory, as on several machines."""
     one_machine.FOLDER = Path("nowhere")
     train_run(path)
 
 
 @pytest.mark.parametrize("split", [{"expert": 2}, {"data": 2}], ids=str)
-def test_ranks_that_share_no_memory_compute_the_same(split, tmp_path, tokenizer_file, alone):
+def test_ranks_without_shared_memory_match_one_process(split, tmp_path, tokenizer_file, alone):
     on_ranks(2, train_apart, write(tmp_path, tokenizer_file, 2, parallel=split))
     assert_equal_runs(tmp_path / "run" / "out", alone)
 
 
-def test_every_token_may_choose_the_experts_of_one_rank(tmp_path, tokenizer_file, alone):
+def test_all_tokens_may_choose_the_experts_of_one_rank(tmp_path, tokenizer_file, alone):
     start = checkpoint.load(alone / "best")
     with torch.no_grad():
-        start.model.embed_tokens.weight[:, 0] = 1.0  # what every token has in common
+        start.model.embed_tokens.weight[:, 0] = 1.0  # a component that every token shares
         for layer in start.model.layers:
             layer.mlp.gate.weight[:, 0] = torch.tensor([2.0, 2.0, -2.0, -2.0])
     export.save(start, tmp_path / "start")
@@ -112,7 +112,7 @@ def test_every_token_may_choose_the_experts_of_one_rank(tmp_path, tokenizer_file
     assert_equal_runs(outputs[1], outputs[0])
 
 
-def test_ranks_share_windows_of_isolated_documents(tmp_path, tokenizer_file, alone):
+def test_ranks_match_one_process_on_isolated_documents(tmp_path, tokenizer_file, alone):
     data = {"document_mask": True, "mask_repetitions": 2, "train": [{"path": "train.txt", "weight": 1.0}]}
     for ranks, split in ((1, {}), (2, {"expert": 2})):
         path = write(tmp_path / str(ranks), tokenizer_file, ranks, parallel=split, data=data)
@@ -121,7 +121,7 @@ def test_ranks_share_windows_of_isolated_documents(tmp_path, tokenizer_file, alo
     assert read_metrics(tmp_path / "1" / "run" / "out")[0] != read_metrics(alone)[0]
 
 
-def test_balance_over_all_ranks_is_that_of_one_process_with_the_same_microbatches(tmp_path, tokenizer_file):
+def test_balance_over_all_ranks_matches_one_process_with_the_same_microbatches(tmp_path, tokenizer_file):
     for ranks in (1, 2):
         folder = tmp_path / str(ranks) / "run"
         path = write_run(
@@ -131,7 +131,7 @@ def test_balance_over_all_ranks_is_that_of_one_process_with_the_same_microbatche
     assert_equal_runs(tmp_path / "2" / "run" / "out", tmp_path / "1" / "run" / "out")
 
 
-def test_dropout_and_recomputation_on_ranks_are_those_of_one_process(tmp_path, tokenizer_file):
+def test_dropout_and_recomputation_on_ranks_match_one_process(tmp_path, tokenizer_file):
     changes = {"regularization": {"residual_dropout": 0.2}}
     train_run(write(tmp_path / "1", tokenizer_file, 1, **changes))
     path = write(tmp_path / "2", tokenizer_file, 2, compute={"activation_checkpointing": "full"}, **changes)
@@ -139,7 +139,7 @@ def test_dropout_and_recomputation_on_ranks_are_those_of_one_process(tmp_path, t
     assert_equal_runs(tmp_path / "2" / "run" / "out", tmp_path / "1" / "run" / "out")
 
 
-def test_shards_may_be_of_unequal_size_and_embeddings_tied(tmp_path, tokenizer_file):
+def test_shards_may_be_unequal_and_embeddings_tied(tmp_path, tokenizer_file):
     """16 and 320 rows on three ranks, and a stack of 4 experts."""
     for ranks in (1, 3):
         changes = SHORT | {"model": {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1}}
@@ -154,7 +154,7 @@ def test_shards_may_be_of_unequal_size_and_embeddings_tied(tmp_path, tokenizer_f
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bf16_products_keep_weights_in_fp32_and_the_loss_near(tmp_path, tokenizer_file, alone, ranks):
+def test_bf16_products_keep_fp32_weights_and_a_close_loss(tmp_path, tokenizer_file, alone, ranks):
     path = write(tmp_path, tokenizer_file, ranks, parallel={"expert": ranks}, compute={"precision": "bf16"})
     on_ranks(ranks, train_run, path) if ranks > 1 else train_run(path)
     ours, theirs = (read_metrics(o) for o in (tmp_path / "run" / "out", alone))
@@ -187,7 +187,7 @@ def test_a_split_must_fit_ranks_batch_and_model(tmp_path, tokenizer_file, ranks,
         assert told in refused(lambda: parallel.check(config, Ranks(size=ranks)), ConfigError)
 
 
-def test_experts_must_be_shared_evenly(tmp_path, tokenizer_file):
+def test_experts_must_divide_evenly_among_ranks(tmp_path, tokenizer_file):
     config = load_config(write_run(tmp_path, tokenizer_file, batch={"sequences": 3}, parallel={"expert": 3}))
     assert "parallel.expert 3 must divide the 4 experts" in refused(
         lambda: parallel.check(config, Ranks(size=3)), ConfigError

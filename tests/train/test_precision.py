@@ -1,4 +1,4 @@
-"""`compute.precision = "bf16-products"`: near fp32, exactly continued, the same however it is recomputed or shared."""
+"""`compute.precision = "bf16-products"`: close to fp32, resumed exactly, unchanged by recomputation and ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOWERED = {"precision": "bf16-products"}
 
 @pytest.fixture(autouse=True)
 def instructions(monkeypatch):
-    """It computes the same without them, if slowly."""
+    """It computes the same without the instructions, only slowly."""
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
 
 
@@ -36,7 +36,7 @@ def trained(folder, tokenizer, **changes):
     return folder / "run" / "out"
 
 
-def test_losses_are_near_those_of_fp32_and_weights_stay_in_it(tmp_path, tokenizer_file):
+def test_losses_are_close_to_fp32_and_weights_stay_fp32(tmp_path, tokenizer_file):
     ours = trained(tmp_path / "ours", tokenizer_file, compute=LOWERED)
     theirs = trained(tmp_path / "theirs", tokenizer_file)
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-3)
@@ -47,7 +47,7 @@ def test_losses_are_near_those_of_fp32_and_weights_stay_in_it(tmp_path, tokenize
         assert not torch.equal(parameter, parameter.bfloat16().float())
 
 
-def test_it_is_products_with_weights_but_routers(tmp_path, tokenizer_file):
+def test_all_weight_products_but_the_routers_are_in_bf16(tmp_path, tokenizer_file):
     config = load_config(write_run(tmp_path, tokenizer_file, compute=LOWERED))
     model = loop._start(config, resumed=False)
     lowered = [m for m in model.modules() if getattr(m, "products", None) is torch.bfloat16]
@@ -72,20 +72,20 @@ def test_a_resumed_run_continues_exactly(tmp_path, tokenizer_file):
 
 @pytest.mark.skipif(not cpu_multiplies_bf16(), reason="the processes of ranks check for bf16 instructions")
 @pytest.mark.parametrize("split", [{"data": 2}, {"expert": 2}])
-def test_two_ranks_train_like_one_process(tmp_path, tokenizer_file, split):
-    """But for bf16 neighbours to which almost equal numbers round."""
+def test_two_ranks_match_one_process(tmp_path, tokenizer_file, split):
+    """Up to nearly equal numbers that round to neighbouring bf16 values."""
     one = trained(tmp_path / "one", tokenizer_file, compute=LOWERED, batch={"sequences": 1, "accumulation": 4})
     path = write_run(tmp_path / "two", tokenizer_file, compute=LOWERED, parallel=split)
     on_ranks(2, train_run, path)
     assert losses(tmp_path / "two" / "out") == pytest.approx(losses(one), rel=1e-3)
 
 
-def test_a_compiled_run_is_near(tmp_path, tokenizer_file):
+def test_a_compiled_run_is_close(tmp_path, tokenizer_file):
     compiled = trained(tmp_path / "compiled", tokenizer_file, compute=LOWERED | {"compile": True})
     assert losses(compiled) == pytest.approx(losses(trained(tmp_path / "eager", tokenizer_file)), rel=2e-3)
 
 
-def test_it_is_refused_where_the_cpu_lacks_instructions(tmp_path, tokenizer_file, monkeypatch):
+def test_bf16_is_refused_where_the_cpu_lacks_the_instructions(tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     path = write_run(tmp_path, tokenizer_file, compute=LOWERED)
     told = refused(lambda: loop.train(load_config(path), show_progress=False), BackendUnavailableError)

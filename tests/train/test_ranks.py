@@ -1,4 +1,4 @@
-"""Processes that torchrun starts: signals, deaths and restarts, two machines, and what they agree on."""
+"""Ranks under torchrun: signals, deaths and restarts, two machines, and agreement."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def end(process) -> None:
 
 
 def workers(process) -> list[int]:
-    """The processes that torchrun has started, by rank."""
+    """The processes that torchrun started, by rank."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -87,13 +87,13 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def sentences_of(stderr: str) -> list[str]:
-    """What olmoe said, among what torchrun says."""
+    """olmoe's own messages among torchrun's."""
     return [line for line in stderr.split("\n") if line.startswith("olmoe: ")]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_job_with_one_sentence_and_torchrun_goes_on(tmp_path, tokenizer_file):
+def test_a_killed_rank_ends_the_job_with_one_sentence_and_torchrun_restarts_it(tmp_path, tokenizer_file):
     path = write(tmp_path, tokenizer_file, 120)
     output = path.parent / "out"
     process = start(path)
@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_ends_the_job_with_one_sentence_and_torchrun_goes_
     assert told.startswith("olmoe: Another of the 2 processes has ended (")
     assert "; continue it from step-" in told
     assert "Traceback" not in "".join(line for line in err.split("\n") if "olmoe" in line)
-    # torchrun starts all again, and they find the checkpoint by themselves.
+    # torchrun restarts all ranks, which find the checkpoint by themselves.
     shutil.rmtree(output)
     process = start(path, "--max-restarts", "3")
     try:
@@ -217,7 +217,7 @@ def one_more() -> None:
     raise UserError("the first is wrong")
 
 
-def test_ranks_agree_and_one_mistake_is_told_by_one():
+def test_ranks_agree_and_one_rank_reports_a_mistake():
     found = on_ranks(2, agree)
     assert [f["who"] for f in found] == [(0, 2, True), (1, 2, False)]
     assert [f["sum"] for f in found] == [[2.0, 1.0]] * 2
@@ -231,7 +231,7 @@ def test_ranks_agree_and_one_mistake_is_told_by_one():
     assert [f["error on one"] for f in found] == [("ToldByAnother", told), ("ConfigError", told)]
 
 
-def test_a_process_alone_is_one_rank_without_a_group():
+def test_a_single_process_needs_no_process_group():
     with join_ranks("cpu") as ranks:
         assert ranks is ALONE
         assert not torch.distributed.is_initialized()
@@ -243,7 +243,7 @@ def test_a_process_alone_is_one_rank_without_a_group():
 
 
 def meet(port: int, late: int) -> tuple[list[float], bool]:
-    """The ranks that meet over the store at this port, which is torchrun's; one of them comes late."""
+    """Ranks that meet through torchrun's store at this port; one of them comes late."""
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     if int(os.environ["RANK"]) == late:
         time.sleep(0.5)
@@ -255,13 +255,13 @@ def meet(port: int, late: int) -> tuple[list[float], bool]:
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_restarted_ranks_find_nothing_of_those_before_them_in_torchruns_store(late):
+def test_restarted_ranks_do_not_see_stale_entries_in_torchruns_store(late):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
         assert on_ranks(2, meet, store.port, late) == [([2.0], True)] * 2
 
 
-def test_the_first_rank_waits_for_those_that_live():
+def test_the_first_rank_waits_for_living_ranks():
     store = HashStore()
     store.set("olmoe/word/1", "of one that was killed before it had an answer")
     store.set("olmoe/word/2", "of another")
@@ -274,14 +274,14 @@ def test_the_first_rank_waits_for_those_that_live():
         assert [met.result(LIMIT).get("from") for met in (first, third)] == [b"rank 2"] * 2
 
 
-def test_a_rank_that_does_not_come_is_named():
+def test_a_missing_rank_is_named():
     store = HashStore()
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 has not come"):
         _among_the_living(store, 0, 2)
 
 
-def test_a_rank_that_ends_says_why_though_torchrun_asks_it_to_end():
+def test_a_failing_rank_reports_why_despite_torchruns_sigterm():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(UserError, match="wrong"), Ranks(0, 2).guarded(lambda: "go on"):
         raise UserError("it is wrong")
@@ -293,7 +293,7 @@ def test_a_rank_that_ends_says_why_though_torchrun_asks_it_to_end():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def test_an_environment_that_cannot_be_joined_is_one_sentence(monkeypatch):
+def test_an_invalid_torchrun_environment_is_reported_in_one_sentence(monkeypatch):
     for name, value in rank_environment(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR")
@@ -326,7 +326,7 @@ def fail_in_the_middle(path: Path, error: str) -> None:
 
 
 @pytest.mark.parametrize("error", ["disk", "mistake"])
-def test_what_ends_one_rank_is_told_by_it_alone(tmp_path, tokenizer_file, error):
+def test_an_error_on_one_rank_is_reported_by_that_rank_alone(tmp_path, tokenizer_file, error):
     path = write(tmp_path, tokenizer_file, 6)
     kind = {"disk": "OSError", "mistake": "UserError"}[error]
     assert ends_on_ranks(tmp_path, 2, fail_in_the_middle, path, error) == ["_LossToldByAnother", kind]

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of layers in one process: the same numbers, less kept or less time."""
+"""Activation checkpointing and per-layer compilation in one process: the same numbers, less memory or time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_recomputing_changes_no_bit_of_a_run(tmp_path, tokenizer_file, mode):
 
 
 def kept_bytes(path: Path, **compute) -> int:
-    """What a forward pass keeps for backward, of activations alone."""
+    """Bytes of activations that a forward pass saves for backward."""
     config = load_config(write_run(path, "tokenizer.json", compute=compute))
     model = CausalLM(config.model)
     initialize(model, 1)
@@ -52,13 +52,13 @@ def kept_bytes(path: Path, **compute) -> int:
     return sum(kept.values())
 
 
-def test_what_is_recomputed_is_not_kept(tmp_path):
+def test_recomputed_activations_are_not_saved(tmp_path):
     plain, full = (kept_bytes(tmp_path / mode, activation_checkpointing=mode) for mode in ("off", "full"))
     assert full < plain / 2
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations of a name."""
+    """Counts the operations with a given name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Counting(TorchDispatchMode):
 
 
 def calls(folder: Path, mode: str, operation: str) -> int:
-    """How often an operation runs in a forward and a backward pass of two layers."""
+    """How often an operation runs in the forward and backward passes of two layers."""
     config = load_config(write_run(folder, "tokenizer.json", compute={"activation_checkpointing": mode}))
     model = CausalLM(config.model)
     initialize(model, 1)
@@ -84,16 +84,16 @@ def calls(folder: Path, mode: str, operation: str) -> int:
 @pytest.mark.parametrize(
     ("operation", "once"), [("flash_attention_for_cpu.default", 2), ("aten._grouped_mm.default", 4)]
 )
-def test_selective_recomputation_leaves_attention_and_products_alone(tmp_path, operation, once):
+def test_selective_recomputation_does_not_repeat_attention_or_products(tmp_path, operation, once):
     found = {mode: calls(tmp_path, mode, operation) for mode in ("off", "selective", "full")}
-    assert found["off"] >= once  # backward has products of its own
+    assert found["off"] >= once  # backward also has products of its own
     assert found["selective"] == found["off"]
     assert found["full"] == found["off"] + once
 
 
 @pytest.mark.skipif(not extension.available() or extension.isa() == "scalar", reason="torch computes attention")
 @pytest.mark.parametrize("lowered", [False, True], ids=["fp32", "bf16-products"])
-def test_selective_recomputation_keeps_the_attention_of_kernels(tmp_path, lowered, monkeypatch):
+def test_selective_recomputation_does_not_repeat_the_kernels_attention(tmp_path, lowered, monkeypatch):
     if lowered and not extension.kernels().has_bf16_products():
         pytest.skip("this CPU has no instruction for products in bf16")
     counted, kernels = [], training.shared_kernels()
@@ -122,7 +122,7 @@ def test_selective_recomputation_keeps_the_attention_of_kernels(tmp_path, lowere
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_gates_are_recomputed_in_either_mode(tmp_path, mode):
+def test_gates_are_recomputed_in_both_modes(tmp_path, mode):
     assert calls(tmp_path, mode, "aten.silu.default") > calls(tmp_path, "off", "aten.silu.default")
 
 

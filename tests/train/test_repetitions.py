@@ -1,4 +1,4 @@
-"""Windows in which an n-gram repeats itself many times in a row."""
+"""Windows in which an n-gram repeats many times in a row."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ RANDOM = np.random.default_rng(3)
 
 
 def window(period: int, length: int, start: int = 50, of: int = 600) -> np.ndarray:
-    """Ids without any repetition but for a run of `length` ids that repeats itself every `period`."""
+    """Ids without repetition except for a run of `length` ids with period `period`."""
     ids = np.arange(1000, 1000 + of)
     ids[start : start + length] = np.resize(np.arange(period), length)
     return ids
 
 
 @pytest.mark.parametrize("period", range(1, 14))
-def test_a_run_of_32_is_found_and_one_of_31_is_not(period):
+def test_a_run_of_32_repeats_is_found_and_one_of_31_is_not(period):
     for start in (0, 50, 600 - 32 * period):
         assert has_repetition(window(period, 32 * period, start), 32)
         assert not has_repetition(window(period, 32 * period - 1, start), 32)
 
 
-def test_longer_ngrams_are_not_looked_for():
+def test_ngrams_beyond_the_longest_are_ignored():
     assert not has_repetition(window(14, 14 * 38), 32)
     assert has_repetition(window(14, 14 * 38), 32, longest=14)
 
 
-def test_an_ngram_must_repeat_in_a_row():
+def test_repeats_must_be_consecutive():
     ids = np.tile([1, 2, 3, 4], 40)
     assert has_repetition(ids, 32)
     ids[::17] = 9
@@ -37,7 +37,7 @@ def test_an_ngram_must_repeat_in_a_row():
     assert has_repetition(ids, 3)
 
 
-def test_it_is_what_a_slow_search_finds():
+def test_the_fast_search_agrees_with_a_slow_one():
     def slow(ids, times, longest):
         return any(
             all(ids[i] == ids[i + period] for i in range(start, start + (times - 1) * period))
@@ -54,6 +54,6 @@ def test_it_is_what_a_slow_search_finds():
     assert 50 < sum(found) < 250
 
 
-def test_short_windows_have_none():
+def test_short_windows_have_no_repetitions():
     assert not has_repetition(np.array([1, 1]), 32)
     assert has_repetition(np.array([1, 1]), 2)

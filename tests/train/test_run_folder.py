@@ -1,4 +1,4 @@
-"""One process at a time writes into a run, and a killed one is not waited for."""
+"""One process at a time writes into a run, and a killed one does not block the next."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_another_process_is_told_who_is_at_work(holder, tmp_path):
+def test_another_process_is_told_who_holds_the_lock(holder, tmp_path):
     message = refused(lambda: take(tmp_path), ConfigError)
     assert f"process {holder.pid}" in message
     assert str(tmp_path) in message
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_lock_ends_with_its_process_however_it_ends(holder, tmp_path, how):
+def test_the_lock_is_released_however_its_process_ends(holder, tmp_path, how):
     holder.send_signal(how)
     holder.wait()
     take(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_is_taken_again_after_its_end_and_leaves_nothing(tmp_path):
+def test_the_lock_can_be_retaken_and_leaves_no_file(tmp_path):
     for _ in range(3):
         with run_lock(tmp_path):
             assert (tmp_path / LOCK_NAME).read_text(encoding="utf-8") == f"{os.getpid()}\n"
-            refused(lambda: take(tmp_path), ConfigError)  # nor may another thread of this process
+            refused(lambda: take(tmp_path), ConfigError)  # nor may another thread of this process take it
         assert list(tmp_path.iterdir()) == []
 
 
-def test_never_two_at_once(tmp_path):
-    """Holders remove the file while others are opening it."""
+def test_no_two_processes_hold_the_lock_at_once(tmp_path):
+    """Holders delete the lock file while others open it."""
     inside, most, taken = [], [], []
 
     def work() -> None:
@@ -90,7 +90,7 @@ def test_never_two_at_once(tmp_path):
     assert len(taken) > 10
 
 
-def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*arguments) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -99,7 +99,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked" in caplog.text
 
 
-def test_windows_locks_by_its_own_library(tmp_path, monkeypatch):
+def test_windows_uses_its_own_locking_library(tmp_path, monkeypatch):
     held = set()
 
     def locking(number: int, mode: int, count: int) -> None:
@@ -115,7 +115,7 @@ def test_windows_locks_by_its_own_library(tmp_path, monkeypatch):
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_a_second_run_on_one_output_is_refused_and_the_first_is_unharmed(tmp_path, tokenizer_file):
+def test_a_second_run_on_the_same_output_is_refused(tmp_path, tokenizer_file):
     reference = write_run(tmp_path / "reference" / "r", tokenizer_file)
     train(load_config(reference), show_progress=False)
     path = write_run(tmp_path / "r", tokenizer_file, schedule={"total_tokens": 64 * 12})
@@ -123,7 +123,7 @@ def test_a_second_run_on_one_output_is_refused_and_the_first_is_unharmed(tmp_pat
         "import sys; from olmoe.cli.main import main; sys.exit(main(['train', sys.argv[1], '--quiet', *sys.argv[2:]]))"
     )
     (tmp_path / "r" / "out").mkdir()
-    with run_lock(tmp_path / "r" / "out"):  # the first, at its beginning
+    with run_lock(tmp_path / "r" / "out"):  # the first run, just starting
         for options in ([], ["--resume"]):
             second = subprocess.run(
                 [sys.executable, "-c", code, str(path), *options], capture_output=True, text=True, check=False

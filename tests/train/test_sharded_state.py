@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: any number of others goes on from them, and so does one process, and back."""
+"""Checkpoints of several ranks: resumed by any other number of ranks or by one process, and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training_runs import assert_close_records, assert_same_run, fixed, read_met
 STEPS = 9
 SHORT = {
     "batch": {"sequences": 4, "accumulation": 2},
-    "parallel": {"balance": "all"},  # so that the numbers do not depend on how many ranks there are
+    "parallel": {"balance": "all"},  # so that results do not depend on the number of ranks
     "schedule": {"total_tokens": STEPS * 8 * 16, "warmup_tokens": 32},
     "evaluation": {"every_steps": 4, "windows": 5},
     "checkpoint": {"every_steps": 3, "keep": 9},
@@ -41,14 +41,14 @@ SHORT = {
 
 
 def write(folder: Path, tokenizer: Path, **split) -> Path:
-    """The configuration of the run in `folder`, for another split of the ranks."""
+    """Write the configuration of the run in `folder` for another split of the ranks."""
     changes = SHORT | {"parallel": SHORT["parallel"] | split}
     return write_run(folder / "run", tokenizer, **changes)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tokenizer_file) -> Path:
-    """The output of one process that was never interrupted."""
+    """The output of one uninterrupted process."""
     path = write(tmp_path_factory.mktemp("alone"), tokenizer_file)
     train_run(path)
     return path.parent / "out"
@@ -56,7 +56,7 @@ def alone(tmp_path_factory, tokenizer_file) -> Path:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, tokenizer_file) -> Path:
-    """The output of two ranks that were never interrupted."""
+    """The output of two uninterrupted ranks."""
     path = write(tmp_path_factory.mktemp("together"), tokenizer_file, data=2)
     on_ranks(2, train_run, path)
     return path.parent / "out"
@@ -73,9 +73,9 @@ def files_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: found.read(name) for name in found.shapes}
 
 
-def test_a_run_goes_on_by_two_ranks_then_one_then_four_then_other_splits(tmp_path, tokenizer_file, alone):
+def test_a_run_resumes_on_two_ranks_then_one_then_four_then_other_splits(tmp_path, tokenizer_file, alone):
     path = write(tmp_path, tokenizer_file, data=2)
-    # SIGTERM reaches one rank, of which any will do.
+    # SIGTERM to any single rank is enough.
     assert on_ranks(2, train_until, path, 2, 1, signal.SIGTERM) == ["step-0000002"] * 2
     path = write(tmp_path, tokenizer_file)
     assert train_until(path, 4, 0, signal.SIGINT, True) == "step-0000004"
@@ -89,7 +89,7 @@ def test_a_run_goes_on_by_two_ranks_then_one_then_four_then_other_splits(tmp_pat
     assert sorted(p.name for p in (path.parent / "out").rglob(".*") if p.name != ".metadata") == []
 
 
-def test_the_same_ranks_go_on_bit_for_bit(tmp_path, tokenizer_file, together):
+def test_the_same_ranks_resume_bit_for_bit(tmp_path, tokenizer_file, together):
     path = write(tmp_path, tokenizer_file, data=2)
     on_ranks(2, train_until, path, 5, 0, signal.SIGINT)
     on_ranks(2, train_run, path, True)
@@ -100,20 +100,20 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path, tokenizer_file, together):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_other_ranks_read_what_was_written_bit_for_bit(tmp_path, tokenizer_file, together):
-    """A step of a rate too small to change anything writes what was read."""
+def test_another_number_of_ranks_reads_the_state_bit_for_bit(tmp_path, tokenizer_file, together):
+    """A step with a learning rate too small to change anything writes back what was read."""
     saved = files_of(together / "checkpoints" / "step-0000009")
     for ranks, split in ((1, {}), (4, {"data": 2, "expert": 2})):
         folder = tmp_path / str(ranks)
         shutil.copytree(together.parent, folder / "run")
         shutil.rmtree(folder / "run" / "out" / "best")
         path = write(folder, tokenizer_file, **split)
-        on_ranks(ranks, train_run, path, True) if ranks > 1 else train_run(path, True)  # only exports the last state
+        on_ranks(ranks, train_run, path, True) if ranks > 1 else train_run(path, True)  # only exports the final state
         best = checkpoint.load(folder / "run" / "out" / "best")
         assert all(torch.equal(saved[f"model/{name}"], value) for name, value in best.named_parameters())
 
 
-def test_a_checkpoint_of_one_process_is_continued_by_ranks(tmp_path, tokenizer_file, alone):
+def test_ranks_resume_a_checkpoint_of_one_process(tmp_path, tokenizer_file, alone):
     path = write(tmp_path, tokenizer_file)
     assert train_until(path, 5, 0, signal.SIGINT) == "step-0000005"
     assert (path.parent / "out" / "checkpoints" / "step-0000005" / state.STATE_NAME).is_file()
@@ -134,7 +134,7 @@ def test_one_process_still_resumes_bit_for_bit(tmp_path, tokenizer_file, alone):
     assert_same_run(path.parent / "out", reference)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+def test_training_during_a_checkpoint_does_not_change_it(tmp_path, monkeypatch):
     begun, released = threading.Event(), threading.Event()
     original = sharded_state._Writer.write_data
 
@@ -163,7 +163,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
 # ---- what others read ----
 
 
-def test_transformers_and_the_engine_read_what_ranks_export(tmp_path, together):
+def test_transformers_and_the_engine_read_the_export_of_ranks(tmp_path, together):
     best = together / "best"
     theirs, info = AutoModelForCausalLM.from_pretrained(best, output_loading_info=True)
     assert not info["missing_keys"]
@@ -187,7 +187,7 @@ def test_transformers_and_the_engine_read_what_ranks_export(tmp_path, together):
 
 @pytest.fixture
 def damaged(tmp_path, tokenizer_file, together) -> Path:
-    """A copy of the run for any number of processes, to be damaged."""
+    """A copy of the two ranks' run, to be damaged and resumed by any number of processes."""
     shutil.copytree(together.parent, tmp_path / "run")
     write(tmp_path, tokenizer_file)
     return tmp_path / "run" / "out" / "checkpoints" / "step-0000009"
@@ -204,7 +204,7 @@ def damaged(tmp_path, tokenizer_file, together) -> Path:
         ("training_state.json", 0.5, "training_state.json cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_sentence_on_every_rank(damaged, name, keep, told):
+def test_a_damaged_checkpoint_is_reported_in_one_sentence_on_every_rank(damaged, name, keep, told):
     content = (damaged / name).read_bytes()
     (damaged / name).unlink()
     if keep is not None:
@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_one_sentence_on_every_rank(damaged, name, keep,
     assert f"remove {damaged} to resume from step-0000006" in message
 
 
-def test_damaged_values_and_foreign_pickles_are_found(damaged):
+def test_damaged_values_and_foreign_pickles_are_refused(damaged):
     file = damaged / "__0_0.distcp"
     file.write_bytes(b"\0" * file.stat().st_size)
     assert "is damaged" in refused(lambda: files_of(damaged), CheckpointError)
@@ -228,7 +228,7 @@ def test_damaged_values_and_foreign_pickles_are_found(damaged):
     assert "it asks for posix.system" in refused(lambda: ShardFiles(damaged), CheckpointError)
 
 
-def test_changed_data_is_one_mistake_on_all_ranks(tmp_path, tokenizer_file, together):
+def test_changed_data_is_refused_on_all_ranks(tmp_path, tokenizer_file, together):
     shutil.copytree(together.parent, tmp_path / "run")
     path = write(tmp_path, tokenizer_file, data=2)
     (path.parent / "train.txt").write_text("the girl saw a red ball\n" * 200, encoding="utf-8")
@@ -238,7 +238,7 @@ def test_changed_data_is_one_mistake_on_all_ranks(tmp_path, tokenizer_file, toge
 
 
 def full_disk(path: Path) -> None:
-    """Train while the disk of rank 1 fills up."""
+    """Train while rank 1's disk fills up."""
     original = sharded_state._Writer.write_data
 
     def write_data(self, plan, planner):
@@ -250,7 +250,7 @@ def full_disk(path: Path) -> None:
     train_run(path)
 
 
-def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(tmp_path, tokenizer_file, together):
+def test_a_full_disk_ends_all_ranks_and_keeps_the_previous_checkpoint(tmp_path, tokenizer_file, together):
     path = write(tmp_path, tokenizer_file, data=2)
     found = on_ranks(2, error_of, full_disk, path)
     assert sorted(kind for kind, _ in found) == ["ToldByAnother", "UserError"]
@@ -262,7 +262,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(tmp_path, t
 
 
 def while_writing(path: Path, rank: int, number: int) -> None:
-    """Train, and let a rank get a signal while it writes the second checkpoint in the background."""
+    """Train, and send a rank a signal while it writes the second checkpoint in the background."""
     original = sharded_state._Writer.write_data
 
     def write_data(self, plan, planner):
@@ -276,7 +276,7 @@ def while_writing(path: Path, rank: int, number: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path, tokenizer_file, together, rank):
+def test_a_rank_killed_while_writing_keeps_the_previous_checkpoint(tmp_path, tokenizer_file, together, rank):
     path = write(tmp_path, tokenizer_file, data=2)
     ends = ends_on_ranks(tmp_path, 2, while_writing, path, rank, signal.SIGKILL)
     assert ends[rank] == "killed"
@@ -308,7 +308,7 @@ def test_a_second_run_into_the_folder_is_refused_on_all_ranks(tmp_path, tokenize
     assert all(f"Another olmoe train (process {os.getpid()}) is writing into" in text for _, text in found)
 
 
-def test_overwriting_knows_the_files_of_ranks(tmp_path, together):
+def test_overwriting_removes_the_files_of_ranks(tmp_path, together):
     run = shutil.copytree(together.parent, tmp_path / "run") / "out"
     state.begin(run, resume=False, overwrite=True)
     (run / "checkpoints" / "step-0000009" / "notes.distcp").touch()
@@ -318,7 +318,7 @@ def test_overwriting_knows_the_files_of_ranks(tmp_path, together):
     assert list(run.rglob("*.distcp")) == []
 
 
-def test_the_batch_of_a_step_may_be_shared_out_otherwise_but_not_change(tmp_path, tokenizer_file, together):
+def test_the_batch_of_a_step_may_be_divided_differently_but_not_changed(tmp_path, tokenizer_file, together):
     shutil.copytree(together.parent, tmp_path / "run")
     for sequences, accumulation, told in ((2, 4, None), (2, 2, "[batch] sequences x accumulation changed from 8 to 4")):
         batch = {"sequences": sequences, "accumulation": accumulation}

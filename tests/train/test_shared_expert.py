@@ -31,7 +31,7 @@ CHANGES = {"model": ODD, "shared_expert": {"width": 24}, "run": {"peak_flops": 2
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C raises, also where whoever started the tests ignores it, as shells do for what runs in the background."""
+    """Ctrl-C raises even if the parent process ignores it, as shells make background jobs do."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -39,14 +39,14 @@ def interruptible():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer_file):
-    """The configuration file of a run that was trained without an interruption."""
+    """The configuration file of an uninterrupted run."""
     path = write_run(tmp_path_factory.mktemp("shared") / "run", tokenizer_file, **CHANGES)
     train(load_config(path), show_progress=False)
     return path
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
-def test_its_output_is_added_with_the_weight_1(shape):
+def test_its_output_is_added_with_weight_1(shape):
     config = make_model(hidden_size=32, **ODD).config
     block = shared_expert.SharedExpertBlock(config, width=24)
     for parameter in block.parameters():
@@ -54,7 +54,7 @@ def test_its_output_is_added_with_the_weight_1(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     y, routed = block(x)
     assert routed.expert_ids.shape == (x.numel() // 32, 3)
-    assert routed.logits.shape[1] == 7  # what the losses of the router see
+    assert routed.logits.shape[1] == 7  # what the router losses see
     expected = torch.zeros(x.numel() // 32, 32)
     for n, token in enumerate(x.reshape(-1, 32)):
         chosen = [(block.experts, int(e), w) for e, w in zip(routed.expert_ids[n], routed.weights[n], strict=True)]
@@ -74,7 +74,7 @@ def test_it_is_trained_and_counted(finished):
     assert sum(p.numel() for p in own.values()) == shared_expert.parameters(config) == 3 * 24 * 16 * 2
     load_weights(model, shared_expert.source_of(finished.parent / "out" / "best", model))
     for name, before in own.items():
-        assert 0.01 < float(before.std()) < 0.03  # as all other matrices begin
+        assert 0.01 < float(before.std()) < 0.03  # initialized like all other matrices
         assert not torch.equal(before, model.get_parameter(name)), name
     step = read_metrics(finished.parent / "out")[-2]
     per_token = flops_per_token(config.model) + 6 * shared_expert.parameters(config)
@@ -82,7 +82,7 @@ def test_it_is_trained_and_counted(finished):
     assert [len(layer) for layer in step["expert_load"]] == [7, 7]
 
 
-def test_the_final_evaluation_is_with_it(finished):
+def test_the_final_evaluation_includes_it(finished):
     config, data = open_data(load_config(finished), [])
     model = CausalLM(config.model)
     shared_expert.add(model, 24)
@@ -97,7 +97,7 @@ def test_the_final_evaluation_is_with_it(finished):
     assert abs(without.loss - expected.loss) > 1e-3
 
 
-def test_a_run_goes_on_bit_for_bit(finished, tmp_path, tokenizer_file, monkeypatch, interruptible):
+def test_a_run_resumes_bit_for_bit(finished, tmp_path, tokenizer_file, monkeypatch, interruptible):
     # In a folder of the same name, which names its files.
     path = write_run(tmp_path / finished.parent.name, tokenizer_file, **CHANGES)
     original, steps = loop.clip_gradients, []
@@ -118,14 +118,14 @@ def test_a_run_goes_on_bit_for_bit(finished, tmp_path, tokenizer_file, monkeypat
 
 
 @pytest.mark.parametrize("changed", [{"width": 16}, {"width": 0}], ids=str)
-def test_another_width_does_not_continue_the_run(finished, tmp_path, tokenizer_file, changed):
+def test_resuming_with_another_width_is_refused(finished, tmp_path, tokenizer_file, changed):
     path = write_run(tmp_path / "run", tokenizer_file, **CHANGES | {"shared_expert": changed})
     (path.parent / "out").symlink_to(finished.parent / "out")
     with pytest.raises(ConfigError, match=r"width changed from 24 to 16|\[shared_expert\] was removed since"):
         train(load_config(path, resume=True), resume=True, show_progress=False)
 
 
-def test_a_run_without_one_does_not_go_on_with_one(tmp_path, tokenizer_file):
+def test_adding_one_to_an_existing_run_is_refused(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file)
     train(load_config(path), show_progress=False)
     path = write_run(tmp_path / "run", tokenizer_file, shared_expert={"width": 8})
@@ -133,7 +133,7 @@ def test_a_run_without_one_does_not_go_on_with_one(tmp_path, tokenizer_file):
         train(load_config(path, resume=True), resume=True, show_progress=False)
 
 
-def test_no_other_program_takes_the_model_for_olmoe(finished, tmp_path, capsys):
+def test_other_programs_refuse_the_model(finished, tmp_path, capsys):
     best = finished.parent / "out" / "best"
     assert "of a shared expert, which OLMoE does not have" in refused(lambda: checkpoint.load(best))
     for command in (
@@ -149,26 +149,26 @@ def test_no_other_program_takes_the_model_for_olmoe(finished, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_products_in_bf16_are_those_of_all_experts(tmp_path, tokenizer_file):
+def test_bf16_products_cover_it(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, **CHANGES | {"compute": {"precision": "bf16-products"}})
     model = loop._start(load_config(path), resumed=False)
     assert {m.products for m in model.modules() if isinstance(m, Linear | Experts)} == {torch.bfloat16}
     assert isinstance(model.model.layers[0].mlp.shared_expert, Experts)
 
 
-def test_what_cannot_train_it_says_so(finished, tmp_path, tokenizer_file):
+def test_unsupported_settings_are_refused(finished, tmp_path, tokenizer_file):
     path = write_run(tmp_path / "run", tokenizer_file, **CHANGES | {"compute": {"precision": "bf16"}})
     message = refused(lambda: train(load_config(path), show_progress=False), ConfigError)
     assert message.startswith("shared_expert.width 24 is trained by one process, with activations in fp32")
     path = write_run(tmp_path / "run", tokenizer_file, shared_expert={"width": -1})
     assert "shared_expert.width must be at least 0" in refused(lambda: load_config(path), ConfigError)
-    # Weights of a model without one do not fill one.
+    # A checkpoint without one has no weights to initialize it with.
     start = str(finished.parent / "out" / "best")
     path = write_run(tmp_path / "run", tokenizer_file, run={"initialize_from": start}, **{"model": ODD})
     assert "of a shared expert" in refused(lambda: train(load_config(path), show_progress=False))
 
 
-def test_a_model_is_what_it_was_without_one():
+def test_models_without_one_are_unchanged():
     model = make_model()
     ids = torch.arange(12).view(1, 12)
     source_types = [type(layer.mlp).__name__ for layer in model.model.layers]

@@ -1,4 +1,4 @@
-"""Steps that are left out: which, from when on, and how many in a row."""
+"""Skipped steps: which ones, from when on, and how many in a row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = SkipConfig(sigmas=6.0, window=8, limit=2)
 
 
 def after(steps: int) -> StepFilter:
-    """A filter that has seen losses of mean 2 and deviation 0.1, and norms of 1 and 0.1."""
+    """A filter that has seen losses with mean 2 and deviation 0.1, and norms with mean 1 and deviation 0.1."""
     made = StepFilter(CONFIG, [])
     for step in range(steps):
         sign = 1 if step % 2 else -1
@@ -36,22 +36,22 @@ def after(steps: int) -> StepFilter:
         (2.61, 1.0, False),
         (2.0, 1.59, True),
         (2.0, 1.61, False),
-        (0.0, 0.0, True),  # falling is no fault
+        (0.0, 0.0, True),  # a falling loss is no outlier
         (math.nan, 1.0, False),
         (2.0, math.inf, False),
         (2.0, math.nan, False),
     ],
 )
-def test_beyond_six_sigma_and_what_is_no_number_is_skipped(loss, norm, admitted):
+def test_outliers_beyond_six_sigma_and_nonfinite_values_are_skipped(loss, norm, admitted):
     assert after(8).admits(loss, norm, 9) is admitted
 
 
-def test_nothing_is_skipped_before_half_a_window_is_known():
-    assert after(3).admits(100.0, math.nan, 4)  # the caller ends a run that diverges from the start
+def test_nothing_is_skipped_before_half_a_window_is_filled():
+    assert after(3).admits(100.0, math.nan, 4)  # a run that diverges from the start is the caller's to end
     assert not after(4).admits(100.0, 1.0, 5)
 
 
-def test_skipped_steps_are_not_learnt_from_and_the_window_moves():
+def test_skipped_steps_stay_out_of_the_window_and_it_moves_on():
     made = after(8)
     assert not made.admits(100.0, 1.0, 9)
     assert not made.admits(100.0, 1.0, 10)
@@ -108,8 +108,8 @@ def test_zero_sigmas_skip_nothing():
 # ---- in a run ----
 
 
-def test_a_spike_changes_no_weight_and_the_run_goes_on_exactly(tmp_path, tokenizer_file, monkeypatch):
-    """A norm as large as a flipped bit makes it, and one that is no number, both after a resumption."""
+def test_a_spike_changes_no_weight_and_the_run_continues_exactly(tmp_path, tokenizer_file, monkeypatch):
+    """A norm as large as a flipped bit could make it, and a NaN, both after resuming."""
     skip = {"sigmas": 6.0, "window": 8, "limit": 1}
     spikes = {7: 1e9, 9: math.nan}
     original, seen = loop.clip_gradients, []
@@ -131,7 +131,7 @@ def test_a_spike_changes_no_weight_and_the_run_goes_on_exactly(tmp_path, tokeniz
     assert_same_run(*outputs)
     records = [r for r in read_metrics(outputs[0]) if "cross_entropy" in r]
     assert [r["step"] for r in records if r.get("skipped")] == [7, 9]
-    assert records[8]["grad_norm"] is None  # JSON has no word for it
+    assert records[8]["grad_norm"] is None  # JSON has no NaN
     optimizer = torch.load(outputs[0] / "checkpoints" / "step-0000012" / "training_state.pt")["optimizer"]
     assert float(optimizer["state"][0]["step"]) == 10
     progress = torch.load(outputs[0] / "checkpoints" / "step-0000012" / "training_state.pt")["progress"]

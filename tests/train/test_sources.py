@@ -43,15 +43,15 @@ def config(tmp_path, tokenizer_file):
     return make
 
 
-def test_a_folder_or_a_pattern_is_its_files_in_order(config):
+def test_a_folder_or_pattern_gives_its_files_in_order(config):
     assert found(config("a")) == found(config("a/")) == [["a/10.jsonl", "a/2.txt", "a/3.npy", "a/deep/1.txt"]]
     assert found(config("a/*.txt", "a/**/*.txt")) == [["a/2.txt"], ["a/2.txt", "a/deep/1.txt"]]
     assert found(config("a/?.*")) == [["a/2.txt", "a/3.npy"]]
-    assert found(config("b[1].txt")) == [["b[1].txt"]]  # a file that is there is meant
+    assert found(config("b[1].txt")) == [["b[1].txt"]]  # an existing file is taken literally
     assert found(config("a", dtype="uint32")) == [["a/3.npy"]]
 
 
-def test_what_a_folder_holds_besides_is_named(config, tmp_path, caplog):
+def test_other_files_in_a_folder_are_named(config, tmp_path, caplog):
     (tmp_path / "a" / "notes.md").touch()
     assert found(config("a")) == [["a/10.jsonl", "a/2.txt", "a/3.npy", "a/deep/1.txt"]]
     assert "1 files such as notes.md are not read" in caplog.text
@@ -64,7 +64,7 @@ def test_what_a_folder_holds_besides_is_named(config, tmp_path, caplog):
     assert "none.txt" in refused(lambda: names_of(find_files(config("none.txt")), []), ConfigError)
 
 
-def test_token_files_made_of_a_folders_texts_are_not_read_again(config, tmp_path, tokenizer_file):
+def test_token_files_cached_in_a_folder_are_not_read_as_sources(config, tmp_path, tokenizer_file):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.txt").write_text("The girl saw a red ball.", encoding="utf-8")
     prepare(tmp_path / "c" / "x.txt", tokenizer_file, tmp_path / "c", EOS)
@@ -72,14 +72,14 @@ def test_token_files_made_of_a_folders_texts_are_not_read_again(config, tmp_path
     assert found(config("c")) == [["c/x.txt"]]
 
 
-def test_recorded_names_hold_for_the_files_that_they_were_given_to(config, tmp_path):
+def test_recorded_names_stay_with_their_files(config, tmp_path):
     groups = find_files(config("a"))
     names = names_of(groups, [])
     assert list(names.values())[:2] == ["a-10", "a-2"]
     again = list(names_of(groups, ["x-10", "x-2", "x-3", "deep-1", "x-valid"]).values())
     assert again == ["x-10", "x-2", "x-3", "deep-1", "x-valid"]
     assert list(names_of(groups, ["x-10"]).values()) == ["x-10", *list(names.values())[1:]]
-    assert names_of(groups, ["a-2"]) == names  # two files must not get one name
+    assert names_of(groups, ["a-2"]) == names  # two files must not get the same name
 
 
 def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
@@ -95,7 +95,7 @@ def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
         return [list(stream) for stream in opened]
 
     assert streams(10) == [[2] * 40, [1] * 15 + [3] * 7 + [4] * 3]
-    assert streams(15) == [[1] * 15 + [3] * 7 + [4] * 3 + [2] * 40]  # the short ones alone are still too short
+    assert streams(15) == [[1] * 15 + [3] * 7 + [4] * 3 + [2] * 40]  # the short ones by themselves are still too short
     assert streams(1) == [[1] * 15, [2] * 40, [3] * 7, [4] * 3]
     message = refused(lambda: streams(33), ConfigError)
     assert "65 tokens" in message
@@ -103,8 +103,8 @@ def test_short_files_of_one_source_are_joined(config, tmp_path, tokenizer_file):
     assert "at most 32." in message
 
 
-def test_weights_are_shares_of_windows_whatever_the_sizes(tmp_path, tokenizer_file):
-    """Three shards in a folder against one larger file, 3 to 1; every window is one that its files hold."""
+def test_weights_are_shares_of_windows_regardless_of_size(tmp_path, tokenizer_file):
+    """Three shards in a folder against one larger file, weighted 3 to 1; every window occurs in its files."""
     generator = np.random.default_rng(1)
     (tmp_path / "web").mkdir()
     for number, length in enumerate((900, 1500, 600)):
@@ -175,8 +175,8 @@ def test_runs_whose_windows_would_now_be_others_are_told_apart(tmp_path, tokeniz
         assert message.startswith("How windows are drawn from sources with a weight")
 
 
-def test_more_shards_than_a_process_may_have_open(tmp_path):
-    """The limit is raised as far as the system allows; beyond, it is one sentence."""
+def test_there_may_be_more_shards_than_open_files_allowed(tmp_path):
+    """The limit is raised as far as the system allows; beyond that there is a one-sentence error."""
     for number in range(300):
         np.arange(20, dtype="<u2").tofile(tmp_path / f"{number:03}.npy")
     program = (
@@ -193,11 +193,11 @@ def test_more_shards_than_a_process_may_have_open(tmp_path):
         assert re.fullmatch(answer, done.stdout), done.stdout
 
 
-def test_a_run_on_a_folder_is_the_run_on_one_file_of_its_documents(tmp_path, tokenizer_file):
+def test_a_run_on_a_folder_equals_one_on_a_file_of_its_documents(tmp_path, tokenizer_file):
     documents = [line for line in text(24).split("\n") if line and line != "<|endoftext|>"]
     losses = {}
     for kind, path in {"file": "train.txt", "folder": "many", "lines": "train.jsonl"}.items():
-        data = {"train": [{"path": path}], "sequence_length": 32}  # no document has two windows of its own
+        data = {"train": [{"path": path}], "sequence_length": 32}  # no document is long enough for two windows
         toml = write_run(tmp_path / kind, tokenizer_file, data=data, schedule={"total_tokens": 512})
         (tmp_path / kind / "many").mkdir()
         for i, document in enumerate(documents):
@@ -210,7 +210,7 @@ def test_a_run_on_a_folder_is_the_run_on_one_file_of_its_documents(tmp_path, tok
     assert losses["file"] == losses["folder"] == losses["lines"]
 
 
-def test_chats_train_in_the_template_of_the_tokenizer(tmp_path, tokenizer_file):
+def test_chats_use_the_tokenizers_template(tmp_path, tokenizer_file):
     chat = [{"role": "user", "content": "the girl"}, {"role": "assistant", "content": "saw a red ball"}]
     rows = [{"messages": chat}, {"text": "the dog ran"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -220,7 +220,7 @@ def test_chats_train_in_the_template_of_the_tokenizer(tmp_path, tokenizer_file):
     expected = [*tokenizer.encode_chat(chat, add_generation_prompt=False), EOS, *tokenizer.encode("the dog ran"), EOS]
     assert open_tokens(file, VOCAB_SIZE).tolist() == expected
     assert (file.documents, file.text_bytes) == (2, len(rendered) + len("the dog ran"))
-    # Another template beside the tokenizer makes other tokens of the same file.
+    # Another template beside the tokenizer gives the same file other tokens.
     (tmp_path / "t").mkdir()
     copy = tmp_path / "t" / "tokenizer.json"
     copy.write_bytes(tokenizer_file.read_bytes())
@@ -230,12 +230,12 @@ def test_chats_train_in_the_template_of_the_tokenizer(tmp_path, tokenizer_file):
     assert open_tokens(file, VOCAB_SIZE).tolist() == expected
 
 
-def test_a_chat_that_the_template_refuses_is_one_sentence(tmp_path, tokenizer_file):
+def test_a_chat_refused_by_the_template_is_reported_in_one_sentence(tmp_path, tokenizer_file):
     (tmp_path / "x.jsonl").write_text('{"messages": [{"content": "no role"}]}', encoding="utf-8")
     refused(lambda: prepare(tmp_path / "x.jsonl", tokenizer_file, tmp_path, EOS), UserError)
 
 
-def test_a_vocabulary_is_trained_on_what_json_lines_say(tmp_path):
+def test_a_vocabulary_is_trained_on_the_texts_of_json_lines(tmp_path):
     (tmp_path / "t").mkdir()
     path = write_run(
         tmp_path, "new/tokenizer.json", tokenizer={"vocab_size": 300}, model={"vocab_size": 300, "eos_token_id": None},
@@ -246,4 +246,4 @@ def test_a_vocabulary_is_trained_on_what_json_lines_say(tmp_path):
     train(load_config(path), show_progress=False)
     tokenizer = Tokenizer.from_folder(tmp_path / "out" / "best")
     assert len(tokenizer.encode(" the")) == 1
-    assert len(tokenizer.encode("messages")) > 2  # JSON's own letters taught nothing
+    assert len(tokenizer.encode("messages")) > 2  # JSON's syntax and keys were not trained on

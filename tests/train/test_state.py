@@ -26,7 +26,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_experts": 4, "num_exper
 
 
 def trained(seed: int, steps: int = 2) -> tuple[CausalLM, torch.optim.Optimizer]:
-    """A model and an optimizer whose moments hold something."""
+    """A model and an optimizer with non-zero moments."""
     model = make_model(seed, **SMALL)
     optimizer = build_optimizer(model, OptimizerConfig())
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def save(folder: Path, step: int = 7, seed: int = 0) -> tuple[Path, CausalLM, to
     return save_state(folder, model, optimizer, progress, FINGERPRINT, {"note.txt": "é"}), model, optimizer
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path):
+def test_everything_is_restored_bit_for_bit(tmp_path):
     path, model, optimizer = save(tmp_path)
     assert path == tmp_path / "checkpoints" / "step-0000007"
     other, other_optimizer = trained(seed=1, steps=1)
@@ -57,7 +57,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert a["param_groups"] == b["param_groups"]
     for key in a["state"]:
         assert all(torch.equal(a["state"][key][name], b["state"][key][name]) for name in a["state"][key])
-    # And the next step is the same.
+    # The next step is the same as well.
     for one, two in ((model, optimizer), (other, other_optimizer)):
         for p in one.parameters():
             p.grad = torch.full_like(p, 0.1)
@@ -65,7 +65,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_a_checkpoint_is_a_model_that_any_loader_reads(tmp_path):
+def test_a_checkpoint_is_an_ordinary_model_folder(tmp_path):
     path, model, _ = save(tmp_path)
     loaded = checkpoint.load(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
@@ -75,14 +75,14 @@ def test_a_checkpoint_is_a_model_that_any_loader_reads(tmp_path):
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
     assert latest(tmp_path) is None
-    for name in ("step-0000009", "step-0000010", "step-12345678", "step-0000002"):  # a step may outgrow 7 digits
+    for name in ("step-0000009", "step-0000010", "step-12345678", "step-0000002"):  # step numbers may exceed 7 digits
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-99999999.abcd.partial").mkdir()  # left by a killed process
     (tmp_path / "checkpoints" / "step-99999999-copy").mkdir()
     assert latest(tmp_path).name == "step-12345678"
 
 
-def test_pruning_keeps_the_newest_and_sweeps_up_what_a_killed_process_left(tmp_path):
+def test_pruning_keeps_the_newest_and_removes_leftovers_of_killed_processes(tmp_path):
     for name in (
         "checkpoints/step-0000001/x",
         "checkpoints/step-0000002/x",
@@ -120,13 +120,13 @@ def test_an_interrupt_while_pruning_leaves_no_half_checkpoint(tmp_path, monkeypa
 # ---- starting and resuming ----
 
 
-def test_a_new_run_makes_its_folder(tmp_path):
+def test_a_new_run_creates_its_folder(tmp_path):
     assert begin(tmp_path / "a" / "b", resume=False) is None
     assert (tmp_path / "a" / "b").is_dir()
-    assert begin(tmp_path / "a" / "b", resume=False) is None  # it holds nothing yet
+    assert begin(tmp_path / "a" / "b", resume=False) is None  # nothing in it yet
 
 
-def test_a_run_is_neither_overwritten_nor_invented(tmp_path):
+def test_an_existing_run_is_not_overwritten_nor_a_missing_one_created(tmp_path):
     assert "without --resume" in refused(lambda: begin(tmp_path / "none", resume=True), ConfigError)
     assert not (tmp_path / "none").exists()  # a mistyped folder leaves nothing behind
     (tmp_path / "run" / "checkpoints" / "step-0000001").mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_a_run_is_neither_overwritten_nor_invented(tmp_path):
     assert "best" in refused(lambda: begin(tmp_path / "done", resume=False), ConfigError)
 
 
-def test_a_run_cannot_be_a_file(tmp_path):
+def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         assert "run.output" in refused(lambda output=output: begin(output, resume=False), ConfigError)
@@ -159,7 +159,7 @@ def test_a_changed_configuration_is_refused(tmp_path, change, told):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_places_and_names_of_files_may_change_but_not_what_they_hold(tmp_path):
+def test_files_may_be_moved_or_renamed_but_not_changed(tmp_path):
     def fingerprint(folder: str, **changes):
         source = {"path": f"{folder}/x.txt", "repeat": 1.5}
         data = {"train": [source], "valid": [], "measure": [], "tokens_folder": folder, "sequence_length": 8}
@@ -182,7 +182,7 @@ def test_places_and_names_of_files_may_change_but_not_what_they_hold(tmp_path):
     assert "[data] train" in told(data={"train": [{"path": "a/x.txt", "repeat": 1.0}]})
 
 
-def test_a_best_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+def test_a_best_checkpoint_is_recovered_from_an_interrupted_replacement(tmp_path):
     save(tmp_path)
     for name, number in ((".best.11111111.old", 1), (".best.22222222.old", 2)):
         (tmp_path / name).mkdir()
@@ -193,13 +193,13 @@ def test_a_best_checkpoint_that_was_being_replaced_comes_back(tmp_path):
     assert (tmp_path / "best" / "config.json").read_text() == "2"
     assert not state.has_best(tmp_path)  # it has no weights
     prune(tmp_path, 1)
-    assert (tmp_path / ".best.11111111.old").exists()  # the best is not there, and this may have been it
+    assert (tmp_path / ".best.11111111.old").exists()  # the best checkpoint is missing, and this may have been it
     (tmp_path / "best" / "model.safetensors").touch()
     prune(tmp_path, 1)
     assert not (tmp_path / ".best.11111111.old").exists()
 
 
-def test_what_an_older_checkpoint_did_not_record_is_not_compared(tmp_path):
+def test_settings_that_older_checkpoints_did_not_record_are_not_compared(tmp_path):
     path, *_ = save(tmp_path)
     assert restore(path, *trained(seed=1), FINGERPRINT | {"tokenizer": "abc"}).step == 7
 
@@ -213,7 +213,7 @@ def test_counters_of_another_version_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "foreign", "no progress"])
-def test_a_damaged_state_is_one_sentence(tmp_path, damage):
+def test_a_damaged_state_is_reported_in_one_sentence(tmp_path, damage):
     path, *_ = save(tmp_path)
     file = path / state.STATE_NAME
     content = file.read_bytes()
@@ -237,7 +237,7 @@ def test_a_state_that_would_run_code_is_refused_without_torchs_advice_to_load_it
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", state.STATE_NAME])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_damaged_checkpoint_says_how_the_run_goes_on(tmp_path, file, damage):
+def test_a_damaged_checkpoint_says_how_to_resume(tmp_path, file, damage):
     save(tmp_path, step=5)
     path, *_ = save(tmp_path, step=7)
     save(tmp_path, step=9)
@@ -266,15 +266,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failu
         try:
             raise failure
         except OSError:
-            raise RuntimeError("unexpected pos 576 vs 534") from None  # torch's own words
+            raise RuntimeError("unexpected pos 576 vs 534") from None  # torch's own wording
 
     monkeypatch.setattr(torch, "save", hidden)
     assert told in refused(lambda: save(tmp_path, step=2), UserError)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
-def test_what_the_file_system_refuses_in_earnest(tmp_path):
-    """A real limit on file sizes, which the weights keep and the optimizer's moments, twice as large, do not."""
+def test_a_real_file_size_limit_keeps_the_previous_checkpoint(tmp_path):
+    """The weights fit within the limit; the optimizer's moments, twice as large, do not."""
     import resource
 
     path, *_ = save(tmp_path, step=1)
@@ -312,7 +312,7 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert path.read_text(encoding="utf-8").split("\n") == [*lines[:2], ""]
     truncate_metrics(path, 0)
     assert path.read_text(encoding="utf-8") == ""
-    # An answer with U+2028, which is no end of a line, was lost; half a character, as on a full disk, was a traceback.
+    # An answer with U+2028, which does not end a line, used to be lost; half a character, as after a full disk, raised.
     line = json.dumps({"step": 1, "answers": "a\u2028b\u0085c"}, ensure_ascii=False)
     path.write_bytes(line.encode() + b'\n{"step": 1, "answers": "\xe2\x80')
     truncate_metrics(path, 2)
@@ -338,7 +338,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert "--overwrite" in refused(lambda: begin(run, resume=False), ConfigError)
     assert "one of them" in refused(lambda: begin(run, resume=True, overwrite=True), ConfigError)
     assert begin(run, resume=False, overwrite=True) is None
-    assert latest(run) is not None  # deleted when the new run is ready, not before
+    assert latest(run) is not None  # deleted only once the new run is ready
     discard(run)
     assert sorted(str(p.relative_to(run)) for p in run.rglob("*")) == [
         "checkpoints",
@@ -349,7 +349,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["best/notes.txt", "checkpoints/step-0000001/adapter/x", "metrics.jsonl"])
-def test_foreign_files_among_a_run_are_named_and_stay(tmp_path, name):
+def test_foreign_files_in_a_run_folder_are_named_and_kept(tmp_path, name):
     run = finished_run(tmp_path / "run")
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("not ours")
@@ -360,6 +360,6 @@ def test_foreign_files_among_a_run_are_named_and_stay(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json"])
-def test_results_of_another_program_are_not_written_over(tmp_path, name):
+def test_results_of_another_program_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text('{"loss": 3}\n')
     assert name in refused(lambda: begin(tmp_path, resume=False), ConfigError)

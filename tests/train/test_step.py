@@ -1,4 +1,4 @@
-"""One optimizer step, and that several processes can share it."""
+"""One optimizer step, also when several processes share it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_a_step_number_names_its_microbatches(mixture):
+def test_a_step_number_determines_its_microbatches(mixture):
     batches = list(microbatches(mixture, CONFIG, 3, CPU))
     assert [batch.first for batch in batches] == [24, 26, 28, 30]
     for batch in batches:
@@ -73,8 +73,8 @@ def test_a_step_number_names_its_microbatches(mixture):
         ]
 
 
-def test_windows_that_repeat_themselves_train_no_prediction(model):
-    """They keep their place in what losses are divided by, and train the routers' losses."""
+def test_repetitive_windows_are_masked_from_the_loss(model):
+    """They still count in the denominator of losses and train the routers' losses."""
     tokens = np.random.default_rng(1).integers(0, 61, 1000).astype("<u2")
     tokens[100:500] = 7
     filtered = replace(CONFIG, data=replace(CONFIG.data, mask_repetitions=8), regularization=RegularizationConfig())
@@ -105,8 +105,8 @@ def test_windows_that_repeat_themselves_train_no_prediction(model):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_what_a_step_reads_depends_on_seed_and_number_alone(seed):
-    """Whatever was read before, by whatever object: nothing of a loader is kept in a checkpoint."""
+def test_the_data_of_a_step_depends_on_seed_and_number_alone(seed):
+    """Regardless of what was read before: a loader has no state that a checkpoint would have to keep."""
     random = np.random.default_rng(1)
     tokens = [random.integers(0, 5, length).astype("<u2") for length in (1000, 300)]
     config = replace(CONFIG, data=replace(CONFIG.data, document_mask=True, mask_repetitions=4))
@@ -127,7 +127,7 @@ def test_what_a_step_reads_depends_on_seed_and_number_alone(seed):
     assert read(other, 0) != in_order[0]
 
 
-def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
+def test_two_processes_sharing_a_step_sum_to_one(model, mixture):
     batches, scales = list(microbatches(mixture, CONFIG, 0, CPU)), Scales.of(CONFIG)
     whole, shares = StepReport(), [StepReport(), StepReport()]
     accumulate(model, batches, scales, CONFIG, whole)
@@ -143,10 +143,10 @@ def test_two_processes_that_share_a_step_sum_up_to_one(model, mixture):
         assert sum(getattr(share, name) for share in shares) == pytest.approx(getattr(whole, name), rel=1e-6)
     assert torch.equal(shares[0].counts_LE + shares[1].counts_LE, whole.counts_LE)
     torch.testing.assert_close(shares[0].margins_L2 + shares[1].margins_L2, whole.margins_L2)
-    assert int(whole.counts_LE.sum()) == 2 * 2 * 8 * 12  # layers, experts of a token, windows, tokens
+    assert int(whole.counts_LE.sum()) == 2 * 2 * 8 * 12  # layers, experts per token, windows, tokens
 
 
-def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixture):
+def test_a_step_clips_to_the_limit_and_records_its_token_rate(model, mixture):
     optimizer, seen = build_optimizer(model, CONFIG.optimizer), []
 
     def clip(parameters, max_norm):
@@ -158,7 +158,7 @@ def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixtur
     report = train_step(
         model, optimizer, microbatches(mixture, CONFIG, 1, CPU), Scales.of(CONFIG), CONFIG, tokens, clip
     )
-    assert report.learning_rate == pytest.approx(1e-2 * 0.55)  # half of the warm-up
+    assert report.learning_rate == pytest.approx(1e-2 * 0.55)  # halfway through the warm-up
     assert [max_norm for _, max_norm in seen] == [1.0]
     squares = sum(float(g.double().square().sum()) for g in seen[0][0])
     assert report.grad_norm == pytest.approx(math.sqrt(squares), rel=1e-5)
@@ -170,7 +170,7 @@ def test_a_step_clips_as_it_is_told_and_counts_tokens_for_its_rate(model, mixtur
     }  # fmt: skip
 
 
-def test_a_record_tells_the_load_of_every_expert():
+def test_a_record_has_the_load_of_every_expert():
     counts_LE = torch.tensor([[8, 8, 8, 8], [32, 0, 0, 0], [16, 0, 16, 0]])
     report = StepReport(counts_LE=counts_LE, margins_L2=torch.tensor([[0.5, 0.25], [0.1, math.nan], [0, 0]]))
     values = json.loads(json.dumps(report.values()))
@@ -182,7 +182,7 @@ def test_a_record_tells_the_load_of_every_expert():
     assert values["router_cutoff_margin"] == [0.25, None, 0]
 
 
-def test_a_norm_that_is_not_finite_changes_no_weight(model, mixture):
+def test_a_nonfinite_norm_changes_no_weight(model, mixture):
     config = replace(CONFIG, regularization=RegularizationConfig())
     optimizer = build_optimizer(model, config.optimizer)
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""Model FLOPs, the rate that they are held against, and memory."""
+"""Model FLOPs, the peak rate that they are compared with, and memory."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def test_flops_are_those_of_what_multiplies():
+def test_flops_count_the_matrix_products():
     attention, routers, experts, head = 4 * 4 * 128 * 128, 4 * 64 * 128, 4 * 8 * 3 * 128 * 64, 4096 * 128
     norms = 4 * 4 * 128 + 128
     assert flops_per_token(TINY) == 6 * (attention + routers + experts + head + norms)
     assert flops_per_token(TINY) == pytest.approx(9.6e6, rel=0.01)
-    assert flops_per_token(replace(TINY, tie_word_embeddings=True)) == flops_per_token(TINY)  # one table, as a head
+    assert flops_per_token(replace(TINY, tie_word_embeddings=True)) == flops_per_token(TINY)  # counted as the head
     assert flops_per_token(replace(TINY, num_experts=128)) - flops_per_token(TINY) == 6 * routers  # not of all experts
 
 
-def test_mfu_is_a_part_of_what_all_devices_can_do():
+def test_mfu_is_a_fraction_of_the_peak_of_all_devices():
     class Two(Ranks):
-        """Of two ranks the second, whose other one is the same but for twice the memory."""
+        """The second of two equal ranks, the first of which reports twice the memory."""
 
         def sum(self, values):
             if values.ndim == 0:
@@ -50,8 +50,8 @@ def test_mfu_is_a_part_of_what_all_devices_can_do():
     assert 2**26 < alone["peak_memory_bytes"] <= peak_memory_bytes()
 
 
-def test_the_rate_is_measured_where_it_is_not_stated(monkeypatch):
-    """By a clock on which each product takes the time of a device of 100 GFLOP/s with a start of a millisecond."""
+def test_the_peak_rate_is_measured_unless_given(monkeypatch):
+    """With a fake clock on which products take the time of a 100 GFLOP/s device plus a millisecond of start-up."""
     now, sizes = [0.0], []
 
     def product(a, b):
@@ -61,8 +61,8 @@ def test_the_rate_is_measured_where_it_is_not_stated(monkeypatch):
     monkeypatch.setattr(throughput.torch, "mm", product)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     assert Throughput.of(small_config(), CPU, None).peak_flops == pytest.approx(1e11, rel=0.05)
-    assert sizes == [512] * 3 + [1024] * 3  # the first is too short to say much
+    assert sizes == [512] * 3 + [1024] * 3  # the first product is too short for a good estimate
 
 
-def test_the_rate_of_this_machine_is_one():
+def test_the_peak_rate_of_this_machine_is_plausible():
     assert 1e8 < product_rate(CPU) < 1e15

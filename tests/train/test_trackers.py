@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases get what metrics.jsonl gets; the latter by a stand-in, since none is installed."""
+"""TensorBoard and Weights & Biases get what metrics.jsonl gets; wandb is not installed, so a stand-in replaces it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from olmoe.train.trackers import scalars
 from sentences import refused
 from training_runs import read_metrics, write_run
 
-# What of wandb a run uses; it notes each call in a file beside itself.
+# The part of wandb that a run uses; it logs each call to a file beside itself.
 STAND_IN = """
 import json, pathlib
 NOTES = pathlib.Path(__file__).with_name("notes.jsonl")
@@ -40,7 +40,7 @@ def init(**settings):
 
 @pytest.fixture
 def notes(tmp_path, monkeypatch):
-    """What the stand-in was told so far."""
+    """The calls that the stand-in has logged so far."""
     folder = tmp_path / "packages"
     folder.mkdir()
     (folder / "wandb.py").write_text(STAND_IN, encoding="utf-8")
@@ -50,7 +50,7 @@ def notes(tmp_path, monkeypatch):
 
 
 def events(output: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows, by name and step."""
+    """TensorBoard's values by name and step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(output / "tensorboard"))
@@ -59,7 +59,7 @@ def events(output: Path) -> dict[str, dict[int, float]]:
 
 
 def shown(output: Path) -> dict[str, dict[int, float]]:
-    """What should be shown: every number of metrics.jsonl."""
+    """The expected values: every number of metrics.jsonl."""
     found: dict[str, dict[int, float]] = {}
     for record in read_metrics(output):
         for name, value in scalars(record).items():
@@ -75,7 +75,7 @@ def assert_shown(found: dict[str, dict[int, float]], output: Path) -> None:
 
 
 def interrupted_at(monkeypatch, step: int, config) -> None:
-    """Train, and be interrupted in a step."""
+    """Train, and interrupt the run in a given step."""
     original = loop.advance
 
     def advance(run):
@@ -89,7 +89,7 @@ def interrupted_at(monkeypatch, step: int, config) -> None:
             train(config, show_progress=False)
 
 
-def test_numbers_have_a_name_each():
+def test_every_number_has_its_own_name():
     record = {
         "step": 7, "tokens": 70, "cross_entropy": 2.5, "grad_norm": None, "router_z": float("nan"),
         "dead_experts": [1, 0], "router_margin": [0.5, None], "expert_load": [[6, 2], [4, 4]],
@@ -107,7 +107,7 @@ def test_tensorboard_shows_all_numbers_of_a_resumed_run(tmp_path, tokenizer_file
     path = write_run(tmp_path / "run", tokenizer_file, log={"tensorboard": True})
     output = path.parent / "out"
     interrupted_at(monkeypatch, 5, load_config(path))
-    # Killed later: what comes after the checkpoint is computed again.
+    # Killed later: steps after the checkpoint are computed again.
     (path.parent / "out" / "metrics.jsonl").open("a").write('{"step": 6, "tokens": 384, "cross_entropy": 99.0}\n')
     writer = trackers._TensorBoard(output, 5)
     writer.write(6, {"cross_entropy": 99.0})
@@ -142,7 +142,7 @@ def test_weights_and_biases_gets_all_numbers_and_one_run_for_a_resumed_one(
     assert [n[1] for n in notes() if n[0] == "init"][-1]["id"] != started[0]["id"]
 
 
-def test_one_that_does_not_start_is_one_sentence(tmp_path, tokenizer_file, notes):
+def test_a_tracker_that_fails_to_start_is_reported_in_one_sentence(tmp_path, tokenizer_file, notes):
     path = write_run(tmp_path / "run", tokenizer_file, log={"wandb": "refused"})
     told = refused(lambda: train(load_config(path), show_progress=False), UserError)
     assert told == (
@@ -152,9 +152,7 @@ def test_one_that_does_not_start_is_one_sentence(tmp_path, tokenizer_file, notes
 
 
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", True), ("wandb", "mixtures")])
-def test_one_that_is_not_installed_is_one_sentence_before_anything_is_done(
-    tmp_path, tokenizer_file, monkeypatch, key, value
-):
+def test_a_missing_tracker_is_refused_before_any_work(tmp_path, tokenizer_file, monkeypatch, key, value):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     path = write_run(tmp_path / "run", tokenizer_file, log={key: value})
     told = refused(lambda: train(load_config(path), show_progress=False), ConfigError)

@@ -25,7 +25,7 @@ SMALLEST = 256 + 28
 
 @pytest.fixture(scope="module")
 def words() -> list[str]:
-    """Documents with enough different words for a few hundred merges."""
+    """Documents with enough distinct words for a few hundred merges."""
     rng = random.Random(0)
     return [" ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)) for _ in range(20)]
 
@@ -37,7 +37,7 @@ def test_ids_follow_the_released_tokenizer_at_any_size(tmp_path, words, olmoe_to
     ours, released = RawTokenizer.from_file(str(path)), RawTokenizer.from_file(str(olmoe_tokenizer_file))
     assert ours.get_vocab_size() == size
     assert sorted(ours.get_vocab().values()) == list(range(size))
-    # Counted from either end, the added tokens are those of the released vocabulary, with the same flags.
+    # Counted from either end, added tokens and their flags match the released vocabulary.
     ours_added, released_added = ours.get_added_tokens_decoder(), released.get_added_tokens_decoder()
     assert {i if i < 2 else i - size for i in ours_added} == {i if i < 2 else i - 50280 for i in released_added}
     for i, token in released_added.items():
@@ -46,7 +46,7 @@ def test_ids_follow_the_released_tokenizer_at_any_size(tmp_path, words, olmoe_to
     assert len(FIRST) + len(SPACES) + len(LAST) == len(ours_added) == 28
 
 
-def test_encoding_behaves_as_the_released_one(tokenizer_file, olmoe_tokenizer_file):
+def test_encoding_behaves_like_the_released_tokenizer(tokenizer_file, olmoe_tokenizer_file):
     mine, released = (json.loads(p.read_text(encoding="utf-8")) for p in (tokenizer_file, olmoe_tokenizer_file))
     for part in ("normalizer", "pre_tokenizer", "truncation", "padding"):
         assert mine[part] == released[part]
@@ -59,7 +59,7 @@ def test_encoding_behaves_as_the_released_one(tokenizer_file, olmoe_tokenizer_fi
     assert len(tokenizer.encode("Once upon a time")) < len("Once upon a time")  # merges were learnt
 
 
-def test_any_text_survives_although_its_characters_were_never_seen(tokenizer):
+def test_unseen_characters_survive_a_round_trip(tokenizer):
     text = "Ünseen: 日本語 😀 \x00\t\r\n    tail  "
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -71,7 +71,7 @@ def test_training_is_deterministic_and_takes_any_iterable(tmp_path, words):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_size_without_room_for_the_bytes_is_refused(tmp_path):
+def test_a_vocabulary_too_small_for_the_bytes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=f"^A byte-level vocabulary needs at least {SMALLEST} entries, not 283.$"):
         train_vocabulary([TEXT], SMALLEST - 1, tmp_path / "tokenizer.json")
     assert list(tmp_path.iterdir()) == []
@@ -85,7 +85,7 @@ def test_too_little_text_for_the_size_is_refused_and_nothing_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_replaced_and_an_impossible_place_is_one_sentence(tmp_path):
+def test_an_existing_file_is_replaced_and_an_unwritable_path_is_reported_in_one_sentence(tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
     train_vocabulary([TEXT], SMALLEST, path)
     train_vocabulary([TEXT], SMALLEST + 1, path)
@@ -95,7 +95,7 @@ def test_an_existing_file_is_replaced_and_an_impossible_place_is_one_sentence(tm
         train_vocabulary([TEXT], SMALLEST, path / "below-a-file" / "tokenizer.json")
 
 
-# ---- what takes long ----
+# ---- long inputs ----
 
 
 @pytest.mark.parametrize("kind", ["letters", "digits", "signs", "one letter", "spaces", "marks"])
@@ -111,7 +111,7 @@ def test_a_long_run_takes_linear_time(tmp_path, kind):
     assert time.perf_counter() - started < 15  # uncut, 160,000 letters took 25 s, and 2 million never ended
 
 
-def test_only_words_beyond_the_limit_are_cut_and_nothing_is_lost():
+def test_only_overlong_words_are_cut_and_nothing_is_lost():
     word = "x" * vocabulary.LONGEST
     for text in ("", "one two", word, f"a {word} b", f"{word} {word}", word + "-" + word):
         assert list(vocabulary._cut(text)) == [text]
@@ -122,7 +122,7 @@ def test_only_words_beyond_the_limit_are_cut_and_nothing_is_lost():
         assert max(len(run) for part in parts for run in re.findall(r"x+| +", part)) <= vocabulary.LONGEST
 
 
-def test_errors_of_the_documents_pass_through(tmp_path):
+def test_errors_while_reading_documents_propagate(tmp_path):
     def broken():
         yield "text"
         raise ConfigError("The data file x is gone.")
@@ -132,7 +132,7 @@ def test_errors_of_the_documents_pass_through(tmp_path):
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_ctrl_c_is_heard(tmp_path):
+def test_ctrl_c_interrupts_training(tmp_path):
     code = """
 import random, sys
 from olmoe.train import vocabulary

@@ -11,14 +11,14 @@ from olmoe.ops.cpu import extension, training
 
 @pytest.fixture(autouse=True)
 def built():
-    """Without the compiled module there is nothing to test here."""
+    """Skip these tests where the compiled module is missing."""
     if not cpu.available():
         pytest.skip(f"{cpu.unavailable()}")
 
 
 @pytest.fixture(params=cpu.isas() if cpu.available() else ["none"])
 def isa(request):
-    """Each instruction set that this machine runs, for the length of a test."""
+    """Run the test with each instruction set that this machine supports."""
     before = cpu.isa()
     cpu.set_isa(request.param)
     yield request.param
@@ -27,7 +27,7 @@ def isa(request):
 
 @pytest.fixture(autouse=True)
 def outputs_show_gaps(poisoned):
-    """Every output of a kernel is poisoned before."""
+    """Poison the outputs of kernels in advance, so that gaps show."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def set_threads():
 
 @pytest.fixture(params=["torch's threads", "our threads"])
 def team(request):
-    """The threads that torch has, and the pool for where they cannot be had."""
+    """torch's threads, and the pool that stands in where they are unavailable."""
     training._share_threads()
     if request.param == "our threads":
         extension.kernels().set_parallel(0)

@@ -1,4 +1,4 @@
-"""Chosen codes of the kernels against those of torch: the same bytes, for every shape, value and number of threads."""
+"""Codes chosen by the kernels against torch's: the same bytes for every shape, value and number of threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ formats = pytest.mark.parametrize("format", [Q4_0(), Q5_0()], ids=lambda f: f.na
 
 
 def factor_of(columns, seed=1):
-    """Of inputs that are correlated, as hidden states are."""
+    """The factor of correlated inputs, as hidden states are."""
     x = random(4 * columns, columns, seed=seed) @ random(columns, columns, seed=seed + 1)
     return search.Inputs(x.T @ x / len(x)).factor
 
@@ -33,7 +33,7 @@ def ordinary(rows, columns, dtype):
 
 
 def extreme(rows, columns, dtype):
-    """Blocks of zeros of both signs, of equal magnitudes, of values that scales hardly hold, and of whole numbers."""
+    """Blocks of signed zeros, of equal magnitudes, of values at the limits of scales, and of whole numbers."""
     w = random(rows, columns, scale=0.03)
     w[0], w[1], w[2], w[2, ::2], w[3] = 0.0, -0.0, 0.0, -0.0, 0.5
     w[4], w[4, ::3], w[5], w[6] = -0.25, 0.25, w[5] * 1e-6, w[6] * 1e5
@@ -54,7 +54,7 @@ def extreme(rows, columns, dtype):
         pytest.param(320, 160, id="panels for several threads"),
     ],
 )
-def test_the_bytes_are_those_of_torch(rows, columns, values, dtype, format, isa):
+def test_encoded_bytes_equal_torchs(rows, columns, values, dtype, format, isa):
     weight = values(rows, columns, dtype)
     for factor in (None, factor_of(columns)):
         if factor is not None and not extension.kernels().compensates():
@@ -66,7 +66,7 @@ def test_the_bytes_are_those_of_torch(rows, columns, values, dtype, format, isa)
 
 
 @formats
-def test_the_bytes_do_not_depend_on_threads(format, set_threads, isa):
+def test_encoded_bytes_do_not_depend_on_threads(format, set_threads, isa):
     weight = random(400, 96, scale=0.03)
     factors = [None, factor_of(96)] if extension.kernels().compensates() else [None]
     for factor in factors:
@@ -79,12 +79,12 @@ def test_the_bytes_do_not_depend_on_threads(format, set_threads, isa):
         assert torch.equal(found[0], found[2])
 
 
-def test_rows_that_are_searched_fill_groups_of_16(isa):
+def test_searched_rows_fill_groups_of_16(isa):
     weight = random(48, 64)
     assert torch.equal(encode.encode("q4_0", weight, None), by_torch(Q4_0(), weight, None))
 
 
-def test_what_the_kernels_cannot_take_torch_does():
+def test_inputs_beyond_the_kernels_are_left_to_torch():
     factor = factor_of(64)
     for weight, given, reason in (
         (random(40, 64), None, "40 rows"),
@@ -99,7 +99,7 @@ def test_what_the_kernels_cannot_take_torch_does():
     assert torch.equal(search.encode(Q8_0(), random(32, 64), None), Q8_0().encode(random(32, 64))[CODES])
 
 
-def test_without_kernels_the_bytes_are_the_same(absent, monkeypatch):
+def test_encoded_bytes_are_the_same_without_kernels(absent, monkeypatch):
     weight, x = random(64, 96, scale=0.03).bfloat16(), random(300, 96, seed=1)
     slow = [search.encode(Q4_0(), weight, given) for given in (None, x.T @ x)]
     monkeypatch.undo()

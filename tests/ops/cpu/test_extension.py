@@ -27,7 +27,7 @@ def product(x):
     return ops.linear(x, WEIGHT, backend="cpu")
 
 
-def test_scalar_is_always_there_and_comes_last(isa):
+def test_the_scalar_kernels_always_exist_and_come_last(isa):
     assert cpu.isas()[-1] == "scalar"
     assert cpu.isa() == isa
     message = refused(lambda: cpu.set_isa("avx9000"))
@@ -36,8 +36,8 @@ def test_scalar_is_always_there_and_comes_last(isa):
     assert cpu.isa() == isa
 
 
-def test_an_instruction_set_is_a_folder():
-    """With all that CONTRIBUTING.md asks of one; the build knows no other list."""
+def test_every_instruction_set_has_a_complete_folder():
+    """It has all that CONTRIBUTING.md asks for, and the build has no other list of instruction sets."""
     root = Path(__file__).parents[3]
     if not (root / "csrc").exists():
         pytest.skip("needs a checkout")
@@ -50,8 +50,8 @@ def test_an_instruction_set_is_a_folder():
     assert not named, "only its own folder knows an instruction set"
 
 
-def test_the_instruction_sets_really_differ():
-    """Were one table compiled for another's instructions, the last bits would agree."""
+def test_instruction_sets_are_compiled_differently():
+    """If two tables were compiled for the same instructions, even the last bits would agree."""
     x, results = random(1, 256, seed=1), {}
     before = cpu.isa()
     for name in cpu.isas():
@@ -70,8 +70,8 @@ def test_the_pool_has_as_many_threads_as_torch(set_threads):
 
 
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda pid: ())(0)) < 2, reason="needs two cores of Linux")
-def test_the_system_is_asked_once_how_many_cores_there_are():
-    """Every operation wants the pool: asking each time took a tenth of olmoe-tiny's decoding step."""
+def test_the_number_of_cores_is_queried_once():
+    """Every operation needs the pool; querying each time took a tenth of olmoe-tiny's decoding step."""
     module, cores = extension.kernels(), os.sched_getaffinity(0)
     module.set_threads(0)
     assert module.get_threads() == len(cores)
@@ -86,7 +86,7 @@ def test_the_system_is_asked_once_how_many_cores_there_are():
 
 
 def test_calls_from_several_threads_take_turns(set_threads):
-    """With numbers of threads of their own, so that the pool changes between calls."""
+    """Each with its own number of threads, so that the pool changes between calls."""
     set_threads(2)
     inputs = [random(n, 256, seed=n) for n in (1, 9, 20)]
     expected, wrong, errors = [product(x) for x in inputs], [], []
@@ -135,7 +135,7 @@ def test_a_fork_while_another_thread_computes_can_compute(set_threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are Unix's")
 def test_a_fork_while_another_thread_trains_can_train():
-    """In a process of its own, which never asks for the pool: operations of training run on torch's threads."""
+    """In a separate process that never uses the pool: training operations run on torch's threads."""
     script = """
 import os, sys, threading
 import torch
@@ -179,7 +179,7 @@ def wait(child: int, seconds: float = 20.0) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def test_without_the_module_torch_computes_and_one_line_says_so(absent, caplog):
+def test_without_the_module_torch_computes_and_one_warning_is_logged(absent, caplog):
     x = random(2, 256)
     for _ in range(3):
         assert torch.equal(ops.linear(x, WEIGHT), ops.linear(x, WEIGHT, backend="torch"))
@@ -191,15 +191,15 @@ def test_without_the_module_torch_computes_and_one_line_says_so(absent, caplog):
     assert "not installed" in cpu.unavailable()
 
 
-def test_without_the_module_its_name_is_an_error(absent):
+def test_naming_the_missing_module_is_an_error(absent):
     for call in (lambda: product(random(2, 256)), extension.kernels, cpu.isas, lambda: cpu.set_isa("scalar")):
         assert "not installed" in refused(call, BackendUnavailableError)
     with pytest.raises(UserError, match="'cpu' cannot run route here"):
         ops.route(random(2, 8), 2, backend="cpu")
 
 
-def test_a_compiler_without_vector_types_is_told_in_one_sentence():
-    """As MSVC, which defines no __GNUC__: the build fails there, and the package installs without kernels."""
+def test_a_compiler_without_vector_types_gives_a_clear_build_error():
+    """Such as MSVC, which does not define __GNUC__: the build fails, and the package installs without kernels."""
     compiler = shutil.which("c++") or shutil.which("g++")
     header = Path(__file__).parents[3] / "csrc" / "core" / "types.h"
     if compiler is None or not header.exists():

@@ -1,4 +1,4 @@
-"""4-bit numbers of a book's entries: the kernels of every instruction set compute torch's bits, both ways."""
+"""4-bit code-book formats: every instruction set encodes and decodes the same bits as torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Calls a function without the kernels."""
+    """Call a function without the kernels."""
 
     def call(function, *arguments):
         with monkeypatch.context() as patched:
@@ -27,7 +27,7 @@ def plain(monkeypatch):
 
 def weight(rows, columns, dtype):
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02
-    values.view(-1)[:64] = 0  # a block without any magnitude
+    values.view(-1)[:64] = 0  # a block of zeros
     values.view(-1)[64:128] = 1e-39  # and one below the smallest that has an inverse
     return values.to(dtype)
 
@@ -36,8 +36,8 @@ def weight(rows, columns, dtype):
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (520, 512)], ids=str)  # one block; some; several tasks of threads
-def test_bits_are_those_of_torch(plain, shape, name, dtype, double_quant):
+@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (520, 512)], ids=str)  # one block; a few; several tasks
+def test_results_equal_torchs_bit_for_bit(plain, shape, name, dtype, double_quant):
     format, values = FourBit(name, double_quant), weight(*shape, dtype)
     assert four_bit.supported(values.numel(), values, dtype)
     parts, expected = format.encode(values), plain(format.encode, values)
@@ -52,8 +52,8 @@ def test_bits_are_those_of_torch(plain, shape, name, dtype, double_quant):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("place", [0, 5, 63])
-def test_blocks_that_hold_a_value_that_is_not_finite(plain, place, value, dtype):
-    """One NaN makes its block NaN, wherever it stands; it must not become an ordinary weight."""
+def test_a_nonfinite_value_makes_its_block_nan(plain, place, value, dtype):
+    """A NaN anywhere makes its whole block NaN; it must not turn into an ordinary weight."""
     format, values = FourBit("nf4"), weight(4, 64, dtype)
     values[2, place] = value
     parts, expected = format.encode(values), plain(format.encode, values)
@@ -66,9 +66,9 @@ def test_blocks_that_hold_a_value_that_is_not_finite(plain, place, value, dtype)
     assert decoded[[0, 1, 3]].isfinite().all()
 
 
-def test_what_the_kernels_do_not_take():
+def test_unsupported_inputs_are_left_to_torch():
     values = torch.zeros(2, 64)
-    assert not four_bit.supported(96, values, torch.float32)  # blocks that are not whole
+    assert not four_bit.supported(96, values, torch.float32)  # incomplete blocks
     assert not four_bit.supported(128, values, torch.float64)
     assert not four_bit.supported(128, torch.zeros(64, 2).T, torch.float32)
     assert not four_bit.supported(128, values.to("meta"), torch.float32)

@@ -1,6 +1,6 @@
 """The backend "cpu" on plain tensors, and attention over a cache, for every instruction set.
 
-Ordinary shapes and dtypes are in tests/ops/test_parity.py; here are tile borders, threads, extremes and refusals.
+tests/ops/test_parity.py has ordinary shapes and dtypes; here are tile borders, threads, extremes and refusals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ops.tolerances import forward_tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-# Weights and inputs: fp32 inputs are never rounded, bf16 by bf16 may have an instruction of its own.
+# Weights and inputs: fp32 inputs are never rounded; bf16 by bf16 may use a dedicated instruction.
 KINDS = [(dtype, torch.float32) for dtype in DTYPES] + [(torch.bfloat16, torch.bfloat16)]
 kinds = pytest.mark.parametrize(("dtype", "inputs"), KINDS, ids=["float32", "bfloat16", "float16", "bfloat16 twice"])
 
@@ -65,8 +65,8 @@ def test_linear_does_not_depend_on_threads_or_on_other_tokens(dtype, inputs, isa
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 15, 67])
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 300, 520])
-def test_bf16_by_bf16_is_summed_in_fp32(rows, columns, isa):
-    """Every number of rows and tokens of a tile, and rests of columns: exact products, sums to the accuracy of fp32."""
+def test_bf16_products_accumulate_in_fp32(rows, columns, isa):
+    """Every number of rows and tokens of a tile, and leftover columns: exact products, sums accurate to fp32."""
     weight, x = random(rows, columns, scale=columns**-0.5).bfloat16(), random(14, columns, seed=2).bfloat16().float()
     expected = reference.linear(x, weight.float(), None)
     matrix = extension.float_matrix(weight, torch.bfloat16)
@@ -76,9 +76,9 @@ def test_bf16_by_bf16_is_summed_in_fp32(rows, columns, isa):
         assert (out - expected[:tokens]).abs().max() < forward_tolerance("linear", torch.float32) * expected.abs().max()
 
 
-def test_what_is_multiplied_by_bf16_is_rounded_to_nearest_and_only_where_it_was_bf16(isa):
+def test_activations_are_rounded_to_nearest_and_only_if_they_were_bf16(isa):
     weight, x = torch.ones(5, 40, dtype=torch.bfloat16), torch.ones(2, 40)
-    x[0, 0], x[1, 39] = 1 + 3 * 2**-9, 1 + 2**-8  # to the next one up; a tie, to even
+    x[0, 0], x[1, 39] = 1 + 3 * 2**-9, 1 + 2**-8  # rounds up; a tie, rounds to even
     assert linear(x, weight).tolist() == [[40 + 3 * 2**-9] * 5, [40 + 2**-8] * 5]
     out = torch.empty(2, 5)
     matrix = extension.float_matrix(weight, torch.bfloat16)
@@ -99,8 +99,8 @@ def test_what_is_multiplied_by_bf16_is_rounded_to_nearest_and_only_where_it_was_
         pytest.param(40, 100, id="lanes long enough on narrow vectors only"),
     ],
 )
-def test_linear_of_many_tokens_has_the_bits_of_each_alone(rows, columns, dtype, inputs, isa, set_threads):
-    """Every number of tokens up to several tiles and a rest, and more than a block of them."""
+def test_linear_of_many_tokens_equals_each_token_alone_bit_for_bit(rows, columns, dtype, inputs, isa, set_threads):
+    """Every number of tokens up to several tiles and a remainder, and more than one block of them."""
     weight, x = random(rows, columns, scale=columns**-0.5).to(dtype), random(600, columns, seed=2).to(inputs)
     set_threads(1)
     alone = torch.cat([linear(x[i : i + 1], weight) for i in range(70)])
@@ -113,8 +113,8 @@ def test_linear_of_many_tokens_has_the_bits_of_each_alone(rows, columns, dtype, 
     assert error(many, reference.linear(x, weight, None)) < forward_tolerance("linear", x.dtype)
 
 
-def test_prompts_go_where_they_are_faster(isa, monkeypatch):
-    """By instruction set and dtype; few rows are the kernels' always, narrow products of many rows torch's."""
+def test_prompts_use_the_faster_backend(isa, monkeypatch):
+    """By instruction set and dtype: few rows always use the kernels, narrow products of many rows use torch."""
     native, capability = True, "AVX2"
     monkeypatch.setattr(functional, "cpu_multiplies_bf16", lambda: native)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -183,8 +183,8 @@ def test_route(e, k, norm, isa):
     assert error(weights, expected) < forward_tolerance("route", logits.dtype)
 
 
-def test_of_equal_experts_the_lower_comes_first(isa):
-    """Wherever they lie in a vector or beyond its last one."""
+def test_ties_between_experts_choose_the_lower_id(isa):
+    """At any position in a vector or after the last full one."""
     logits = torch.zeros(3, 37)
     logits[1, [36, 20, 5, 33]] = 1.0
     logits[2, 10:] = -math.inf
@@ -194,7 +194,7 @@ def test_of_equal_experts_the_lower_comes_first(isa):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_logits_that_are_not_finite_choose_distinct_experts_all_the_same(value, isa):
+def test_nonfinite_logits_still_choose_distinct_experts(value, isa):
     logits = random(4, 20)
     logits[1, 7] = value
     logits[2] = value
@@ -204,7 +204,7 @@ def test_logits_that_are_not_finite_choose_distinct_experts_all_the_same(value, 
     assert torch.isfinite(weights[1]).all() == (value == -math.inf)
 
 
-def test_very_distant_logits(isa):
+def test_logits_far_apart(isa):
     logits = torch.tensor([[0.0, 1000.0, -1000.0, 999.0], [-3e38, 3e38, 0.0, 3e38]])
     weights, ids = route(logits, 3)
     assert ids.tolist() == [[1, 3, 0], [1, 3, 0]]
@@ -226,7 +226,7 @@ def test_very_distant_logits(isa):
     ],
 )
 def test_moe_with_every_kind_of_weight(n, e, k, d, f, dtype, inputs, isa, set_threads):
-    """And, bit for bit, for any number of threads and one token at a time."""
+    """Bit for bit the same for any number of threads and for one token at a time."""
     x, weights = random(n, d).to(inputs), random(n, k, seed=1)
     ids = torch.stack([torch.randperm(e, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
     matrices = random(e, 2 * f, d, seed=2, scale=d**-0.5).to(dtype), random(e, d, f, seed=3, scale=f**-0.5).to(dtype)
@@ -244,8 +244,8 @@ def test_moe_with_every_kind_of_weight(n, e, k, d, f, dtype, inputs, isa, set_th
 
 
 @kinds
-def test_moe_of_experts_with_no_one_and_many_rows(dtype, inputs, isa, set_threads):
-    """Numbers of rows around tiles and beyond a block of tokens, in widths that are no multiple of a tile."""
+def test_moe_of_experts_with_zero_one_and_many_rows(dtype, inputs, isa, set_threads):
+    """Row counts around tile sizes and beyond a block of tokens, in widths that are no multiple of a tile."""
     counts, d, f = [0, 1, 5, 16, 19, 0, 300], 140, 133
     ids = torch.cat([torch.full((count, 1), e) for e, count in enumerate(counts)])
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
@@ -273,8 +273,8 @@ def test_moe_of_experts_with_no_one_and_many_rows(dtype, inputs, isa, set_thread
         (torch.bfloat16, False, functional.CONVERTED_ROWS_PER_EXPERT),
     ],
 )
-def test_experts_are_chosen_by_rows_an_expert(dtype, bf16_instructions, limit, monkeypatch):
-    """Whatever the tokens: one with 4 experts is as many rows as four with one."""
+def test_the_expert_kernel_is_selected_by_rows_per_expert(dtype, bf16_instructions, limit, monkeypatch):
+    """Not by tokens: one token with 4 experts is as many rows as four tokens with one."""
     monkeypatch.setattr(functional, "cpu_multiplies_bf16", lambda: bf16_instructions)
     monkeypatch.setattr(functional, "many_rows", lambda dtype: False)
     gate_up, down = torch.ones(4, 2, 1, dtype=dtype), torch.ones(4, 1, 1, dtype=dtype)
@@ -287,8 +287,8 @@ def test_experts_are_chosen_by_rows_an_expert(dtype, bf16_instructions, limit, m
         assert (function is functional.experts) == chosen, (tokens, k)
 
 
-def test_gates_far_below_zero_are_closed(isa):
-    """silu(-1e30) is 0, whatever it is multiplied with."""
+def test_gates_far_below_zero_give_zero(isa):
+    """silu(-1e30) is 0, whatever it is multiplied by."""
     gate_up, down = torch.ones(1, 2 * 19, 4), torch.ones(1, 4, 19)
     gate_up[:, :19] = -1e30
     out = ops.moe(
@@ -316,7 +316,7 @@ CASES = [
 
 
 class Attention:
-    """Queries, keys and values, and a cache that holds NaN wherever nothing was written."""
+    """Queries, keys and values, and a cache that holds NaN wherever nothing has been written."""
 
     def __init__(self, heads, kv_heads, head_dim, lengths, counts, dtype, scale=1.0):
         self.counts, self.lengths, n = counts, lengths, sum(counts)
@@ -331,7 +331,7 @@ class Attention:
             self.keys[b, :, length:] = self.values[b, :, length:] = math.nan
 
     def run(self, function, rows=None):
-        """The result, and the cache that it leaves; `rows` chooses one sequence."""
+        """The result and the resulting cache; `rows` selects one sequence."""
         keys, values = self.keys.clone(), self.values.clone()
         out = function(self.q, self.k, self.v, self.counts, self.lengths, keys, values)
         return out, keys, values
@@ -348,7 +348,7 @@ class Attention:
 @dtypes
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "lengths", "counts"), CASES)
 def test_cached_attention(heads, kv_heads, head_dim, lengths, counts, dtype, isa, set_threads):
-    """With grouped heads; and, bit for bit, for any number of threads and one sequence at a time."""
+    """With grouped heads; bit for bit the same for any number of threads and for one sequence at a time."""
     case = Attention(heads, kv_heads, head_dim, lengths, counts, dtype)
     set_threads(1)
     (ours, *cache), (expected, *expected_cache) = case.run(cached_attention), case.run(reference.cached_attention)
@@ -371,8 +371,8 @@ def test_cached_attention_of_half_precision_queries(dtype, isa):
 
 
 @pytest.mark.parametrize("counts", [[1], [18]], ids=["decoding", "prompt"])
-def test_attention_to_one_key_alone(counts, isa):
-    """Scores thousands apart: the largest takes all, wherever it is, and nothing overflows."""
+def test_attention_to_a_single_dominant_key(counts, isa):
+    """Scores thousands apart: the largest takes all the weight at any position, and nothing overflows."""
     case = Attention(2, 2, 16, [130], counts, torch.float32, scale=30.0)
     (ours, *_), (expected, *_) = case.run(cached_attention), case.run(reference.cached_attention)
     assert error(ours, expected) < 1e-3  # the last bit of a score of 4000 is 2**-12, and its exponential follows
@@ -380,7 +380,7 @@ def test_attention_to_one_key_alone(counts, isa):
 
 @pytest.mark.parametrize("counts", [[1], [18]], ids=["decoding", "prompt"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_attention_to_what_is_not_finite_stays_within_its_head_and_sequence(counts, value, isa):
+def test_nonfinite_keys_and_values_stay_within_their_head_and_sequence(counts, value, isa):
     case = Attention(2, 2, 16, [70, 70], counts * 2, torch.float32)
     clean = case.run(cached_attention)[0]
     case.keys[0, 1, 5, 3] = value
@@ -389,7 +389,7 @@ def test_attention_to_what_is_not_finite_stays_within_its_head_and_sequence(coun
     assert torch.equal(ours[counts[0] :], clean[counts[0] :])
 
 
-def test_conversion_to_the_cache_rounds_as_torch_does(isa):
+def test_conversion_to_the_cache_rounds_like_torch(isa):
     """Halves to even, denormals, overflow to infinity, infinities and NaN."""
     bits = torch.arange(0, 2**16, 7, dtype=torch.int32)
     exact = bits.to(torch.int16).view(torch.float16).float()
@@ -406,8 +406,8 @@ def test_conversion_to_the_cache_rounds_as_torch_does(isa):
         assert ours[~number].isnan().all()
 
 
-def test_every_half_precision_number_is_read_exactly(isa):
-    """All of them: zeros of both signs, subnormals, infinities and NaN, in vectors and one by one."""
+def test_every_half_precision_value_is_read_exactly(isa):
+    """Including signed zeros, subnormals, infinities and NaN, in vectors and one by one."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         table = bits.view(dtype)
@@ -439,7 +439,7 @@ def test_every_half_precision_number_is_read_exactly(isa):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
-def test_what_linear_refuses_and_leaves_to_torch(x, weight, reason):
+def test_inputs_that_linear_refuses_or_leaves_to_torch(x, weight, reason):
     with pytest.raises(BackendUnavailableError, match=f"'cpu' cannot run linear here: .*{reason}"):
         linear(x, weight)
     if "meta" not in reason:
@@ -447,7 +447,7 @@ def test_what_linear_refuses_and_leaves_to_torch(x, weight, reason):
 
 
 def test_every_operand_is_checked():
-    """A gradient or a device anywhere is one."""
+    """A gradient or another device on any operand counts."""
     x, grad, meta = torch.zeros(2, 4), torch.zeros(3, requires_grad=True), torch.zeros(3, device="meta")
     weights = torch.ones(2, 1)
     ids, gate_up, down = torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 6, 4), torch.zeros(1, 4, 3)
@@ -469,7 +469,7 @@ def test_every_operand_is_checked():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_graphs_hold_no_addresses():
+def test_compiled_graphs_hold_no_addresses():
     weight, x = random(3, 4), random(2, 4, seed=1)
     traced = torch.jit.trace(lambda x: ops.linear(x, weight), random(2, 4, seed=2), check_trace=False)
     assert torch.allclose(traced(x), ops.linear(x, weight))
@@ -477,7 +477,7 @@ def test_graphs_hold_no_addresses():
     assert torch.allclose(compiled(x), ops.linear(x, weight))
 
 
-def test_no_tokens():
+def test_empty_batches():
     assert linear(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
     assert linear(torch.zeros(2, 0, 4), torch.zeros(3, 4)).shape == (2, 0, 3)
     assert ops.rms_norm(torch.zeros(0, 4), torch.ones(4), 1e-5, backend="cpu").shape == (0, 4)

@@ -36,7 +36,7 @@ def multiply(x, w: Packed, bias=None):
     ],
 )
 def test_linear(rows, columns, format, isa):
-    """Every number of tokens up to 20: each is a different sequence of tiles."""
+    """Every number of tokens up to 20, each of which is a different sequence of tiles."""
     w, bias = pack(format, random(rows, columns, scale=columns**-0.5)), random(rows, seed=1)
     x = random(20, columns, seed=2)
     expected = reference.packed_linear(x, w.values, bias)
@@ -46,9 +46,9 @@ def test_linear(rows, columns, format, isa):
 
 @formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_linear_of_half_precision_strided_and_of_no_tokens(format, dtype, isa):
+def test_linear_of_half_precision_strided_and_empty_inputs(format, dtype, isa):
     w = pack(format, random(40, 64, scale=0.1))
-    x = random(64, 5, seed=1).to(dtype).T  # columns lie apart
+    x = random(64, 5, seed=1).to(dtype).T  # non-contiguous columns
     ours = multiply(x, w)
     assert error(ours, reference.packed_linear(x, w.values, None)) <= forward_tolerance("packed_linear", dtype)
     assert torch.equal(multiply(x.view(1, 5, 64), w), ours.unsqueeze(0))
@@ -71,7 +71,7 @@ def test_linear_of_very_large_and_very_small_activations(format, magnitude, isa)
 
 @formats
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
-def test_an_activation_that_is_not_finite_makes_its_own_token_not_finite(format, value, isa):
+def test_nonfinite_activations_affect_only_their_token(format, value, isa):
     w = pack(format, random(20, 96))
     x = random(9, 96, seed=1)
     clean = multiply(x, w)
@@ -95,7 +95,7 @@ def test_codes_and_scales_at_their_limits(format, isa):
     ones = torch.ones(1, 64)
     x = torch.cat([ones, -ones, random(4, 64, seed=2)])
     ours, expected = multiply(x, w), reference.packed_linear(x, w.values, None)
-    largest = expected.abs().amax(dim=0).clamp(min=1e-30)  # by row: their scales differ by ten orders of magnitude
+    largest = expected.abs().amax(dim=0).clamp(min=1e-30)  # row by row: scales differ by ten orders of magnitude
     assert float(((ours - expected).abs().amax(dim=0) / largest).max()) < 3e-6
     assert not ours[:, 2].any()
     assert (ours[:, 3] != 0).any()
@@ -114,14 +114,14 @@ def test_linear_does_not_depend_on_threads_or_on_other_tokens(format, isa, set_t
 
 
 @formats
-def test_embedding_is_the_decoded_row_bit_for_bit(format, isa):
+def test_embeddings_equal_decoded_rows_bit_for_bit(format, isa):
     w = pack(format, random(35, 96))
     ids = torch.tensor([[0, 34, 15], [16, 31, 34]])
     ours = packed_embedding(ids, w.codes, format, 35, 96)
     assert torch.equal(ours, w.values[ids])
     assert torch.equal(packed_embedding(ids.int()[:, ::2], w.codes, format, 35, 96), w.values[ids[:, ::2]])
     assert packed_embedding(ids[:0], w.codes, format, 35, 96).shape == (0, 3, 96)
-    for outside in (-1, 35):  # 35 lies within the last group of 16 rows
+    for outside in (-1, 35):  # 35 is within the last group of 16 rows
         with pytest.raises(IndexError, match="are not all below 35"):
             packed_embedding(torch.tensor([0, outside]), w.codes, format, 35, 96)
 
@@ -166,12 +166,12 @@ def test_moe(n, e, k, d, f, which, formats, isa):
     ours = mix(x, weights, ids, gate_up, down)
     expected = reference.packed_moe(x, weights, ids, gate_up.values, down.values)
     assert error(ours, expected) < 1 / 127
-    # The last bits of a hidden value can round it to another int8; of few values they do.
+    # The last bits of a hidden value can round it to another int8; for a few values they do.
     differences = (ours - expected).abs() / expected.abs().max()
     assert float((differences > forward_tolerance("packed_moe", x.dtype)).float().mean()) < 0.05
 
 
-def test_experts_that_nobody_chose_are_not_read(isa):
+def test_experts_without_tokens_are_not_read(isa):
     x, weights, ids, gate_up, down = mixture(5, 4, 2, 32, 32, "first", FORMATS)
     expected = mix(x, weights, ids, gate_up, down)
     for matrix in (gate_up, down):
@@ -204,7 +204,7 @@ def test_moe_of_extreme_activations(value, isa):
         assert not torch.isfinite(ours[2]).all()  # the product of gate and up is beyond fp32
 
 
-def test_expert_ids_outside_are_refused():
+def test_expert_ids_out_of_range_are_refused():
     x, weights, ids, gate_up, down = mixture(3, 4, 2, 32, 32, "random", FORMATS)
     for outside in (-1, 4):
         ids[1, 1] = outside

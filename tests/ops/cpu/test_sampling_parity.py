@@ -1,4 +1,4 @@
-"""The kernels' sampling against its definition: the same tokens, for every instruction set and mix of parameters."""
+"""The kernels' sampling against its definition: the same tokens for every instruction set and mix of parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from olmoe.ops.sampling import biased, filtered, masked, penalized, uniform
 
 
 def some_logits(r: random.Random, generator: torch.Generator, b: int, v: int) -> torch.Tensor:
-    """Flat, peaked, equal, tied, or falling: what a selection finds easy and hard."""
+    """Flat, peaked, equal, tied or descending: easy and hard cases for selection."""
     logits = r.choice([0.0, 1e-6, 0.1, 1.0, 3.0, 30.0, 1e30]) * torch.randn(b, v, generator=generator)
     if r.random() < 0.3:
         logits = logits.round()
@@ -23,7 +23,7 @@ def some_logits(r: random.Random, generator: torch.Generator, b: int, v: int) ->
 
 def some_row(r: random.Random, generator: torch.Generator, v: int, allowed: int) -> SamplingRow:
     length = r.choice([0, 3, 60])
-    bias_ids = r.sample(range(v), min(r.choice([0, 0, 3]), v))  # of padding, too
+    bias_ids = r.sample(range(v), min(r.choice([0, 0, 3]), v))  # padding too
     words = torch.randint(-(2**31), 2**31 - 1, (-(-allowed // 32),), generator=generator).int()
     return SamplingRow(
         temperature=r.choice([0.0, 1e-45, 0.1, 0.7, 1.0, 2.0, 1e30]),
@@ -45,14 +45,14 @@ def some_row(r: random.Random, generator: torch.Generator, v: int, allowed: int)
 
 
 def at_a_boundary(logits: torch.Tensor, row: SamplingRow, allowed: int) -> bool:
-    """Whether the random number is within roundings of the border between two tokens."""
+    """Whether the random number is within rounding errors of the border between two tokens."""
     scores = filtered(masked(biased(penalized(logits[:allowed], row), row), row), row)
     through = scores.double().softmax(-1).cumsum(-1)
     return bool((through - uniform(row.seed, row.position)).abs().min() < 1e-6)
 
 
 @pytest.mark.parametrize("v", [1, 2, 31, 97, 600, 5000])
-def test_any_parameters_choose_the_same_tokens(v, isa):
+def test_all_parameters_choose_the_same_tokens_as_the_definition(v, isa):
     r, generator = random.Random(v), torch.Generator().manual_seed(v)
     for _ in range(60):
         allowed, b = r.randint(max(1, v - 40), v), r.randint(1, 4)
@@ -80,8 +80,8 @@ def test_the_released_vocabulary(spread, top_k, top_p, isa):
         assert at_a_boundary(logits[n], rows[n], allowed)
 
 
-def test_equal_logits_choose_where_the_random_number_falls(isa):
-    """With a power of two of them every number is exact: any other random number would show."""
+def test_equal_logits_are_chosen_by_the_random_number(isa):
+    """With a power of two of them all numbers are exact, so any other random number would show."""
     v = 2**15
     rows = [SamplingRow(temperature=1.0, seed=2**64 - 1 - n, position=n * 2**33) for n in range(50)]
     ids = ops.sample(torch.zeros(50, v), rows, v, backend="cpu").ids
@@ -105,14 +105,14 @@ def test_neither_threads_nor_other_rows_nor_earlier_calls_change_a_row(isa, set_
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_logit_that_is_not_finite_is_found_wherever_it_is(bad, isa):
+def test_a_nonfinite_logit_is_detected_at_any_position(bad, isa):
     logits = torch.randn(75, 75)
     logits.fill_diagonal_(bad)
     status = ops.sample(logits, [SamplingRow(temperature=1.0)] * 75, 70, backend="cpu").status
     assert status.tolist() == [1] * 70 + [0] * 5
 
 
-def test_inputs_are_left_as_they_were_and_may_be_views_or_half_precision(isa):
+def test_inputs_are_not_modified_and_may_be_views_or_half_precision(isa):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         wide = torch.randn(6, 40).to(dtype)
         before, view = wide.clone(), wide[::2, 3:33]

@@ -1,6 +1,6 @@
-"""The kernels of training: borders of their products, threads, what they keep, and what they leave to torch.
+"""The training kernels: tile borders of products, threads, saved memory, and what is left to torch.
 
-Ordinary shapes are in tests/ops/test_parity.py, where "torch" computes with them.
+tests/ops/test_parity.py has ordinary shapes; its backend "torch" computes with these kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ops.cpu.training_calls import CALLS, attention, attention_inputs, doubled, 
 
 @pytest.fixture
 def kernels_only(monkeypatch):
-    """Fail where torch's own formulation would be taken."""
+    """Fail where torch's own formulation would be used."""
 
     def refuse(*arguments):
         raise AssertionError("computed by torch")
@@ -77,17 +77,17 @@ def test_route(n, e, k, kernels_only):
     assert error(weights.detach(), expected.detach().float()) < 2e-6
     grad = random(n, k, seed=9)
     (ours,), (theirs,) = torch.autograd.grad(weights, x, grad), torch.autograd.grad(expected, exact, grad.double())
-    assert float((ours - theirs).abs().max()) < 1e-6  # zero, but for rounding, for a single expert
+    assert float((ours - theirs).abs().max()) < 1e-6  # zero up to rounding for a single expert
 
 
-def test_of_equal_experts_the_first_are_chosen():
+def test_ties_between_experts_choose_the_first():
     x = torch.zeros(3, 6)
     x[1, 4], x[2, [1, 3, 5]] = 1.0, 2.0
     _, ids = ops.route(x.requires_grad_(), 3)
     assert ids.tolist() == [[0, 1, 2], [4, 0, 1], [1, 3, 5]]
 
 
-def test_scores_that_are_not_numbers_choose_experts_that_exist():
+def test_nan_scores_choose_valid_experts():
     x = torch.full((3, 6), float("nan"))
     x[1] = float("inf")
     x[2] = torch.tensor([-float("inf")] * 4 + [0.0] * 2)
@@ -119,16 +119,16 @@ def test_attention(batch, query_heads, kv_heads, tokens, head_dim, isa):
     ours = gradients(attention, inputs)
     expected = gradients(torch_attention, doubled(inputs))
     assert error(ours[0], expected[0].float()) < 2e-6
-    # The gradients of a single token's scores are zero, which products of fp32 only come near to.
+    # The gradients of a single token's scores are zero, which fp32 products only approximate.
     for mine, theirs, x in zip(ours[1], expected[1], inputs, strict=True):
         assert mine.shape == x.shape
         assert float((mine - theirs).abs().max()) < 5e-6 * max(float(theirs.abs().max()), 1.0)
     if tokens == 1 and isa != "scalar":
-        assert not any(grad.any() for grad in ours[1][:2])  # whatever the score, it is the only one
+        assert not any(grad.any() for grad in ours[1][:2])  # it is the only one, whatever its score
 
 
-def test_a_token_sees_itself_and_those_before_only(kernels_only):
-    """By what changes: the output of a token, and whom its gradient reaches."""
+def test_attention_is_causal(kernels_only):
+    """Checked by which outputs change with a token, and which tokens a gradient reaches."""
     inputs = attention_inputs(1, 2, 2, 150, 32)
     before = attention(*inputs)
     changed = [t.detach().clone() for t in inputs]
@@ -145,8 +145,8 @@ def test_a_token_sees_itself_and_those_before_only(kernels_only):
 @pytest.mark.parametrize(
     ("scale", "tolerance"), [(1e-3, 5e-6), (30.0, 5e-4)], ids=["scores near zero", "scores that differ much"]
 )
-def test_attention_of_any_scores(scale, tolerance, isa):
-    """Scores of several thousands have an error of about a thousandth in fp32."""
+def test_attention_with_extreme_scores(scale, tolerance, isa):
+    """Scores of several thousand have an error of about a thousandth in fp32."""
     inputs = attention_inputs(1, 2, 2, 130, 32, scale=scale)
     ours, expected = gradients(attention, inputs), gradients(torch_attention, doubled(inputs))
     assert error(ours[0], expected[0].float()) < tolerance
@@ -155,8 +155,8 @@ def test_attention_of_any_scores(scale, tolerance, isa):
         assert error(mine, theirs.float()) < tolerance
 
 
-def test_attention_of_tensors_that_lie_otherwise(kernels_only):
-    """Heads first, every second number of a row, the same keys for each example, and a gradient of one number."""
+def test_attention_of_strided_and_expanded_tensors(kernels_only):
+    """Heads first, every second number of a row, keys shared by all examples, and an expanded scalar gradient."""
     q, k, v = (t.detach() for t in attention_inputs(2, 4, 2, 70, 32))
     expected = gradients(torch_attention, [t.clone().requires_grad_() for t in (q, k[:1].expand_as(k), v)])
     spread = torch.zeros(2, 2, 70, 64)
@@ -207,14 +207,14 @@ def test_gradients_of_some_inputs_of_attention_only(frozen, kernels_only):
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
-        (((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": True}),  # tokens after others
+        (((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": True}),  # more keys than queries
         (((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": False}),
         (((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"causal": True, "mask": torch.ones(5, 5, dtype=torch.bool)}),
         (((1, 2, 5, 264), (1, 2, 5, 264), (1, 2, 5, 264)), {"causal": True}),  # too wide
     ],
     ids=["after others", "both ways", "mask", "wide"],
 )
-def test_attention_that_is_left_to_torch(shapes, options, monkeypatch):
+def test_unsupported_attention_is_left_to_torch(shapes, options, monkeypatch):
     inputs = [leaf(*shape, seed=i) for i, shape in enumerate(shapes)]
     monkeypatch.setattr(causal, "attention", lambda *arguments: pytest.fail("the kernels compute something else"))
     ours = gradients(lambda *t: ops.attention(*t, **options), inputs)
@@ -234,13 +234,13 @@ def test_attention_that_is_left_to_torch(shapes, options, monkeypatch):
     ids=["tokens", "batch", "head dim", "heads"],
 )
 @pytest.mark.parametrize("products", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_heads_that_do_not_fit_are_refused(shapes, products):
-    """The kernels would read and write beyond the memory of a tensor."""
+def test_mismatched_heads_are_refused(shapes, products):
+    """The kernels would read and write out of bounds."""
     with pytest.raises((RuntimeError, ValueError), match="size|shape|heads"):
         ops.attention(*(leaf(*shape) for shape in shapes), causal=True, products=products)
 
 
-def test_experts_without_rows_have_gradients_of_zero():
+def test_experts_without_rows_have_zero_gradients():
     inputs = moe_inputs(5, 6, 2, 16, 8)
     inputs[2] = torch.tensor([[1, 4]]).expand(5, -1)
     _, (_, _, grad_gate_up, grad_down) = gradients(moe, inputs)
@@ -274,7 +274,7 @@ def test_results_do_not_depend_on_threads(name, isa, team, set_threads):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_torch_computes_without_the_kernels_is_the_same(name, monkeypatch):
+def test_torchs_fallback_gives_the_same_results(name, monkeypatch):
     function, make = CALLS[name]
     ours = gradients(function, make())
     monkeypatch.setattr(training, "takes", lambda *tensors, **indices: False)
@@ -284,7 +284,7 @@ def test_what_torch_computes_without_the_kernels_is_the_same(name, monkeypatch):
 
 
 def kept_bytes(e, k, f):
-    """What a mixture of 512 tokens keeps for its backward pass besides its parameters."""
+    """Bytes that a mixture of 512 tokens saves for backward besides its parameters."""
     inputs = moe_inputs(512, e, k, 128, f)
     kept: dict[int, int] = {}
 
@@ -300,15 +300,15 @@ def kept_bytes(e, k, f):
     return sum(kept.values()), ids_and_weights
 
 
-def test_what_is_kept_does_not_grow_with_the_number_of_experts_of_a_token():
-    """2 experts of width 256 and 8 of width 64: only the choices themselves are more."""
+def test_saved_memory_does_not_grow_with_experts_per_token():
+    """2 experts of width 256 against 8 of width 64: only the choices themselves take more."""
     few, many = kept_bytes(16, 2, 256), kept_bytes(64, 8, 64)
     rows, units = 512 * 128 * 4, 512 * 2 * 512 * 4
     assert few[0] == many[0] == rows + units
     assert many[1] == 512 * 8 * (4 + 8)
 
 
-def test_labels_and_experts_that_do_not_exist_are_refused():
+def test_labels_and_experts_out_of_range_are_refused():
     inputs = moe_inputs(5, 6, 2, 16, 8)
     for wrong in (-1, 6):
         inputs[2] = torch.full((5, 2), wrong)
@@ -319,10 +319,10 @@ def test_labels_and_experts_that_do_not_exist_are_refused():
             ops.linear_cross_entropy(leaf(3, 16), leaf(12, 16), torch.tensor([0, wrong, 3]))
 
 
-def test_what_is_left_to_torch():
+def test_unsupported_calls_are_left_to_torch():
     x, weight = leaf(4, 16), leaf(8, 16)
     assert training.takes(x, weight, None)
-    assert not training.takes(x.detach(), weight.detach())  # nobody wants gradients
+    assert not training.takes(x.detach(), weight.detach())  # no gradients requested
     assert not training.takes(x, weight.detach().double())
     assert not training.takes(x[:0], weight)
     assert not training.takes(x, weight.to("meta"))
@@ -345,15 +345,15 @@ def test_what_is_left_to_torch():
         ("apply_rope", [(3, 4, 8), (5, 4), (5, 4)]),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(name, shapes):
-    """The kernels would read and write beyond the memory of a tensor."""
+def test_mismatched_shapes_are_refused(name, shapes):
+    """The kernels would read and write out of bounds."""
     x, *others = (torch.zeros(shape) for shape in shapes)
     arguments = [x.requires_grad_(), *others, *([1e-5] if name == "rms_norm" else [])]
     with pytest.raises(RuntimeError, match="shape|size|matrix"):
         getattr(ops, name)(*arguments)
 
 
-def test_rotations_of_more_positions_than_inputs():
+def test_rope_tables_may_have_more_dimensions_than_inputs():
     x, cos, sin = leaf(3, 4, 8), random(2, 3, 4, seed=1), random(2, 3, 4, seed=2)
     ours = gradients(ops.apply_rope, [x, cos, sin])
     expected = gradients(torch_fast._apply_rope, [x, cos, sin])
@@ -362,15 +362,15 @@ def test_rotations_of_more_positions_than_inputs():
     assert torch.allclose(ours[1][0], expected[1][0])
 
 
-def test_a_loss_without_labels_is_zero():
+def test_the_loss_without_labels_is_zero():
     x, weight = leaf(5, 16), leaf(12, 16)
     loss, grads = gradients(ops.linear_cross_entropy, [x, weight, torch.full((5,), -100)])
     assert loss == 0
     assert not any(g.any() for g in grads)
 
 
-def test_logits_that_differ_much():
-    """The largest logit is far above the others', which vanish, and below those of other tokens by far."""
+def test_cross_entropy_of_logits_far_apart():
+    """The largest logit is far above the others, which vanish, and far below those of other tokens."""
     x, weight = leaf(40, 16, scale=30.0), leaf(70, 16, seed=1, scale=3.0)
     labels = torch.arange(40)
     ours = gradients(ops.linear_cross_entropy, [x, weight, labels])

@@ -1,6 +1,6 @@
-"""What callers may hand to the kernels of training: other types, layouts and numbers, few rows, large stacks.
+"""Unusual inputs of the training kernels: other types, layouts and numbers, few rows, large stacks.
 
-The kernels take addresses and check nothing, so whatever they would misread has to be noticed before.
+The kernels take addresses and check nothing, so anything they would misread must be caught before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from olmoe.ops.cpu import extension, training
 from ops.cpu.matrices import error, random
 from ops.cpu.training_calls import CALLS, chosen, gradients, leaf, moe, moe_inputs
 
-# Which inputs of a call have a row for each token.
+# Which inputs of a call have one row per token.
 ROWS = {"linear": (0,), "rms_norm": (0,), "apply_rope": (0,), "moe": (0, 1, 2), "linear_cross_entropy": (0, 2)}
 
 
@@ -33,14 +33,14 @@ def floats(inputs):
     return [i for i, t in enumerate(inputs) if t.is_floating_point()]
 
 
-# Other types. The kernels would read four bytes for every number, whatever lies there.
+# Other types. The kernels would read four bytes per number, whatever the type.
 
 OTHER_TYPES = [torch.uint8, torch.int64, torch.bool, torch.complex64]
 
 
 @pytest.mark.parametrize("dtype", OTHER_TYPES, ids=str)
 @pytest.mark.parametrize("name", ["apply_rope", "moe", "linear_cross_entropy"])
-def test_numbers_of_other_types_are_read_as_what_they_are(name, dtype):
+def test_inputs_of_other_dtypes_are_read_correctly(name, dtype):
     function, make = CALLS[name]
     inputs = make()
     other = {"apply_rope": 1, "moe": 1, "linear_cross_entropy": 0}[name]
@@ -53,7 +53,7 @@ def test_numbers_of_other_types_are_read_as_what_they_are(name, dtype):
 
 @pytest.mark.parametrize("dtype", OTHER_TYPES, ids=str)
 @pytest.mark.parametrize("position", [0, 2], ids=["inputs", "bias"])
-def test_a_product_of_other_types_is_refused_as_torch_refuses_it(dtype, position):
+def test_products_of_other_dtypes_are_refused_like_torchs(dtype, position):
     inputs = [random(4, 16), leaf(8, 16), random(8)]
     inputs[position] = torch.ones_like(inputs[position]).to(dtype)
     with pytest.raises(RuntimeError, match="dtype|expected scalar type|Double|Float"):
@@ -74,20 +74,20 @@ def test_indices_may_have_any_integer_type(name, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
-def test_indices_that_are_no_integers_are_left_to_torch():
+def test_non_integer_indices_are_left_to_torch():
     x, weight = leaf(4, 16), leaf(8, 16)
     for dtype in (torch.float32, torch.bool):
         assert not training.takes(x, weight, indices=torch.zeros(4, dtype=dtype))
 
 
-def test_more_rows_than_32_bits_count_are_left_to_torch():
+def test_more_rows_than_fit_in_32_bits_are_left_to_torch():
     x, ids = leaf(4, 16), torch.zeros(1, 1, dtype=torch.long)
     assert training.takes(x, indices=ids.expand(2**11, 2**20 - 1))
     assert not training.takes(x, indices=ids.expand(2**11, 2**20))
 
 
-def test_labels_with_more_dimensions_than_tokens_are_refused():
-    """The first labels of the wrong tokens would be taken."""
+def test_labels_with_extra_dimensions_are_refused():
+    """Labels of the wrong tokens would be used."""
     with pytest.raises(AssertionError):
         ops.linear_cross_entropy(leaf(4, 16), leaf(8, 16), torch.zeros(4, 2, dtype=torch.long))
 
@@ -103,12 +103,12 @@ def spread(t):
 
 
 def turned(t):
-    """The same numbers, the last dimension being the slowest."""
+    """The same numbers, with the last dimension varying slowest in memory."""
     return t.detach().movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def shifted(t):
-    """The same numbers, one number beyond where a vector could be aligned."""
+    """The same numbers, starting one number past an aligned address."""
     memory = torch.full((t.numel() + 1,), -77, dtype=t.dtype)
     memory[1:] = t.detach().flatten()
     return memory[1:].view(t.shape)
@@ -116,7 +116,7 @@ def shifted(t):
 
 @pytest.mark.parametrize("layout", [spread, turned, shifted], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", CALLS)
-def test_layouts_change_nothing(name, layout):
+def test_memory_layouts_change_nothing(name, layout):
     function, make = CALLS[name]
     inputs = make()
     expected = gradients(function, inputs)
@@ -130,8 +130,8 @@ def test_layouts_change_nothing(name, layout):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_gradient_that_is_one_number_everywhere(name):
-    """That of a sum has no memory for the others."""
+def test_an_expanded_scalar_gradient(name):
+    """The gradient of a sum has memory for one number only."""
     function, make = CALLS[name]
     inputs = make()
     wanted = [t for t in inputs if t.requires_grad]
@@ -157,8 +157,8 @@ def lost(result):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(name, monkeypatch, isa):
-    """NaN goes where torch lets it go. Infinities may become NaN anywhere there, and zero where a gate closes."""
+def test_nonfinite_values_reach_exactly_what_depends_on_them(name, monkeypatch, isa):
+    """NaN goes exactly where torch lets it go. There, infinities may become NaN, or zero where a gate is closed."""
     if isa == "scalar":
         pytest.skip("left to torch")
     function, make = CALLS[name]
@@ -184,7 +184,7 @@ def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(name, mo
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38], ids=str)
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
-def test_products_in_bf16_are_not_finite_where_rounded_factors_make_them_so(place, value):
+def test_bf16_products_are_nonfinite_where_rounded_factors_make_them_so(place, value):
     """Odd depths, whose last pair has one number, and a number that rounds to infinity."""
     x, weight, grad = random(7, 257), random(65, 257, seed=1), random(7, 65, seed=9)
     x.view(-1)[place], weight.view(-1)[place] = value, 2.0
@@ -198,10 +198,10 @@ def test_products_in_bf16_are_not_finite_where_rounded_factors_make_them_so(plac
         assert error(mine[finite], expected[finite]) < 2e-6
 
 
-@pytest.mark.parametrize("width", [8, 21])  # whole vectors, and what is left of one
+@pytest.mark.parametrize("width", [8, 21])  # full vectors, and a remainder
 @pytest.mark.parametrize("gate", [-87.0, -89.0, -1e4, -1e20, -1e38])
-def test_gates_far_below_zero_close(gate, width, isa):
-    """silu and its derivative vanish there, however large the number is that they would be multiplied with."""
+def test_gates_far_below_zero_have_zero_gradients(gate, width, isa):
+    """silu and its derivative vanish there, however large the number they are multiplied by."""
     x = torch.full((3, 1), 1.0, requires_grad=True)
     gate_up = torch.cat((torch.full((1, width, 1), gate), torch.ones(1, width, 1)), dim=1).requires_grad_()
     down = torch.ones(1, 1, width, requires_grad=True)
@@ -242,14 +242,14 @@ def test_only_some_experts_have_rows(used, monkeypatch):
 
 
 def untouched(*shape):
-    """Zeros that take no memory before they are written."""
+    """Zeros that take no memory until written."""
     no_reserve = 0x4000  # Linux; Python has a name for it from 3.13 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape), flags=flags), dtype=torch.float32).view(shape)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory that it does not have")
-def test_stacks_of_more_numbers_than_32_bits_count():
+def test_stacks_with_more_numbers_than_fit_in_32_bits():
     """26 GB of experts, of which only the first and the last are ever written or read."""
     d, f = 1024, 512
     count = 2**31 // (d * f) + 5

@@ -1,4 +1,4 @@
-"""Calls of the kernels of training: inputs by their sizes, and what comes out both ways."""
+"""Calls of the training kernels: inputs by size, and results of the forward and backward passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def leaf(*shape, seed=0, scale=1.0):
 
 
 def gradients(function, inputs, seed=9):
-    """The value of `function`, and the gradients of `inputs` for a random one of it."""
+    """The value of `function`, and the gradients of `inputs` for a random incoming gradient."""
     out = function(*inputs)
     grad = random(max(out.numel(), 1), seed=seed).view(out.shape).to(out.dtype)
     return out.detach(), torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)
@@ -41,7 +41,7 @@ def moe(*inputs):
 
 
 def heads(batch, tokens, count, head_dim, seed=0, scale=1.0):
-    """(B, H, T, Dh), as projections leave it."""
+    """(B, H, T, Dh) in the memory layout that projections produce."""
     return random(batch, tokens, count, head_dim, seed=seed, scale=scale).transpose(1, 2).requires_grad_()
 
 

@@ -1,4 +1,4 @@
-"""The file of an experiment, and every mistake in it."""
+"""Experiment files: what they define, and every mistake they can hold."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def test_an_arm_changes_keys_and_keeps_the_rest(tmp_path, tokenizer_file):
     assert experiment.output == tmp_path / "runs" / "small"
 
 
-def test_arms_may_compute_and_skip_differently(tmp_path, tokenizer_file):
-    """Both were unknown keys of an arm, though the shared configuration may have them."""
+def test_arms_may_override_compute_and_skipping(tmp_path, tokenizer_file):
+    """Both were once refused as unknown keys of an arm, though the shared configuration may have them."""
     arms = {"one": {"skip": {"sigmas": 0.0}}, "two": {"compute": {"activation_checkpointing": "full"}}}
     one, two = lay_out(load_experiment(write_experiment(tmp_path, tokenizer_file, arms)), tmp_path / "runs", 1)
     assert (one.config.skip.sigmas, two.config.skip.sigmas) == (0.0, 6.0)
     assert two.config.compute.activation_checkpointing == "full"
 
 
-def test_paths_are_relative_to_the_file_that_has_them(tmp_path, tokenizer_file):
+def test_paths_are_relative_to_the_experiment_file(tmp_path, tokenizer_file):
     path = write_experiment(tmp_path / "shared", tokenizer_file)
     other = tmp_path / "elsewhere" / "mine.toml"
     other.parent.mkdir()
@@ -84,13 +84,13 @@ def test_an_arm_that_starts_from_another_has_its_model(tmp_path, tokenizer_file)
     ],
     ids=lambda value: str(value)[-50:],
 )
-def test_mistakes_are_told(tmp_path, tokenizer_file, arms, told):
+def test_invalid_definitions_are_refused(tmp_path, tokenizer_file, arms, told):
     with pytest.raises(UserError) as caught:
         load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
     assert told in str(caught.value)
 
 
-def test_files_that_are_no_experiment(tmp_path, tokenizer_file, monkeypatch):
+def test_files_that_are_not_experiments_are_refused(tmp_path, tokenizer_file, monkeypatch):
     path = write_experiment(tmp_path, tokenizer_file)
     for text, told in (("[arms", "not valid TOML"), ("seed = 3", "'seed'"), ('base = "none.toml"', "two arms")):
         path.write_text(text, encoding="utf-8")
@@ -117,8 +117,8 @@ def test_an_experiment_is_found_by_path_or_by_name(tmp_path, tokenizer_file, mon
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_shipped_experiments_are_what_they_say(path, tmp_path):
-    """Every arm trains on as many tokens; most use as many parameters, and some have as many."""
+def test_shipped_arms_match_in_tokens_and_parameters(path, tmp_path):
+    """All arms train on the same number of tokens; most have as many active parameters, some as many in total."""
     experiment = load_experiment(path)
     runs = lay_out(experiment, tmp_path, seeds=1)
     compared = [run for run in runs if run.arm.compared]
@@ -134,6 +134,6 @@ def test_shipped_experiments_are_what_they_say(path, tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
-def test_the_experiments_that_are_shipped():
+def test_shipped_experiments_are_listed():
     names = ["dense", "granularity", "load-balancing", "shared-expert", "upcycling", "z-loss"]
     assert [path.stem for path in FILES] == names

@@ -32,7 +32,7 @@ def results():
     }
 
 
-def test_curves_are_means_with_bands_of_the_interval():
+def test_curves_are_means_with_confidence_bands():
     curves, differences = figure._draw(results()).axes
     lines = {line.get_label(): line for line in curves.get_lines()}
     assert lines["dense"].get_xydata().tolist() == [[1.0, 9.25], [2.0, 5.1]]
@@ -59,12 +59,12 @@ def test_one_seed_has_neither_band_nor_interval():
     assert figure.png(single).startswith(b"\x89PNG")
 
 
-def test_the_same_results_are_the_same_bytes_and_arms_alone_can_be_drawn():
+def test_figures_are_byte_identical_and_can_show_selected_arms():
     assert figure.png(results()) == figure.png(copy.deepcopy(results()))
     assert figure.png(results() | {"comparisons": []}).startswith(b"\x89PNG")
 
 
-def test_a_missing_matplotlib_is_told(monkeypatch):
+def test_missing_matplotlib_is_reported(monkeypatch):
     figure.require_matplotlib()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--no-figure"):

@@ -1,4 +1,4 @@
-"""The files that an experiment ends with."""
+"""The files that a finished experiment writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What results.json holds, from folders of runs written by hand."""
+"""The contents of results.json, from hand-written run folders."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from olmoe.train.experiment.runs import lay_out
 from small_experiments import DENSE, TOKENS, write_experiment
 
 STEP = {"load_balancing": 1.5, "router_z": 2.0, "max_load_over_mean": 1.25}
-# Losses of two files by seed, of which results take the mean: 5.0, 5.2, 5.1 and 4.9, 5.0, 5.0.
+# Losses on two files by seed, which results average: 5.0, 5.2, 5.1 and 4.9, 5.0, 5.0.
 LOSSES = {"dense": [(4.0, 6.0), (4.2, 6.2), (4.1, 6.1)], "sparse": [(3.9, 5.9), (4.0, 6.0), (4.0, 6.0)]}
 
 
 def write_finished(run, losses, start=None):
-    """A run's files as the trainer leaves them; the measured file must not count."""
+    """A run's files as the trainer writes them; the evaluation file must not count."""
     run.folder.mkdir(parents=True)
     held_out = dict(zip(("one", "two"), losses, strict=True))
-    # Two layers of three experts: nobody chose the last of the first layer, and the last two of the second.
+    # Two layers of three experts: no token chose the last of the first layer or the last two of the second.
     load_LE = {"one": [[5, 0, 0], [9, 0, 0]], "two": [[5, 2, 0], [9, 0, 0]]}
     evaluation = {"step": 8, "held_out_loss": held_out | {"measured": 99.0}, "expert_load_LE": load_LE}
     (run.folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
@@ -87,7 +87,7 @@ def test_seeds_that_one_arm_lacks_are_not_compared(tmp_path, tokenizer_file):
     assert "p_holm" not in row
 
 
-def test_arms_for_others_to_start_from_are_not_compared_and_curves_go_on_from_theirs(tmp_path, tokenizer_file):
+def test_starting_arms_are_not_compared_and_later_curves_continue_theirs(tmp_path, tokenizer_file):
     arms = {"half": {"model": DENSE, "compared": False}, "on": {"start": "half"}, "new": {}}
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
     runs = lay_out(experiment, tmp_path / "out", seeds=1)
@@ -100,7 +100,7 @@ def test_arms_for_others_to_start_from_are_not_compared_and_curves_go_on_from_th
     assert [arm["compared"] for arm in found["arms"].values()] == [False, True, True]
 
 
-def test_a_shared_expert_is_among_the_parameters(tmp_path, tokenizer_file):
+def test_shared_experts_count_as_parameters(tmp_path, tokenizer_file):
     arms = {"plain": {}, "shared": {"shared_expert": {"width": 24}}}
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
     runs = lay_out(experiment, tmp_path / "out", seeds=1)
@@ -111,7 +111,7 @@ def test_a_shared_expert_is_among_the_parameters(tmp_path, tokenizer_file):
         assert shared[key] - plain[key] == 2 * 3 * 24 * 16  # layers, matrices, width, hidden size
 
 
-def test_an_experiment_without_held_out_text_is_told(tmp_path, tokenizer_file):
+def test_an_experiment_without_held_out_text_is_refused(tmp_path, tokenizer_file):
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file))
     runs = lay_out(experiment, tmp_path / "out", seeds=1)
     write_finished(runs[0], (5.0, 5.0))

@@ -1,4 +1,4 @@
-"""Runs that experiments have in common."""
+"""Runs that several experiments share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from small_experiments import DENSE, write_experiment
 
 @pytest.fixture
 def trained(tmp_path, tokenizer_file):
-    """The folder of all experiments, with the dense arm of one of them trained; and its run."""
+    """The folder of all experiments, in which one experiment's dense arm is trained; and that run."""
     path = write_experiment(tmp_path / "files", tokenizer_file)
     run = lay_out(load_experiment(path), tmp_path / "runs" / "first", seeds=1)[0]
     write_configuration(run)
@@ -29,7 +29,7 @@ def trained(tmp_path, tokenizer_file):
 
 
 def laid_out(output, tokenizer_file, arms, **changes):
-    """The runs of another experiment, whose files lie elsewhere, with its configurations written."""
+    """The runs of another experiment whose files lie elsewhere, with their configurations written."""
     path = write_experiment(output.parents[1] / "other", tokenizer_file, arms, **changes)
     runs = lay_out(load_experiment(path), output, seeds=1)
     for run in runs:
@@ -37,9 +37,9 @@ def laid_out(output, tokenizer_file, arms, **changes):
     return runs
 
 
-def test_what_another_experiment_trained_is_taken_over(trained, tokenizer_file):
+def test_runs_of_another_experiment_are_reused(trained, tokenizer_file):
     folder, first = trained
-    # Said in other words, and of other places: `weight_decay` is the default, and an arm has another name.
+    # The same settings written differently: `weight_decay` is the default, paths differ, an arm has another name.
     arms = {"none": {"model": DENSE, "optimizer": {"weight_decay": 0.1}}, "sparse": {}}
     dense, sparse = laid_out(folder / "second", tokenizer_file, arms, checkpoint={"keep": 1})
     assert (reuse(dense), reuse(sparse)) == (True, False)
@@ -56,18 +56,18 @@ def test_what_another_experiment_trained_is_taken_over(trained, tokenizer_file):
     )
 
 
-def test_an_experiment_trains_what_is_left_and_starts_from_what_it_took_over(trained, tokenizer_file):
+def test_only_missing_runs_are_trained_and_may_start_from_reused_ones(trained, tokenizer_file):
     folder, _ = trained
     arms = {"half": {"model": DENSE}, "on": {"start": "half"}, "sparse": {}}
     half, on, sparse = laid_out(folder / "second", tokenizer_file, arms)
     train_all([half, on, sparse])
     assert (half.folder / "reused.json").is_file()
-    assert not (half.folder / "log.txt").exists()  # no process trained it
+    assert not (half.folder / "log.txt").exists()  # not trained again
     assert all(run.is_finished and not (run.folder / "reused.json").exists() for run in (on, sparse))
     assert (half.folder / "best" / "model.safetensors").read_bytes() != (
         on.folder / "best" / "model.safetensors"
     ).read_bytes()
-    # A run that starts from another one is trained, as long as nothing says that their starts are the same.
+    # A run that starts from another one is trained unless both are known to start from the same weights.
     again = laid_out(folder / "third", tokenizer_file, arms)
     assert [reuse(run) for run in again] == [True, False, True]
     assert json.loads((again[0].folder / "reused.json").read_text())["from"] == "first/dense/seed-1"
@@ -78,7 +78,7 @@ def test_an_experiment_trains_what_is_left_and_starts_from_what_it_took_over(tra
     [
         {"optimizer": {"learning_rate": 2e-2}},
         {"loss": {"router_z": 0.1}},
-        {"batch": {"sequences": 1, "accumulation": 4}},  # the same step, but load balancing looks at less at a time
+        {"batch": {"sequences": 1, "accumulation": 4}},  # the same step, but load balancing sees fewer tokens at a time
         {"evaluation": {"windows": 2}},
         {"skip": {"sigmas": 0}},
         {"schedule": {"warmup_tokens": 64}},
@@ -86,14 +86,14 @@ def test_an_experiment_trains_what_is_left_and_starts_from_what_it_took_over(tra
     ],
     ids=lambda changes: "-".join(f"{section}.{key}" for section, table in changes.items() for key in table),
 )
-def test_other_settings_are_another_run(trained, tokenizer_file, changes):
+def test_runs_with_other_settings_are_not_reused(trained, tokenizer_file, changes):
     folder, _ = trained
     dense, _ = laid_out(folder / "second", tokenizer_file, None, **changes)
     assert not reuse(dense)
     assert list(dense.folder.iterdir()) == [dense.folder / "run.toml"]
 
 
-def test_other_texts_are_another_run(trained, tokenizer_file):
+def test_runs_on_other_texts_are_not_reused(trained, tokenizer_file):
     folder, _ = trained
     dense, _ = laid_out(folder / "second", tokenizer_file, None)
     text = folder.parent / "other" / "train.txt"
@@ -101,7 +101,7 @@ def test_other_texts_are_another_run(trained, tokenizer_file):
     assert not reuse(dense)
 
 
-def test_another_seed_or_an_unfinished_or_damaged_run_is_not_taken_over(trained, tokenizer_file):
+def test_runs_of_another_seed_unfinished_or_damaged_are_not_reused(trained, tokenizer_file):
     folder, first = trained
     path = write_experiment(folder.parent / "other", tokenizer_file)
     second = lay_out(load_experiment(path), folder / "second", seeds=2)[2]
@@ -121,7 +121,7 @@ def test_another_seed_or_an_unfinished_or_damaged_run_is_not_taken_over(trained,
     assert reuse(run)
 
 
-def test_a_run_that_was_begun_goes_on_by_itself(trained, tokenizer_file):
+def test_a_run_already_begun_is_continued_not_replaced(trained, tokenizer_file):
     folder, _ = trained
     dense, _ = laid_out(folder / "second", tokenizer_file, None)
     (dense.folder / "checkpoints" / "step-0000003").mkdir(parents=True)

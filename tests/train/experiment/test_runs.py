@@ -1,4 +1,4 @@
-"""How an experiment is laid out in runs."""
+"""How an experiment is laid out as runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from olmoe.train.run_data import open_data
 from small_experiments import DENSE, TOKENS, write_experiment
 
 
-def test_runs_come_seed_by_seed_in_folders_of_their_own(tmp_path, tokenizer_file):
+def test_runs_are_ordered_by_seed_in_separate_folders(tmp_path, tokenizer_file):
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file))
     runs = lay_out(experiment, tmp_path / "out", seeds=2)
     assert [(run.arm.name, run.seed) for run in runs] == [("dense", 1), ("sparse", 1), ("dense", 2), ("sparse", 2)]
@@ -40,7 +40,7 @@ def test_all_arms_of_a_seed_see_the_same_windows_in_the_same_order(tmp_path, tok
     assert (dense_1 != dense_2).any()
 
 
-def test_a_run_that_goes_on_sees_other_windows_than_the_one_before(tmp_path, tokenizer_file):
+def test_a_run_started_from_another_sees_new_windows(tmp_path, tokenizer_file):
     arms = {"half": {"model": DENSE}, "on": {"start": "half"}, "up": {"start": "half", "upcycle": {"experts": 4}}}
     half, on, up = lay_out(load_experiment(write_experiment(tmp_path, tokenizer_file, arms)), tmp_path / "out", seeds=1)
     assert (half.config.run.seed, on.config.run.seed, up.config.run.seed) == (1, 1 + STAGE, 1 + STAGE)
@@ -50,7 +50,7 @@ def test_a_run_that_goes_on_sees_other_windows_than_the_one_before(tmp_path, tok
     assert up.config.run.initialize_from == str(tmp_path / "out" / "up" / "start" / "seed-1")
 
 
-def test_a_scale_shortens_tokens_warm_up_and_the_distance_of_evaluations(tmp_path, tokenizer_file):
+def test_a_scale_shortens_tokens_warm_up_and_evaluation_intervals(tmp_path, tokenizer_file):
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file))
     half = lay_out(experiment, tmp_path, seeds=1, scale=0.5)[0].config
     assert (half.schedule.total_tokens, half.schedule.warmup_tokens) == (TOKENS // 2, 16)
@@ -61,25 +61,25 @@ def test_a_scale_shortens_tokens_warm_up_and_the_distance_of_evaluations(tmp_pat
             lay_out(experiment, tmp_path, seeds=seeds, scale=scale)
 
 
-def test_a_wrong_training_configuration_names_its_arm(tmp_path, tokenizer_file):
+def test_an_invalid_training_configuration_names_its_arm(tmp_path, tokenizer_file):
     arms = {"good": {}, "bad": {"model": {"hiden_size": 8}}}
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
     with pytest.raises(ConfigError, match=r"'bad' is no training run: .*hiden_size"):
         lay_out(experiment, tmp_path / "out", seeds=1)
 
 
-def test_the_written_configuration_is_one_of_olmoe_train(tmp_path, tokenizer_file):
+def test_the_written_configuration_loads_in_olmoe_train(tmp_path, tokenizer_file):
     run = lay_out(load_experiment(write_experiment(tmp_path, tokenizer_file)), tmp_path / "out", seeds=1)[0]
     write_configuration(run)
     assert load_config(run.folder / "run.toml").fingerprint() == run.config.fingerprint()
 
 
-def test_a_run_that_was_begun_keeps_its_settings(tmp_path, tokenizer_file):
+def test_a_run_already_begun_keeps_its_settings(tmp_path, tokenizer_file):
     run = lay_out(load_experiment(write_experiment(tmp_path, tokenizer_file)), tmp_path / "out", seeds=1)[0]
     write_configuration(run)
     changed = write_experiment(tmp_path, tokenizer_file, optimizer={"learning_rate": 3e-3})
     other = lay_out(load_experiment(changed), tmp_path / "out", seeds=1)[0]
-    write_configuration(other)  # nothing was trained yet
+    write_configuration(other)  # nothing has been trained yet
     (run.folder / "evaluation.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"learning_rate = 0\.003, and not 0\.01 .*--output"):
         write_configuration(run)
@@ -89,7 +89,7 @@ def test_a_run_that_was_begun_keeps_its_settings(tmp_path, tokenizer_file):
     write_configuration(lay_out(load_experiment(free), tmp_path / "out", seeds=1)[0])
 
 
-def test_toml_of_every_kind_of_value():
+def test_every_kind_of_value_is_written_as_toml():
     tables = {
         "a": {"text": 'a "b"\\c\n\x7fé', "number": 3, "real": 1e-5, "yes": True, "list": [1.5, [2], {"x y": "z"}]},
         "b": {},

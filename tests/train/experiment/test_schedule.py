@@ -1,4 +1,4 @@
-"""Training the runs of an experiment: in other processes, once, and on from where they were."""
+"""Training an experiment's runs: in worker processes, each once, resuming what was interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from olmoe.train.loop import train
 from small_experiments import DENSE, TOKENS, write_experiment
 from training_runs import assert_same_run, read_metrics, write_run
 
-LIMIT = 180  # seconds after which something counts as hung
+LIMIT = 180  # seconds after which a process counts as hung
 
 
 def runs_of(path, output, seeds=1, scale=1.0):
@@ -33,7 +33,7 @@ def modified(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.name == "evaluation.json"}
 
 
-def test_runs_are_what_olmoe_train_does_with_their_configuration(tmp_path, tokenizer_file):
+def test_runs_equal_olmoe_train_on_their_configuration(tmp_path, tokenizer_file):
     path = write_experiment(tmp_path / "a" / "same", tokenizer_file)
     runs = runs_of(path, tmp_path / "out")
     told = []
@@ -47,7 +47,7 @@ def test_runs_are_what_olmoe_train_does_with_their_configuration(tmp_path, token
     assert_same_run(runs[1].folder, same.parent / "out")
 
 
-def test_what_is_finished_is_not_trained_again(tmp_path, tokenizer_file, monkeypatch):
+def test_finished_runs_are_not_trained_again(tmp_path, tokenizer_file, monkeypatch):
     path = write_experiment(tmp_path, tokenizer_file)
     train_all(runs_of(path, tmp_path / "out"))
     before = modified(tmp_path / "out")
@@ -60,7 +60,7 @@ def test_what_is_finished_is_not_trained_again(tmp_path, tokenizer_file, monkeyp
     train_all(runs_of(path, tmp_path / "out", seeds=2))
 
 
-def test_a_run_waits_for_the_one_it_starts_from_and_its_curve_begins_there(tmp_path, tokenizer_file):
+def test_a_run_waits_for_its_starting_run_and_continues_its_curve(tmp_path, tokenizer_file):
     arms = {
         "half": {"model": DENSE, "compared": False},
         "on": {"start": "half"},
@@ -84,7 +84,7 @@ def test_a_run_waits_for_the_one_it_starts_from_and_its_curve_begins_there(tmp_p
     assert (config["num_experts"], config["norm_topk_prob"]) == (4, True)
 
 
-def test_mistakes_in_the_data_show_before_anything_is_trained(tmp_path, tokenizer_file):
+def test_bad_data_is_refused_before_training(tmp_path, tokenizer_file):
     path = write_experiment(tmp_path, tokenizer_file)
     (tmp_path / "valid.txt").unlink()
     with pytest.raises(UserError, match=r"valid\.txt"):
@@ -94,7 +94,7 @@ def test_mistakes_in_the_data_show_before_anything_is_trained(tmp_path, tokenize
         train_all(runs_of(path, tmp_path / "out"), jobs=0)
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_saved(tmp_path, tokenizer_file):
+def test_a_failing_run_is_named_and_the_others_are_saved(tmp_path, tokenizer_file):
     arms = {"good": {}, "wild": {"optimizer": {"learning_rate": 1e18}}}
     runs = runs_of(
         write_experiment(tmp_path, tokenizer_file, arms, schedule={"total_tokens": 4000 * 64}), tmp_path / "o"
@@ -102,11 +102,11 @@ def test_a_run_that_fails_is_named_and_the_others_are_saved(tmp_path, tokenizer_
     with pytest.raises(UserError, match=r"^wild, seed 1: The .* lower optimizer\.learning_rate"):
         train_all(runs, jobs=2)
     assert not runs[0].is_finished
-    # It had begun to train, or was still importing torch.
+    # It had started to train, or was still importing torch.
     assert runs[0].has_begun or not (runs[0].folder / "metrics.jsonl").exists()
 
 
-def test_a_process_that_vanishes_is_told(tmp_path, tokenizer_file, monkeypatch):
+def test_a_worker_that_dies_is_reported(tmp_path, tokenizer_file, monkeypatch):
     runs = runs_of(write_experiment(tmp_path, tokenizer_file), tmp_path / "out")
     monkeypatch.setattr(schedule.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"dense, seed 1 ended with code 1; see .*log\.txt"):
@@ -124,7 +124,7 @@ COMMAND = "import sys; from olmoe.cli.main import main; sys.exit(main(sys.argv[1
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_an_interrupted_experiment_leaves_no_process_and_goes_on_to_the_same_result(tmp_path, tokenizer_file, number):
+def test_an_interrupted_experiment_leaves_no_process_and_resumes_to_the_same_result(tmp_path, tokenizer_file, number):
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW, encoding="utf-8")
     path = write_experiment(tmp_path / "a" / "same", tokenizer_file)
@@ -142,7 +142,7 @@ def test_an_interrupted_experiment_leaves_no_process_and_goes_on_to_the_same_res
         out, err = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
-    wait_for(lambda: not any((run.folder / "lock").exists() for run in runs))  # each was let go of by its process
+    wait_for(lambda: not any((run.folder / "lock").exists() for run in runs))  # each process released its lock
     if number == signal.SIGINT:
         assert process.returncode == 130, err
         assert (out, err) == ("", "olmoe: interrupted, saved; 0 of 2 runs are finished. The same command continues.\n")

@@ -31,7 +31,7 @@ RESULTS = {
 }  # fmt: skip
 
 
-def test_every_number_has_its_place():
+def test_every_number_is_in_its_cell():
     lines = markdown(RESULTS).split("\n")
     assert lines[:3] == ["# Small", "", "Is it?"]
     assert "| a: first | 4.33M | 1.57M | 1,024,000 | 2 | 5.1234 | 0.0100 | 1.50 |" in lines

@@ -1,4 +1,4 @@
-"""The process that trains one run: exit codes, going on, and the end of its input."""
+"""The process that trains one run: exit codes, resuming, and what happens when its input closes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ to_the_end_of_the_input = worker._interrupt_at_the_end_of_input
 
 @pytest.fixture(autouse=True)
 def _open_input(monkeypatch):
-    """The tests' own input may be at its end."""
+    """The test process's own stdin may be closed."""
     monkeypatch.setattr(worker, "_interrupt_at_the_end_of_input", lambda: None)
 
 
-def test_a_run_is_trained_and_what_was_cut_short_before_a_checkpoint_begins_anew(tmp_path, tokenizer_file):
+def test_a_run_cut_short_before_its_first_checkpoint_starts_over(tmp_path, tokenizer_file):
     path = write_run(tmp_path / "a" / "same", tokenizer_file)
     assert worker.main(str(path)) == 0
     other = write_run(tmp_path / "b" / "same", tokenizer_file)
@@ -30,13 +30,13 @@ def test_a_run_is_trained_and_what_was_cut_short_before_a_checkpoint_begins_anew
     assert_same_run(left, path.parent / "out")
 
 
-def test_mistakes_are_one_sentence(tmp_path, tokenizer_file, capsys):
+def test_mistakes_are_reported_in_one_sentence(tmp_path, tokenizer_file, capsys):
     path = write_run(tmp_path, tokenizer_file, model={"hiden_size": 8})
     assert worker.main(str(path)) == 2
     assert capsys.readouterr().err.startswith("olmoe: [model] has the unknown key 'hiden_size'")
 
 
-def test_an_interrupt_is_130(tmp_path, tokenizer_file, monkeypatch):
+def test_an_interrupt_exits_with_130(tmp_path, tokenizer_file, monkeypatch):
     from olmoe.train import loop
 
     def stop(*_, **__):
@@ -46,7 +46,7 @@ def test_an_interrupt_is_130(tmp_path, tokenizer_file, monkeypatch):
     assert worker.main(str(write_run(tmp_path, tokenizer_file))) == 130
 
 
-def test_the_end_of_the_input_interrupts(monkeypatch):
+def test_closing_stdin_interrupts_the_run(monkeypatch):
     read, write = os.pipe()
     os.write(write, b"more")
     os.close(write)

@@ -1,4 +1,4 @@
-"""Answers in the log are those that the engine would give."""
+"""Answers in the log are those that the engine would generate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from olmoe.train.finetune.answers import answer, prompt_of
 from olmoe.train.finetune.chats import Completion, Conversation
 
 
-def test_answers_are_greedy_decoding(tokenizer):
+def test_logged_answers_are_those_of_greedy_decoding(tokenizer):
     model = make_model()
     chat = [{"role": "user", "content": "the dog"}]
     llm = LLM.from_parts(model, tokenizer, backend="torch")

@@ -1,4 +1,4 @@
-"""Every format that chats come in gives the same messages; what is none is refused with its line."""
+"""Every chat format gives the same messages; invalid samples are refused with their line number."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def read(tmp_path, *rows, name="chats.jsonl", **options):
         {"prompt": [SYSTEM, ASKED], "response": "Hi!"},
     ],
 )
-def test_formats_give_the_same_messages(tmp_path, row):
+def test_every_format_gives_the_same_messages(tmp_path, row):
     (sample,) = read(tmp_path, row)
     assert isinstance(sample, Conversation)
     assert sample.messages == [SYSTEM, ASKED, ANSWERED]
     assert sample.trained == (False, False, True)
 
 
-def test_texts_stay_texts_unless_they_are_called_a_chat(tmp_path):
+def test_plain_texts_are_not_chats_unless_declared(tmp_path):
     row = {"prompt": "2 + 2 =", "completion": " 4"}
     assert read(tmp_path, row) == [Completion("2 + 2 =", " 4")]
     (sample,) = read(tmp_path, row, chat=True)
@@ -82,7 +82,7 @@ def test_history_weights_and_tools_are_read(tmp_path):
         ([1], "not a JSON object"),
     ],
 )
-def test_what_is_no_sample_is_refused_with_its_line(tmp_path, row, says):
+def test_invalid_samples_are_refused_with_their_line(tmp_path, row, says):
     message = refused(lambda: read(tmp_path, {"messages": [ASKED, ANSWERED]}, row), ConfigError)
     assert message.startswith("Line 2 of the data file ")
     assert says in message

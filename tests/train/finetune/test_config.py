@@ -1,4 +1,4 @@
-"""Configurations of fine-tuning: the recipes' defaults, schedules, and what is refused."""
+"""Fine-tuning configurations: the recipes' defaults, schedules, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from olmoe.train.finetune.config import FinetuneSchedule, PreferenceConfig, SFTC
 from sentences import refused
 
 
-def test_defaults_are_the_papers(tmp_path):
+def test_defaults_follow_the_paper(tmp_path):
     (tmp_path / "run.toml").write_text(
         '[run]\noutput = "out"\ninitialize_from = "x"\n[data]\ntrain = [{ path = "a.jsonl" }]\n[batch]\nsequences = 4\n'
         "[optimizer]\neps = 1e-9\n"
@@ -21,13 +21,13 @@ def test_defaults_are_the_papers(tmp_path):
     assert (chats.loss.load_balancing, chats.loss.router_z) == (0.0, 0.0)
     assert chats.adapter is None
     assert chats.residual_dropout == 0.0
-    assert "regularization" not in chats.fingerprint()  # runs from before there was dropout continue
+    assert "regularization" not in chats.fingerprint()  # runs older than the dropout setting continue
     pairs = load_config(tmp_path / "run.toml", PreferenceConfig)
     assert (pairs.optimizer.learning_rate, pairs.schedule.epochs, pairs.schedule.warmup) == (5e-7, 3.0, 0.1)
     assert pairs.loss.strength == 0.1
 
 
-def test_runs_from_before_there_was_a_precision_of_adapters_continue(tmp_path, tokenizer_file):
+def test_runs_older_than_the_adapter_precision_setting_continue(tmp_path, tokenizer_file):
     adapter = {"rank": 2}
     plain = load_config(write_run(tmp_path / "a", tokenizer_file, adapter=adapter), SFTConfig).fingerprint()
     rounded = load_config(
@@ -43,11 +43,11 @@ def test_precision_must_stay_where_recomputation_may_change(tmp_path, tokenizer_
         for compute in ({}, {"activation_checkpointing": "selective"}, {"precision": "bf16-products"})
     )
     assert recomputed == plain
-    assert "compute" not in plain  # runs from before there was [compute] continue
+    assert "compute" not in plain  # runs older than [compute] continue
     assert rounded == plain | {"precision": "bf16-products"}
 
 
-def test_recompute_is_short_for_full_activation_checkpointing(tmp_path, tokenizer_file):
+def test_recompute_means_full_activation_checkpointing(tmp_path, tokenizer_file):
     path = write_run(tmp_path, tokenizer_file)
     path.write_text("recompute = true\n" + path.read_text())
     assert load_config(path, SFTConfig).of_layers.activation_checkpointing == "full"
@@ -57,7 +57,7 @@ def test_recompute_is_short_for_full_activation_checkpointing(tmp_path, tokenize
     assert "leave out one" in refused(lambda: load_config(path, SFTConfig), ConfigError)
 
 
-def test_rates_are_those_of_the_log():
+def test_learning_rates_match_the_released_log():
     """The released SFT run: 9,500 steps, 2e-5, a warm-up of 0.03 (its log counts steps from 1)."""
     rate = FinetuneSchedule().rate
     assert rate(2e-5, 0, 9500) == pytest.approx(7.018e-8, rel=1e-3)
@@ -85,7 +85,7 @@ def test_rates_are_those_of_the_log():
         ({"loss": {"reduce": "max"}}, "loss.reduce must be mean or sum, not 'max'"),
         ({"loss": {"load_balancing": -0.1}}, "loss.load_balancing must be at least 0"),
         ({"regularization": {"residual_dropout": 1.0}}, "regularization.residual_dropout must be from 0 to below 1"),
-        ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # for ever
+        ({"schedule": {"epochs": 2**40}}, "schedule.epochs must be above 0 and at most 1,000,000"),  # would never end
         ({"data": {"train": [{"path": "train.jsonl", "repeat": 2**40}]}}, "repeat of 'train.jsonl' must be above 0"),
         ({"data": {"valid": [{"path": "valid.jsonl", "repeat": 2}]}}, "is not trained on, so its repeat means nothing"),
         ({"run": {"peak_flops": 1e12}}, "run.peak_flops is for the MFU of olmoe train"),
@@ -93,7 +93,7 @@ def test_rates_are_those_of_the_log():
         (
             {"adapter": {"rank": "8"}},
             "adapter.rank must be of type int, not '8'",
-        ),  # was {'rank': '8'} of the wrong type
+        ),  # was reported as {'rank': '8'} of the wrong type
         ({"adapter": {"rnak": 8}}, "[adapter] has the unknown key 'rnak'; known are alpha, pack, precision, rank"),
         ({"adapter": {"rank": 2**62}}, "adapter.rank must be above 0 and at most 1,000,000"),  # was a traceback
         ({"adapter": {"targets": ["all"]}}, "adapter.targets must be attention, experts or router, not 'all'"),

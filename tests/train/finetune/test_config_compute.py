@@ -1,4 +1,4 @@
-"""`[compute]` of fine-tuning: near fp32 in less precision, the same however it is recomputed, continued exactly."""
+"""`[compute]` of fine-tuning: close to fp32 in bf16, unchanged by recomputation, resumed exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = {"sft": {}, "dpo": {"row": preference}}
 
 @pytest.fixture(autouse=True)
 def instructions(monkeypatch):
-    """bf16 products compute the same without them, if slowly."""
+    """bf16 products compute the same without the instructions, only slowly."""
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
 
 
@@ -32,17 +32,17 @@ def losses(output):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory, tokenizer_file):
-    """Runs in fp32 by command."""
+    """fp32 runs by command."""
     folder = tmp_path_factory.mktemp("references")
     return {c: run(write_run(folder / c / "run", tokenizer_file, **rows, **SHORT), c) for c, rows in ROWS.items()}
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 @pytest.mark.parametrize("products", ["bf16", "bf16-products"])
-def test_losses_are_near_those_of_fp32_and_weights_stay_in_it(tmp_path, tokenizer_file, references, command, products):
+def test_losses_are_close_to_fp32_and_weights_stay_fp32(tmp_path, tokenizer_file, references, command, products):
     path = write_run(tmp_path, tokenizer_file, compute={"precision": products}, **ROWS[command], **SHORT)
     output = run(path, command)
-    # The difference of two log-probabilities, which preferences are about, is of the size of bf16's rounding.
+    # Preference losses depend on differences of log-probabilities that are as small as bf16's rounding.
     near = {"sft": 1e-2, "dpo": 5e-2}[command]
     assert losses(output) == pytest.approx(losses(references[command]), rel=near)
     assert losses(output) != losses(references[command])
@@ -73,7 +73,7 @@ def test_recomputation_changes_nothing(tmp_path, tokenizer_file, references, com
 
 
 @pytest.mark.parametrize("pack", [None, "nf4"])
-def test_adapters_are_recomputed_alike(tmp_path, tokenizer_file, pack):
+def test_recomputation_changes_nothing_for_adapters(tmp_path, tokenizer_file, pack):
     adapter = {"rank": 2, "alpha": 8.0} | ({"pack": pack} if pack else {})
     outputs = [
         run(
@@ -87,8 +87,8 @@ def test_adapters_are_recomputed_alike(tmp_path, tokenizer_file, pack):
     assert records[0] == records[1]
 
 
-def test_two_ranks_in_bf16_train_like_one_process(tmp_path, tokenizer_file):
-    """But for neighbours in bf16 to which almost equal numbers round."""
+def test_two_ranks_in_bf16_match_one_process(tmp_path, tokenizer_file):
+    """Up to nearly equal numbers that round to neighbouring bf16 values."""
     compute = {"precision": "bf16"}
     one = run(write_run(tmp_path / "1", tokenizer_file, compute=compute, **SHORT))
     path = write_run(
@@ -98,7 +98,7 @@ def test_two_ranks_in_bf16_train_like_one_process(tmp_path, tokenizer_file):
     assert losses(path.parent / "out") == pytest.approx(losses(one), rel=1e-2)
 
 
-def test_the_best_checkpoint_is_reported_as_others_compute_it(tmp_path, tokenizer_file, monkeypatch):
+def test_the_best_checkpoint_is_evaluated_in_fp32(tmp_path, tokenizer_file, monkeypatch):
     seen = []
     original = loop._report_best
 
@@ -112,7 +112,7 @@ def test_the_best_checkpoint_is_reported_as_others_compute_it(tmp_path, tokenize
     assert seen == [{None}]
 
 
-def test_it_is_refused_where_the_cpu_lacks_instructions(tmp_path, tokenizer_file, monkeypatch):
+def test_bf16_is_refused_where_the_cpu_lacks_the_instructions(tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     path = write_run(tmp_path, tokenizer_file, compute={"precision": "bf16-products"})
     assert "AVX512-BF16" in refused(lambda: run(path), BackendUnavailableError)

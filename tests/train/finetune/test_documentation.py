@@ -1,4 +1,4 @@
-"""docs/finetuning.md: every command runs, in its order, and what it says of defaults is so."""
+"""docs/finetuning.md: every command runs, in order, and the stated defaults are right."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     assert "sft-tiny" in str(next((tmp_path / "runs" / "sft-tiny").glob("best")))
 
 
-def test_tables_of_the_page_are_those_of_the_configurations():
+def test_tables_of_the_page_match_the_configurations():
     *tables, shares = [block for kind, block in BLOCKS if kind == "toml"]
     assert len(tables) == 2
     assert build(ParallelConfig, tomllib.loads(shares)["parallel"], "parallel") == ParallelConfig(data=2)
@@ -70,7 +70,7 @@ def test_commands_of_several_processes_run(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words, "--quiet"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("best") == 1  # one rank tells where the result is
+        assert done.stdout.count("best") == 1  # only one rank reports where the result is
     assert checkpoint.load(tmp_path / "runs" / "dpo-tiny" / "best").config.num_experts == 64
 
 
@@ -115,7 +115,7 @@ def script(name: str = "story_requests"):
     return module
 
 
-def test_requests_are_obeyed_by_the_stories_that_they_were_made_of():
+def test_requests_are_satisfied_by_the_stories_they_were_made_from():
     made = script()
     rows = [json.loads(line) for line in (ROOT / "examples" / "chats" / "stories.jsonl").read_text().splitlines()]
     asked = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
@@ -146,7 +146,7 @@ THINGS = "kite ball boat drum cake hat lamp coin bell rope cup leaf".split()
 
 
 def stories(count: int) -> list[str]:
-    """So many, each about another child and another thing."""
+    """`count` stories, each about a different child and thing."""
     children = [(NAMES[i % 12], THINGS[i // 12 % 12]) for i in range(count)]
     return [
         f"Once upon a time, there was a little girl named {name}. She found a {thing} in the park.\n\n"
@@ -162,17 +162,17 @@ def scripts(monkeypatch):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_chats_are_obeyed_by_the_stories_that_they_were_made_of(scripts, held_out):
+def test_chats_are_satisfied_by_the_stories_they_were_made_from(scripts, held_out):
     made, measured = script("story_chats"), script("story_obedience")
     rows = list(made.chats(stories(144), 4, 1200, 1, held_out))
     kinds = {row["kind"] for row in rows}
     assert kinds - {"short"} == {*made.KINDS, "talk"}
-    assert held_out or "short" in kinds  # held out, few of these stories have enough words for one
+    assert held_out or "short" in kinds  # few of the held-out stories have enough words for one
     for row in rows:
         assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
         assert measured.obeys(row, row["messages"][-1]["content"]), row
         for message in row["messages"][:-1]:
-            # Told before: not learned again, and no half of a story as if it were one.
+            # The beginning is context: it is not trained on, and half a story is not presented as a whole one.
             assert message["role"] == "user" or message.get("weight") == 0 or message["content"] == made.WELCOME
     share = measured.summary(rows, measured.strangers(rows))["kinds"]
     assert share["words"]["obeyed"] < 0.2
@@ -180,7 +180,7 @@ def test_chats_are_obeyed_by_the_stories_that_they_were_made_of(scripts, held_ou
     assert list(made.chats(stories(144), 4, 1200, 1, held_out)) == rows
 
 
-def test_what_is_measured_was_not_learned(scripts):
+def test_held_out_requests_are_not_in_the_training_data(scripts):
     made = script("story_chats")
     learned, measured = (set(made.small_talk(held_out)) for held_out in (False, True))
     assert {asked for asked, _ in learned}.isdisjoint(asked for asked, _ in measured)
@@ -196,7 +196,7 @@ def test_what_is_measured_was_not_learned(scripts):
         ("begins", ["A dog sat."], "A dog sat. It slept.", True),
         ("begins", ["A dog sat."], "The dog sat. It slept.", False),
         ("go on", ["Max"], "Then Max ran home.", True),
-        ("go on", ["Max"], "Max found a hat.", False),  # as it was given
+        ("go on", ["Max"], "Max found a hat.", False),  # unchanged
         ("sentence", ["hat"], "Max had a hat.", True),
         ("sentence", ["hat"], "Max had a hat. It was red.", False),
         ("short", ["hat"], "Max had a hat. It was red.", True),
@@ -205,14 +205,14 @@ def test_what_is_measured_was_not_learned(scripts):
         ("talk", ["stories"], "I can tell stories.", True),
     ],
 )
-def test_obeying_is_what_was_asked_for(scripts, kind, asked, answer, obeyed):
+def test_obedience_is_measured_by_what_was_asked(scripts, kind, asked, answer, obeyed):
     given = {"role": "user", "content": "Go on: Max found a hat." if kind == "go on" else "?"}
     row = {"kind": kind, "asked": asked, "messages": [given, {"role": "assistant", "content": ""}]}
     assert script("story_obedience").obeys(row, answer) is obeyed
 
 
 def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
-    """Its commands in their order, on a corpus of a few stories, up to a checkpoint that is measured."""
+    """Its commands in order, on a corpus of a few stories, up to measuring the checkpoint."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     for part in ("train", "valid"):

@@ -1,4 +1,4 @@
-"""Learning from preferences: the loss of a step, the reference, and that an interruption changes nothing."""
+"""Preference training: the loss of a step, the reference, and exact resumption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finished(tmp_path_factory, tokenizer_file) -> Path:
     return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file, row=preference, **SMALL), "dpo")
 
 
-def test_answers_become_better(finished):
+def test_chosen_answers_become_more_likely_than_rejected_ones(finished):
     records = read_metrics(finished)
     assert records[0]["held_out_loss"] == {next(iter(records[0]["held_out_loss"])): 0.69315}
     assert records[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -39,8 +39,8 @@ def test_answers_become_better(finished):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "dpo_norm", "kto"])
-def test_a_step_is_the_one_written_out_here(tmp_path, tokenizer_file, kind):
-    """Log-probabilities one by one, from whole logits; the reference is the model that the run begins with."""
+def test_a_step_matches_one_written_out_by_hand(tmp_path, tokenizer_file, kind):
+    """Log-probabilities one by one, from full logits; the reference is the model that the run starts from."""
     path = write_run(tmp_path, tokenizer_file, row=preference, loss={"kind": kind}, **SMALL)
     config = load_config(path, PreferenceConfig)
     task = PreferenceTask(config, open_start(config), torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_a_step_is_the_one_written_out_here(tmp_path, tokenizer_file, kind):
 
 
 def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
-    """With the reference that was computed before the first step."""
+    """With the reference log-probabilities computed before the first step."""
     folder = copy_of(finished, tmp_path)
     interrupt(monkeypatch, folder / "run.toml", "dpo", number=signal.SIGTERM, step=7)
     reference = (folder / "out" / "reference.npy").read_bytes()
@@ -88,7 +88,7 @@ def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatc
     assert "is of other samples" in refused(lambda: run(folder / "run.toml", "dpo", resume=True), CheckpointError)
     (folder / "out" / "reference.npy").write_bytes(b"")  # was a traceback
     assert "cannot be read" in refused(lambda: run(folder / "run.toml", "dpo", resume=True), CheckpointError)
-    (folder / "out" / "reference.npy").unlink()  # computed anew, from the weights that the run began with
+    (folder / "out" / "reference.npy").unlink()  # recomputed from the weights that the run started from
     assert_same_run(run(folder / "run.toml", "dpo", resume=True), finished)
     assert (folder / "out" / "reference.npy").read_bytes() == reference
 
@@ -113,16 +113,16 @@ def said(prompt: str, answer: str) -> Conversation:
     ("prompts", "expected"),
     [
         ("abc", [2, 0, 1]),
-        ("aabbcc", [4, 5, 0, 1, 2, 3]),  # pairs: the chosen answers and the rejected ones of the pair before
-        ("abba", [1, 0, 0, 1]),  # the last prompt is the first one again
+        ("aabbcc", [4, 5, 0, 1, 2, 3]),  # pairs: the chosen answers, and the rejected ones of the previous pair
+        ("abba", [1, 0, 0, 1]),  # the last prompt repeats the first
         ("abca", [2, 0, 1, 2]),
         ("aaab", [3, 3, 3, 0]),
         ("aa", [-1, 0]),  # there is no other prompt
         ("a", [-1]),
     ],
 )
-def test_z_is_measured_on_answers_to_other_prompts(prompts, expected):
-    """By arXiv 2402.01306; neighbours with one prompt were given each other's answers."""
+def test_kto_estimates_its_baseline_on_answers_to_other_prompts(prompts, expected):
+    """As in arXiv 2402.01306; neighbours that share a prompt once got each other's answers."""
     for kind in (said, Completion):
         samples = [kind(prompt, str(i)) for i, prompt in enumerate(prompts)]
         assert others(samples) == expected
@@ -130,8 +130,8 @@ def test_z_is_measured_on_answers_to_other_prompts(prompts, expected):
             assert all(prompts[i] != prompts[other] for i, other in enumerate(expected))
 
 
-def test_a_reference_of_paired_answers_is_computed_again(tmp_path, tokenizer_file, monkeypatch):
-    """Of KTO runs that began when both answers of a pair were used for one prompt."""
+def test_a_cached_reference_of_paired_answers_is_recomputed(tmp_path, tokenizer_file, monkeypatch):
+    """For KTO runs started when both answers of a pair were still matched with the same prompt."""
     path = write_run(tmp_path, tokenizer_file, row=preference, loss={"kind": "kto"}, **SMALL)
     interrupt(monkeypatch, path, "dpo", number=signal.SIGTERM, step=2)
     file = tmp_path / "out" / "reference.npy"
@@ -142,7 +142,7 @@ def test_a_reference_of_paired_answers_is_computed_again(tmp_path, tokenizer_fil
     assert (np.load(file) == reference).all()
 
 
-def test_answers_are_exchanged():
+def test_the_answer_of_a_sample_can_be_replaced_by_anothers():
     one = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (False, True))
     assert with_answer_of(one, Completion("x", "y")).messages[-1] == {"role": "assistant", "content": "y"}
     assert with_answer_of(Completion("x", "y"), one) == Completion("x", "b")

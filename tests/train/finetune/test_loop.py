@@ -1,4 +1,4 @@
-"""Fine-tuning by several ranks: what one process computes, resumption by another number of them, and signals."""
+"""Fine-tuning on several ranks: the results of one process, resuming on another number of ranks, and signals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CASES = {
 
 
 def write(folder: Path, tokenizer: Path, case: str, ranks: int, **changes) -> Path:
-    """The run of a case for so many ranks: the same steps."""
+    """Write a case's run for this many ranks, with the same steps."""
     command, options = CASES[case]
     batch = {"sequences": 2, "accumulation": 1} if ranks > 1 else {"sequences": 1, "accumulation": 2}
     settings = {
@@ -54,7 +54,7 @@ def write(folder: Path, tokenizer: Path, case: str, ranks: int, **changes) -> Pa
 
 
 def chat_of(number: int):
-    """Chats of different lengths, the last of which are much longer."""
+    """Chats of different lengths, the last ones much longer."""
     row = chat(number)
     row["messages"][1]["content"] += " and a dog" * (3 * (number % 4))
     return row
@@ -66,7 +66,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(output: Path, reference: Path) -> None:
-    """The same records, best checkpoint and evaluation but for rounding."""
+    """Records, best checkpoint and evaluation are equal up to rounding."""
     ours, theirs = (list(map(fixed, read_metrics(folder))) for folder in (output, reference))
     assert [record.keys() for record in ours] == [record.keys() for record in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -84,7 +84,7 @@ def assert_alike(output: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tokenizer_file):
-    """What one process makes of a case."""
+    """The output of one process for a case."""
     made: dict[str, Path] = {}
 
     def run(case: str) -> Path:
@@ -100,7 +100,7 @@ def alone(tmp_path_factory, tokenizer_file):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_take_the_steps_of_one(case, alone, tmp_path, tokenizer_file):
+def test_two_ranks_take_the_same_steps_as_one(case, alone, tmp_path, tokenizer_file):
     path = write(tmp_path / "run", tokenizer_file, case, 2)
     on_ranks(2, finetune_run, path, CASES[case][0])
     output = path.parent / "out"
@@ -110,7 +110,7 @@ def test_two_ranks_take_the_steps_of_one(case, alone, tmp_path, tokenizer_file):
 
 
 @pytest.mark.parametrize("case", ["all weights", "adapters on nf4", "kto by rmsprop"])
-def test_a_signal_to_any_rank_ends_all_and_one_process_goes_on(case, alone, tmp_path, tokenizer_file):
+def test_a_signal_to_any_rank_stops_all_and_one_process_resumes(case, alone, tmp_path, tokenizer_file):
     command = CASES[case][0]
     path = write(tmp_path / "run", tokenizer_file, case, 2)
     assert on_ranks(2, finetune_until, path, command, 3, 1, signal.SIGTERM) == ["step-0000003"] * 2
@@ -120,7 +120,7 @@ def test_a_signal_to_any_rank_ends_all_and_one_process_goes_on(case, alone, tmp_
 
 
 @pytest.mark.parametrize("case", ["all weights", "adapters"])
-def test_ranks_go_on_from_one_process(case, alone, tmp_path, tokenizer_file):
+def test_ranks_resume_a_run_of_one_process(case, alone, tmp_path, tokenizer_file):
     path = write(tmp_path / "run", tokenizer_file, case, 1)
     assert finetune_until(path, "sft", 3, 0, signal.SIGINT) == "step-0000003"
     write(tmp_path / "run", tokenizer_file, case, 2)
@@ -128,7 +128,7 @@ def test_ranks_go_on_from_one_process(case, alone, tmp_path, tokenizer_file):
     assert_alike(path.parent / "out", alone(case))
 
 
-def test_what_ranks_cannot_share_is_refused(tmp_path, tokenizer_file):
+def test_unsupported_settings_for_several_ranks_are_refused(tmp_path, tokenizer_file):
     path = write_run(tmp_path, tokenizer_file, adapter=ADAPTER, parallel={"expert": 2})
     assert "there is an [adapter]" in refused(lambda: load_config(path, SFTConfig), ConfigError)
     path = write_run(tmp_path, tokenizer_file, parallel={"data": 2})
@@ -136,8 +136,8 @@ def test_what_ranks_cannot_share_is_refused(tmp_path, tokenizer_file):
     assert "--nproc-per-node 2 -m olmoe sft" in message
 
 
-def test_a_packed_start_is_shared_too(tmp_path, tokenizer_file):
-    """Its weights stay whole on each rank."""
+def test_a_packed_base_model_trains_on_two_ranks(tmp_path, tokenizer_file):
+    """Every rank holds all of its weights."""
     packed_folder(tmp_path / "run" / "start", "int4", tokenizer_file, max_position_embeddings=256)
     for ranks in (1, 2):
         shutil.rmtree(tmp_path / "run" / "out", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Trained are the assistant's tokens and the end of its text, whatever the tokenizer joins, and nothing else."""
+"""Only the assistant's tokens and the end of its text are trained, whatever the tokenizer merges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from olmoe.train.finetune.chats import Completion, Conversation
 from olmoe.train.finetune.masks import IGNORE, make_example, make_examples
 from sentences import refused
 
-# The template of the released OLMoE-Instruct, which marks nothing.
+# The template of the released OLMoE-Instruct, which has no generation marks.
 RELEASED = """\
 {{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'system' %}
@@ -45,7 +45,7 @@ def chat(*texts: str, trained: tuple[bool, ...] | None = None) -> Conversation:
 
 
 def learned(example, tokenizer: Tokenizer) -> list[str]:
-    """The runs of trained ids as text."""
+    """Each run of trained ids as text."""
     runs: list[list[int]] = [[]]
     for label in example.labels.tolist():
         if label == IGNORE:
@@ -56,7 +56,7 @@ def learned(example, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "released"])
-def test_answers_and_their_ends_are_trained(name, request):
+def test_answers_and_their_end_tokens_are_trained(name, request):
     tokenizer = request.getfixturevalue(name)
     example = make_example(chat("Hello", "Hi, Jane!", "Bye ", "Bye 🐘."), tokenizer)
     assert learned(example, tokenizer) == ["Hi, Jane!<|endoftext|>", "Bye 🐘.<|endoftext|>"]
@@ -70,8 +70,8 @@ def test_answers_and_their_ends_are_trained(name, request):
     assert all(label in (IGNORE, next_id) for label, next_id in zip(example.labels.tolist(), ids[1:], strict=True))
 
 
-def test_an_answer_that_joins_the_header_is_trained_whole(released):
-    """Here ids of the prompt are no prefix of those of the chat, on which other trainers rely."""
+def test_an_answer_merged_with_the_header_is_trained_whole(released):
+    """Here the prompt's ids are not a prefix of the chat's, although other trainers rely on that."""
     sample = chat("Hello", "\n\nHi")
     prompt = released.encode_chat(sample.messages[:1])
     example = make_example(sample, released)
@@ -79,15 +79,17 @@ def test_an_answer_that_joins_the_header_is_trained_whole(released):
     assert learned(example, released) == ["\n\n\nHi<|endoftext|>"]
 
 
-def test_ids_are_those_of_the_chat(released):
+def test_ids_equal_the_tokenized_chat(released):
     sample = chat("What is\tthis? e\u0301", "  indented\r\n\r\n and\u3000wide e\u0301")
     example = make_example(sample, released)
     text, _ = released.render_answers(sample.messages)
     assert example.inputs.tolist() == released.encode_rendered(text)[: len(example.inputs)]
-    assert learned(example, released) == ["  indented\r\n\r\n and\u3000wide é<|endoftext|>"]  # the tokenizer composes
+    assert learned(example, released) == [
+        "  indented\r\n\r\n and\u3000wide é<|endoftext|>"
+    ]  # the tokenizer normalizes to composed characters
 
 
-def test_templates_without_marks_give_the_same(olmoe_tokenizer_file, released):
+def test_templates_without_generation_marks_give_the_same_masks(olmoe_tokenizer_file, released):
     unmarked = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50279,), chat_template=RELEASED)
     for sample in (chat("Hello", "\n\nHi"), chat("a", "b", "c", "d"), chat("a", "")):
         one, other = (make_example(sample, tokenizer) for tokenizer in (released, unmarked))
@@ -95,14 +97,14 @@ def test_templates_without_marks_give_the_same(olmoe_tokenizer_file, released):
         assert one.labels.tolist() == other.labels.tolist()
 
 
-def test_the_end_is_known_by_its_id(olmoe_tokenizer_file):
-    """In the post-trained 0125 models another text stands behind the id that ends one."""
+def test_the_end_of_text_is_recognized_by_id(olmoe_tokenizer_file):
+    """In the post-trained 0125 models the end-of-text id has another text."""
     other = Tokenizer.from_file(olmoe_tokenizer_file, eos_ids=(50277,))
     example = make_example(chat("a", "b"), other)
     assert example.labels.tolist()[-1] == 50277
 
 
-def test_last_turn_and_weights_choose_answers(tiny):
+def test_last_turn_and_weights_select_answers(tiny):
     four = ("Hello", "Hi", "And?", "Well")
     assert learned(make_example(chat(*four), tiny, "last"), tiny) == ["Well<|endoftext|>"]
     weighted = chat(*four, trained=(False, True, False, False))
@@ -111,7 +113,7 @@ def test_last_turn_and_weights_choose_answers(tiny):
         make_example(weighted, tiny, "last")
 
 
-def test_texts_have_no_template(tiny):
+def test_plain_texts_use_no_template(tiny):
     example = make_example(Completion("Once upon a", " time\n"), tiny)
     assert learned(example, tiny) == [" time\n<|endoftext|>"]
     assert tiny.decode(example.inputs.tolist()) == "Once upon a time\n"
@@ -128,7 +130,7 @@ def test_texts_have_no_template(tiny):
         ("{{ messages[0]['content'] }}{{ eos_token }}", "writes 0 answers where the assistant has 1"),
     ],
 )
-def test_templates_that_cannot_be_learned_from_are_refused(template, says, tokenizer_file):
+def test_templates_that_hide_the_answers_are_refused(template, says, tokenizer_file):
     tokenizer = Tokenizer.from_file(tokenizer_file, eos_ids=(319,), chat_template=template)
     if not says:
         assert tokenizer.decode(make_example(chat("a", "b"), tokenizer).labels[-2:-1].tolist()) == "x"
@@ -141,7 +143,7 @@ def test_templates_that_cannot_be_learned_from_are_refused(template, says, token
     assert says in message
 
 
-def test_what_is_too_long_is_cut_dropped_or_refused(tiny):
+def test_long_samples_are_cut_dropped_or_refused(tiny):
     samples = [chat("a", "b c d e f g h i j k l"), chat("a " * 40, "b"), chat("x", "y")]
 
     def examples(too_long, length=28):

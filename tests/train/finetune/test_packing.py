@@ -1,4 +1,4 @@
-"""Packing loses nothing and fills rows well; packed examples compute as they do alone."""
+"""Packing loses nothing and fills rows well; packed examples compute the same as alone."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from olmoe.train.finetune.packing import Batch, pack
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_example_is_in_one_row_that_holds_it(seed):
+def test_every_example_is_packed_once_into_a_row_that_fits(seed):
     lengths = np.random.default_rng(seed).integers(1, 65, 300).tolist()
     rows = pack(lengths, 64)
     assert sorted(number for row in rows for number in row) == list(range(300))
     sums = [sum(lengths[number] for number in row) for row in rows]
     assert max(sums) <= 64
-    assert len(rows) <= 11 / 9 * sum(lengths) / 64 + 1  # what best fit, longest first, promises
+    assert len(rows) <= 11 / 9 * sum(lengths) / 64 + 1  # the guarantee of best-fit decreasing
 
 
-def test_the_fullest_row_with_room_is_taken():
+def test_an_example_goes_into_the_fullest_row_with_room():
     assert pack([6, 5, 3, 2, 4], 10) == [[0, 4], [1, 2, 3]]
     assert pack([], 10) == []
 
 
-def test_packed_examples_compute_as_alone():
+def test_packed_examples_compute_the_same_as_alone():
     model = make_model()
     generator = np.random.default_rng(0)
     examples = [

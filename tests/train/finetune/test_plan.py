@@ -1,4 +1,4 @@
-"""What a run sees is decided by its seed: every example as often as it is to be."""
+"""The seed decides the order of examples; every example is seen as often as configured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_epoch_sees_every_example_once(capacity):
     assert seen(plan(capacity=capacity, epochs=2.0)) == Counter(dict.fromkeys(range(12), 2))
 
 
-def test_repeats_weigh_sources():
+def test_repeats_weight_sources():
     counts = seen(plan(capacity=None, repeats=(0.5, 2.0)))
     assert sum(counts[n] for n in range(8)) == 4
     assert [counts[n] for n in range(8, 12)] == [2] * 4
@@ -44,7 +44,7 @@ def test_a_fraction_is_drawn_anew_each_epoch():
     assert [counts[n] for n in range(8, 12)] == [400] * 4
 
 
-def test_steps_have_their_rows_and_the_last_what_is_left():
+def test_steps_are_full_except_the_last():
     made = plan(capacity=None)
     assert made.steps == 3
     assert [[len(batch) for batch in made.microbatches(step)] for step in range(3)] == [[2, 2]] * 3

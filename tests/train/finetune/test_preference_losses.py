@@ -1,4 +1,4 @@
-"""Losses of preferences against the formulas of the papers, written out in plain Python, and against TRL's."""
+"""Preference losses against the papers' formulas, written in plain Python, and against TRL's."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_dpo_is_the_papers():
+def test_dpo_loss_matches_the_paper():
     margins = dpo_margins(CHOSEN, REJECTED, CHOSEN_REF, REJECTED_REF)
     assert margins.tolist() == [1.5, 0.5]
     assert dpo_loss(margins, 0.1).tolist() == pytest.approx([-math.log(sigmoid(0.15)), -math.log(sigmoid(0.05))])
-    assert float(dpo_loss(torch.zeros(1), 0.1)) == pytest.approx(math.log(2))  # 0.693, where every run begins
+    assert float(dpo_loss(torch.zeros(1), 0.1)) == pytest.approx(math.log(2))  # 0.693, where every run starts
 
 
-def test_dpo_is_trls():
-    """TRL's own lines for its `sigmoid` loss, found in its source and run."""
+def test_dpo_loss_matches_trl():
+    """Against TRL's own lines for its `sigmoid` loss, extracted from its source and executed."""
     trainer = pytest.importorskip("trl").DPOTrainer
     source = inspect.getsource(trainer)
     assert "-F.logsigmoid(self.beta * delta_score)" in source
@@ -34,7 +34,7 @@ def test_dpo_is_trls():
     assert "chosen_logratios = chosen_logps - ref_chosen_logps" in source
 
 
-def test_kto_is_the_papers():
+def test_kto_loss_matches_the_paper():
     moved, desirable = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, True, False])
     found = kto_loss(moved, desirable, torch.tensor(0.25), 0.1, 1.0, 1.5)
     expected = [1 - sigmoid(0.1 * 1.75), 1 - sigmoid(0.1 * -1.25), 1.5 * (1 - sigmoid(-0.1 * 0.25))]

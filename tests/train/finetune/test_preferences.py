@@ -1,4 +1,4 @@
-"""Preferences in their formats: the same pairs, with nothing of the prompt in the answer."""
+"""Every preference format gives the same pairs, with nothing of the prompt in the answer."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def write(tmp_path, *rows):
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, True),
     ],
 )
-def test_formats_give_the_same_pairs(tmp_path, row, chat):
+def test_every_format_gives_the_same_pairs(tmp_path, row, chat):
     (pair,) = read_pairs(write(tmp_path, row), chat=chat)
     assert pair.chosen == Conversation([ASKED, GOOD], (False, True))
     assert pair.rejected == Conversation([ASKED, BAD], (False, True))
 
 
-def test_what_was_said_before_is_not_learned(tmp_path):
+def test_earlier_turns_are_not_trained_on(tmp_path):
     before = [ASKED, GOOD, ASKED]
     (pair,) = read_pairs(write(tmp_path, {"prompt": before, "chosen": [GOOD], "rejected": [BAD]}))
     assert pair.chosen.trained == (False, False, False, True)
 
 
-def test_texts_stay_texts(tmp_path):
+def test_plain_texts_stay_plain(tmp_path):
     (pair,) = read_pairs(write(tmp_path, {"prompt": "q", "chosen": " good", "rejected": " bad"}))
     assert (pair.chosen, pair.rejected) == (Completion("q", " good"), Completion("q", " bad"))
 
 
-def test_judged_answers_and_pairs_for_kto(tmp_path):
+def test_kto_takes_judged_answers_and_pairs(tmp_path):
     rows = [
         {"prompt": "q", "completion": "good", "label": True},
         {"prompt": "q", "completion": "bad", "label": False},
@@ -69,7 +69,7 @@ def test_judged_answers_and_pairs_for_kto(tmp_path):
         ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [BAD]}, "does not end with the assistant"),
     ],
 )
-def test_what_is_no_pair_is_refused_with_its_line(tmp_path, row, says):
+def test_invalid_pairs_are_refused_with_their_line(tmp_path, row, says):
     message = refused(lambda: list(read_pairs(write(tmp_path, row))), ConfigError)
     assert message.startswith("Line 1 of")
     assert says in message

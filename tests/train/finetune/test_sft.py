@@ -1,4 +1,4 @@
-"""Fine-tuning on chats: its loss, what it writes, and that an interruption changes nothing."""
+"""Fine-tuning on chats: its loss, what it writes, and exact resumption."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from training_runs import assert_same_run, at_step, copy_of, files, fixed, read_
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer_file) -> Path:
-    """The output of an uninterrupted run, which others must equal."""
+    """The output of an uninterrupted run, to compare others with."""
     return run(write_run(tmp_path_factory.mktemp("finished"), tokenizer_file))
 
 
-def test_a_run_leaves_an_ordinary_checkpoint(finished):
+def test_a_run_writes_an_ordinary_checkpoint(finished):
     assert files(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl"]
     assert "chat_template.jinja" in files(finished / "best")
     llm = LLM(finished / "best")
@@ -58,8 +58,8 @@ def test_the_loss_falls_and_answers_are_logged(finished):
     assert len(answers[-1][0]["answer"]) > 1
 
 
-def test_every_trained_token_of_a_step_counts_the_same(tmp_path, tokenizer_file):
-    """Gradients of packed microbatches are those of the samples one by one, summed and divided once."""
+def test_every_trained_token_of_a_step_has_equal_weight(tmp_path, tokenizer_file):
+    """Gradients of packed microbatches equal those of single samples, summed and divided once."""
     path = write_run(tmp_path, tokenizer_file, batch={"sequences": 2, "accumulation": 3})
     config = load_config(path, SFTConfig)
     task = ChatTask(config, open_start(config), torch.device("cpu"))
@@ -82,14 +82,14 @@ def test_every_trained_token_of_a_step_counts_the_same(tmp_path, tokenizer_file)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_summed_loss_gives_tokens_of_all_steps_the_same_weight(tmp_path, tokenizer_file):
-    """As OLMoE's `--reduce_loss sum`, but for a constant; the metrics still say nats per token."""
+def test_a_summed_loss_gives_tokens_of_all_steps_equal_weight(tmp_path, tokenizer_file):
+    """Like OLMoE's `--reduce_loss sum` up to a constant; metrics still report nats per token."""
     found = {}
     for reduce in ("mean", "sum"):
         path = write_run(tmp_path, tokenizer_file, loss={"reduce": reduce}, batch={"sequences": 2, "accumulation": 2})
         config = load_config(path, SFTConfig)
         task = ChatTask(config, open_start(config), torch.device("cpu"))
-        assert ("reduce" in config.fingerprint()["loss"]) == (reduce == "sum")  # runs from before there was one go on
+        assert ("reduce" in config.fingerprint()["loss"]) == (reduce == "sum")  # runs older than the setting resume
         steps = []
         for step in range(task.plan.steps):
             model = make_model(max_position_embeddings=256).train().requires_grad_(True)
@@ -127,7 +127,7 @@ def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatc
 
 
 def test_a_killed_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
-    """What was done after the last checkpoint is done again."""
+    """Steps after the last checkpoint are repeated."""
 
     class Killed(BaseException):
         pass
@@ -152,8 +152,8 @@ def test_recomputing_changes_nothing(finished, tmp_path):
     assert list(map(fixed, read_metrics(output))) == list(map(fixed, read_metrics(finished)))
 
 
-def test_dropout_draws_the_same_for_a_step_whenever_it_is_computed(tmp_path, tokenizer_file):
-    """Other values a step and a microbatch, the same in a resumed run and in what is recomputed; none unless asked."""
+def test_dropout_of_a_step_is_reproducible(tmp_path, tokenizer_file):
+    """It differs by step and microbatch but not when a step is resumed or recomputed; it is off by default."""
     path = write_run(tmp_path, tokenizer_file, regularization={"residual_dropout": 0.2})
     losses = []
     for share, recompute in ((0.2, False), (0.2, True), (0.0, False)):
@@ -183,7 +183,7 @@ def test_a_run_with_dropout_continues_bit_for_bit(tmp_path, tokenizer_file, monk
     assert_same_run(run(path, resume=True), whole)
 
 
-def test_a_changed_run_is_not_continued(finished, tmp_path):
+def test_a_run_with_changed_settings_is_not_resumed(finished, tmp_path):
     folder = copy_of(finished, tmp_path)
     output = run(folder / "run.toml")
     (folder / "train.jsonl").write_text(
@@ -197,14 +197,14 @@ def test_a_changed_run_is_not_continued(finished, tmp_path):
 @pytest.mark.parametrize(
     ("section", "values"), [("regularization", {"residual_dropout": 0.1}), ("adapter", {"rank": 2})]
 )
-def test_a_section_that_was_removed_is_missed(tmp_path, tokenizer_file, monkeypatch, section, values):
+def test_removing_a_section_prevents_resuming(tmp_path, tokenizer_file, monkeypatch, section, values):
     path = write_run(tmp_path, tokenizer_file, **{section: values})
     interrupt(monkeypatch, path, number=signal.SIGINT, step=2)
     write_run(tmp_path, tokenizer_file)
     assert f"[{section}] was removed since" in refused(lambda: run(path, resume=True), ConfigError)
 
 
-def test_packed_weights_are_not_trained_whole(tmp_path, tokenizer_file):
+def test_full_fine_tuning_of_packed_weights_is_refused(tmp_path, tokenizer_file):
     packed_folder(tmp_path / "start", "int4", tokenizer_file, max_position_embeddings=256)
     path = write_run(tmp_path, tokenizer_file)
     assert "[adapter]" in refused(lambda: run(path), ConfigError)

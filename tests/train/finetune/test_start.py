@@ -1,4 +1,4 @@
-"""Runs that train adapters, over plain and packed weights: what they write, exact resumption, gradients only there."""
+"""Training adapters over plain and packed weights: what is written, exact resumption, and what gets gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_adapters_learn_and_are_small(finished):
     assert held_out[-1] < 2
     texts = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert files(finished / "best") == ["adapter_config.json", "adapter_model.safetensors", *texts]
-    llm = LLM(adapter=finished / "best")  # which names the model that it was trained over
+    llm = LLM(adapter=finished / "best")  # which names its base model
     assert llm.chat([{"role": "user", "content": "a ball "}], show_progress=False)[0].text.startswith("T")
 
 
@@ -54,7 +54,7 @@ def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("targets", [["experts"], ["router"]])
-def test_only_what_is_targeted_is_trained(tmp_path, tokenizer_file, targets):
+def test_only_targeted_modules_are_trained(tmp_path, tokenizer_file, targets):
     config = load_config(write_run(tmp_path, tokenizer_file, adapter={"targets": targets}), SFTConfig)
     model, trained = load_model(open_start(config), config, torch.device("cpu"))
     named = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -62,7 +62,7 @@ def test_only_what_is_targeted_is_trained(tmp_path, tokenizer_file, targets):
     assert all((".gate." in name) == (targets == ["router"]) for name in named)
 
 
-def test_the_shipped_model_is_a_start(tmp_path):
+def test_the_shipped_model_can_be_fine_tuned(tmp_path):
     text = f"""
 [run]
 output = "out"
@@ -76,14 +76,14 @@ sequences = 1
     (tmp_path / "run.toml").write_text(text)
     start = open_start(load_config(tmp_path / "run.toml", SFTConfig))
     assert start.tokenizer.eos_ids == (4095,)
-    assert set(start.files) == {"tokenizer.json", "tokenizer_config.json"}  # which brings its template
+    assert set(start.files) == {"tokenizer.json", "tokenizer_config.json"}  # with its own template
     (tmp_path / "run.toml").write_text(text.replace("512", "513"))
     message = refused(lambda: open_start(load_config(tmp_path / "run.toml", SFTConfig)), ConfigError)
     assert "exceeds the 512 positions" in message
 
 
-def test_a_folder_packed_before_trains_as_one_packed_at_the_start(tmp_path, tokenizer_file):
-    """Frozen weights in bf16 and all: the first steps have the same losses, to the bit."""
+def test_a_packed_folder_trains_like_one_packed_on_loading(tmp_path, tokenizer_file):
+    """Including frozen weights in bf16: the losses of the first steps are equal bit for bit."""
     found = []
     for name, pack in (("at once", "nf4"), ("before", None)):
         plain = plain_folder(tmp_path / name / "plain", tokenizer_file, max_position_embeddings=256)
@@ -98,7 +98,7 @@ def test_a_folder_packed_before_trains_as_one_packed_at_the_start(tmp_path, toke
     assert len(found[0]) > 1
 
 
-def test_packing_what_is_packed_is_refused(tmp_path, tokenizer_file):
+def test_packing_a_packed_model_is_refused(tmp_path, tokenizer_file):
     packed_folder(tmp_path / "start", "int4", tokenizer_file, max_position_embeddings=256)
     path = write_run(tmp_path, tokenizer_file, adapter={"pack": "nf4"})
     assert "packed already" in refused(lambda: run(path), ConfigError)

@@ -197,7 +197,7 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(tmp_path, tokenize
     to_gguf(folder, tmp_path / "x.gguf", "bf16")
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(folder, tmp_path):
+def test_an_unwritable_path_is_refused(folder, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(lambda: to_gguf(folder, tmp_path / "file" / "x.gguf"), UserError)
 
