@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import gzip
 import importlib
 import math
@@ -20,7 +21,7 @@ import checkout  # noqa: F401  (first: it refuses the code of another checkout)
 from configurations import VOCAB_SIZE, small_config
 from olmoe.model import CausalLM, initialize
 from olmoe.ops.cpu import extension
-from olmoe.runtime import log_once
+from olmoe.runtime import log, log_once
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.vocabulary import train_vocabulary
 
@@ -38,13 +39,29 @@ def make_model(seed: int = 0, **changes) -> CausalLM:
 
 
 @pytest.fixture(autouse=True)
-def gradients():
-    """A test that leaves torch without gradients fails, rather than all those after it."""
+def state_of_the_process():
+    """What a test changes in the process for good: commands set threads and log levels, which are set back.
+
+    One that leaves what others need in another state fails, rather than all those after it.
+    """
+    threads, level = torch.get_num_threads(), log.level
     yield
-    left_off = not torch.is_grad_enabled()
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    log.setLevel(level)
+    left = {
+        "gradients off": not torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "garbage collection off": not gc.isenabled(),
+        f"{torch.get_default_dtype()} as default": torch.get_default_dtype() != torch.float32,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
     torch.set_grad_enabled(True)
-    assert not left_off, "this test left torch's gradients off"
-    assert not torch.is_inference_mode_enabled(), "this test left torch in inference mode"
+    torch.set_default_dtype(torch.float32)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    gc.enable()
+    assert not any(left.values()), f"this test left {[name for name, wrong in left.items() if wrong]}"
 
 
 @pytest.fixture(scope="session")

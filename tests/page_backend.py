@@ -81,7 +81,7 @@ def said(prompt: str, body: dict[str, Any]) -> list[bytes]:
         return [EMOJI.encode()[i : i + 3] for i in range(0, len(EMOJI.encode()), 3)]
     text = MARKDOWN if prompt.startswith("markdown") else ATTACK if prompt.startswith("attack") else words(body)
     if prompt.startswith("slow"):
-        text = words(body, 400)
+        text = words(body, 4000)  # more than any test waits for
     return [piece.encode() for piece in re.findall(r" ?[A-Za-z]+|[^\S\n]+|\n|[^\sA-Za-z]", text)]
 
 
@@ -132,13 +132,16 @@ def chunk_of(tokens: list[bytes], text: str, body: dict[str, Any], *, at: int, c
 
 
 class Backend:
-    """The server: `bodies` are the requests that it got, `key` is what it wants, `aborted` counts hang-ups."""
+    """The server: `bodies` are the requests that it got, `key` is what it wants.
+
+    `begun` and `aborted` count streams and hang-ups.
+    """
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.key: str | None = None
         self.keys: list[str | None] = []
-        self.aborted = 0
+        self.begun = self.aborted = 0
         self.without_routing = False
         self.app = Starlette(
             routes=[
@@ -199,6 +202,7 @@ class Backend:
         decoded = b""
         sent = 0
         try:
+            self.begun += 1
             if prompt.startswith("silent"):
                 await asyncio.sleep(60)  # a long prompt, a long queue
             for at in range(0, len(tokens), 2):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ class Opened:
 
     def ended(self, turn: Any) -> None:
         sync_api.expect(turn.locator(".answer-notes .meta")).to_be_visible(timeout=20_000)
+
+    def comes(self, condition: Callable[[], Any], seconds: float = 20) -> bool:
+        """Whether a condition comes true in time."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            self.page.wait_for_timeout(20)
+        return True
 
     def forgive(self, part: str) -> None:
         """What the browser itself says of an answer with an error status is expected."""

@@ -10,7 +10,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
@@ -28,14 +27,9 @@ from olmoe.train.finetune.config import load_config as load_finetuning
 from olmoe.train.finetune.dpo import dpo
 from olmoe.train.finetune.sft import sft
 from olmoe.train.loop import Interrupted, train
+from ports import kept_port
 
 _TIMEOUT = 300  # for the compiler on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -46,24 +40,25 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work` returns on each of so many ranks; an exception of any is raised here."""
-    context, port = _server(), free_port()
-    with ProcessPoolExecutor(ranks, mp_context=context) as pool:
+    with kept_port() as port, ProcessPoolExecutor(ranks, mp_context=_server()) as pool:
         futures = [pool.submit(_on_rank, rank_environment(r, ranks, port), work, *arguments) for r in range(ranks)]
         return [future.result(_TIMEOUT) for future in futures]
 
 
 def ends_on_ranks(folder: Path, ranks: int, work: Callable[..., Any], *arguments: Any) -> list[str]:
     """The type of what ends each rank's process, which is gone for the others when it ends; "killed" if nothing did."""
-    context, port = _server(), free_port()
-    processes = [
-        context.Process(target=_end, args=(folder / f"end-{r}", rank_environment(r, ranks, port), work, *arguments))
-        for r in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(_TIMEOUT)
-        process.kill()
+    with kept_port() as port:
+        processes = [
+            _server().Process(
+                target=_end, args=(folder / f"end-{r}", rank_environment(r, ranks, port), work, *arguments)
+            )
+            for r in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(_TIMEOUT)
+            process.kill()
     ends = [folder / f"end-{r}" for r in range(ranks)]
     return [end.read_text() if end.exists() else "killed" for end in ends]
 

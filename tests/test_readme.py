@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +16,7 @@ import pytest
 
 from olmoe.io.hub import SHIPPED
 from olmoe.train.config import load_config
+from ports import kept_port
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,11 +60,13 @@ ENDLESS = [command for command in COMMANDS if command.startswith(("olmoe serve",
 
 def test_the_server_serves_until_it_is_stopped(environment):
     (command,) = [command for command in ENDLESS if command.startswith("olmoe serve")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(re.sub(r"--port \d+", f"--port {port}", command))
-    with subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as server:
+    with (
+        kept_port() as port,
+        subprocess.Popen(
+            shlex.split(re.sub(r"--port \d+", f"--port {port}", command)),
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        ) as server,
+    ):  # fmt: skip
         try:
             lines = iter(server.stderr.readline, "")
             assert any(f"http://127.0.0.1:{port}/" in line for line in lines)

@@ -20,6 +20,7 @@ from olmoe import runtime
 from olmoe.cli import main as cli
 from olmoe.cli import serve
 from olmoe.errors import UserError
+from ports import kept_port
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -61,6 +62,12 @@ class Process:
 
 
 @pytest.fixture
+def kept():
+    with kept_port() as port:
+        yield port
+
+
+@pytest.fixture
 def start():
     processes = []
 
@@ -94,14 +101,20 @@ def test_it_says_where_it_is_serves_and_drains(start):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(server.call("/v1/completions", {**LONG, "model": "alias"})))
     thread.start()
-    while 'running{engine="0",model_name="mine"} 1.0' not in metrics(server):
-        time.sleep(0.005)
+    wait_until_it_runs(server, "mine", thread)
     server.process.send_signal(signal.SIGINT)
     thread.join(60)
     assert answers[0][0] == 200
     assert answers[0][1]["usage"]["completion_tokens"] == 490
     assert server.process.wait(20) == 0
     assert "stopping after the answers in progress (1 request)" in server.process.stderr.read()
+
+
+def wait_until_it_runs(server: Process, model: str, thread: threading.Thread) -> None:
+    """Until the first row of what a thread has asked for is generated."""
+    while f'running{{engine="0",model_name="{model}"}} 1.0' not in metrics(server):
+        assert thread.is_alive()
+        time.sleep(0.005)
 
 
 def metrics(server: Process) -> str:
@@ -117,10 +130,10 @@ def test_the_second_signal_ends_at_once(start):
     body = {**LONG, "n": 16}
     thread = threading.Thread(target=lambda: answers.append(server.call("/v1/completions", body)))
     thread.start()
-    while 'running{engine="0",model_name="olmoe-tiny"} 1.0' not in metrics(server):
-        time.sleep(0.005)
+    wait_until_it_runs(server, "olmoe-tiny", thread)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
+    # Of two signals that a process has not seen yet the system keeps one.
+    assert any("a second signal stops at once" in line for line in server.process.stderr)
     server.process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert server.process.wait(20) == 0
@@ -223,12 +236,10 @@ def test_an_open_address_without_a_key_is_warned_about(start):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_for_logs_does_not_end_it(start):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def test_a_full_disk_for_logs_does_not_end_it(kept, start):
     with open("/dev/full", "w") as full:
-        server = start("--access-log", "--port", str(port), stderr=full)
-    server.host, server.port = "127.0.0.1", port
+        server = start("--access-log", "--port", str(kept), stderr=full)
+    server.host, server.port = "127.0.0.1", kept
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:

@@ -25,7 +25,7 @@ import sys, time
 from olmoe.cli.main import main
 from olmoe.train import loop
 original = loop.clip_gradients
-loop.clip_gradients = lambda *arguments: (time.sleep(0.05), original(*arguments))[1]
+loop.clip_gradients = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]
 sys.exit(main(sys.argv[1:]))
 """
 

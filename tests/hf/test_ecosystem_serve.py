@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import olmoe
 from olmoe import LLM, SamplingParams
 from olmoe.io.hub import SHIPPED
+from ports import kept_port
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -34,11 +34,12 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(packed, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with kept_port() as port:
+        yield from served(packed, port, tmp_path_factory.mktemp("log") / "log")
+
+
+def served(packed, port, log):
     command = [sys.executable, SCRIPT, "serve", packed, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
-    log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as out:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment)

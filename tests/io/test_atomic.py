@@ -96,6 +96,22 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(failure,
     assert tree(tmp_path) == before
 
 
+def test_an_interrupt_while_the_old_folder_is_removed_leaves_nothing_of_it(tmp_path, monkeypatch):
+    write_folder(tmp_path / "target", "old")
+    unlink, calls = os.unlink, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        unlink(*arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "target")
+    assert tree(tmp_path) == {"target": None, "target/sub": None, "target/sub/file": "new"}
+
+
 @WRITERS
 def test_permissions_follow_the_umask(write, tmp_path):
     for mask in (0o022, 0o077, 0o002):

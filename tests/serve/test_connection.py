@@ -105,7 +105,7 @@ def test_a_head_that_never_arrives_times_out(run_server):
 
 
 def test_a_slow_second_head_does_not_cut_off_the_first_answer(run_server):
-    server = run_server(ServeSettings(port=0, body_timeout=0.05))
+    server = run_server(ServeSettings(port=0, body_timeout=0.25))  # the answer takes longer
     body = b'{"prompt":"a","max_tokens":500,"ignore_eos":true,"n":16,"stream":true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with connect(server) as client:

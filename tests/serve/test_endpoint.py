@@ -110,7 +110,7 @@ def test_shutdown_does_not_wait_for_a_body(run_server):
                 with contextlib.suppress(ConnectionError):
                     connection.sendall(bytes([byte]))
             assert b" 503 " in read_until(connection, b"}}")
-        running.thread.join(5)
+        running.thread.join(20)
         assert not running.thread.is_alive()
 
 

@@ -76,13 +76,21 @@ def test_errors_in_mid_stream_are_sent_as_events(error, message, dialect):
 
 
 def test_comments_are_sent_while_idle():
+    client = Client()
+
+    def comments() -> int:
+        return client.body.count(b": keep-alive\n\n")
+
     async def slow():
         yield {"text": "a"}
-        await asyncio.sleep(0.5)
+        begun = asyncio.get_running_loop().time()
+        while comments() < 3:
+            await asyncio.sleep(0.01)
+        assert asyncio.get_running_loop().time() - begun > 0.1  # not one after another: half the time lies between two
         yield {"text": "b"}
 
-    body = run(slow(), keep_alive=0.1).body
-    assert 3 <= body.count(b": keep-alive\n\n") <= 12
+    body = run(slow(), client=client, keep_alive=0.1).body
+    assert 3 <= comments() <= 12
     assert body.index(b'"a"') < body.index(b": keep-alive") < body.index(b'"b"')
 
 

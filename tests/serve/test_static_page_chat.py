@@ -159,8 +159,8 @@ def test_the_policy_blocks_injected_content(browser, backend):  # noqa: F811
     )
     failed = page.evaluate("fetch('http://127.0.0.2:9/').then(() => 'sent', (e) => e.name)")
     assert failed == "TypeError"
-    page.wait_for_timeout(200)
-    assert {"img-src", "connect-src", "require-trusted-types-for"} <= set(page.evaluate("violations"))
+    refused = {"img-src", "connect-src", "require-trusted-types-for"}
+    assert made.comes(lambda: refused <= set(page.evaluate("violations")))
     made.context.close()
 
 
@@ -178,10 +178,7 @@ def test_text_streams_and_can_be_stopped(opened, backend):  # noqa: F811
     opened.ended(turn)
     expect(turn.locator(".meta")).to_contain_text("stopped by you")
     expect(page.locator("#send")).to_have_text("Send")
-    for _ in range(100):
-        if backend[0].aborted:
-            break
-        page.wait_for_timeout(50)
+    assert opened.comes(lambda: backend[0].aborted)
     assert backend[0].aborted == 1
     count = len(answer.inner_text().split())
     assert 8 < count < 300
@@ -191,14 +188,11 @@ def test_text_streams_and_can_be_stopped(opened, backend):  # noqa: F811
 
 def test_queued_requests_can_be_stopped_too(opened, backend):  # noqa: F811
     turn = opened.ask("silent", wait=False)
-    opened.page.wait_for_timeout(200)
+    assert opened.comes(lambda: backend[0].begun)
     opened.page.press("#prompt", "Escape")
     opened.ended(turn)
     expect(turn.locator(".meta")).to_contain_text("stopped by you")
-    for _ in range(100):
-        if backend[0].aborted:
-            break
-        opened.page.wait_for_timeout(50)
+    assert opened.comes(lambda: backend[0].aborted)
     assert backend[0].aborted == 1
 
 

@@ -26,6 +26,19 @@ def light(page):
     return [pixels[layer * EXPERTS : (layer + 1) * EXPERTS] for layer in range(LAYERS)]
 
 
+def at_rest(watched):
+    """How bright the cells are once they have not changed for 0.3 s."""
+    seen = [light(watched.page)]
+
+    def rests():
+        watched.page.wait_for_timeout(300)
+        seen.append(light(watched.page))
+        return seen[-1] == seen[-2]
+
+    assert watched.comes(rests)
+    return seen[-1]
+
+
 def chosen_of(page):
     """A token's table: its experts and weights in each layer."""
     rows = page.locator(".token-experts tbody tr").all()
@@ -55,16 +68,11 @@ def test_experts_light_up_and_fade(opened):  # noqa: F811
     first = light(page)
     assert all(max(row) > 3 * DARK for row in first)
     assert sum(value == DARK for row in first for value in row) > 0
-    page.wait_for_timeout(300)
-    assert light(page) != first
+    assert opened.comes(lambda: light(page) != first)
     page.keyboard.press("Escape")
     opened.ended(turn)
-    brightest = max(max(row) for row in light(page))
-    page.wait_for_timeout(3000)
-    rested = light(page)  # the answer's load stays, dimmed
-    assert DARK < max(max(row) for row in rested) < brightest
-    page.wait_for_timeout(300)
-    assert light(page) == rested
+    rested = at_rest(opened)  # the load of the answer stays, dimmer
+    assert DARK < max(max(row) for row in rested) < max(max(row) for row in first)
     page.click("#new-chat")
     assert {value for row in light(page) for value in row} == {DARK}
 
@@ -76,8 +84,8 @@ def test_with_reduced_motion_the_last_token_stays(browser, backend):  # noqa: F8
     expect(turn.locator(".token").nth(10)).to_be_visible()
     page.keyboard.press("Escape")
     made.ended(turn)
-    page.wait_for_timeout(200)
-    assert max(max(row) for row in light(page)) == 255 + 250 + 235
+    assert made.comes(lambda: max(max(row) for row in light(page)) == 255 + 250 + 235)
+    assert at_rest(made) == light(page)
     made.check()
     made.context.close()
 

@@ -22,7 +22,8 @@ from olmoe.errors import ConfigError, UserError
 from olmoe.train import loop
 from olmoe.train.config import load_config
 from olmoe.train.ranks import ALONE, Ranks, _among_the_living, join_ranks
-from rank_processes import ends_on_ranks, error_of, free_port, on_ranks, rank_environment, train_run
+from ports import kept_port
+from rank_processes import ends_on_ranks, error_of, on_ranks, rank_environment, train_run
 from sentences import refused
 from training_runs import fixed, read_metrics, write_run
 
@@ -41,10 +42,16 @@ def write(folder: Path, tokenizer: Path, steps: int) -> Path:
     )
 
 
-def start(path: Path, *options: str, ranks: int = 2, before: tuple[str, ...] = (), extra: tuple[str, ...] = ()):
+@pytest.fixture
+def meeting():
+    """Options of torchrun for where its processes meet."""
+    with kept_port() as port:
+        yield "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"
+
+
+def start(path: Path, *options: str, ranks: int = 2, before: tuple[str, ...] = ()):
     """`torchrun ... -m olmoe train`, in a session of its own."""
-    where = [] if extra else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    command = [*before, *TORCHRUN, "--nproc-per-node", str(ranks), *where, *extra, *options]
+    command = [*before, *TORCHRUN, "--nproc-per-node", str(ranks), *options]
     command += ["-m", "olmoe", "train", str(path), "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -93,10 +100,10 @@ def sentences_of(stderr: str) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_with_one_sentence_and_torchrun_restarts_it(tmp_path, tokenizer_file):
+def test_a_killed_rank_ends_the_job_with_one_sentence_and_torchrun_restarts_it(tmp_path, tokenizer_file, meeting):
     path = write(tmp_path, tokenizer_file, 120)
     output = path.parent / "out"
-    process = start(path)
+    process = start(path, *meeting)
     try:
         wait_for(lambda: has_checkpoint(output), process)
         os.kill(workers(process)[1], signal.SIGKILL)
@@ -112,7 +119,7 @@ def test_a_killed_rank_ends_the_job_with_one_sentence_and_torchrun_restarts_it(t
     assert "Traceback" not in "".join(line for line in err.split("\n") if "olmoe" in line)
     # torchrun restarts all ranks, which find the checkpoint by themselves.
     shutil.rmtree(output)
-    process = start(path, "--max-restarts", "3")
+    process = start(path, *meeting, "--max-restarts", "3")
     try:
         wait_for(lambda: has_checkpoint(output), process)
         os.kill(workers(process)[0], signal.SIGKILL)
@@ -128,10 +135,10 @@ def test_a_killed_rank_ends_the_job_with_one_sentence_and_torchrun_restarts_it(t
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_lets_all_ranks_save_and_leave(tmp_path, tokenizer_file):
+def test_sigterm_to_torchrun_lets_all_ranks_save_and_leave(tmp_path, tokenizer_file, meeting):
     path = write(tmp_path, tokenizer_file, 100_000)
     output = path.parent / "out"
-    process = start(path)
+    process = start(path, *meeting)
     try:
         wait_for(lambda: has_checkpoint(output), process)
         process.send_signal(signal.SIGTERM)
@@ -174,7 +181,7 @@ def test_two_machines_train_as_one(tmp_path, tokenizer_file):
                 "--nnodes", "2", "--node-rank", str(number), "--master-addr", "10.77.0.1", "--master-port", "29511",
             )  # fmt: skip
             inside = ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=v{name[5:]}")
-            processes.append(start(path, ranks=1, before=inside, extra=node))
+            processes.append(start(path, *node, ranks=1, before=inside))
         outputs = [process.communicate(timeout=LIMIT) for process in processes]
     finally:
         for process in processes:
@@ -242,23 +249,30 @@ def test_a_single_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
 
 
-def meet(port: int, late: int) -> tuple[list[float], bool]:
+def meet(port: int, late: int, attempt: int) -> tuple[list[float], bool, bool]:
     """Ranks that meet through torchrun's store at this port; one of them comes late."""
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     if int(os.environ["RANK"]) == late:
         time.sleep(0.5)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
     with join_ranks("cpu") as ranks:
-        started = time.monotonic()
-        ranks.first_in_turn(lambda: time.sleep(0.2) if ranks.is_first else None)
-        waited = time.monotonic() - started >= 0.1
-        return ranks.sum(torch.ones(1)).tolist(), waited and ranks._is_first_to_tell(f"that of rank {ranks.rank}")
+
+        def turn() -> bool:
+            """Whether the first has had its turn."""
+            if ranks.is_first:
+                time.sleep(0.2)  # one that does not wait would come before
+                store.set(f"turn of the first/{attempt}", "over")
+            return store.check([f"turn of the first/{attempt}"])
+
+        in_turn = ranks.first_in_turn(turn)
+        return ranks.sum(torch.ones(1)).tolist(), in_turn, ranks._is_first_to_tell(f"that of rank {ranks.rank}")
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_restarted_ranks_do_not_see_stale_entries_in_torchruns_store(late):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for _ in range(2):
-        assert on_ranks(2, meet, store.port, late) == [([2.0], True)] * 2
+    for attempt in range(2):
+        assert on_ranks(2, meet, store.port, late, attempt) == [([2.0], True, True)] * 2
 
 
 def test_the_first_rank_waits_for_living_ranks():
@@ -294,7 +308,7 @@ def test_a_failing_rank_reports_why_despite_torchruns_sigterm():
 
 
 def test_an_invalid_torchrun_environment_is_reported_in_one_sentence(monkeypatch):
-    for name, value in rank_environment(0, 2, free_port()).items():
+    for name, value in rank_environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR")
 

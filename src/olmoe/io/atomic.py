@@ -116,7 +116,11 @@ def _replace_folder(new: Path, target: Path) -> None:
         if not target.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:  # an interrupt: gigabytes of weights take a while
+        shutil.rmtree(old, ignore_errors=True)
+        raise
 
 
 def _through_links(target: str | Path) -> Path:

@@ -117,7 +117,7 @@ SLOW = """
 import sys, time
 from olmoe.train import loop
 original = loop.clip_gradients
-loop.clip_gradients = lambda *arguments: (time.sleep(0.05), original(*arguments))[1]
+loop.clip_gradients = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]
 """
 COMMAND = "import sys; from olmoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
 

@@ -21,7 +21,7 @@ from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
 from olmoe.train.memory import activations, memory
 from olmoe.train.toml_file import build
 from olmoe.weights import checkpoint
-from rank_processes import free_port
+from ports import kept_port
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
@@ -67,8 +67,9 @@ def test_commands_of_several_processes_run(tmp_path):
     assert len(lines) == 2
     for line in lines:
         _, *words = shlex.split(line)
-        command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words, "--quiet"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        with kept_port() as port:
+            command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(port), *words, "--quiet"]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("best") == 1  # only one rank reports where the result is
     assert checkpoint.load(tmp_path / "runs" / "dpo-tiny" / "best").config.num_experts == 64
