@@ -243,8 +243,9 @@ class Mixture:
     """An endless, deterministic sequence of training windows over several token files.
 
     An epoch visits each source, one stream of ids or several, `repeat` times, cut into windows of `length` ids from a
-    start drawn again for each pass, all shuffled together. Window `i` depends only on the seed and `i`, so that a
-    resumed run continues exactly. A window of T ids trains T - 1 predictions, as in OLMoE's training.
+    start drawn again for each pass, all shuffled together. What is left over at a stream's end, up to a window, is not
+    visited in any pass. Window `i` depends only on the seed and `i`, so that a resumed run continues exactly. A window
+    of T ids trains T - 1 predictions, as in OLMoE's training.
 
     With `vocab_size`, a window with an id beyond it raises `ConfigError`.
     """

@@ -38,10 +38,14 @@ def test_chosen_answers_become_more_likely_than_rejected_ones(finished):
     assert files(finished) == ["best", "checkpoints", "evaluation.json", "metrics.jsonl", "reference.npy"]
 
 
-@pytest.mark.parametrize("kind", ["dpo", "dpo_norm", "kto"])
-def test_a_step_matches_one_written_out_by_hand(tmp_path, tokenizer_file, kind):
-    """Log-probabilities one by one, from full logits; the reference is the model that the run starts from."""
-    path = write_run(tmp_path, tokenizer_file, row=preference, loss={"kind": kind}, **SMALL)
+@pytest.mark.parametrize(("kind", "scale"), [("dpo", 1.2), ("dpo_norm", 1.2), ("kto", 1.2), ("kto", 0.8)])
+def test_a_step_matches_one_written_out_by_hand(tmp_path, tokenizer_file, kind, scale):
+    """Log-probabilities one by one, from full logits; the reference is the model that the run starts from.
+
+    With a sharper head KTO's z would be below 0, and with a flatter one it is above though not for every answer.
+    """
+    loss = {"kind": kind} | ({"undesirable_weight": 0.25} if kind == "kto" else {})
+    path = write_run(tmp_path, tokenizer_file, row=preference, loss=loss, **SMALL)
     config = load_config(path, PreferenceConfig)
     task = PreferenceTask(config, open_start(config), torch.device("cpu"))
     reference, model, other = (make_model(max_position_embeddings=256) for _ in range(3))
@@ -49,7 +53,8 @@ def test_a_step_matches_one_written_out_by_hand(tmp_path, tokenizer_file, kind):
     for changed in (model, other):
         changed.requires_grad_(True)
         with torch.no_grad():
-            changed.lm_head.weight.mul_(1.2)
+            head = changed.lm_head.weight.mul_(scale)
+            head.add_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)), alpha=0.07 * (scale < 1))
 
     def log_prob(net, number):
         example = task.examples[number]
@@ -64,10 +69,14 @@ def test_a_step_matches_one_written_out_by_hand(tmp_path, tokenizer_file, kind):
     units = [unit for batch in task.plan.microbatches(0) for unit in batch]
     assert len(units) == 4
     if kind == "kto":
-        z = torch.stack([moved(2 * unit + 1) for unit in units]).mean().detach().clamp(min=0)
+        each = torch.stack([moved(2 * unit + 1) for unit in units]).detach()
+        assert float(each.min()) < 0
+        assert (float(each.mean()) > 0) == (scale < 1)
+        z = each.mean().clamp(min=0)
         signs = [1.0 if task._desirable[unit] else -1.0 for unit in units]
         assert set(task._desirable) == {True, False}
         losses = [1 - torch.sigmoid(s * 0.1 * (moved(2 * u) - z)) for s, u in zip(signs, units, strict=True)]
+        losses = [loss * (1.0 if sign > 0 else 0.25) for sign, loss in zip(signs, losses, strict=True)]
     else:
         beta = 5.0 if kind == "dpo_norm" else 0.1
         losses = [-torch.log(torch.sigmoid(beta * (moved(2 * unit) - moved(2 * unit + 1)))) for unit in units]

@@ -121,6 +121,12 @@ def test_plain_texts_use_no_template(tiny):
         make_example(Completion("", ""), tiny)
 
 
+def test_a_completion_that_joins_its_prompt_is_trained_whole(released):
+    example = make_example(Completion("Oh, Hel", "lo 🐘"), released)
+    assert learned(example, released) == [" Hello 🐘<|endoftext|>"]
+    assert example.inputs.tolist() == released.encode("Oh, Hello 🐘")
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [
