@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # FSDP imports it, for seconds
@@ -106,14 +107,8 @@ def train_until(path: Path, step: int, on_rank: int, number: int, resume: bool =
             signal.raise_signal(number)
         return report
 
-    loop.train_step = train_step
-    try:
-        train_run(path, resume)
-    except Interrupted as interrupt:
-        return interrupt.path.name
-    finally:
-        loop.train_step = original
-    raise AssertionError("the run was not interrupted")
+    with mock.patch.object(loop, "train_step", train_step):
+        return _saved_by_interrupt(train_run, path, resume)
 
 
 def finetune_run(path: Path, command: str, resume: bool = False) -> None:
@@ -131,13 +126,16 @@ def finetune_until(path: Path, command: str, step: int, on_rank: int, number: in
             signal.raise_signal(number)
         return original(run)
 
-    finetuning.advance = advance
+    with mock.patch.object(finetuning, "advance", advance):
+        return _saved_by_interrupt(finetune_run, path, command)
+
+
+def _saved_by_interrupt(run: Callable[..., None], *arguments: Any) -> str:
+    """Run until the signal; the name of the checkpoint that it leaves."""
     try:
-        finetune_run(path, command)
+        run(*arguments)
     except Interrupted as interrupt:
         return interrupt.path.name
-    finally:
-        finetuning.advance = original
     raise AssertionError("the run was not interrupted")
 
 

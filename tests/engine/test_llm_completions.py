@@ -161,7 +161,7 @@ def test_a_full_context_warns_once_and_names_the_prompts(llm, caplog):
 # ---- threads ----
 
 
-def test_the_number_of_threads_is_the_processs(tokenizer, monkeypatch):
+def test_the_number_of_threads_is_that_of_the_process(tokenizer, monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     LLM.from_parts(make_model(), tokenizer)

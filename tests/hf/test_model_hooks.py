@@ -272,7 +272,7 @@ def test_gradients_returned_by_hooks_propagate(place, kind):
     assert any(changed) == (not place.endswith(("embed_tokens", "self_attn")) or "pre" in kind)
 
 
-def test_a_routers_backward_hook_gets_the_auxiliary_losss_gradient_too():
+def test_a_routers_backward_hook_also_gets_the_gradient_of_the_auxiliary_loss():
     model = peers()[0]
     kept, given = [], []
     gate = model.model.layers[1].mlp.gate

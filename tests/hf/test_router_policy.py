@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
 @needs_kernels
 @by_policy
 @pytest.mark.parametrize("kind", ["plain", "packed"])
-def test_logits_under_a_policy_equal_the_runners(folders, kind, policy):
+def test_logits_under_a_policy_equal_those_of_a_runner(folders, kind, policy):
     """In one pass, and with a decoding step through all layers at once; on torch too."""
     network = checkpoint.load(folders[kind], dtype=torch.float32)
     model = OlmoeForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).eval()

@@ -72,7 +72,7 @@ def test_accumulated_batches_are_balanced_as_one(kind, dropout):
         assert_close(others, gradients(plain))
 
 
-def test_without_num_items_the_mean_of_auxiliary_losses_is_the_steps():
+def test_without_num_items_the_mean_of_auxiliary_losses_is_that_of_the_step():
     whole = make_model()(**batches(1)[0]).aux_loss
     model, parts = make_model(), batches(3)
     alone = torch.stack([model(**part).aux_loss for part in parts]).mean()

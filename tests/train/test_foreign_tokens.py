@@ -82,7 +82,7 @@ def test_types_that_cannot_be_ids_are_refused(tmp_path, tokenizer_file):
     np.save(path, np.array([{}, {}], dtype=object), allow_pickle=True)
     assert "cannot be read" in sentence()
     np.save(path, IDS.astype("uint32"))
-    assert "says itself" in sentence("uint16")
+    assert "declares its ids as uint32" in sentence("uint16")
     assert read(path, tokenizer_file, "uint32") == IDS.tolist()
     np.save(path, np.asfortranarray(IDS[:300].reshape(20, 15)))
     assert "columns" in sentence()

@@ -19,7 +19,7 @@ from olmoe.errors import ConfigError, UserError
 from olmoe.io import hub
 from olmoe.model import CausalLM, initialize
 from olmoe.train import loop, state
-from olmoe.train.config import LossConfig, load_config
+from olmoe.train.config import LossConfig, TrainConfig, load_config
 from olmoe.train.data import Mixture, prepare
 from olmoe.train.evaluation import evaluate
 from olmoe.train.loop import Interrupted, train
@@ -238,16 +238,23 @@ class Killed(BaseException):
     """Stands for a process that ends without time to react."""
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
+def killed_at(step: int, folder: Path, monkeypatch) -> TrainConfig:
+    """Train the run in `folder` until it is killed in a step; its configuration."""
+
     def kill() -> None:
         raise Killed
 
-    folder = copy_of(finished, tmp_path)
     config = load_config(folder / "run.toml")
     with monkeypatch.context() as patched:
-        at_step(patched, loop, 9, kill)
+        at_step(patched, loop, step, kill)
         with pytest.raises(Killed):
             train(config, show_progress=False)
+    return config
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
+    folder = copy_of(finished, tmp_path)
+    config = killed_at(9, folder, monkeypatch)
     output = folder / "out"
     assert files(output / "checkpoints") == ["step-0000003", "step-0000006"]
     assert [r["step"] for r in read_metrics(output)][-1] == 8
@@ -262,15 +269,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, finished, monke
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, finished, monkeypatch):
-    def kill() -> None:
-        raise Killed
-
     folder = copy_of(finished, tmp_path)
-    config = load_config(folder / "run.toml")
-    with monkeypatch.context() as patched:
-        at_step(patched, loop, 3, kill)
-        with pytest.raises(Killed):
-            train(config, show_progress=False)
+    config = killed_at(3, folder, monkeypatch)
     assert len(read_metrics(folder / "out")) == 2
     refused(lambda: train(config, resume=True, show_progress=False), ConfigError)
     train(config, show_progress=False)

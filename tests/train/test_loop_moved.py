@@ -123,7 +123,7 @@ def test_unset_variables_in_paths_are_refused(place, key, tmp_path, tokenizer_fi
     }[key]
     path = write_run(tmp_path, tokenizer_file, **changes)
     message = refused(lambda: load_config(path), ConfigError)
-    assert "stands for nothing here" in message
+    assert "is not defined here" in message
     assert repr(place) in message
     (tmp_path / "$odd").mkdir()  # an existing folder is taken literally
     assert resolve_path("$odd", tmp_path) == tmp_path / "$odd"

@@ -1,4 +1,4 @@
-"""Activations as modules, as in other software, and as the functions that kernels recognise."""
+"""Activations as modules, as in other libraries, and as the functions that kernels recognise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The mixture's operations in plain tensor code, for transforms that must follow each step: see `transforms`.
 
-They allocate more than `torch_fast` does, so they are used only there. Under `vmap` nothing may depend on values, such
-as how many rows an expert has: then every expert computes every token, and the chosen results are selected.
+They allocate more than `torch_fast` does, so they are used only there. Under `vmap`, control flow must not
+depend on values, such as how many rows an expert has: then every expert computes every token, and the chosen results
+are selected.
 
 Shapes legend: N tokens, D hidden, E experts, K experts per token, M = N*K routed rows, F expert width.
 """

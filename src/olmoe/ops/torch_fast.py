@@ -116,7 +116,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     if lower is not None:  # here rather than by torch, whose own copies would be kept beside the inputs
         q, k, v = (t.to(lower) for t in (q, k, v))
     if causal and (mask is not None or q.shape[2] != k.shape[2]):
-        # torch's is_causal aligns the first query with the first key; ours are aligned at the end.
+        # torch's is_causal aligns the first query with the first key; ours aligns the last ones.
         t, s = q.shape[2], k.shape[2]
         allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         mask, causal = allowed if mask is None else mask & allowed, False

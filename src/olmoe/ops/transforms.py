@@ -1,4 +1,4 @@
-"""Transforms that follow operations one by one: those of `torch.func`, forward-mode and second derivatives.
+"""Transforms that trace single operations: those of `torch.func`, forward-mode and second derivatives.
 
 Our autograd functions, and kernels that write into memory, are opaque to these. Operations check here whether to run
 as plain tensor code.

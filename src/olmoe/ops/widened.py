@@ -67,7 +67,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_mixed(x: Tensor, weight: Tensor) -> bool:
-    """Whether fp32 inputs meet a weight in half precision, which is then to be widened."""
+    """Whether fp32 inputs are multiplied by a half-precision weight, which must then be widened."""
     return x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16) and autocast_dtype(x) is None
 
 
@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def experts(rows_MD: Tensor, offsets_E: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
-    """`ops.experts` for rows and weights that are mixed: those that have rows, one at a time."""
+    """`ops.experts` for mixed rows and weights: the experts that have rows, one at a time."""
     parts = []
     for e, (start, end) in enumerate(pairwise(offsets_E.tolist())):
         if start < end:

@@ -25,7 +25,7 @@ RECOMPUTATION = ("off", "selective", "full")  # compute.activation_checkpointing
 class Source:
     """Text (documents separated by lines with `<|endoftext|>`), JSONL (`text` or `messages`), or token ids (`.npy`).
 
-    `repeat` is how often an epoch passes over it; a fraction takes that share of its windows, drawn anew
+    `repeat` is how often an epoch passes over it; a fraction takes that share of its windows, redrawn
     each epoch. `weight` says instead which share of the windows comes from it, relative to the weights of the others.
     `dtype` is the type of the ids in a token file without a header, if they are not uint16.
     """
@@ -124,7 +124,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the processes that torchrun starts share a run: `data` x `expert` of them (see `sharding`).
+    """How the `data` x `expert` processes that torchrun starts share a run (see `sharding`).
 
     Dense parameters are sharded over all; experts are shared by `expert` ranks. `data` None takes all that there are.
     `replicate` keeps that many copies of everything, each sharded over data / replicate x expert ranks. The load that
@@ -137,7 +137,7 @@ class ParallelConfig:
     balance: str = "rank"
 
     def ranks(self, started: int) -> int:
-        """The number of processes that this is for, given that `started` are running."""
+        """The number of processes that this setting needs, given that `started` are running."""
         return (self.data or max(1, started // self.expert)) * self.expert
 
 
@@ -322,7 +322,7 @@ def _check_choices(config: TrainConfig) -> None:
     if compute.compile and config.data.document_mask:
         raise ConfigError(
             "compute.compile and data.document_mask exclude each other, because every window has documents of other "
-            "lengths, for which layers would be compiled anew; leave out one."
+            "lengths, for which layers would be recompiled; leave out one."
         )
 
 
@@ -370,7 +370,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def check_dropout(share: float) -> None:
-    """Refuse a share of dropout that is none."""
+    """Refuse a dropout share that is out of range."""
     if not 0 <= share < 1:
         raise ConfigError(f"regularization.residual_dropout must be from 0 to below 1, not {shown(share)}.")
 

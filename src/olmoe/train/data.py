@@ -29,7 +29,7 @@ from olmoe.tokenizer import Tokenizer
 from olmoe.train.foreign_tokens import Layout, map_ids, read_layout
 
 SEPARATOR = documents.SEPARATOR
-READER = 2  # 1 took byte order marks for text, spaces after separators for words, and JSONL for text
+READER = 2  # 1 read byte order marks, spaces after separators and JSONL as text
 Tokens = npt.NDArray[Any]
 _PART = 2**24  # ids that are checked at a time
 _LOOKED_AT = 2**28  # ids of a file that are checked before training
@@ -95,7 +95,7 @@ def is_token_file(path: Path, dtype: str | None = None) -> bool:
 def prepare(
     path: Path, tokenizer_path: Path, folder: Path, eos_id: int, name: str | None = None, dtype: str | None = None
 ) -> TokenFile:
-    """The token file for `path`, made again unless `folder` holds one of the same text, tokenizer and EOS.
+    """The token file for `path`, rebuilt unless `folder` holds one of the same text, tokenizer and EOS.
 
     It is kept as `name`, by default the name that `name_files` gives to `path` alone. A `.npy` path is used as a
     token file directly, and so is any path if `dtype` says what its ids are. Raises `ConfigError` for missing or
@@ -166,7 +166,7 @@ def _template_sha256(tokenizer: Tokenizer) -> str:
 
 
 def _described(description: Path) -> dict[str, Any]:
-    """What a description file says; nothing if it is missing, damaged or of another version."""
+    """The contents of a description file; empty if it is missing, damaged or of another version."""
     try:
         known = json.loads(description.read_text(encoding="utf-8"))
         return asdict(TokenFile(**known))

@@ -1,7 +1,7 @@
 """Isolates documents that lie end to end in a window: positions restart, and no token attends to another document.
 
 OLMoE was trained without this: its attention crosses documents (`causal_attend`). With it, a window computes what its
-documents would compute one by one, and attention takes less time the shorter they are.
+documents would compute one by one, and attention takes less time the shorter the documents are.
 
 Shapes legend: B windows, T positions, N tokens of all documents, H heads, G KV heads, Dh head dim.
 """

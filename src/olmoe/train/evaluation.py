@@ -72,7 +72,7 @@ def evaluate(
             counts_LE[layer] += torch.bincount(router.expert_ids.flatten(), minlength=config.num_experts)
     (nats,) = ranks.sum(torch.tensor([nats], dtype=torch.float64)).tolist()
     counts_LE = ranks.sum(counts_LE)
-    # A share of the file is charged with the same share of its bytes.
+    # A share of the file counts the same share of its bytes.
     text_bytes = math.nan if file.text_bytes is None else file.text_bytes * predicted / total
     return Evaluation(nats / predicted, nats / math.log(2) / text_bytes, predicted, counts_LE.cpu())
 

@@ -59,8 +59,8 @@ def map_ids(path: str | Path, layout: Layout) -> npt.NDArray[Any]:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         raise ConfigError(
-            f"The token file {path} cannot be opened besides the others, because the system allows no more open files; "
-            "raise that limit (ulimit -n), or join files."
+            f"The token file {path} cannot be opened in addition to the others, because the system allows no more open "
+            "files; raise that limit (ulimit -n), or join files."
         ) from None
 
 
@@ -80,11 +80,11 @@ def _from_header(path: Path, dtype: str | None) -> Layout:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ConfigError(f"{path} begins as numpy.save writes, but cannot be read ({error}).") from None
+        raise ConfigError(f"{path} starts like a file of numpy.save, but cannot be read ({error}).") from None
     if array.dtype.kind not in "iu":
         raise ConfigError(f"{path} was written by numpy.save with the type {array.dtype}, but token ids are integers.")
     if dtype is not None and _named(dtype, path).newbyteorder("<") != array.dtype.newbyteorder("<"):
-        raise ConfigError(f"{path} says itself that its ids are {array.dtype}, not {dtype}; leave its dtype out.")
+        raise ConfigError(f"{path} declares its ids as {array.dtype}, not {dtype}; leave its dtype out.")
     if array.ndim > 1 and not array.flags.c_contiguous:
         raise ConfigError(f"{path} holds a matrix by columns; save it with numpy.ascontiguousarray.")
     if array.size < 2:
@@ -100,7 +100,7 @@ def _refuse_half_empty(path: Path, kind: np.dtype[Any]) -> None:
     if min(varied) == 1 and max(varied) >= 8 and not pairs[:, int(varied[1] == 1)].any():
         wider = f"{kind.kind}{2 * kind.itemsize}"
         raise ConfigError(
-            f"The token file {path} does not hold {kind} ids: every second one would be 0, as where wider ids are read "
+            f"The token file {path} does not hold {kind} ids: every second one would be 0, as if wider ids were read "
             f'so; set dtype = "{np.dtype(wider)}" (or what it is) beside its path.'
         )
 

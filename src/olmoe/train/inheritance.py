@@ -61,7 +61,7 @@ def inherit(
             model = dataclasses.replace(model, **{key: getattr(built, key) for key in written})
     except UserError:
         if complete:
-            return raw  # the run says what is wrong with the checkpoint, should it need it
+            return raw  # the run reports what is wrong with the checkpoint if it needs it
         raise
     tokenizer = raw.get("tokenizer", {})
     if isinstance(tokenizer, dict):

@@ -1,6 +1,6 @@
 """The training loop, readable top to bottom: a run is opened, advanced step by step, evaluated and saved.
 
-Each of these is a function over a `Run`, for other loops (of several processes) to call.
+Each of these is a function over a `Run`, which other loops (of several processes) can call.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on every held-out and measured file into `evaluation.json`; its folder."""
     run.ensure_best()
     run.load_best()
-    set_products(run.model, None)  # as whoever opens the checkpoint computes
+    set_products(run.model, None)  # as for anyone who opens the checkpoint
     files = run.data.held_out + run.data.measured
     windows = run.config.evaluation.final_windows
     final = evaluate_all(run.model, files, run.length, windows, run.ranks, run.config.mask_eos_id)

@@ -60,7 +60,7 @@ class SharedMemory:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, capacity: int = CAPACITY) -> SharedMemory | None:
-        """The memory that these ranks share, or None if there is none: they are apart, or it is full."""
+        """The memory that these ranks share, or None if there is none: they are on several machines, or it is full."""
         total = 2 * group.size() * capacity + _COUNTERS
         with contextlib.ExitStack() as stack:
             names: list[str | None] = [None]
@@ -70,11 +70,11 @@ class SharedMemory:
             dist.broadcast_object_list(names, group=group, group_src=0)
             mapped = None if names[0] is None else _opened(names[0], total)
             all_have = torch.tensor(float(mapped is not None))
-            dist.all_reduce(all_have, op=dist.ReduceOp.MIN, group=group)  # nobody opens it any more: it may go
+            dist.all_reduce(all_have, op=dist.ReduceOp.MIN, group=group)  # all have opened it, so its name may go
         if mapped is None or not bool(all_have):
             return None
         memory = cls(group, mapped)
-        dist.all_reduce(all_have, group=group)  # until now nobody's lock says that it is there
+        dist.all_reduce(all_have, group=group)  # until now no lock shows that a rank is there
         return memory
 
     def gather(self, output: Tensor, own: Tensor) -> None:
@@ -179,16 +179,16 @@ class SharedMemory:
         return (p for p in range(self.size) if p != self.rank)
 
     def _meet(self) -> None:
-        """Wait until all ranks have come this far. Raises `DistNetworkError` if one has left, or does not come."""
+        """Wait until all ranks are here. Raises `DistNetworkError` if one has left or does not arrive."""
         if self.arrived is not None:
             dist.all_reduce(self.arrived, group=self.group)
             return
         kernels, where = extension.kernels(), (self.counters.data_ptr(), self.file.fileno())
         missing = kernels.meet(*where, self.size, self.rank, self.turn, default_pg_timeout.total_seconds())
         if missing >= 0 and kernels.has_left(self.file.fileno(), missing):
-            raise dist.DistNetworkError(f"rank {missing} has left the memory that it shared")
+            raise dist.DistNetworkError(f"rank {missing} has left the shared memory")
         if missing >= 0:
-            raise dist.DistNetworkError(f"rank {missing} has not come for {default_pg_timeout}")
+            raise dist.DistNetworkError(f"rank {missing} has not arrived within {default_pg_timeout}")
 
 
 def _most_rows(room: Tensor, tensors: Sequence[Tensor]) -> int:
@@ -209,13 +209,13 @@ def _places(room: Tensor, tensors: Sequence[Tensor], most: int) -> list[Tensor]:
 
 
 class _Allocates:
-    """What FSDP2 asks of its collectives besides."""
+    """What else FSDP2 requires of its collectives."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self.memory = memory
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a message before it is sent and after it has come."""
+        """Memory for a message before it is sent and after it has arrived."""
         return torch.empty(tuple(size), dtype=dtype, device=device)
 
 

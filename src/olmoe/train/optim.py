@@ -13,7 +13,7 @@ from olmoe.train.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters alike: norms, embeddings and routers decay too, as in OLMoE."""
+    """AdamW over all parameters: norms, embeddings and routers decay too, as in OLMoE."""
     return torch.optim.AdamW(
         groups(model.parameters()),
         lr=config.learning_rate,

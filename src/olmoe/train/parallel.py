@@ -1,4 +1,4 @@
-"""How ranks share a run, apart from the shards themselves: what may be shared, and what is summed over ranks.
+"""How ranks share a run, apart from the shards themselves: valid splits, and what is summed over ranks.
 
 torch's sharding machinery is used only in `sharding`, so that a single process need not wait for its import.
 """

@@ -37,7 +37,7 @@ class ToldByAnother(UserError):
 
 
 class RankLostError(UserError):
-    """Another rank has ended without an explanation, so nothing more can be computed together."""
+    """Another rank has ended without an explanation, so the ranks cannot continue together."""
 
 
 class _LossToldByAnother(ToldByAnother, RankLostError):
@@ -45,7 +45,7 @@ class _LossToldByAnother(ToldByAnother, RankLostError):
 
 
 class _Outcome(NamedTuple):
-    """What some work returned, or the user's mistake that it met."""
+    """What some work returned, or the user error that it raised."""
 
     value: Any
     error: UserError | OSError | None
@@ -83,7 +83,7 @@ class Ranks:
         return values
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag, raised where it is raised on some rank."""
+        """Each flag, true if it is true on any rank."""
         return [value > 0 for value in self.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
     def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
@@ -128,7 +128,7 @@ class Ranks:
             outcome = _outcome(lambda: done.append(work()))
             if self.store is not None:
                 self.store.set(turn, "over")
-        elif self.store is not None:  # texts may take hours to tokenize, which no collective waits for
+        elif self.store is not None:  # tokenizing may take hours, longer than a collective waits
             self.store.wait([turn], timedelta(days=30))
         self.on_first(lambda: _raise_error(outcome))
         return self.on_all(lambda: done[0] if done else work())
@@ -140,7 +140,7 @@ class Ranks:
     def guarded(self, way_on: Callable[[], str]) -> Iterator[None]:
         """Let one rank tell the user what ends all: a mistake that all find, or the lost connection to another.
 
-        `way_on` says how the run goes on after that.
+        `way_on` says how to continue the run afterwards.
         """
         if self.size == 1:
             yield
@@ -152,7 +152,7 @@ class Ranks:
         except BaseException as error:
             _let_sigterm_pass()
             lost = isinstance(error, RuntimeError) and _is_lost_connection(error)
-            # Whatever ends this rank is told here, so that others need not tell that it has ended.
+            # Whatever ends this rank is reported here, so that others need not report its end.
             is_first_to_end = self._is_first_to_tell(_ENDED)
             if lost:
                 reason = _reason(error)
@@ -199,7 +199,7 @@ def join_ranks(device: str, *, group_of_one: bool = False) -> Iterator[Ranks]:
     try:
         yield ranks
     except RankLostError:
-        raise  # who waits for the others to leave waits for ever
+        raise  # waiting for the others to leave would never end
     except BaseException:
         _leave()
         raise

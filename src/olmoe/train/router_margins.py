@@ -1,4 +1,4 @@
-"""How far a router's choices are from other ones, which distinguishes a decisive router from one that tosses coins.
+"""How far a router's choices are from changing, which distinguishes a decisive router from one that tosses coins.
 
 Shapes legend: N tokens, E experts, K experts per token.
 """

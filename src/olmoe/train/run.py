@@ -169,7 +169,7 @@ class BaseRun:
 
     def save_when_due(self, every: int, interrupted: bool) -> None:
         """Write a checkpoint if it is time for one, or if a process was interrupted: then raises `Interrupted`."""
-        stop = self.must_stop(interrupted)  # asked once: what comes later waits for the next step
+        stop = self.must_stop(interrupted)  # asked once: a later interrupt waits for the next step
         if stop or self.is_due(every):
             path = self.save()
             if stop:
@@ -195,7 +195,7 @@ class BaseRun:
         return path
 
     def resume(self, newest: Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.progress = self.restored(newest)
         log.info("resumed from %s", newest)
         if not self.ranks.on_first(lambda: state.has_best(self.output)):

@@ -41,7 +41,7 @@ class RunData:
     is_shared_out: bool = False  # whether sources have weights, or an epoch takes a share of several files
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must not change while a run goes on, as far as it is data; `TrainConfig.fingerprint` has the rest."""
+        """What must not change about the data of a resumed run; `TrainConfig.fingerprint` has the rest."""
         files = [*self.train_files, *(file for file, _ in self.held_out)]
         # The second way; runs whose windows are the same in both do not say.
         drawing = {"drawing": 2} if self.is_shared_out else {}
@@ -57,7 +57,7 @@ class RunData:
 def open_data(config: TrainConfig, recorded: list[str]) -> tuple[TrainConfig, RunData]:
     """Find, tokenize and open what a configuration names; also the configuration, its end of text from the tokenizer.
 
-    `recorded` are the names of its files that a run which goes on began with. Raises `UserError` for data that cannot
+    `recorded` are the names that a resumed run gave its files when it started. Raises `UserError` for data that cannot
     be used.
     """
     groups = find_files(config)
@@ -119,7 +119,7 @@ def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:
     if size != (config.tokenizer.vocab_size or size):
         raise ConfigError(
             f"{tokenizer_path} has {size} ids, but tokenizer.vocab_size is {config.tokenizer.vocab_size}; "
-            f"set that to {size}, or remove the file to train one anew."
+            f"set that to {size}, or remove the file to train a new one."
         )
     if size > config.model.vocab_size:
         raise ConfigError(
@@ -127,6 +127,6 @@ def _eos_id(config: TrainConfig, tokenizer_path: Path) -> int:
         )
     if config.model.eos_token_ids[0] >= size:
         raise ConfigError(
-            f"model.eos_token_id {config.model.eos_token_ids[0]} is no id of {tokenizer_path} ({size} ids)."
+            f"model.eos_token_id {config.model.eos_token_ids[0]} is not an id of {tokenizer_path} ({size} ids)."
         )
     return config.model.eos_token_ids[0]

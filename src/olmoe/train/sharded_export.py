@@ -27,7 +27,7 @@ def export_sharded(model: CausalLM, folder: Path, ranks: Ranks, extra_files: dic
                 text = generation.generation_text(model.config)
                 (temporary / generation.FILE_NAME).write_text(text, encoding="utf-8")
         finally:
-            for _ in gathered:  # the others gather all, whatever happened here
+            for _ in gathered:  # the others gather everything, whatever happened here
                 pass
 
     if not ranks.is_first:

@@ -63,7 +63,7 @@ class ShardSaver:
     """Writes checkpoints of a run in the background, one at a time. Every rank makes one and calls it alike."""
 
     def __init__(self, ranks: Ranks) -> None:
-        # What is agreed in the background must not meet what training agrees on.
+        # Agreements in the background must not mix with those of training.
         self._ranks = replace(ranks, group=dist.new_group(backend="gloo"))
         self._main = ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -93,7 +93,7 @@ class ShardSaver:
             self._main.on_first(then)
 
     def close(self) -> None:
-        """Wait for what is being written, whatever becomes of it."""
+        """Wait for pending writes, whether or not they succeed."""
         self._thread.shutdown(wait=True)
 
     def _write(self, target: Path, tensors: dict[str, _Share], texts: dict[str, str]) -> None:
@@ -186,7 +186,7 @@ def restore_shards(
         state = json.loads((path / SHARDED_STATE_NAME).read_text(encoding="utf-8"))
         progress, was = Progress.from_saved(state["progress"]), state["fingerprint"]
         step = float(state["optimizer_step"])
-    except Exception as error:  # whatever is wrong with it
+    except Exception as error:  # whatever is wrong with the file
         raise unreadable(path / SHARDED_STATE_NAME, error) from None
     check_continues(path, was, fingerprint)
     with one_sentence(path):

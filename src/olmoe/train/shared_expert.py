@@ -1,7 +1,7 @@
 """A shared expert, for experiments: one that every token uses beside those that the router chooses for it.
 
 OLMoE has none, because its paper found that one of the experts shared is slightly worse than all of them routed
-(figure 6), and neither the network nor its file format knows one. Here it is put around the network from outside, as
+(figure 6), and neither the network nor its file format has one. Here it is put around the network from outside, as
 dropout is: blocks are swapped for ones with a further expert, whose output is added with the weight 1. Its matrices
 are saved among the others under names that every other loader refuses.
 

@@ -1,4 +1,4 @@
-"""Steps that are skipped: those whose loss or gradient norm is not a number or far above the last ones.
+"""Skipped steps: those whose loss or gradient norm is not a number or far above the recent ones.
 
 One bad batch, or a bit that a machine flipped, would otherwise spoil moments and weights for hundreds of steps.
 """
@@ -15,7 +15,7 @@ from olmoe.train.config import SkipConfig
 
 
 def is_skipped(config: SkipConfig, losses: Sequence[float], norms: Sequence[float], loss: float, norm: float) -> bool:
-    """Whether a step is left out that follows steps of these losses and gradient norms.
+    """Whether to skip a step that follows steps with these losses and gradient norms.
 
     Beyond `sigmas` standard deviations above the mean of either, once half a window of steps is known.
     """
@@ -31,7 +31,7 @@ def _is_beyond(sigmas: float, last: Sequence[float], value: float) -> bool:
 
 
 class StepFilter:
-    """Decides about each step of a run from the ones before it, of which `recent` is kept with its checkpoints.
+    """Decides about each step of a run from the ones before it; checkpoints keep `recent`.
 
     Only steps that were taken count as known, so that a spike does not hide the next one.
     """

@@ -165,7 +165,7 @@ def save_state(
         write_model(model, temporary)
         for name, text in extra_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        # The fingerprint travels as JSON text, which compares equal after a round trip.
+        # The fingerprint is stored as JSON text, which compares equal after a round trip.
         state = {
             "optimizer": optimizer if isinstance(optimizer, dict) else optimizer.state_dict(),
             "progress": vars(progress),
@@ -270,7 +270,7 @@ def read_state(path: Path, fingerprint: dict[str, Any]) -> tuple[Progress, dict[
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
     """What to raise for a file of a checkpoint that is damaged or foreign."""
-    # torch goes on to advise how to read what nobody should.
+    # torch's message goes on to suggest loading it unsafely.
     reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     return CheckpointError(f"{file} cannot be read ({reason}); {_way_on(file.parent)}.")
 

@@ -135,7 +135,7 @@ def accumulate(
                 eos_id=config.mask_eos_id,
                 trained_B=batch.trained,
             )
-            losses.objective.backward()  # here, because what is recomputed drops the same values again
+            losses.objective.backward()  # around backward too, so that recomputation drops the same values
         report.cross_entropy += float(losses.cross_entropy)
         report.load_balancing += float(losses.load_balancing) / scales.microbatches
         report.router_z += float(losses.router_z) / scales.microbatches

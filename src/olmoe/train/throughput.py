@@ -47,7 +47,7 @@ class Throughput:
         """
         if peak_flops is None:
             peak_flops = product_rate(device)
-            log.info("the product rate of %s is %.1f GFLOP/s, which MFU is a part of", device, peak_flops / 1e9)
+            log.info("MFU is relative to the product rate of %s, %.1f GFLOP/s", device, peak_flops / 1e9)
         return cls(
             flops_per_token(model) + 6 * more_parameters,
             float(ranks.sum(torch.tensor(peak_flops, dtype=torch.float64))),
@@ -69,7 +69,7 @@ class Throughput:
         return speed | dict(zip(memory, self._greatest(*memory.values()), strict=True))
 
     def _greatest(self, *own: int) -> list[int]:
-        """Each number as it is on the rank where it is greatest."""
+        """The maximum of each number over the ranks."""
         if self.ranks.size == 1:
             return list(own)
         by_rank = torch.zeros(self.ranks.size, len(own), dtype=torch.int64)

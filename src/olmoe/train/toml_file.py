@@ -26,7 +26,7 @@ def resolve_path(path: str, base: Path) -> Path:
     found = base / expanded
     if left is not None and not found.exists():
         raise ConfigError(
-            f"The path {shown(path)} has {left.group()}, which stands for nothing here; set it, or write the path out."
+            f"The path {shown(path)} has {left.group()}, which is not defined here; set it, or write the path out."
         )
     return found
 

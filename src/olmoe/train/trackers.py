@@ -96,7 +96,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """One run of a project there, which a resumed run goes on with."""
+    """One run of a project there, which a resumed run continues."""
 
     def __init__(self, project: str, output: Path, step: int, settings: dict[str, Any]) -> None:
         wandb = importlib.import_module("wandb")

@@ -66,7 +66,7 @@ def upcycle(
         source.fit_norms(sample_text.read_ids(calibration, tokenizer_of(source))[:CALIBRATION_TOKENS], _window(source))
     if plan.form == "plain":
         log.warning(
-            "The form plain does not keep the function: outputs of the MLPs shrink, at most to %d / %d, "
+            "The form plain does not preserve the function: outputs of the MLPs shrink, at most to %d / %d, "
             "and the loss jumps until training mends it; normalized keeps it.",
             plan.top_k,
             plan.experts,

@@ -64,7 +64,7 @@ def test_a_scale_shortens_tokens_warm_up_and_evaluation_intervals(tmp_path, toke
 def test_an_invalid_training_configuration_names_its_arm(tmp_path, tokenizer_file):
     arms = {"good": {}, "bad": {"model": {"hiden_size": 8}}}
     experiment = load_experiment(write_experiment(tmp_path, tokenizer_file, arms))
-    with pytest.raises(ConfigError, match=r"'bad' is no training run: .*hiden_size"):
+    with pytest.raises(ConfigError, match=r"'bad' is not a valid training run: .*hiden_size"):
         lay_out(experiment, tmp_path / "out", seeds=1)
 
 

@@ -76,7 +76,7 @@ def test_history_weights_and_tools_are_read(tmp_path):
         ({"messages": [{"role": "user"}]}, "without a text"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "weight 0.5"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "from 'nobody'"),
-        ({"instruction": "a", "output": 3}, "an output that is no text"),
+        ({"instruction": "a", "output": 3}, "an output that is not a text"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "history"),
         ({"prompt": "a"}, "none of the known formats"),
         ([1], "not a JSON object"),

@@ -1,6 +1,6 @@
-"""The compiled module `_kernels`: loading it once, its instruction set and threads, and pointers for it.
+"""The compiled module `_kernels`: loaded once, with its instruction set, threads and pointers.
 
-It takes addresses and checks nothing, so everything that reaches it goes through the checks of this package.
+It takes addresses and checks nothing, so all its inputs must pass the checks of this package.
 """
 
 from __future__ import annotations

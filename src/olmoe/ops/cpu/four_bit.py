@@ -1,4 +1,4 @@
-"""The C++ kernels of 4-bit numbers of a book's entries: the arithmetic of `olmoe.quant.formats.four_bit`, bit for bit.
+"""The C++ kernels of the 4-bit code-book formats: the arithmetic of `olmoe.quant.formats.four_bit`, bit for bit.
 
 Shapes legend: B blocks of 64 weights.
 """
@@ -14,7 +14,7 @@ BLOCK, ENTRIES = 64, 16
 
 
 def supported(weights: int, values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take `values`, the codes of so many weights in `dtype` or these themselves."""
+    """Whether the kernels take `values`: weights of `dtype`, or the codes of that many."""
     whole = weights > 0 and weights % BLOCK == 0 and dtype in FLOAT_TYPES
     return whole and values.is_contiguous() and unsupported(values) is None
 

@@ -22,9 +22,9 @@ from olmoe.ops.dispatch import register
 from olmoe.ops.reference import Activation
 from olmoe.runtime import cpu_has_amx, cpu_multiplies_bf16
 
-# Up to this many rows the kernels are used whatever torch can do: reading the weights from memory dominates.
+# Up to this many rows the kernels are used in any case, because reading the weights from memory dominates.
 FEW_ROWS = 8
-# Narrower single products of many rows are torch's: a call of it costs less than ours.
+# Narrower single products of many rows are left to torch, whose calls cost less than ours.
 WIDE_COLUMNS = 1024
 # Experts with up to this many rows each are the kernels', where `many_rows` does not give them all to the kernels: the
 # crossover measured with two threads against a torch that multiplies bf16 by instructions for it, and against one that

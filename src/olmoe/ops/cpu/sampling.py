@@ -39,7 +39,7 @@ def _address(numbers: array[int] | array[float], typecode: str) -> int:
 
 
 def _prepared(make: type, row: SamplingRow, allowed: int) -> object:
-    """`row` for the kernels, which read its arrays and its mask where they lie."""
+    """`row` for the kernels, which read its arrays and its mask in place."""
     mask = row.mask
     assert mask is None or (mask.dtype == torch.int32 and mask.is_contiguous())
     prompt_length, length = row.prompt_length, len(row.ids)

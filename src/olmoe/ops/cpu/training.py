@@ -77,7 +77,7 @@ def shared_kernels() -> Any:
 
 
 def numbers_of(products: torch.dtype | None) -> Any:
-    """What the kernels are told to multiply."""
+    """The kernels' name for the dtype of products."""
     return kernels().Products.FP32 if products is None else kernels().Products.BF16
 
 

@@ -119,17 +119,17 @@ def _arm(name: str, table: Any, base: dict[str, Any], before: dict[str, Arm], pa
     start = _text(table, "start", "", where) or None
     if start is not None and start not in before:
         raise ConfigError(
-            f"{where} starts from {start!r}, which is no arm before it ({', '.join(before) or 'none is'})."
+            f"{where} starts from {start!r}, which is not an earlier arm ({', '.join(before) or 'none is'})."
         )
     compared = table.get("compared", True)
     if not isinstance(compared, bool):
         raise ConfigError(f"compared of {where} must be true or false, not {shown(compared)}.")
     upcycle = table.get("upcycle", {})
     if upcycle and start is None:
-        raise ConfigError(f"{where} upcycles, but starts from no arm; add start = ARM.")
+        raise ConfigError(f"{where} upcycles, but does not start from an arm; add start = ARM.")
     if start is not None:
         if "shared_expert" in tables or "shared_expert" in before[start].tables:
-            raise ConfigError(f"{where} starts from another arm, which no arm with a shared expert can; remove one.")
+            raise ConfigError(f"{where} starts from another arm, which a shared expert rules out; remove one.")
         if "model" in table:
             raise ConfigError(f"{where} starts from {start!r}, whose model it has; remove its [model].")
         tables["model"] = before[start].tables["model"] | _upcycled(before[start].tables["model"], upcycle, where)
@@ -138,7 +138,7 @@ def _arm(name: str, table: Any, base: dict[str, Any], before: dict[str, Arm], pa
 
 
 def plan_of(upcycle: dict[str, Any], seed: int) -> Upcycling:
-    """What to make of a dense model, with routers of this seed."""
+    """The upcycling plan of an arm, with routers of this seed."""
     return Upcycling(**upcycle | {"seed": seed})
 
 
@@ -200,7 +200,7 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _with_path(source: Any, whole: Callable[[Any], Any]) -> Any:
-    """A source of data with its path made absolute; the configuration's own checks refuse what is none."""
+    """A source of data with its path made absolute; invalid ones are left to the configuration's own checks."""
     return source | {"path": whole(source["path"])} if isinstance(source, dict) and "path" in source else source
 
 

@@ -1,4 +1,4 @@
-"""Runs that two experiments have in common are trained once: the other one takes over what came out of it.
+"""Runs that two experiments have in common are trained once: the second experiment reuses the result.
 
 Experiments whose folders are side by side often have the same shared configuration, so that an arm of one is also an
 arm of another: 8 of 64 experts are compared with a dense model in one, and with other numbers of experts in the next.
@@ -20,18 +20,18 @@ from olmoe.train.run_data import open_data
 from olmoe.train.run_folder import latest, run_lock
 from olmoe.train.state import read_state
 
-RECORD = "reused.json"  # beside a run that was taken over: which one it is
+RECORD = "reused.json"  # beside a reused run: which one it is
 
 
 def reuse(run: Run) -> bool:
-    """Take over a finished run of an experiment beside this one that is the same run; whether there was one.
+    """Reuse the same run of a neighbouring experiment if it is finished there; whether there was one.
 
     It is the same if the trainer would have continued one with the other (model, texts, order, optimizer, seed) and
     evaluates and skips alike. Runs that start from another one are always trained.
     """
     if run.has_begun or run.earlier is not None:
         return False
-    (run.folder / RECORD).unlink(missing_ok=True)  # of copying that was interrupted, perhaps
+    (run.folder / RECORD).unlink(missing_ok=True)  # perhaps of an interrupted copy
     experiments = run.folder.parents[2]
     fingerprint: dict[str, Any] | None = None
     for found in sorted(experiments.glob(f"*/*/{run.folder.name}/{RESULT}")):
@@ -53,7 +53,7 @@ def reuse(run: Run) -> bool:
 
 
 def origin(folder: Path) -> str | None:
-    """The run that the one in `folder` was taken over from, as EXPERIMENT/ARM/seed-N; None if it was trained."""
+    """The run that the one in `folder` was copied from, as EXPERIMENT/ARM/seed-N; None if it was trained here."""
     path = folder / RECORD
     return str(json.loads(path.read_text(encoding="utf-8"))["from"]) if path.is_file() else None
 
@@ -72,7 +72,7 @@ def _is_alike(folder: Path, config: TrainConfig) -> bool:
 
 
 def _take_over(source: Path, target: Path, experiments: Path) -> None:
-    """Copy what results are made of, and what arms start from; the file that says that it is finished comes last."""
+    """Copy what results are made of, and what arms start from; the file that marks it as finished comes last."""
     with atomic_folder(target / "best") as temporary:
         shutil.copytree(source / "best", temporary, dirs_exist_ok=True)
     where = {"from": source.relative_to(experiments).as_posix()}

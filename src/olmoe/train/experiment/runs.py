@@ -24,13 +24,13 @@ from olmoe.train.run_folder import latest
 
 FILE = "run.toml"
 RESULT = "evaluation.json"  # what the trainer writes last
-# What a run that starts from another one adds to the seed, so that it does not see the same windows again.
+# Added to the seed of a run that starts from another one, so that it does not see the same windows again.
 STAGE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: an arm with a seed. `earlier` is the run that it goes on from, if any."""
+    """One run: an arm with a seed. `earlier` is the run that it starts from, if any."""
 
     arm: Arm
     seed: int
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is something of it that other settings would not fit."""
+        """Whether it has output that other settings would contradict."""
         return self.is_finished or latest(self.folder) is not None
 
     @property
@@ -86,8 +86,8 @@ class Run:
 def lay_out(experiment: Experiment, output: Path, seeds: int, scale: float = 1.0) -> list[Run]:
     """The runs of all arms with the seeds from 1 to `seeds`, seed by seed, each after the one it starts from.
 
-    `scale` makes all of them shorter or longer: tokens, warm-up and the distance of evaluations. Raises `ConfigError`
-    for a training configuration that is none, before anything is written.
+    `scale` makes all of them shorter or longer: tokens, warm-up and evaluation intervals. Raises `ConfigError`
+    for an invalid training configuration, before anything is written.
     """
     if seeds < 1:
         raise ConfigError(f"An experiment needs at least 1 seed, not {seeds}.")
@@ -114,7 +114,7 @@ def _run(arm: Arm, seed: int, output: Path, scale: float, earlier: Run | None) -
     try:
         config = _checked(tables, path)
     except UserError as error:
-        raise ConfigError(f"The arm {arm.name!r} is no training run: {error}") from None
+        raise ConfigError(f"The arm {arm.name!r} is not a valid training run: {error}") from None
     return Run(arm=arm, seed=seed, folder=folder, tables=tables, config=config, earlier=earlier)
 
 
@@ -137,7 +137,7 @@ def _rescale(tables: Tables, scale: float) -> None:
 
 
 def _checked(tables: Tables, path: Path) -> TrainConfig:
-    """The configuration that these tables are, checked as the trainer checks it; `path` is where it will be."""
+    """The configuration in these tables, checked like the trainer's; `path` is where it will be written."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / FILE
         temporary.write_text(to_toml(tables), encoding="utf-8")
@@ -145,7 +145,7 @@ def _checked(tables: Tables, path: Path) -> TrainConfig:
 
 
 def check_settings(run: Run) -> None:
-    """Raise `ConfigError` if a run was begun with other settings than the experiment has for it now."""
+    """Raise `ConfigError` if a run was started with other settings than the experiment has for it now."""
     path = run.folder / FILE
     if not run.has_begun or not path.is_file():
         return
@@ -159,7 +159,7 @@ def check_settings(run: Run) -> None:
 
 
 def write_configuration(run: Run) -> None:
-    """Write what the run is to do. Raises `ConfigError` if it was begun with other settings."""
+    """Write the run's configuration. Raises `ConfigError` if it was started with other settings."""
     check_settings(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)

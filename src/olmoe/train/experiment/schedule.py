@@ -33,8 +33,8 @@ from olmoe.weights.upcycle import UpcycledSource
 
 START_RECORD = "start.json"
 _LOG = "log.txt"
-_SECONDS = 0.5  # between looks at the processes
-# Interrupts of the terminal are for this process alone, which passes them on.
+_SECONDS = 0.5  # between checks of the processes
+# Terminal interrupts go only to this process, which passes them on.
 _APART: dict[str, Any] = {
     "start_new_session": True,
     "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -73,7 +73,7 @@ def train_all(runs: Sequence[Run], jobs: int = 1, progress: Progress | None = No
 
 
 class _Working:
-    """The processes at work. Leaving the block stops them, and waits until they have saved."""
+    """The running processes. Leaving the block stops them and waits until they have saved."""
 
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs
@@ -97,11 +97,11 @@ class _Working:
 
     @property
     def count(self) -> int:
-        """How many are at work."""
+        """How many are running."""
         return len(self._processes)
 
     def has_room_for(self, run: Run) -> bool:
-        """Whether the run is not at work, and another may be."""
+        """Whether the run is not running yet and another one may start."""
         return run.folder not in self._processes and len(self._processes) < self._jobs
 
     def begin(self, run: Run) -> None:
@@ -128,7 +128,7 @@ class _Working:
 
 
 def _failure(run: Run, code: int) -> str:
-    """What became of a run, in a sentence."""
+    """How a run failed, in one sentence."""
     told = run.folder / _LOG
     last = (told.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
     if code == 2 and last.startswith("olmoe: "):
@@ -156,7 +156,7 @@ def _tell(runs: Sequence[Run], working: int, progress: Progress) -> None:
 
 
 def _tokens(metrics: Path) -> int:
-    """How many tokens a run has been trained on, by its last whole record."""
+    """How many tokens a run has been trained on, by its last complete record."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 8192))

@@ -48,7 +48,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values of several tests, raised so that the chance of any false one keeps below what each is read at (Holm)."""
+    """p values of several tests, adjusted so that the family-wise error rate stays below the level (Holm)."""
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     raised, highest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(order):

@@ -23,7 +23,7 @@ def prompt_of(sample: Sample, tokenizer: Tokenizer) -> tuple[str, list[int]]:
         last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
         before = sample.messages[:last]
         text = tokenizer.render_chat(before, tools=sample.tools) if before else ""
-    # Nothing before an answer: a text begins as it does after the end of another.
+    # Without a prompt, a text begins as after the end of another one.
     return text, tokenizer.encode_rendered(text) or list(tokenizer.eos_ids[:1])
 
 

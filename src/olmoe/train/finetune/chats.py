@@ -114,7 +114,7 @@ def conversation(messages: list[Message], where: str, tools: Any = None) -> Conv
     if not any(message["role"] == "assistant" for message in messages):
         raise ConfigError(f"{where} has no message of the assistant, so there is nothing to learn from it.")
     if tools is not None and not isinstance(tools, list):
-        raise ConfigError(f"{where} has tools that are no list, but {shown(tools)}.")
+        raise ConfigError(f"{where} has tools that are not a list, but {shown(tools)}.")
     return Conversation(messages, tuple(trained), tools or None)
 
 
@@ -158,7 +158,7 @@ def _with_system(value: Mapping[str, Any], where: str) -> list[Message]:
     if system in (None, ""):
         return []
     if not isinstance(system, str):
-        raise ConfigError(f"{where} has a system message that is no text, but {shown(system)}.")
+        raise ConfigError(f"{where} has a system message that is not a text, but {shown(system)}.")
     return [{"role": "system", "content": system}]
 
 
@@ -167,12 +167,12 @@ def _alpaca(value: Mapping[str, Any], where: str) -> list[Message]:
     texts = {key: value.get(key) or "" for key in ("instruction", "input", "output")}
     odd = next((key for key, text in texts.items() if not isinstance(text, str)), None)
     if odd is not None:
-        raise ConfigError(f"{where} has an {odd} that is no text, but {shown(texts[odd])}.")
+        raise ConfigError(f"{where} has an {odd} that is not a text, but {shown(texts[odd])}.")
     messages, history = _with_system(value, where), value.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
     ):
-        raise ConfigError(f"{where} has a history that is no list of pairs of texts, but {shown(history)}.")
+        raise ConfigError(f"{where} has a history that is not a list of pairs of texts, but {shown(history)}.")
     for asked, answered in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)

@@ -115,7 +115,7 @@ class FinetuneLoss(LossConfig):
 class AdapterConfig:
     """Low-rank adapters (LoRA) in place of training all weights: W + (alpha / rank) B A.
 
-    `targets` are "attention", "experts", and "router", which is left alone unless it is named. `pack` packs the frozen
+    `targets` are "attention", "experts", and "router", which is adapted only if it is named. `pack` packs the frozen
     weights in memory ("nf4", "int8", "q4_0" ...), for a checkpoint that is not packed itself (QLoRA). `precision` is
     that of products with the weights of attention and experts: "fp32", or "bf16", which rounds them and their inputs.
     """
@@ -150,7 +150,7 @@ class FinetuneConfig:
     schedule: FinetuneSchedule = field(default_factory=FinetuneSchedule)
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
     adapter: AdapterConfig | None = None
-    recompute: bool = False  # short for compute.activation_checkpointing = "full"
+    recompute: bool = False  # shorthand for compute.activation_checkpointing = "full"
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: FinetuneEvaluation = field(default_factory=FinetuneEvaluation)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -269,7 +269,7 @@ def _check_compute(config: FinetuneConfig) -> None:
     if compute.compile:
         raise ConfigError(
             "compute.compile is for olmoe train: here every batch has samples of other lengths, for which layers would "
-            "be compiled anew; leave it out."
+            "be recompiled; leave it out."
         )
     if config.recompute and compute.activation_checkpointing == "selective":
         raise ConfigError(

@@ -41,14 +41,7 @@ REFERENCE_NAME = "reference.npy"
 
 def dpo(config: PreferenceConfig, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Path:
     """Learn from preferences, or continue to; see `finetune`."""
-    return finetune(
-        config,
-        "dpo",
-        lambda start, device, ranks: PreferenceTask(config, start, device, ranks),
-        resume=resume,
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
+    return finetune(config, "dpo", PreferenceTask, resume=resume, overwrite=overwrite, show_progress=show_progress)
 
 
 class PreferenceTask(Task[PreferenceConfig]):
@@ -113,7 +106,7 @@ class PreferenceTask(Task[PreferenceConfig]):
                 f"{path} cannot be read ({str(error).rstrip('.')}); remove it to compute it again."
             ) from None
         if self._kto and found.shape == (len(self.examples),):
-            return None  # of an older version, which gave some prompts their own other answer to measure z by
+            return None  # of an older version, which measured z with another answer to the same prompt
         if found.shape != self._reference_shape or found.dtype != np.float32:
             raise CheckpointError(
                 f"{path} is of other samples than these {len(self.examples)}; remove it to compute it again."
@@ -127,7 +120,7 @@ class PreferenceTask(Task[PreferenceConfig]):
         baseline = self._baseline(model, units_in_step) if self._kto else None
         values: dict[str, float] = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
         for units in self.plan.microbatches(step, ranks.rank, ranks.size):
-            # Who has none computes something with the others, and adds nothing.
+            # A rank without examples computes along with the others and adds nothing.
             weight = 1.0 if units else 0.0
             losses, margins = self._losses(model, units or units_in_step[:1], baseline)
             (losses.sum() / count * weight).backward()

@@ -22,7 +22,7 @@ from olmoe.train import parallel, precision, state
 from olmoe.train.finetune.answers import answer, prompt_of
 from olmoe.train.finetune.config import FinetuneConfig, FinetuneOptimizer
 from olmoe.train.finetune.start import Start, Trained, load_model, open_start, save_best, sharing
-from olmoe.train.finetune.task import Task
+from olmoe.train.finetune.task import Config, Task
 from olmoe.train.optim import build_optimizer, clip_gradients, groups
 from olmoe.train.ranks import Ranks
 from olmoe.train.run import BaseRun, catch_interrupts, opened
@@ -91,9 +91,9 @@ class Run(BaseRun):
 
 
 def finetune(
-    config: FinetuneConfig,
+    config: Config,
     command: str,
-    make_task: Callable[[Start, torch.device, Ranks], Task[Any]],
+    make_task: Callable[[Config, Start, torch.device, Ranks], Task[Config]],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -110,7 +110,7 @@ def finetune(
         ranks.on_all(lambda: precision.check(config.compute, device))
         start = ranks.first_in_turn(lambda: open_start(config))
         ranks.on_all(lambda: parallel.check(sharing(config, start.model_config), ranks, command))
-        task = ranks.on_all(lambda: make_task(start, device, ranks))
+        task = ranks.on_all(lambda: make_task(config, start, device, ranks))
         model, trained = load_model(start, config, device, ranks)
         precision.set_up(model, config.compute)
         is_sharded = parallel.is_parallel(sharing(config, start.model_config), ranks)
@@ -204,7 +204,7 @@ def _report_best(run: Run) -> Path:
     """Evaluate the best checkpoint on all that is held out, into `evaluation.json`; its folder."""
     run.ensure_best()
     run.load_best()
-    set_products(run.model, None)  # as whoever opens the checkpoint computes
+    set_products(run.model, None)  # as for anyone who opens the checkpoint
     run.model.eval()
     measured, _ = run.task.evaluate(run.model, 0)
     report = json.dumps({"step": run.progress.best_step} | measured) + "\n"

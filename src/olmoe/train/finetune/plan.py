@@ -36,7 +36,7 @@ class Plan:
             self.rows += rows[: round(len(rows) * min(1.0, epochs - epoch))]
             epoch += 1
         if not self.rows:
-            raise ConfigError(f"schedule.epochs {epochs} of these samples are not one row; raise it.")
+            raise ConfigError(f"schedule.epochs {epochs} of these samples do not fill one row; raise it.")
 
     @property
     def steps(self) -> int:

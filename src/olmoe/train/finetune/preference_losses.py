@@ -4,8 +4,8 @@
     DPO norm  the same of means over an answer's tokens
     KTO       w (1 - sigmoid(+-(beta (a - a_ref - z))))                           + desirable, - undesirable
 
-In KTO, z is how far the model has moved from the reference on the step's answers in general: the mean of a - a_ref
-over prompts with answers of others, at least 0, without a gradient (arXiv 2402.01306, section 4.1).
+In KTO, z is how far the model has moved from the reference overall, on the step's answers: the mean of a - a_ref
+over prompts with answers to other prompts, at least 0, without a gradient (arXiv 2402.01306, section 4.1).
 
 Shapes legend: P pairs, S samples.
 """

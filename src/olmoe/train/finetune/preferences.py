@@ -37,13 +37,13 @@ class Judged:
 
 
 def read_pairs(path: Path, *, chat: bool = False) -> Iterator[Pair]:
-    """The pairs of a file. Raises `ConfigError`, with the line, for what is none."""
+    """The pairs of a file. Raises `ConfigError`, with the line, for anything else."""
     for where, value in read_rows(path):
         yield _pair(value, where, chat)
 
 
 def read_judged(path: Path, *, chat: bool = False) -> Iterator[Judged]:
-    """The single answers of a file, of pairs both. Raises `ConfigError`, with the line, for what is none."""
+    """The single answers of a file, of pairs both. Raises `ConfigError`, with the line, for anything else."""
     for where, value in read_rows(path):
         if "label" in value:
             yield _judged(value, where, chat)
@@ -83,7 +83,7 @@ def _sample(prompt: Any, answer: Any, where: str, chat: bool) -> Sample:
     if after[-1]["role"] != "assistant":
         raise ConfigError(f"{where} has an answer that does not end with the assistant's message.")
     messages: list[Message] = [dict(message) for message in before + after]
-    # What the assistant said in the prompt is no part of the answer.
+    # The assistant's messages in the prompt are not part of the answer.
     return replace(
         conversation(messages, where), trained=(*(False for _ in before), *(m["role"] == "assistant" for m in after))
     )

@@ -38,14 +38,7 @@ from olmoe.train.ranks import ALONE, Ranks
 
 def sft(config: SFTConfig, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Path:
     """Fine-tune on chats, or continue to; see `finetune`."""
-    return finetune(
-        config,
-        "sft",
-        lambda start, device, ranks: ChatTask(config, start, device, ranks),
-        resume=resume,
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
+    return finetune(config, "sft", ChatTask, resume=resume, overwrite=overwrite, show_progress=show_progress)
 
 
 class ChatTask(Task[SFTConfig]):
@@ -77,7 +70,7 @@ class ChatTask(Task[SFTConfig]):
         values = dict.fromkeys(("loss", "load_balancing", "router_z", "tokens"), 0.0)
         counts_LE = torch.zeros(())
         for place, numbers in enumerate(self.plan.microbatches(step, ranks.rank, ranks.size)):
-            # Who has none computes something with the others, and adds nothing.
+            # A rank without examples computes along with the others and adds nothing.
             weight = 1.0 if numbers else 0.0
             batch = Batch.of([self.examples[n] for n in numbers or numbers_in_step[:1]], self.device)
             with residual_dropout(model, dropout, self.config.run.seed + first + place * ranks.size):
@@ -89,7 +82,7 @@ class ChatTask(Task[SFTConfig]):
                     load_LE = ranks.sum(load_LE * weight)
                 balance, z = load_balancing(output.routers, counts_LE=load_LE), router_z(output.routers)
                 auxiliary = config.load_balancing * balance + config.router_z * z if _wanted(self.config) else 0.0
-                # Here, because what is recomputed drops the same values again.
+                # Around backward too, so that recomputation drops the same values.
                 ((loss + auxiliary / parts) * weight).backward()
             values["loss"] += weight * float(loss.detach()) * (divisor / trained)
             values["load_balancing"] += weight * float(balance.detach()) / parts

@@ -100,7 +100,7 @@ def open_start(config: FinetuneConfig) -> Start:
         raise ConfigError(f"{folder} names no id that ends a text; set eos_token_id in its config.json.")
     tokenizer = Tokenizer.from_folder(folder, eos_ids=eos_ids, pad_id=found.config.pad_token_id)
     files = {name: text for name, text in texts_of(folder).items() if name in _TEXTS}
-    if tokenizer.chat_template is None:  # others must render what the model learns
+    if tokenizer.chat_template is None:  # others must render chats as the model learns them
         files["chat_template.jinja"] = tokenizer.default_template
     if "tokenizer_config.json" not in files:
         files["tokenizer_config.json"] = tokenizer.transformers_config(found.config.max_position_embeddings)
