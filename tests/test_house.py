@@ -31,6 +31,13 @@ def test_no_live_object_changes_its_class():
     assert [p for p in SOURCES if "src" in p.parts and "__class__ =" in p.read_text(encoding="utf-8")] == []
 
 
+def test_modes_of_torch_are_set_so_that_an_interrupt_leaves_them_as_they_were():
+    """Functions take the decorators of `olmoe.runtime`; torch's own are interrupted within."""
+    theirs = re.compile(r"@torch\.(no_grad|inference_mode)\b|with torch\.inference_mode\(")
+    source = [path for path in SOURCES if path.is_relative_to(ROOT / "src")]
+    assert [path.name for path in source if theirs.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_every_module_says_what_it_is():
     texts = {p: p.read_text(encoding="utf-8") for p in SOURCES if "tests" not in p.relative_to(ROOT).parts}
     assert [p for p, text in texts.items() if not text.startswith('"""')] == []

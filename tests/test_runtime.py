@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dis
 import gc
 import logging
 import subprocess
@@ -18,13 +19,15 @@ from olmoe.runtime import (
     MAX_THREADS,
     _bf16_instructions,
     cpu_multiplies_bf16,
-    garbage_collection_paused,
     inference_mode,
     keep_freed_memory,
     log_once,
+    no_grad,
+    outside_inference_mode,
     resolve_device,
     resolve_dtype,
     set_threads,
+    without_garbage_collection,
 )
 from sentences import refused
 
@@ -337,21 +340,6 @@ def test_a_system_that_refuses_large_pages_does_no_harm():
     runtime.advise_large_pages(2**60, 2**22)  # nobody's memory
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_collection_is_as_it_was_after_a_pause(enabled):
-    before = gc.isenabled()
-    (gc.enable if enabled else gc.disable)()
-    try:
-        with garbage_collection_paused():
-            assert not gc.isenabled()
-        assert gc.isenabled() == enabled
-        with contextlib.suppress(ZeroDivisionError), garbage_collection_paused():
-            raise ZeroDivisionError
-        assert gc.isenabled() == enabled
-    finally:
-        (gc.enable if before else gc.disable)()
-
-
 @pytest.mark.parametrize(
     ("name", "format"),
     [("int8", "int8"), ("INT8", "int8"), (torch.int8, "int8"), ("q8_0", "int8"), ("int4", "int4"), ("nf4", "int4"),
@@ -362,7 +350,7 @@ def test_a_weight_format_asked_for_as_a_dtype_names_the_command_that_makes_it(na
     assert "quantize" not in refused(lambda: resolve_dtype("int3"))
 
 
-# ---- inference mode ----
+# ---- what an interrupt leaves ----
 
 
 @inference_mode
@@ -376,21 +364,51 @@ def outer():
     return inner()
 
 
-def interrupt(number):
-    """Call `outer`, and interrupt it at the event of that number (each instruction is one) -> whether there was one."""
-    seen = 0
+@inference_mode
+def both():
+    yield inner()
+    yield inner()
+
+
+@inference_mode
+def outside():
+    with outside_inference_mode():
+        inner()
+    return torch.zeros(1)
+
+
+@no_grad
+def without():
+    outer()
+    return (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+@without_garbage_collection
+def uncollected():
+    return gc.isenabled(), without()
+
+
+def interrupt(work, number, anywhere=True):
+    """Call `work`, and interrupt it at the event of that number (each instruction is one) -> whether there was one.
+
+    Or else at those events where Python looks for signals: after calls, at jumps back, and where functions begin.
+    """
+    seen, last = 0, {}  # by number: a frame that is kept here would keep its contexts
 
     def trace(frame, event, arg):
         nonlocal seen
         frame.f_trace_opcodes = True
-        seen += 1
-        if seen == number:
-            raise KeyboardInterrupt
+        before, now = last.get(id(frame), ""), dis.opname[frame.f_code.co_code[max(frame.f_lasti, 0)]]
+        last[id(frame)] = now if event == "opcode" else ""  # after a call that raises nobody looks
+        if anywhere or event == "call" or (event == "opcode" and (before.startswith("CALL") or now == "JUMP_BACKWARD")):
+            seen += 1
+            if seen == number:
+                raise KeyboardInterrupt
         return trace
 
     sys.settrace(trace)
     try:
-        outer()
+        work()
     except KeyboardInterrupt:
         return True
     finally:
@@ -398,13 +416,24 @@ def interrupt(number):
     return False
 
 
-def test_an_interrupt_anywhere_leaves_no_inference_mode():
+@pytest.mark.parametrize(("work", "anywhere"), [(outer, True), (lambda: list(both()), True), (outside, False)])
+def test_an_interrupt_anywhere_leaves_no_inference_mode(work, anywhere):
     number = 1
-    while interrupt(number):
+    while interrupt(work, number, anywhere):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         number += 1
-    assert number > 50
+    assert number > (50 if anywhere else 15)
+
+
+@pytest.mark.parametrize("work", [without, uncollected])
+def test_an_interrupt_leaves_gradients_and_the_garbage_collector_as_they_were(work):
+    number = 1
+    while interrupt(work, number, anywhere=False):
+        assert torch.is_grad_enabled()
+        assert gc.isenabled()
+        number += 1
+    assert number > 20
 
 
 def test_inference_mode_computes_without_gradients():
@@ -414,6 +443,52 @@ def test_inference_mode_computes_without_gradients():
     with torch.inference_mode():
         assert outer().is_inference()
         assert torch.is_inference_mode_enabled()
+        with outside_inference_mode():
+            assert not torch.zeros(1).is_inference()
     with pytest.raises(ZeroDivisionError):
         inference_mode(lambda: 1 / 0)()
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_generator_computes_in_inference_mode_and_is_read_outside():
+    closed = []
+
+    @inference_mode
+    def numbers(count):
+        try:
+            for number in range(count):
+                assert torch.is_inference_mode_enabled()
+                yield number
+        finally:
+            closed.append(count)
+
+    for _ in numbers(2):
+        assert not torch.is_inference_mode_enabled()
+    assert list(numbers(3)) == [0, 1, 2]
+    next(numbers(4))
+    assert closed == [2, 3, 4]
+
+
+def test_no_grad_computes_without_gradients():
+    assert without() is False
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert without() is False
+        assert not torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError):
+        no_grad(lambda: 1 / 0)()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was_after_a_pause(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        assert uncollected() == (False, False)
+        assert gc.isenabled() == enabled
+        with contextlib.suppress(ZeroDivisionError):
+            without_garbage_collection(lambda: 1 / 0)()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

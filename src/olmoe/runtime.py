@@ -6,13 +6,15 @@ import contextlib
 import ctypes
 import functools
 import gc
+import inspect
 import logging
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from olmoe.errors import UserError
 
@@ -35,12 +37,22 @@ def log_once(message: str) -> None:
 
 
 def inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate `function` (no generator) to run in torch's inference mode, which an interrupt leaves as it found it.
+    """Decorate `function` to run in torch's inference mode, which an interrupt leaves as it found it.
 
     `torch.inference_mode` enters and leaves in Python, where Ctrl-C may arrive between the two halves; of two nested
     ones the inner is then taken back after the outer, and a notebook is left in inference mode for good. Here the
-    `with` statement calls C++ itself, and nothing is nested.
+    `with` statement calls C++ itself, and nothing is nested. A generator is in this mode while it computes.
     """
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def steps(*args: _P.args, **kwargs: _P.kwargs) -> Iterator[Any]:
+            with contextlib.closing(function(*args, **kwargs)) as iterator:
+                step, end = inference_mode(next), object()
+                while (value := step(iterator, end)) is not end:
+                    yield value
+
+        return cast("Callable[_P, _R]", steps)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -50,6 +62,34 @@ def inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         with torch._C._InferenceMode(True):
             return function(*args, **kwargs)
+
+    return call
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """A context for tensors that are to be written to in any mode afterwards; for interrupts see `inference_mode`."""
+    import torch
+
+    return torch._C._InferenceMode(False)  # kept in no variable: a traceback would keep it on
+
+
+def no_grad(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate `function` (no generator) to run without gradients, which an interrupt leaves as it found them.
+
+    `torch.no_grad` calls functions of its own in Python before and after: an interrupt there leaves a notebook without
+    gradients for good. Python looks for signals after a call, not before one: here that is always within `try`.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        import torch
+
+        before = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     return call
 
@@ -289,19 +329,24 @@ def _peak_of_usage() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@contextlib.contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """A context without collections of cyclic garbage, for work that makes many objects and no garbage.
+def without_garbage_collection(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate `function` to run without collections of cyclic garbage: one that makes many objects and no garbage.
 
     A full collection visits all of torch's objects, which takes 80 ms: most of the time to load a packed checkpoint.
+    An interrupt leaves it as it was; see `no_grad`.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        enabled = gc.isenabled()
+        try:
+            gc.disable()
+            return function(*args, **kwargs)
+        finally:
+            if enabled:
+                gc.enable()
+
+    return call
 
 
 def advise_large_pages(address: int, size: int) -> None:

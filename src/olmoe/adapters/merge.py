@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from olmoe.adapters.adapter import Adapter, Factors
 from olmoe.adapters.modules import adapt
 from olmoe.errors import UserError
 from olmoe.model import CausalLM
 from olmoe.quant import PackedModule
+from olmoe.runtime import no_grad
 
 
 def apply(model: CausalLM, adapter: Adapter) -> None:
@@ -23,7 +22,7 @@ def apply(model: CausalLM, adapter: Adapter) -> None:
     model.requires_grad_(False)
 
 
-@torch.no_grad()
+@no_grad
 def merge(model: CausalLM, adapter: Adapter) -> None:
     """Add `adapter` to the weights of `model` in place, in fp32, rounded once to their dtype.
 

@@ -25,6 +25,7 @@ from olmoe.ops.transforms import transformed
 from olmoe.ops.types import RoutePolicy
 from olmoe.quant import PackedExperts, PackedLinear
 from olmoe.quant.modules import routed
+from olmoe.runtime import no_grad
 
 
 class LoraLinear(nn.Module):
@@ -150,7 +151,7 @@ def factors_of(model: CausalLM) -> dict[str, Factors]:
     return found
 
 
-@torch.no_grad()
+@no_grad
 def adapter_of(model: CausalLM, rank: int, alpha: float) -> Adapter:
     """The adapter of a model, with its current values."""
     return Adapter(rank, alpha, {n: Factors(a.detach(), b.detach()) for n, (a, b) in factors_of(model).items()})

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from olmoe.runner import Batch, CacheView, Runner, Trace, TraceWriter, Want
 from olmoe.runner.trace_file import SCHEMA
+from olmoe.runtime import inference_mode
 
 __all__ = ["SCHEMA", "WINDOW", "Document", "Trace", "TraceWriter", "record"]
 
@@ -41,7 +41,7 @@ def record(
         yield from _record_group(runner, group, writer)
 
 
-@torch.inference_mode()
+@inference_mode
 def _record_group(runner: Runner, windows: Sequence[list[int]], writer: TraceWriter) -> Iterator[int]:
     """Record windows that fit into one step together, or a single longer one in several steps."""
     blocks = runner.new_cache(len(windows), max(map(len, windows)))

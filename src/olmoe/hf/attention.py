@@ -25,6 +25,7 @@ from olmoe.ops.autocast import autocast_dtype
 from olmoe.ops.cpu import extension
 from olmoe.ops.cpu.functional import CachedTokens
 from olmoe.ops.transforms import plain_attention, twice_differentiable
+from olmoe.runtime import no_grad
 
 # Options that transformers passes to attention functions at every call, and that the kernels do not need.
 _ORDINARY = frozenset(("position_ids", "use_cache"))
@@ -86,7 +87,7 @@ class OlmoeRotaryEmbedding(nn.Module):
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
         return inv_freq, scaling
 
-    @torch.no_grad()
+    @no_grad
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids (B or 1, T) -> cos, sin (B or 1, T, Dh) in fp32. `x` names the device."""

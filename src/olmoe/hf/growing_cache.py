@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from olmoe.hf.view import view_as
 from olmoe.ops.cpu.functional import CachedTokens, cached_attention
 from olmoe.ops.transforms import transformed
+from olmoe.runtime import outside_inference_mode
 
 _LEAST_ROOM = 64
 
@@ -94,7 +95,7 @@ class GrowingLayer(DynamicLayer):
             return start, self._room
         needed = start + k.shape[2]
         shape = (*k.shape[:2], needed + max(needed // 4, _LEAST_ROOM), k.shape[3])
-        with torch.inference_mode(False):  # so that it can be written to in any mode
+        with outside_inference_mode():  # so that it can be written to in any mode
             room = (torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=k.dtype))
         if start:
             room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values

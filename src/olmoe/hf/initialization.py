@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import initialization as init
 
 from olmoe.hf.attention import OlmoeRotaryEmbedding
 from olmoe.model import Experts, RMSNorm, Router
+from olmoe.runtime import no_grad
 
 
 class Initialization:
@@ -17,7 +17,7 @@ class Initialization:
 
     config: Any
 
-    @torch.no_grad()
+    @no_grad
     def _init_weights(self, module: Any) -> None:
         """OLMoE's initialisation: matrices truncated normal at 3 sigma, norms 1, biases 0."""
         std = self.config.initializer_range

@@ -27,6 +27,7 @@ from olmoe.runner.kernel_policies import KernelPolicies
 from olmoe.runner.policy import ResolvedPolicy
 from olmoe.runner.policy_file import AnyPolicy, Policy, as_policy
 from olmoe.runner.torch_runner import route_policies
+from olmoe.runtime import outside_inference_mode
 
 
 class ModelPolicy:
@@ -34,7 +35,7 @@ class ModelPolicy:
 
     def __init__(self, given: Policy, resolved: ResolvedPolicy) -> None:
         self.given, self._resolved = given, resolved
-        with torch.inference_mode(False):  # a training step may use them too
+        with outside_inference_mode():  # a training step may use them too
             self.routes = route_policies([resolved], torch.device("cpu"))
 
     @cached_property

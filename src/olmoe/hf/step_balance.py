@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from olmoe.errors import UserError
 from olmoe.hf.losses import WholeStep, kept_tokens
 from olmoe.hf.model import OlmoeForCausalLM
-from olmoe.runtime import log
+from olmoe.runtime import log, no_grad
 
 # Arguments of a forward pass that decide what routers see; flash attention is told of packed texts by the last ones.
 _INPUTS = (
@@ -84,7 +84,7 @@ class BalancedSteps:
             _causal_lm(self.model).whole_step = None
 
 
-@torch.no_grad()
+@no_grad
 def count_step(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, copies: int = 1) -> WholeStep:
     """How often each expert is chosen for the tokens of these batches, on all ranks."""
     found = _causal_lm(model)

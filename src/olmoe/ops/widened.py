@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from olmoe.ops.autocast import autocast_dtype
 from olmoe.ops.reference import Activation
 from olmoe.ops.transforms import followed, transformed
+from olmoe.runtime import outside_inference_mode
 
 # Rows of a weight converted to fp32 at a time: 256 x 2048 fp32 are 2 MB, which stay in the L2/L3 cache.
 CONVERT_ROWS = 256
@@ -33,7 +34,7 @@ class _Scratch(threading.local):
         """An fp32 (count, width) view of the buffer, whose values are arbitrary."""
         if self.buffer is None or self.buffer.numel() < count * width:
             # Outside inference mode, so that the buffer can be written in any mode afterwards.
-            with torch.inference_mode(False):
+            with outside_inference_mode():
                 self.buffer = torch.empty(count * width, dtype=torch.float32)
         return self.buffer[: count * width].view(count, width)
 

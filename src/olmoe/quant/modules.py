@@ -28,6 +28,7 @@ from olmoe.ops.activation import plain_activation
 from olmoe.ops.cpu import packed as cpu
 from olmoe.ops.transforms import mapped, transformed
 from olmoe.quant.formats import CODES, Format
+from olmoe.runtime import no_grad
 
 
 class PackedModule(nn.Module):
@@ -83,7 +84,7 @@ class PackedModule(nn.Module):
         for key, value in self.encode(name, weight).items():
             setattr(self, key, nn.Parameter(value, requires_grad=False))
 
-    @torch.no_grad()
+    @no_grad
     def decode(self, name: str, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The matrix `name` in `dtype`; for a stack, that of one `expert`."""
         return self.formats[name].decode(self.parts(name, expert), *self.shapes[name], dtype)
@@ -208,7 +209,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.add("weight", format, num_embeddings, embedding_dim)
 
-    @torch.no_grad()
+    @no_grad
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of ids -> (..., D) in `compute_dtype`, fp32 by default."""
         parts, (rows, columns) = self.parts("weight"), self.shapes["weight"]

@@ -28,6 +28,7 @@ from olmoe.ops.cpu import extension
 from olmoe.ops.dispatch import AUTO
 from olmoe.quant import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 from olmoe.runner.base import Unfit
+from olmoe.runtime import outside_inference_mode
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # the others play no part in inference
@@ -99,7 +100,7 @@ class CompiledLayer:
         """The address of a vector in fp32, its own memory or a copy; it is kept alive."""
         source = weight.detach()
         if weight.dtype != torch.float32:
-            with torch.inference_mode(False):  # so that it can be written to in any mode
+            with outside_inference_mode():  # so that it can be written to in any mode
                 copy = source.float()
             self.copies.append((copy, source))
             source = copy

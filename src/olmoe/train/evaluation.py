@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.model import CausalLM
+from olmoe.runtime import no_grad
 from olmoe.train.data import TokenFile, Tokens
 from olmoe.train.document_mask import positions_and_attention
 from olmoe.train.ranks import ALONE, Ranks
@@ -32,7 +33,7 @@ class Evaluation:
     counts_LE: Tensor
 
 
-@torch.no_grad()  # not inference mode: sharded parameters gathered in it could not be trained
+@no_grad  # not inference mode: sharded parameters gathered in it could not be trained
 def evaluate(
     model: CausalLM,
     file: TokenFile,

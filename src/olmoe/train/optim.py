@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olmoe.runtime import no_grad
 from olmoe.train.config import OptimizerConfig, ScheduleConfig
 
 
@@ -52,7 +53,7 @@ def learning_rate(config: ScheduleConfig, peak: float, tokens: int) -> float:
     return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@torch.no_grad()
+@no_grad
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients down to the norm `max_norm` if theirs is larger; return the one they had."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from olmoe.config import ModelConfig
 from olmoe.errors import ConfigError
 from olmoe.model import Experts
+from olmoe.runtime import no_grad
 from olmoe.train import recompute
 from olmoe.train.config import BatchConfig, ComputeConfig, ParallelConfig
 from olmoe.train.optim import scale_down
@@ -146,7 +147,7 @@ def clip_across(ranks: Ranks, replicate: int) -> Callable[[Iterable[Tensor], flo
     A parameter's mesh does not matter: the square of a norm is the sum over shards, wherever they are.
     """
 
-    @torch.no_grad()
+    @no_grad
     def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from olmoe.model import RouterOutput
+from olmoe.runtime import no_grad
 
 
-@torch.no_grad()
+@no_grad
 def router_margins(router: RouterOutput) -> Tensor:
     """Two means over tokens, (2,): by how much the first expert's probability is above the second's, and that of the
     last expert that was chosen above the first one that was not.

@@ -69,6 +69,8 @@ def opened(
         ranks.guarded(lambda: state.way_on(output)),
         ExitStack() as stack,
     ):
+        # A second Ctrl-C may arrive where torch's optimizers have turned gradients off, and before they turn them on.
+        stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
 
         def begin() -> Path | None:
             if not output.is_dir():

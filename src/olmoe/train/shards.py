@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from olmoe.model import CausalLM
+from olmoe.runtime import no_grad
 from olmoe.weights.names import EMBEDDING, EXPERTS, HEAD
 from olmoe.weights.source import WeightSource
 
@@ -57,7 +58,7 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if _is_shared(value) else value
 
 
-@torch.no_grad()
+@no_grad
 def assign(parameter: Tensor, values: Tensor) -> None:
     """Copy to a parameter what this process holds of whole values."""
     assert parameter.shape == values.shape
@@ -69,7 +70,7 @@ def load_weights(model: CausalLM, source: WeightSource) -> None:
     load_parameters(model.named_parameters(), source)
 
 
-@torch.no_grad()
+@no_grad
 def load_parameters(named: Iterable[tuple[str, nn.Parameter]], source: WeightSource) -> None:
     """`load_weights` of some parameters, by the names that a model has for them."""
     tied = source.config.tie_word_embeddings
@@ -106,7 +107,7 @@ def whole_moments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return found | {"state": states}
 
 
-@torch.no_grad()
+@no_grad
 def set_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: float, saved: Mapping[str, Parts]
 ) -> None:

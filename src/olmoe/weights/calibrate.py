@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from olmoe.model import DecoderLayer, RMSNorm, RotaryEmbedding, activation, causal_attend
 from olmoe.quant.search import Inputs
+from olmoe.runtime import inference_mode
 from olmoe.weights.names import DOWN, EMBEDDING, EXPERTS, GATE_UP, HEAD
 from olmoe.weights.source import WeightSource, read_finite
 
@@ -30,7 +31,7 @@ class Calibrated(NamedTuple):
     inputs: Inputs | None  # None: no token of the text reached it
 
 
-@torch.inference_mode()
+@inference_mode
 def calibrate(source: WeightSource, ids_BT: Tensor) -> Iterator[Calibrated]:
     """Every matrix of a model except its routers, with statistics of its inputs on windows of token ids (B, T).
 

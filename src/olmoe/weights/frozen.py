@@ -16,6 +16,7 @@ from olmoe.model import CausalLM
 from olmoe.model.init import without_values
 from olmoe.quant import PackedModule
 from olmoe.quant.swap import pack_modules
+from olmoe.runtime import no_grad
 from olmoe.weights.names import EMBEDDING, HEAD, parameter_shapes
 from olmoe.weights.packed_file import PackedFile
 from olmoe.weights.recipes import BaseRecipe
@@ -30,7 +31,7 @@ class WidenedEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
-@torch.no_grad()
+@no_grad
 def load_frozen(source: WeightSource, format: str | None = None, device: torch.device | str = "cpu") -> CausalLM:
     """The model, which computes in fp32, with the matrices of attention and experts in `format`, if that is given.
 

@@ -33,7 +33,7 @@ from olmoe.io.tensor_file import DTYPES, SINGLE_NAME, Entry, TensorFiles, Tensor
 from olmoe.model import CausalLM, without_values
 from olmoe.quant import BlockFormat, Layout, PackedLayout, SavedLayout, saved_formats
 from olmoe.quant.swap import pack_modules, set_compute_dtype
-from olmoe.runtime import garbage_collection_paused
+from olmoe.runtime import without_garbage_collection
 from olmoe.weights.names import EMBEDDING, HEAD, count_layers
 from olmoe.weights.source import texts_of
 from olmoe.weights.table import TensorTable
@@ -120,9 +120,9 @@ class PackedFile:
         Of a `frozen` model embeddings and head are views of the file too (see `frozen.py`). Raises
         `CheckpointError` for everything that can be wrong with the file.
         """
-        with garbage_collection_paused():
-            return self._load(dtype or torch.float32, device, progress, frozen)
+        return self._load(dtype or torch.float32, device, progress, frozen)
 
+    @without_garbage_collection
     def _load(
         self,
         dtype: torch.dtype,

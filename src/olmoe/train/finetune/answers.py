@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olmoe import ops
 from olmoe.model import CausalLM
+from olmoe.runtime import no_grad
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.finetune.chats import Completion, Sample
 from olmoe.train.ranks import ALONE, Ranks
@@ -27,7 +28,7 @@ def prompt_of(sample: Sample, tokenizer: Tokenizer) -> tuple[str, list[int]]:
     return text, tokenizer.encode_rendered(text) or list(tokenizer.eos_ids[:1])
 
 
-@torch.no_grad()
+@no_grad
 def answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], most: int, ranks: Ranks = ALONE) -> str:
     """The likeliest tokens after a prompt until the text ends, `most` of them at most; ranks compute it together."""
     device = model.model.norm.weight.device

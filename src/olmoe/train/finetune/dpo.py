@@ -23,7 +23,7 @@ from tqdm import tqdm
 from olmoe.errors import CheckpointError, ConfigError, UserError
 from olmoe.io.atomic import atomic_file
 from olmoe.model import CausalLM
-from olmoe.runtime import log
+from olmoe.runtime import log, no_grad
 from olmoe.train.finetune.chats import Completion, Conversation, Message, Sample
 from olmoe.train.finetune.config import ChatSource, PreferenceConfig
 from olmoe.train.finetune.loop import finetune
@@ -130,7 +130,7 @@ class PreferenceTask(Task[PreferenceConfig]):
         tokens = sum(len(self.examples[n].inputs) for unit in units_in_step for n in self._of(unit))
         return self._sum(values) | {"tokens": float(tokens)}
 
-    @torch.no_grad()
+    @no_grad
     def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
         """See `Task`: the loss, and the share of pairs (or answers) on the right side of the reference."""
         losses, accuracies = {}, {}
@@ -185,7 +185,7 @@ class PreferenceTask(Task[PreferenceConfig]):
         margins = dpo_margins(found[::2], found[1::2], reference[::2], reference[1::2])
         return dpo_loss(margins, beta), margins.detach()
 
-    @torch.no_grad()
+    @no_grad
     def _baseline(self, model: CausalLM, units: list[int]) -> Tensor:
         """KTO's z."""
         moved = torch.zeros(len(units), device=self.device)

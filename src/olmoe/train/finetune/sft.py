@@ -23,7 +23,7 @@ import torch
 from olmoe.errors import ConfigError
 from olmoe.model import CausalLM
 from olmoe.model.router_losses import load_balancing, router_z, tokens_per_expert
-from olmoe.runtime import log
+from olmoe.runtime import log, no_grad
 from olmoe.train.dropout import residual_dropout
 from olmoe.train.finetune.chats import read_samples
 from olmoe.train.finetune.config import ChatSource, SFTConfig
@@ -92,7 +92,7 @@ class ChatTask(Task[SFTConfig]):
         load = float((counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).mean())
         return self._sum(values) | {"trained_tokens": trained, "max_load_over_mean": load}
 
-    @torch.no_grad()
+    @no_grad
     def evaluate(self, model: CausalLM, samples: int) -> tuple[dict[str, Any], float]:
         """See `Task`: nats a trained token of each file."""
         losses: dict[str, float] = {}
