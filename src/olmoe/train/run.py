@@ -199,7 +199,8 @@ class BaseRun:
         self.progress = self.restored(newest)
         log.info("resumed from %s", newest)
         if not self.ranks.on_first(lambda: state.has_best(self.output)):
-            log.warning("%s is missing; the best checkpoint from here on takes its place", self.best)
+            if self.progress.step < self.steps:  # or `ensure_best` says what takes its place
+                log.warning("%s is missing; the best checkpoint from here on takes its place", self.best)
             self.progress.best, self.progress.best_step = float("inf"), 0
 
     def restored(self, newest: Path) -> state.Progress:
