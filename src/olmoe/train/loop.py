@@ -71,15 +71,20 @@ def _train(
         disable=not show_progress,
     )
     with catch_interrupts(ranks) as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
+        told: dict[str, str] = {}
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
             bar.update(run.config.tokens_per_step)
-            bar.set_postfix(loss=f"{values['cross_entropy']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+            told |= {"loss": f"{values['cross_entropy']:.3f}", "tok_s": f"{values['tokens_per_second']:.0f}"}
+            bar.set_postfix(told)
             if run.is_due(run.config.evaluation.every_steps):
                 results, score = evaluate_held_out(run)
                 run.record(metrics, summary(results))
                 run.keep_best(score, is_measured=bool(run.data.held_out))
+                if results:
+                    told["held_out"] = f"{statistics.fmean(r.loss for r in results.values()):.3f}"
+                    bar.set_postfix(told)
             run.save_when_due(run.config.checkpoint.every_steps, bool(interrupted))
     return report_best(run)
 

@@ -153,15 +153,20 @@ def _train(run: Run, show_progress: bool) -> None:
     with catch_interrupts(run.ranks) as interrupted, bar, run.open_metrics() as metrics:
         if run.progress.step == 0:
             run.record(metrics, evaluate(run)[0])  # for comparison
+        told: dict[str, str] = {}
         while run.progress.step < run.steps:
             values = advance(run)
             run.record(metrics, values)
             bar.update()
-            bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+            told |= {"loss": f"{values['loss']:.3f}", "tok_s": f"{values['tokens_per_second']:.0f}"}
+            bar.set_postfix(told)
             if run.is_due(run.config.evaluation.every_steps):
                 measured, score = evaluate(run)
                 run.record(metrics, measured)
                 run.keep_best(score, is_measured=run.task.has_held_out)
+                if run.task.has_held_out:
+                    told["held_out"] = f"{score:.3f}"
+                    bar.set_postfix(told)
             run.save_when_due(run.config.checkpoint.every_steps, bool(interrupted))
 
 
