@@ -78,7 +78,10 @@ def test_fine_tuning_has_a_page_too(tmp_path, values, figures, says):
     said = training_findings(curves)
     assert says in said["loss"]
     if "accuracy" in values:
-        assert "75% of pairs or answers were on the right side of the reference, by 0.500" in said["preferences"]
+        assert (
+            "75% of pairs or answers were on the right side of the reference, and the mean margin was 0.500"
+            in said["preferences"]
+        )
 
 
 def test_sentences_of_a_run_that_recorded_less(tmp_path):

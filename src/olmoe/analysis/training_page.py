@@ -109,7 +109,7 @@ def _say_preferences(curves: TrainingCurves) -> str:
         return "This run learns no preferences."
     text = f"In the last {_steps(curves)}, {curves.mean['accuracy'][-1]:.0%} of pairs or answers were on the right side"
     if "margin" in curves.mean:
-        text += f" of the reference, by {curves.mean['margin'][-1]:.3f} in the mean"
+        text += f" of the reference, and the mean margin was {curves.mean['margin'][-1]:.3f}"
     return text + "."
 
 
