@@ -28,6 +28,7 @@ from olmoe.train.ranks import Ranks
 from olmoe.train.run import BaseRun, catch_interrupts, opened
 from olmoe.train.shards import whole_moments
 from olmoe.train.step import check_finite
+from olmoe.train.trackers import check_installed
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,7 @@ def finetune(
         show_progress = show_progress and ranks.is_first
         device = ranks.device(resolve_device(config.run.device))
         ranks.on_all(lambda: precision.check(config.compute, device))
+        ranks.on_all(lambda: check_installed(config.log))
         start = ranks.first_in_turn(lambda: open_start(config))
         ranks.on_all(lambda: parallel.check(sharing(config, start.model_config), ranks, command))
         task = ranks.on_all(lambda: make_task(start, device, ranks))
@@ -122,7 +124,8 @@ def finetune(
         )  # fmt: skip
         with run.saving():
             _begin(run, newest, overwrite, show_progress)
-            _train(run, show_progress)
+            with run.tracking(config.log, config.fingerprint()):
+                _train(run, show_progress)
             return _report_best(run)
 
 
