@@ -76,6 +76,7 @@ def test_layouts_hold_the_same(folder, expected, tmp_path):
     [
         (["x"], "with --merge or --layout"),
         (["x.gguf", "--merge"], "leave --merge and --layout out"),
+        (["x", "--merge", "--layout", "fused"], "so --layout fused means nothing"),  # was ignored
         (["x", "--type", "bf16", "--layout", "fused"], "--type bf16 does not suit"),
         (["x", "--merge", "--base", "packed"], "is packed"),
     ],
@@ -122,6 +123,9 @@ def test_adapters_that_name_no_model_are_refused(folder, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     assert "does not name the model" in refused(lambda: LLM(adapter=tmp_path), CheckpointError)
     assert "holds no adapter" in refused(lambda: LLM(adapter=tmp_path / "none"), CheckpointError)
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder / "adapter", tmp_path / "run" / "best")
+    assert f"give {tmp_path / 'run' / 'best'}." in refused(lambda: LLM(adapter=tmp_path / "run"), CheckpointError)
 
 
 @pytest.mark.parametrize("place", ["file", "tokenizer_config.json", "none"])

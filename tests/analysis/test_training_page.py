@@ -56,6 +56,34 @@ def test_sentences_are_computed(tmp_path):
     assert "used at most 1.00 GB" in said["speed"]
 
 
+@pytest.mark.parametrize(
+    ("values", "figures", "says"),
+    [
+        ({"loss": 2.5, "max_load_over_mean": 3.0}, ["loss", "schedule", "speed"], "to 2.500 nats per token; on"),
+        (
+            {"loss": 0.69, "accuracy": 0.75, "margin": 0.5},
+            ["loss", "preferences", "schedule", "speed"],
+            "to 0.690; on",
+        ),
+    ],
+    ids=["sft", "dpo"],
+)
+def test_fine_tuning_has_a_page_too(tmp_path, values, figures, says):
+    """Was a KeyError: these runs have no cross_entropy."""
+    step = {"tokens": 9, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens_per_second": 10.0} | values
+    records = [{"step": 0, "tokens": 0, "held_out_loss": {"chats": 2.0}}, {"step": 1} | step]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    curves = read_curves(tmp_path)
+    assert re.findall(r'<section id="(\w+)"', training_page("run", curves)) == figures
+    said = training_findings(curves)
+    assert says in said["loss"]
+    if "accuracy" in values:
+        assert (
+            "75% of pairs or answers were on the right side of the reference, and the mean margin was 0.500"
+            in said["preferences"]
+        )
+
+
 def test_sentences_of_a_run_that_recorded_less(tmp_path):
     record = {"step": 1, "tokens": 4, "learning_rate": 1e-3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")

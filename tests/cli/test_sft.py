@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -34,7 +35,8 @@ def test_a_run_prints_its_best_checkpoint_and_chat_answers_with_it(tmp_path, tok
     best = capsys.readouterr().out.strip()
     assert best == str(tmp_path / "out" / "best")
     assert main(["generate", "a dog", "--model", best, "--max-new-tokens", "2", "--quiet"]) == 0
-    assert main(["sft", str(path), "--quiet", "--overwrite"]) == 0
+    assert main(["sft", str(path), "--overwrite"]) == 0
+    assert re.search(r"held_out=\d\.\d{3}", capsys.readouterr().err)  # what the last evaluation measured
 
 
 def test_mistakes_are_one_sentence(tmp_path, capsys):

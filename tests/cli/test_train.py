@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ def test_success_prints_the_best_checkpoint_and_nothing_else(tmp_path, tokenizer
     out, err = capfd.readouterr()
     assert out == f"{tmp_path / 'out' / 'best'}\n"
     assert "tok/s" in err
+    assert re.search(r"held_out=\d\.\d{3}", err)  # what the last evaluation measured
     assert main(["train", str(path), "--resume", "--quiet"]) == 0
     out, err = capfd.readouterr()
     assert (out, err) == (f"{tmp_path / 'out' / 'best'}\n", "")

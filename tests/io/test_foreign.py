@@ -116,6 +116,12 @@ def run(folder):
     return folder
 
 
+def run_of_an_adapter(folder):
+    folder.mkdir()
+    adapter(folder / "best")
+    return folder
+
+
 def trainer(folder):
     for step in (20, 100):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -139,6 +145,7 @@ FOLDERS = {
     "whole hub cache": (lambda f: cache(f).parent, ["owner/tiny"]),
     "adapter": (adapter, ["owner/base", "olmoe convert DIR NEW --merge"]),
     "run": (run, ["best"]),
+    "run of an adapter": (run_of_an_adapter, ["the output of a training run", "best"]),
     "trainer": (trainer, ["checkpoint-100"]),
     "run without best": (lambda f: trainer(f / "checkpoints").parent, ["checkpoint-100"]),
     "distributed": (files("__0_0.distcp", ".metadata"), ["distributed checkpoint"]),

@@ -83,7 +83,10 @@ def test_a_missing_best_checkpoint_is_rebuilt_without_the_hub(finished, tmp_path
 
     done = shutil.copytree(finished, tmp_path / "done")
     shutil.rmtree(done / "out" / "best")
+    caplog.clear()
     train(load_config(done / "run.toml"), resume=True, show_progress=False)
+    (told,) = [message for message in caplog.messages if "best is missing" in message]  # was told twice
+    assert "the last state takes its place" in told
     for part in ("best", "checkpoints/step-0000012"):
         assert (done / "out" / part / "model.safetensors").read_bytes() == (
             finished / "out" / "best" / "model.safetensors"

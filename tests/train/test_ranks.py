@@ -89,6 +89,13 @@ def wait_for(condition, process) -> None:
         time.sleep(0.02)
 
 
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def has_checkpoint(output: Path) -> bool:
     return (output / "checkpoints").is_dir() and any((output / "checkpoints").glob("step-*"))
 
@@ -293,6 +300,28 @@ def test_a_missing_rank_is_named():
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 has not come"):
         _among_the_living(store, 0, 2)
+
+
+def test_a_waiting_rank_tells_which_ranks_it_waits_for(monkeypatch, caplog):
+    """It was silent for half an hour, until the store's time was over."""
+    monkeypatch.setattr("olmoe.train.ranks._TELL_SECONDS", 0.05)
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=LIMIT))
+
+    def told(sentence: str) -> bool:
+        return any(sentence in message for message in caplog.messages)
+
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(_among_the_living, store, 1, 3)
+        wait_until(lambda: told("rank 1 of 3 waits for rank 0 (2 min so far)"))
+        first = pool.submit(_among_the_living, store, 0, 3)
+        wait_until(lambda: told("waiting for rank 2 of 3 processes"))
+        third = pool.submit(_among_the_living, store, 2, 3)
+        for met in (first, second, third):
+            met.result(LIMIT)
+    sentences = len(caplog.messages)
+    time.sleep(0.2)
+    assert len(caplog.messages) == sentences  # nobody waits any more
 
 
 def test_a_failing_rank_reports_why_despite_torchruns_sigterm():

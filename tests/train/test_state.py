@@ -17,7 +17,17 @@ from olmoe.model import CausalLM
 from olmoe.train import state
 from olmoe.train.config import OptimizerConfig
 from olmoe.train.optim import build_optimizer
-from olmoe.train.state import Progress, begin, discard, latest, prune, restore, save_state, truncate_metrics
+from olmoe.train.state import (
+    Progress,
+    begin,
+    check_continues,
+    discard,
+    latest,
+    prune,
+    restore,
+    save_state,
+    truncate_metrics,
+)
 from olmoe.weights import checkpoint
 from sentences import refused
 
@@ -157,6 +167,13 @@ def test_a_changed_configuration_is_refused(tmp_path, change, told):
     before = [p.detach().clone() for p in model.parameters()]
     assert told in refused(lambda: restore(path, model, optimizer, FINGERPRINT | change), ConfigError)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_more_tokens_are_a_new_run_that_starts_from_this_one():
+    path, was = Path("out/checkpoints/step-0000007"), {"schedule": {"total_tokens": 64}, "seed": 1}
+    message = refused(lambda: check_continues(path, was, was | {"schedule": {"total_tokens": 128}}), ConfigError)
+    assert "[schedule] total_tokens changed from 64 to 128 since out/checkpoints/step-0000007" in message
+    assert "with this checkpoint as its run.initialize_from" in message
 
 
 def test_files_may_be_moved_or_renamed_but_not_changed(tmp_path):

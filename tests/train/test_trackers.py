@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import finetuning_runs
 from olmoe.errors import ConfigError, UserError
 from olmoe.train import loop, trackers
 from olmoe.train.config import LogConfig, load_config
+from olmoe.train.finetune.config import SFTConfig
+from olmoe.train.finetune.config import load_config as load_finetuning
+from olmoe.train.finetune.sft import sft
 from olmoe.train.loop import Interrupted, train
 from olmoe.train.trackers import scalars
 from sentences import refused
@@ -47,6 +51,22 @@ def notes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     yield lambda: [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
     sys.modules.pop("wandb", None)
+
+
+def test_fine_tuning_is_shown_too(tmp_path, tokenizer_file, notes):
+    """There was no [log] for it."""
+    pytest.importorskip("tensorboard")
+    log = {"tensorboard": True, "wandb": "mine"}
+    path = finetuning_runs.write_run(tmp_path, tokenizer_file, schedule={"epochs": 1}, log=log)
+    sft(load_finetuning(path, SFTConfig), show_progress=False)
+    shown = events(tmp_path / "out")
+    records = read_metrics(tmp_path / "out")
+    assert shown["loss"] == pytest.approx({r["step"]: r["loss"] for r in records if "loss" in r})
+    (name,) = records[0]["held_out_loss"]
+    assert shown[f"held_out_loss/{name}"].keys() == {r["step"] for r in records if "held_out_loss" in r}
+    assert [kind for kind, *_ in notes()] == ["init", *["log"] * len(records), "finish"]
+    sft(load_finetuning(path, SFTConfig), overwrite=True, show_progress=False)
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
 
 
 def events(output: Path) -> dict[str, dict[int, float]]:

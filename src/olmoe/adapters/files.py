@@ -57,7 +57,9 @@ def base_of(folder: str | Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not is_adapter(folder):
-        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it.")
+        best = folder / "best"  # of a run of `olmoe sft`
+        remedy = f"give {best}" if is_adapter(best) else "give the folder of one"
+        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it; {remedy}.")
     return read_optional_object(folder / CONFIG_NAME, CheckpointError)
 
 

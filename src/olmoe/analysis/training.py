@@ -1,4 +1,4 @@
-"""A run of `olmoe train` from its metrics.jsonl, as arrays for plots: losses, rates, speed, and expert load.
+"""A run of `olmoe train`, `sft` or `dpo` from its metrics.jsonl, as arrays: losses, rates, speed, expert load.
 
 Shapes legend: S steps, C columns of some steps each, L layers, E experts.
 """
@@ -22,8 +22,8 @@ from olmoe.errors import UserError
 Floats = npt.NDArray[np.float64]
 # Numbers of a step: one, or one per layer.
 SCALARS = (
-    "cross_entropy", "load_balancing", "router_z", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-    "peak_memory_bytes", "peak_device_memory_bytes",
+    "cross_entropy", "loss", "accuracy", "margin", "load_balancing", "router_z", "learning_rate", "grad_norm",
+    "tokens_per_second", "mfu", "peak_memory_bytes", "peak_device_memory_bytes",
 )  # fmt: skip
 BY_LAYER = ("expert_entropy", "dead_experts", "router_margin", "router_cutoff_margin")
 
@@ -79,6 +79,16 @@ class TrainingCurves:
     load: npt.NDArray[np.int64] | None
     held_out: dict[str, list[tuple[int, float, float]]]
     skipped: list[int]
+
+    @property
+    def loss(self) -> str:
+        """The name of what is trained: fine-tuning records `loss`, `olmoe train` `cross_entropy`."""
+        return "loss" if "loss" in self.mean else "cross_entropy"
+
+    @property
+    def loss_unit(self) -> str:
+        """What losses are measured in: those of `olmoe dpo`, which records an `accuracy`, have no unit."""
+        return "" if "accuracy" in self.mean else "nats per token"
 
 
 def read_curves(path: str | Path, most: int = 400) -> TrainingCurves:

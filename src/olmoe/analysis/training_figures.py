@@ -26,6 +26,7 @@ def draw_training(curves: TrainingCurves) -> dict[str, Any]:
         drawn = {
             "loss": _loss(curves),
             "bits": _bits(curves),
+            "preferences": _preferences(curves),
             "schedule": _schedule(curves),
             "load": _load(curves),
             "balance": _balance(curves),
@@ -43,13 +44,14 @@ def max_over_mean(curves: TrainingCurves) -> Floats:
 
 
 def _loss(curves: TrainingCurves) -> Any:
-    """Training and held-out cross-entropy over tokens."""
+    """Training and held-out loss over tokens."""
     figure, axes = new_figure(1, 1, 3.2)
     ax = axes[0, 0]
-    _band(ax, curves, "cross_entropy", COLOURS[-1])
-    ax.plot(_millions(curves), curves.mean["cross_entropy"], color=COLOURS[-1], linewidth=1.2, label="training")
+    if curves.loss in curves.mean:
+        _band(ax, curves, curves.loss, COLOURS[-1])
+        ax.plot(_millions(curves), curves.mean[curves.loss], color=COLOURS[-1], linewidth=1.2, label="training")
     _by_file(ax, curves, 1)
-    ax.set(xlabel=_TOKENS, ylabel="nats per token")
+    ax.set(xlabel=_TOKENS, ylabel=curves.loss_unit or "loss")
     _legend(ax, 1 + len(curves.held_out))
     return figure
 
@@ -62,6 +64,20 @@ def _bits(curves: TrainingCurves) -> Any | None:
     _by_file(axes[0, 0], curves, 2)
     axes[0, 0].set(xlabel=_TOKENS, ylabel="bits per byte")
     _legend(axes[0, 0], len(curves.held_out))
+    return figure
+
+
+def _preferences(curves: TrainingCurves) -> Any | None:
+    """How often, and by how much more than the reference, the model prefers the chosen answers."""
+    titles = {"accuracy": "share of pairs on the right side", "margin": "margin"}
+    known = [name for name in titles if name in curves.mean]
+    if not known:
+        return None
+    figure, axes = new_figure(1, len(known), 2.4)
+    for ax, name in zip(axes[0], known, strict=True):
+        _band(ax, curves, name, COLOURS[1])
+        ax.plot(_millions(curves), curves.mean[name], color=COLOURS[1], linewidth=1.2)
+        ax.set(xlabel=_TOKENS, title=titles[name])
     return figure
 
 

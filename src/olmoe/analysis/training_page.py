@@ -15,6 +15,7 @@ from olmoe.analysis.training_figures import draw_training, max_over_mean
 _TITLES = {
     "loss": "Loss",
     "bits": "Held-out bits per byte",
+    "preferences": "Preferences",
     "schedule": "Learning rate and gradients",
     "load": "Load of every expert",
     "balance": "Load balance",
@@ -42,6 +43,7 @@ def training_findings(curves: TrainingCurves) -> dict[str, str]:
     say: Mapping[str, Callable[[TrainingCurves], str]] = {
         "loss": _say_loss,
         "bits": _say_bits,
+        "preferences": _say_preferences,
         "schedule": _say_schedule,
         "load": _say_load,
         "balance": _say_balance,
@@ -76,8 +78,9 @@ def _table(curves: TrainingCurves) -> str:
 
 
 def _say_loss(curves: TrainingCurves) -> str:
-    values = curves.mean.get("cross_entropy", np.array([math.nan]))
-    text = f"The training loss went from {values[0]:.3f} to {values[-1]:.3f} nats per token"
+    values = curves.mean.get(curves.loss, np.array([math.nan]))
+    unit = f" {curves.loss_unit}" if curves.loss_unit else ""
+    text = f"The training loss went from {values[0]:.3f} to {values[-1]:.3f}{unit}"
     if curves.held_out:
         last = {name: points[-1][1] for name, points in curves.held_out.items()}
         worst, best = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
@@ -99,6 +102,15 @@ def _say_bits(curves: TrainingCurves) -> str:
         f"The mean over files, by which the best checkpoint is chosen, was lowest at {known[0][at][0]:,} tokens "
         f"({sums[at]:.4f}) and is now {sums[-1]:.4f}."
     )
+
+
+def _say_preferences(curves: TrainingCurves) -> str:
+    if "accuracy" not in curves.mean:
+        return "This run learns no preferences."
+    text = f"In the last {_steps(curves)}, {curves.mean['accuracy'][-1]:.0%} of pairs or answers were on the right side"
+    if "margin" in curves.mean:
+        text += f" of the reference, and the mean margin was {curves.mean['margin'][-1]:.3f}"
+    return text + "."
 
 
 def _say_schedule(curves: TrainingCurves) -> str:

@@ -94,6 +94,8 @@ def _convert_adapter(arguments: argparse.Namespace, source: Path, target: Path) 
     to_gguf, overwrite = _is_gguf(str(target)), arguments.overwrite
     if arguments.type is not None and (not arguments.merge or arguments.type not in DTYPES):
         raise UserError(f"--type {arguments.type} does not suit an adapter; leave it out, or --merge into f32 to bf16.")
+    if arguments.merge and arguments.layout:
+        raise UserError(f"--merge leaves no adapter, so --layout {arguments.layout} means nothing; leave one out.")
     if to_gguf and (arguments.merge or arguments.layout):
         raise UserError("A GGUF file holds the adapter by itself; leave --merge and --layout out.")
     if not to_gguf and not arguments.merge and arguments.layout is None:

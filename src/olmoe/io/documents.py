@@ -107,7 +107,7 @@ def _from_objects(text: str, file: str, by_lines: bool, error: type[UserError]) 
 
 def _objects(text: str, file: str, by_lines: bool) -> Iterator[tuple[str, Any]]:
     """JSON values: one per line, or all of them in one list."""
-    whole = None if by_lines else _parsed(text)
+    whole = None if by_lines and not text.startswith("[") else _parsed(text)  # some name a list .jsonl
     if isinstance(whole, list):
         for number, value in enumerate(whole, 1):
             yield f"Entry {number} of {_lower(file)}", value

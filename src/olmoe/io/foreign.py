@@ -168,7 +168,7 @@ def _cache_of_the_hub(folder: Path, names: set[str]) -> str | None:
 
 def _folder_of_checkpoints(folder: Path, names: set[str]) -> str | None:
     """The output folder of a training run, which contains checkpoints."""
-    if (folder / "best" / "config.json").is_file():
+    if any((folder / "best" / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"is the output of a training run; give one of its checkpoints, such as {folder / 'best'}"
     steps = [name for name in names if re.fullmatch(r"(checkpoint|step)-\d+", name)]
     steps = [name for name in steps if (folder / name / "config.json").is_file()]

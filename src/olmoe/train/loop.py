@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from olmoe.io.atomic import write_text
 from olmoe.model import CausalLM, initialize, set_products
 from olmoe.runtime import log, resolve_device
 from olmoe.train import parallel, precision, shared_expert, state
-from olmoe.train.config import LogConfig, TrainConfig
+from olmoe.train.config import TrainConfig
 from olmoe.train.evaluation import Evaluation, evaluate_all, summary
 from olmoe.train.inheritance import start_folder
 from olmoe.train.optim import build_optimizer, clip_gradients
@@ -35,7 +34,7 @@ from olmoe.train.shards import assign, load_weights
 from olmoe.train.skipping import StepFilter
 from olmoe.train.step import Scales, check_finite, microbatches, train_step
 from olmoe.train.throughput import Throughput
-from olmoe.train.trackers import check_installed, open_trackers
+from olmoe.train.trackers import check_installed
 from olmoe.weights.checkpoint import Checkpoint
 from olmoe.weights.names import EMBEDDING, HEAD, parameter_shapes
 
@@ -70,16 +69,22 @@ def _train(
         unit_scale=True,
         disable=not show_progress,
     )
-    with catch_interrupts(ranks) as interrupted, run.tracking(), run.saving(), bar, run.open_metrics() as metrics:
+    tracking = run.tracking(run.config.log, run.config.fingerprint())
+    with catch_interrupts(ranks) as interrupted, tracking, run.saving(), bar, run.open_metrics() as metrics:
+        told: dict[str, str] = {}
         while run.progress.step < run.config.total_steps:
             values = advance(run)
             run.record(metrics, values)
             bar.update(run.config.tokens_per_step)
-            bar.set_postfix(loss=f"{values['cross_entropy']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+            told |= {"loss": f"{values['cross_entropy']:.3f}", "tok_s": f"{values['tokens_per_second']:.0f}"}
+            bar.set_postfix(told)
             if run.is_due(run.config.evaluation.every_steps):
                 results, score = evaluate_held_out(run)
                 run.record(metrics, summary(results))
                 run.keep_best(score, is_measured=bool(run.data.held_out))
+                if results:
+                    told["held_out"] = f"{statistics.fmean(r.loss for r in results.values()):.3f}"
+                    bar.set_postfix(told)
             run.save_when_due(run.config.checkpoint.every_steps, bool(interrupted))
     return report_best(run)
 
@@ -91,15 +96,6 @@ class Run(BaseRun):
     config: TrainConfig
     data: RunData
     filter: StepFilter = field(init=False)
-
-    @contextmanager
-    def tracking(self) -> Iterator[None]:
-        """Within the block, the trackers that the configuration names show the first rank's records."""
-        log_to = self.config.log if self.ranks.is_first else LogConfig()
-        opening = open_trackers(log_to, self.output, self.progress.step, self.config.fingerprint())
-        with ExitStack() as stack:
-            self.trackers = self.ranks.on_all(lambda: stack.enter_context(opening))
-            yield
 
     @cached_property
     def throughput(self) -> Throughput:

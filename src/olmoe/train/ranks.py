@@ -174,6 +174,7 @@ class Ranks:
 
 ALONE = Ranks()
 _ENDED = "a process has ended"
+_TELL_SECONDS = 60.0  # between two sentences about what is waited for
 _turns = itertools.count()
 _before_leaving: list[Callable[[], None]] = []
 
@@ -239,22 +240,50 @@ def _among_the_living(store: Any, rank: int, size: int) -> Store:
     word = uuid.uuid4().hex
     if rank > 0:
         store.set(f"olmoe/word/{rank}", word)
-        own = PrefixStore(store.get(f"olmoe/answer/{word}").decode(), store)
+        with _telling_waits(lambda: f"rank {rank} of {size} waits for rank 0"):
+            own = PrefixStore(store.get(f"olmoe/answer/{word}").decode(), store)
         own.set(f"joined/{rank}", "")
         return own
     own = PrefixStore(word, store)
     missing, answered = list(range(1, size)), set[bytes]()
     deadline = time.monotonic() + store.timeout.total_seconds()
-    while missing:
-        for other in missing:
-            if store.check([f"olmoe/word/{other}"]) and (said := store.get(f"olmoe/word/{other}")) not in answered:
-                store.set(f"olmoe/answer/{said.decode()}", word)  # to one that may have ended long ago
-                answered.add(said)
-        missing = [other for other in missing if not own.check([f"joined/{other}"])]
-        if missing and time.monotonic() > deadline:
-            raise RuntimeError(f"rank {missing[0]} of {size} has not come")
-        time.sleep(0.01 if missing else 0)
+    with _telling_waits(lambda: f"waiting for {_listed(missing)} of {size} processes"):
+        while missing:
+            for other in missing:
+                if store.check([f"olmoe/word/{other}"]) and (said := store.get(f"olmoe/word/{other}")) not in answered:
+                    store.set(f"olmoe/answer/{said.decode()}", word)  # to one that may have ended long ago
+                    answered.add(said)
+            missing = [other for other in missing if not own.check([f"joined/{other}"])]
+            if missing and time.monotonic() > deadline:
+                raise RuntimeError(f"rank {missing[0]} of {size} has not come")
+            time.sleep(0.01 if missing else 0)
     return own
+
+
+@contextlib.contextmanager
+def _telling_waits(reason: Callable[[], str]) -> Iterator[None]:
+    """Tell every minute what the block is waiting for, one process on each machine, until it has ended."""
+    over = threading.Event()
+
+    def tell() -> None:
+        minutes = 0
+        while not over.wait(_TELL_SECONDS):
+            minutes += 1
+            log.warning("%s (%d min so far); see that torchrun started it", reason(), minutes)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """Ranks in words, only the first few of many."""
+    shown = ", ".join(map(str, ranks[:4]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}" + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
 
 def before_leaving(work: Callable[[], None]) -> None:

@@ -17,14 +17,14 @@ import torch
 from olmoe.model import CausalLM
 from olmoe.runtime import keep_freed_memory, log, set_threads
 from olmoe.train import state
-from olmoe.train.config import RunConfig
+from olmoe.train.config import LogConfig, RunConfig
 from olmoe.train.inheritance import check_start_stays
 from olmoe.train.ranks import ALONE, Ranks, join_ranks
 from olmoe.train.run_folder import run_lock
 from olmoe.train.sharded_export import export_sharded
 from olmoe.train.shards import load_weights
 from olmoe.train.shared_expert import source_of
-from olmoe.train.trackers import Tracker, scalars
+from olmoe.train.trackers import Tracker, open_trackers, scalars
 from olmoe.weights import export
 from olmoe.weights.sharded_folder import is_sharded
 
@@ -126,6 +126,15 @@ class BaseRun:
 
     # ---- records ----
 
+    @contextmanager
+    def tracking(self, log_to: LogConfig, settings: dict[str, Any]) -> Iterator[None]:
+        """Within the block, the trackers that the configuration names show the first rank's records."""
+        log_to = log_to if self.ranks.is_first else LogConfig()
+        opening = open_trackers(log_to, self.output, self.progress.step, settings)
+        with ExitStack() as stack:
+            self.trackers = self.ranks.on_all(lambda: stack.enter_context(opening))
+            yield
+
     def is_due(self, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens after this one."""
         return self.progress.step == self.steps or self.progress.step % every == 0
@@ -201,7 +210,8 @@ class BaseRun:
         self.progress = self.restored(newest)
         log.info("resumed from %s", newest)
         if not self.ranks.on_first(lambda: state.has_best(self.output)):
-            log.warning("%s is missing; the best checkpoint from here on takes its place", self.best)
+            if self.progress.step < self.steps:  # or `ensure_best` says what takes its place
+                log.warning("%s is missing; the best checkpoint from here on takes its place", self.best)
             self.progress.best, self.progress.best_step = float("inf"), 0
 
     def restored(self, newest: Path) -> state.Progress:

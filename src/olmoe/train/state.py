@@ -279,7 +279,12 @@ def check_continues(path: Path, was: dict[str, Any], fingerprint: dict[str, Any]
     """Raise `ConfigError` if a checkpoint of the fingerprint `was` would not be continued by this configuration."""
     difference = _difference(was, json.loads(json.dumps(fingerprint)))
     if difference is not None:
-        raise ConfigError(f"{difference} since {path}; change it back, or start a new run in another run.output.")
+        # Who wants to train for longer keeps what was learned; no run starts from an adapter alone.
+        is_start = difference.startswith("[schedule]") and not (path / "adapter_config.json").exists()
+        start = ", with this checkpoint as its run.initialize_from" if is_start else ""
+        raise ConfigError(
+            f"{difference} since {path}; change it back, or start a new run in another run.output{start}."
+        )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import os
 import re
 import tomllib
@@ -47,12 +48,17 @@ def build(cls: Any, table: Any, name: str) -> Any:
     """A dataclass from a TOML table, nested ones included. Raises `ConfigError` for what does not fit it."""
     where = f"[{name}]" if name else "The configuration"
     if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table, not {shown(table)}.")
+        of_list = f", such as {_example(cls)}" if name.endswith("]") else ""
+        raise ConfigError(f"{where} must be a table{of_list}, not {shown(table)}.")
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
     unknown = sorted(set(table) - set(known))
     if unknown:
-        raise ConfigError(f"{where} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(known))}.")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; perhaps {near[0]!r} is meant" if near else ""
+        raise ConfigError(
+            f"{where} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(known))}{hint}."
+        )
     for key, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and key not in table:
@@ -80,6 +86,22 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 5e9 tokens
+        return int(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{name} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}.")
+    if (origin or hint) is tuple:
+        raise ConfigError(f"{name} must be a list{_of_what(arguments)}, not {shown(value)}.")
+    quoted = "; leave out the quotes" if isinstance(value, str) and hint in (int, float, bool) else ""
+    raise ConfigError(f"{name} must be of type {getattr(hint, '__name__', hint)}, not {shown(value)}{quoted}.")
+
+
+def _of_what(arguments: tuple[Any, ...]) -> str:
+    """What a list holds, where that is not obvious from its name."""
+    is_table = arguments and dataclasses.is_dataclass(arguments[0])
+    return f" of tables, such as [{_example(arguments[0])}]" if is_table else ""
+
+
+def _example(cls: Any) -> str:
+    """A table with the key that comes first."""
+    return f"{{ {dataclasses.fields(cls)[0].name} = ... }}"

@@ -65,7 +65,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a metrics record by a name each, without counters and without what is no finite number."""
     found: dict[str, float] = {}
     for name, value in record.items():
-        if name in ("step", "tokens"):
+        if name in ("step", "tokens", "answers"):  # answers of fine-tuning are texts
             continue
         if name == "expert_load":
             name, value = "expert_load_max_over_mean", [max(layer) * len(layer) / sum(layer) for layer in value]

@@ -40,6 +40,14 @@ def read(tmp_path, *rows, name="chats.jsonl", **options):
         {"system": "Be kind.", "instruction": "Hello\n\nJane", "input": "", "output": "Hi!"},
         {"prompt": [SYSTEM, ASKED], "completion": [ANSWERED]},
         {"prompt": [SYSTEM, ASKED], "response": "Hi!"},
+        {"messages": [SYSTEM | {"role": "developer"}, ASKED | {"role": "User"}, ANSWERED | {"role": "gpt"}]},
+        {
+            "messages": [
+                SYSTEM,
+                {"role": "user", "content": [{"type": "text", "text": t} for t in ("Hello", "", "Jane")]},
+                ANSWERED,
+            ]
+        },  # as olmoe serve joins them
     ],
 )
 def test_every_format_gives_the_same_messages(tmp_path, row):
@@ -71,7 +79,10 @@ def test_history_weights_and_tools_are_read(tmp_path):
     ("row", "says"),
     [
         ({"messages": []}, "needs a list of messages"),
-        ({"messages": [ASKED]}, "no message of the assistant"),
+        (
+            {"messages": [ASKED, ANSWERED | {"role": "bot"}]},
+            "no message of the role \"assistant\", only of 'user', 'bot'",
+        ),
         ({"messages": [{"content": "x"}]}, 'without a "role"'),
         ({"messages": [{"role": "user"}]}, "without a text"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "weight 0.5"),

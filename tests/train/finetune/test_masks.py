@@ -7,7 +7,7 @@ import pytest
 from olmoe.errors import ConfigError
 from olmoe.io import hub
 from olmoe.tokenizer import Tokenizer
-from olmoe.train.finetune.chats import Completion, Conversation
+from olmoe.train.finetune.chats import Completion, Conversation, conversation
 from olmoe.train.finetune.masks import IGNORE, make_example, make_examples
 from sentences import refused
 
@@ -147,6 +147,17 @@ def test_templates_that_hide_the_answers_are_refused(template, says, tokenizer_f
     )
     assert message.startswith("Sample 1 of here")
     assert says in message
+
+
+def test_a_role_that_the_template_leaves_out_is_refused(tiny, tokenizer_file):
+    """Its answer was trained without what it answers, with a warning at most."""
+    misspelled = conversation([{"role": "usr", "content": "Hello"}, {"role": "assistant", "content": "Hi"}], "here")
+    message = refused(
+        lambda: make_examples([misspelled], tiny, length=64, turns="all", too_long="cut", file="here"), ConfigError
+    )
+    assert "the chat template leaves out messages of the role 'usr'; use system, user or assistant" in message
+    own = "{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+    assert make_example(misspelled, Tokenizer.from_file(tokenizer_file, eos_ids=(319,), chat_template=own)).trained
 
 
 def test_long_samples_are_cut_dropped_or_refused(tiny):

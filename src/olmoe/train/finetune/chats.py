@@ -22,9 +22,10 @@ from olmoe.io import documents
 
 Message = dict[str, Any]
 
-# Who speaks, in ShareGPT's words.
+# Who speaks, in ShareGPT's words. OpenAI's "developer" is what `olmoe serve` puts before the model as "system".
 _SPEAKERS = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -112,7 +113,10 @@ def conversation(messages: list[Message], where: str, tools: Any = None) -> Conv
             raise ConfigError(f"{where} has a message of weight {shown(weight)}; use 0 or 1.")
         trained.append(message["role"] == "assistant" and bool(weight))
     if not any(message["role"] == "assistant" for message in messages):
-        raise ConfigError(f"{where} has no message of the assistant, so there is nothing to learn from it.")
+        roles = ", ".join(dict.fromkeys(shown(message["role"]) for message in messages))
+        raise ConfigError(
+            f'{where} has no message of the role "assistant", only of {roles}, so there is nothing to learn from it.'
+        )
     if tools is not None and not isinstance(tools, list):
         raise ConfigError(f"{where} has tools that are not a list, but {shown(tools)}.")
     return Conversation(messages, tuple(trained), tools or None)
@@ -134,7 +138,8 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     speaker = turn.get("role", turn.get("from"))
     if not isinstance(speaker, str):
         raise ConfigError(f'{where} has a message without a "role" (or "from"): {shown(dict(turn))}.')
-    role = speaker if "role" in turn else _SPEAKERS.get(speaker.lower())
+    # Templates may have roles of their own; those of "from" are known.
+    role = _SPEAKERS.get(speaker.lower(), speaker if "role" in turn else None)
     if role is None:
         raise ConfigError(f"{where} has a message from {shown(speaker)}; use {', '.join(_SPEAKERS)}.")
     content = _text(turn.get("content", turn.get("value")))
@@ -148,7 +153,7 @@ def _text(content: Any) -> str | None:
     """A message's text, even if it comes in parts; None if it has none."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        return None if None in parts else "".join(map(str, parts))
+        return None if None in parts else "\n".join(map(str, parts))  # as `olmoe serve` joins them
     return content if isinstance(content, str) else None
 
 

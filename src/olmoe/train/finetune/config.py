@@ -20,6 +20,7 @@ from olmoe.train.config import (
     BatchConfig,
     CheckpointConfig,
     ComputeConfig,
+    LogConfig,
     LossConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -154,6 +155,7 @@ class FinetuneConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: FinetuneEvaluation = field(default_factory=FinetuneEvaluation)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     base: Path = field(default=Path(), metadata={"in_file": False})
 
@@ -169,7 +171,7 @@ class FinetuneConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation, but for the contents of files."""
-        may_change = {"run", "evaluation", "checkpoint", "parallel", "base", "recompute", "compute"}
+        may_change = {"run", "evaluation", "checkpoint", "log", "parallel", "base", "recompute", "compute"}
         sections = {f.name for f in dataclasses.fields(self)} - may_change
         plain = {
             name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from olmoe.train.ranks import Ranks
 from olmoe.train.run import BaseRun, catch_interrupts, opened
 from olmoe.train.shards import whole_moments
 from olmoe.train.step import check_finite
+from olmoe.train.trackers import check_installed
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,7 @@ def finetune(
         show_progress = show_progress and ranks.is_first
         device = ranks.device(resolve_device(config.run.device))
         ranks.on_all(lambda: precision.check(config.compute, device))
+        ranks.on_all(lambda: check_installed(config.log))
         start = ranks.first_in_turn(lambda: open_start(config))
         ranks.on_all(lambda: parallel.check(sharing(config, start.model_config), ranks, command))
         task = ranks.on_all(lambda: make_task(config, start, device, ranks))
@@ -122,7 +124,8 @@ def finetune(
         )  # fmt: skip
         with run.saving():
             _begin(run, newest, overwrite, show_progress)
-            _train(run, show_progress)
+            with run.tracking(config.log, config.fingerprint()):
+                _train(run, show_progress)
             return _report_best(run)
 
 
@@ -153,15 +156,20 @@ def _train(run: Run, show_progress: bool) -> None:
     with catch_interrupts(run.ranks) as interrupted, bar, run.open_metrics() as metrics:
         if run.progress.step == 0:
             run.record(metrics, evaluate(run)[0])  # for comparison
+        told: dict[str, str] = {}
         while run.progress.step < run.steps:
             values = advance(run)
             run.record(metrics, values)
             bar.update()
-            bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+            told |= {"loss": f"{values['loss']:.3f}", "tok_s": f"{values['tokens_per_second']:.0f}"}
+            bar.set_postfix(told)
             if run.is_due(run.config.evaluation.every_steps):
                 measured, score = evaluate(run)
                 run.record(metrics, measured)
                 run.keep_best(score, is_measured=run.task.has_held_out)
+                if run.task.has_held_out:
+                    told["held_out"] = f"{score:.3f}"
+                    bar.set_postfix(told)
             run.save_when_due(run.config.checkpoint.every_steps, bool(interrupted))
 
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from olmoe.errors import ConfigError, TokenizerError
+from olmoe.errors import ConfigError, TokenizerError, shown
 from olmoe.tokenizer import Tokenizer
 from olmoe.train.finetune.chats import Completion, Conversation, Sample
 
 IGNORE = -100
 TURNS = ("all", "last")
 TOO_LONG = ("cut", "drop", "refuse")
+# Those that every chat may have; of others, only what the template writes can be learned from.
+ROLES = ("system", "user", "assistant", "tool", "function")
 Ids = npt.NDArray[np.int64]
 
 
@@ -61,7 +63,7 @@ def make_example(sample: Sample, tokenizer: Tokenizer, turns: str = "all") -> Ex
         ids, trained = _conversation(sample, tokenizer, turns)
     last = max((i for i, is_trained in enumerate(trained) if is_trained), default=0)
     if last == 0:  # the first id has nothing to be predicted from
-        raise ConfigError("no token of it would be trained")
+        raise ConfigError("no token of it would be trained; leave it out")
     labels = np.where(trained, ids, IGNORE)
     return Example(np.asarray(ids[:last], np.int64), labels[1 : last + 1].astype(np.int64))
 
@@ -122,6 +124,7 @@ def _completion(sample: Completion, tokenizer: Tokenizer) -> tuple[list[int], li
 
 def _conversation(sample: Conversation, tokenizer: Tokenizer, turns: str) -> tuple[list[int], list[bool]]:
     text, spans = tokenizer.render_answers(sample.messages, tools=sample.tools)
+    _check_roles(sample, text)
     ids, offsets = tokenizer.encode_with_offsets(text)
     trained = [False] * len(ids)
     for start, end in _chosen(sample, spans, turns):
@@ -138,6 +141,17 @@ def _conversation(sample: Conversation, tokenizer: Tokenizer, turns: str) -> tup
         for i in inside:
             trained[i] = True
     return ids, trained
+
+
+def _check_roles(sample: Conversation, text: str) -> None:
+    """Refuse a role that the chat template does not know: answers would be trained without what they answer."""
+    for message in sample.messages:
+        role, content = message["role"], message["content"] or ""
+        if role not in ROLES and content.strip() not in text:
+            raise ConfigError(
+                f"the chat template leaves out messages of the role {shown(role)}; use system, user or assistant, or a "
+                "template that writes them"
+            )
 
 
 def _chosen(sample: Conversation, spans: list[tuple[int, int]], turns: str) -> list[tuple[int, int]]:
