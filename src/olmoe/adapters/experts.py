@@ -41,8 +41,9 @@ _RECOMPUTATION = _Recomputation()
 @contextlib.contextmanager
 def outputs_unneeded() -> Iterator[None]:
     """A context for recomputing a layer only for its backward pass, which does not use its experts' outputs."""
-    before, _RECOMPUTATION.unneeded = _RECOMPUTATION.unneeded, True
+    before = _RECOMPUTATION.unneeded
     try:
+        _RECOMPUTATION.unneeded = True
         yield
     finally:
         _RECOMPUTATION.unneeded = before

@@ -46,8 +46,9 @@ def balanced_over(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, cop
     Raises `UserError` if there is no `OlmoeForCausalLM` in `model`, or for batches without its inputs.
     """
     found = _causal_lm(model)
-    before, found.whole_step = found.whole_step, count_step(model, batches, copies=copies)
+    before = found.whole_step
     try:
+        found.whole_step = count_step(model, batches, copies=copies)
         yield
     finally:
         found.whole_step = before
