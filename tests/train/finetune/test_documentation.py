@@ -12,10 +12,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from olmoe.cli.main import main
 from olmoe.config import ModelConfig
+from olmoe.engine.llm import LLM
 from olmoe.train.config import ParallelConfig
 from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
 from olmoe.train.memory import activations, memory
@@ -98,6 +100,8 @@ def test_the_table_of_memory_is_calculated():
         ("sft-tiny", SFTConfig),
         ("sft-tiny-lora", SFTConfig),
         ("sft-tiny-instruct", SFTConfig),
+        ("sft-tiny-instruct-own", SFTConfig),
+        ("sft-tiny-instruct-own-2", SFTConfig),
         ("qlora-tiny", SFTConfig),
         ("dpo-tiny", PreferenceConfig),
     ],
@@ -209,6 +213,48 @@ def test_obeying_is_what_was_asked_for(scripts, kind, asked, answer, obeyed):
     given = {"role": "user", "content": "Go on: Max found a hat." if kind == "go on" else "?"}
     row = {"kind": kind, "asked": asked, "messages": [given, {"role": "assistant", "content": ""}]}
     assert script("story_obedience").obeys(row, answer) is obeyed
+
+
+@pytest.fixture(scope="module")
+def storyteller() -> LLM:
+    return LLM("olmoe-tiny")
+
+
+def test_sampling_is_helped_to_the_words_that_were_asked_for(scripts, storyteller):
+    """They are said, in full and not too often, and a story begins as it shall."""
+    own = script("own_stories")
+
+    def sample(row, help_by):
+        params = own.sampling(row, storyteller.tokenizer, np.random.default_rng(0), 0.8, help_by)
+        answers = storyteller.generate([f"Once there was a {x}" for x in THINGS], params, show_progress=False)
+        return params, [answer.text for answer in answers]
+
+    asked = {"kind": "words", "asked": ["ambulance", "garden"]}
+    params, texts = sample(asked, 20.0)
+    assert len(storyteller.tokenizer.encode(" ambulance")) > 1
+    for text in texts:
+        for word in asked["asked"]:
+            assert 0 < len(re.findall(rf"\b{word}", text)) <= params.grammar.times
+    assert not all("garden" in text for text in sample(asked, 0.0)[1])
+    beginning = "One day, a little fox found a bell."
+    _, texts = sample({"kind": "begins", "asked": [beginning]}, 0.0)
+    assert all(text.startswith(beginning) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "well"),
+    [
+        ("A dog sat. It had a hat.", True),
+        ("A dog sat. It had a hut.", False),  # an unknown word
+        ("A dog sat. It had a hat. A dog sat.", False),
+        ("A dog sat, a dog sat, a dog sat, a dog sat.", False),
+        ("A hat, hat, a hat, hat. It had a hat.", False),
+    ],
+)
+def test_what_reads_well_has_no_unknown_words_and_no_repetition(scripts, answer, well):
+    own = script("own_stories")
+    known = own.spoken(["A dog sat. It had a hat. a"] * 2)
+    assert own.reads_well({"kind": "words", "asked": ["hat"]}, answer, known) is well
 
 
 def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
