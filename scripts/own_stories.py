@@ -4,9 +4,9 @@
 
 olmoe-tiny knows the corpus's stories by heart, so it has no need to read the request for them. Stories that a model
 samples itself are new to it. They have the words that were asked for because sampling is helped to them: the first
-token of each is likelier until the word has been said often enough, and once begun it is finished. A story that is to begin
-with a sentence begins with it. Kept is what `story_obedience.py` counts as obeyed and what reads like the corpus: only
-words that it has, and nothing said twice.
+token of each is likelier until the word has been said often enough, and once begun it is finished. A story that is to
+begin with a sentence begins with it. Kept is what `story_obedience.py` counts as obeyed and what reads like the
+corpus: only words that it has, and nothing said twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from story_chats import small_talk
 from story_obedience import obeys, read_chats
 from story_requests import sentences_of
 
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="skip so many of them (%(default)s)")
     parser.add_argument("--count", type=int, default=0, help="of requests (0: all)")
     parser.add_argument("--help-by", type=float, default=2.5, metavar="X", help="added to logits (%(default)s)")
+    parser.add_argument("--more", type=float, default=0.0, metavar="X", help="for each other word (%(default)s)")
+    parser.add_argument("--talk", type=float, default=0.0, metavar="SHARE", help="after small talk (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -98,12 +101,13 @@ def main() -> None:
     rows = [row for row in chats if row["kind"] in arguments.kinds.split(",")]
     rows = rows[arguments.first :][: arguments.count or len(rows)]
     generator = np.random.default_rng(arguments.seed)
+    helped = arguments.temperature, arguments.help_by, arguments.more
     llm = LLM(arguments.model)
     kept, tokens = Counter[str](), 0
     with arguments.target.open("w", encoding="utf-8") as file:
         for first in range(0, len(rows), 512):
-            part = rows[first : first + 512]
-            params = [sampling(row, llm.tokenizer, generator, arguments.temperature, arguments.help_by) for row in part]
+            part = [after_talk(row, generator, arguments.talk) for row in rows[first : first + 512]]
+            params = [sampling(row, llm.tokenizer, generator, *helped) for row in part]
             asked = [[_plain(message) for message in row["messages"][:-1]] for row in part]
             for row, answer in zip(part, llm.chat(asked, params, show_progress=False), strict=True):
                 if answer.finish_reason == "eos" and obeys(row, answer.text) and reads_well(row, answer.text, known):
@@ -112,13 +116,32 @@ def main() -> None:
                     said = {"role": "assistant", "content": answer.text.strip()}
                     row = row | {"messages": [*row["messages"][:-1], said]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
             print(f"{first + len(part)} requests, kept {dict(kept)}, {tokens} tokens", flush=True)
 
 
+def after_talk(row: Row, generator: np.random.Generator, share: float) -> Row:
+    """The chat, or in a share of cases one that begins with small talk, whose answer is not learned."""
+    if generator.random() >= share:
+        return row
+    talk = list(small_talk(held_out=False))
+    asked, answer = talk[int(generator.integers(len(talk)))]
+    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "weight": 0}]
+    return row | {"messages": [*said, *row["messages"]]}
+
+
 def sampling(
-    row: Row, tokenizer: Tokenizer, generator: np.random.Generator, temperature: float, help_by: float
+    row: Row,
+    tokenizer: Tokenizer,
+    generator: np.random.Generator,
+    temperature: float,
+    help_by: float,
+    more: float = 0.0,
 ) -> SamplingParams:
-    """How to sample an answer to a request: with help towards its words, or from its first sentence on."""
+    """How to sample an answer to a request: with help towards its words, or from its first sentence on.
+
+    Each word's help is `help_by`, and `more` for every other word: the more they are, the seldomer all are said.
+    """
     from olmoe.engine.sampling_params import SamplingParams
 
     words = [tokenizer.encode(f" {word}") for word in row["asked"]] if row["kind"] in HELPED else []
@@ -128,7 +151,7 @@ def sampling(
         temperature=temperature,
         min_p=0.03,
         seed=int(generator.integers(2**31)),
-        logit_bias={word[0]: help_by for word in words} or None,
+        logit_bias={word[0]: help_by + more * (len(words) - 1) for word in words} or None,
         grammar=Wanted(words, int(generator.choice((1, 2, 3))), begin) if words or begin else None,
     )
 

@@ -102,6 +102,8 @@ def test_the_table_of_memory_is_calculated():
         ("sft-tiny-instruct", SFTConfig),
         ("sft-tiny-instruct-own", SFTConfig),
         ("sft-tiny-instruct-own-2", SFTConfig),
+        ("sft-tiny-instruct-own-3", SFTConfig),
+        ("sft-tiny-instruct-own-4", SFTConfig),
         ("qlora-tiny", SFTConfig),
         ("dpo-tiny", PreferenceConfig),
     ],
@@ -266,20 +268,37 @@ def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
         text = "\n<|endoftext|>\n".join(stories(24))
         (tmp_path / "corpus" / part / "stories_tinystories.txt").write_text(text, encoding="utf-8")
     (tmp_path / "runs").mkdir()
-    section = TEXT[TEXT.index("## A worked example") :]
+    section = TEXT[TEXT.index("## A worked example") :].replace("\\\n", "")
     commands = re.findall(r"^(?:python|olmoe) .*$", section[: section.index("\n## ", 5)], re.MULTILINE)
-    assert [command.split()[:2] for command in commands] == [
-        ["python", "scripts/story_chats.py"],
-        ["python", "scripts/story_chats.py"],
-        ["olmoe", "sft"],
-        ["python", "scripts/story_obedience.py"],
-        ["python", "scripts/ship_instruct.py"],
-    ]
-    for command in commands[:4]:
+    names = [command.split()[1].removeprefix("scripts/").removesuffix(".py") for command in commands]
+    chats, own = ["story_chats"], ["own_stories"]
+    first, second = [*chats * 2, "sft", "story_obedience"], [*chats, *own * 3, "sft", *own * 3, "sft"]
+    assert names == [*first, *second, *chats, *own * 2, "sft", *own * 2, "sft", "ship_instruct"]
+    for command in commands[:-1]:
+        command = re.sub("--first [0-9]+", "", re.sub("--count [0-9]+", "--count 4", command))
         program, *arguments = shlex.split(command.replace("CORPUS", "corpus"))
+        # So few stories make fewer steps.
+        last = max(Path("runs").glob("tiny-instruct/checkpoints/step-*"), default=Path())
+        arguments = [re.sub(r"checkpoints/step-\d+", f"checkpoints/{last.name}", each) for each in arguments]
         if program == "olmoe":
+            config = Path(arguments[1])
+            text = config.read_text(encoding="utf-8")
+            config.write_text(re.sub(r"checkpoints/step-\d+", f"checkpoints/{last.name}", text), encoding="utf-8")
             assert main([*arguments, "--quiet"]) == 0
-        else:
-            monkeypatch.setattr(sys, "argv", arguments)
-            script(Path(arguments[0]).stem).main()
-    assert '"all requests"' in capsys.readouterr().out
+            continue
+        monkeypatch.setattr(sys, "argv", arguments)
+        script(Path(arguments[0]).stem).main()
+        if "own_stories" in command and not Path(arguments[2]).read_text(encoding="utf-8"):
+            # A model of a few steps does nothing that it is asked.
+            shutil.copy("runs/chats.jsonl", arguments[2])
+    printed = capsys.readouterr().out
+    assert '"all requests"' in printed
+    assert printed.count("requests, kept") == 10
+    assert (tmp_path / "runs" / "tiny-instruct-own-4" / "best" / "model.safetensors").is_file()
+
+
+def test_the_card_has_the_commands_of_the_page(scripts):
+    ship = script("ship_instruct")
+    card = (ROOT / "src" / "olmoe" / "assets" / "olmoe-tiny-instruct" / "README.md").read_text(encoding="utf-8")
+    assert ship.RECIPE in card
+    assert [line for line in ship.RECIPE.splitlines() if line not in TEXT] == []
