@@ -211,7 +211,7 @@ AdamW, weight decay {config.optimizer.weight_decay}, load balancing {config.loss
 ## Limits
 Its world is that of TinyStories: it knows no facts, and nothing but short stories for small children in plain English. It
 repeats itself, loses its thread and mixes up who did what. Whom a story is about it mostly heeds, a first sentence more often than not; of
-words asked for it brings three in five, all of several in one story of three, often in its first two sentences and then over and over.
+words asked for it brings three in five, all of several in one story of three, most in its first two sentences and then over and over.
 What does not look like a request for a story it answers with what it can do, or with a story.
 
 ## Data and credits
