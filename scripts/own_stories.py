@@ -140,7 +140,7 @@ def sampling(
 ) -> SamplingParams:
     """How to sample an answer to a request: with help towards its words, or from its first sentence on.
 
-    Each word's help is `help_by`, and `more` for every other word: the more they are, the seldomer all are said.
+    Each word's help is `help_by`, and `more` for every other word: the more there are, the less often all are said.
     """
     from olmoe.engine.sampling_params import SamplingParams
 

@@ -259,6 +259,19 @@ def test_what_reads_well_has_no_unknown_words_and_no_repetition(scripts, answer,
     assert own.reads_well({"kind": "words", "asked": ["hat"]}, answer, known) is well
 
 
+@pytest.mark.parametrize(("share", "turns"), [(0.0, 2), (1.0, 4)])
+def test_a_share_of_requests_follows_small_talk_that_is_not_learned(scripts, share, turns):
+    row = {
+        "kind": "any",
+        "asked": [],
+        "messages": [{"role": "user", "content": "A story, please!"}, {"role": "assistant"}],
+    }
+    messages = script("own_stories").after_talk(row, np.random.default_rng(0), share)["messages"]
+    assert len(messages) == turns
+    assert messages[-2:] == row["messages"]
+    assert all(message["weight"] == 0 for message in messages[1:-2:2])
+
+
 def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
     """Its commands in their order, on a corpus of a few stories, up to a checkpoint that is measured."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
