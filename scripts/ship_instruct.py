@@ -1,6 +1,6 @@
-"""Turn a finished run of configs/sft-tiny-instruct.toml into the shipped olmoe-tiny-instruct: int8, with its card.
+"""Turn the last of the runs of olmoe-tiny-instruct into what ships: int8, with its card.
 
-    python scripts/ship_instruct.py configs/sft-tiny-instruct.toml --credits ../shared/corpus
+    python scripts/ship_instruct.py configs/sft-tiny-instruct{,-own,-own-2,-own-3,-own-4}.toml --credits ../shared/corpus
 
 Every number of the card is measured here, on the packed weights as shipped, and goes into
 benchmarks/results/story_obedience.json, beside what comes by chance and what olmoe-tiny does.
@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,49 @@ ASKED = {
     "talk": "greetings, thanks, questions from outside its world: it says what it can do",
 }
 
+# The commands of docs/finetuning.md, up to this script's.
+RECIPE = r"""
+python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 5 --most 750 --seed 1
+python scripts/story_chats.py CORPUS/valid/stories_tinystories.txt runs/chats-valid.jsonl --held-out
+olmoe sft configs/sft-tiny-instruct.toml
+python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/requests.jsonl --rounds 40 --most 750 --seed 2
+python scripts/own_stories.py runs/requests.jsonl runs/own-a.jsonl --model runs/tiny-instruct/checkpoints/step-0001954 \
+  --kinds words,another,about,begins --count 8704 --help-by 3 --seed 1
+python scripts/own_stories.py runs/requests.jsonl runs/own-b.jsonl --model runs/tiny-instruct/checkpoints/step-0001954 \
+  --kinds words,short --first 40000 --count 10240 --help-by 3 --seed 2
+python scripts/own_stories.py runs/requests.jsonl runs/own-c.jsonl --model runs/tiny-instruct/checkpoints/step-0001954 \
+  --kinds words --first 10000 --count 4096 --help-by 3 --seed 3
+olmoe sft configs/sft-tiny-instruct-own.toml
+python scripts/own_stories.py runs/requests.jsonl runs/own-d.jsonl --model runs/tiny-instruct-own/best \
+  --kinds words,another,about,begins --first 16000 --count 10240 --seed 4
+python scripts/own_stories.py runs/requests.jsonl runs/own-e.jsonl --model runs/tiny-instruct-own/best \
+  --kinds words --first 4700 --count 9216 --seed 5
+python scripts/own_stories.py runs/requests.jsonl runs/own-f.jsonl --model runs/tiny-instruct-own/best \
+  --kinds short,sentence --first 60000 --count 10240 --seed 6
+olmoe sft configs/sft-tiny-instruct-own-2.toml
+python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/requests-2.jsonl --rounds 40 --most 750 --seed 3
+python scripts/own_stories.py runs/requests-2.jsonl runs/own-g.jsonl --model runs/tiny-instruct-own-2/best \
+  --kinds words --count 8704 --more 0.5 --seed 7
+python scripts/own_stories.py runs/requests-2.jsonl runs/own-h.jsonl --model runs/tiny-instruct-own-2/best \
+  --kinds words,another,about,begins --first 19000 --count 8704 --more 0.5 --seed 8
+olmoe sft configs/sft-tiny-instruct-own-3.toml
+python scripts/own_stories.py runs/requests-2.jsonl runs/own-i.jsonl --model runs/tiny-instruct-own-3/best \
+  --kinds words,about --first 9000 --count 7168 --more 0.5 --talk 0.25 --seed 9
+python scripts/own_stories.py runs/requests-2.jsonl runs/own-j.jsonl --model runs/tiny-instruct-own-3/best \
+  --kinds words,another,about,begins --count 7168 --more 0.5 --talk 0.25 --seed 10
+olmoe sft configs/sft-tiny-instruct-own-4.toml"""
+
 
 def main() -> None:
     """Pack, measure and write the folder of the shipped checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="the configuration of the run")
+    parser.add_argument("configs", type=Path, nargs="+", help="the configurations of the runs in their order")
     parser.add_argument("--credits", type=Path, required=True, help="the corpus folder with its attribution tables")
     parser.add_argument("--checkpoint", default="best", help="a folder of the run, such as checkpoints/step-0000500")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is shipped now")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, SFTConfig)
-    run, held_out = config.resolve(config.run.output), config.resolve(config.data.valid[0].path)
+    configs = [load_config(path, SFTConfig) for path in arguments.configs]
+    run, held_out = configs[-1].resolve(configs[-1].run.output), configs[0].resolve(configs[0].data.valid[0].path)
 
     if SHIPPED_CHAT.exists() and not arguments.overwrite:
         parser.error(f"{SHIPPED_CHAT} exists already; replace it with --overwrite")
@@ -56,9 +89,7 @@ def main() -> None:
     copy_credits(arguments.credits, SHIPPED_CHAT)
     measured = measure(held_out)
     RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (SHIPPED_CHAT / "README.md").write_text(
-        write_card(config, arguments.config.name, run, weights, measured), encoding="utf-8"
-    )
+    (SHIPPED_CHAT / "README.md").write_text(write_card(configs, weights, measured), encoding="utf-8")
     print(sum(path.stat().st_size for path in SHIPPED_CHAT.iterdir()), "bytes")
 
 
@@ -108,18 +139,32 @@ def _with_interval(share: dict[str, Any]) -> str:
     return f"{share['obeyed']:.0%} ({low:.0%} to {high:.0%})"
 
 
-def write_card(config: SFTConfig, name: str, run: Path, weights: Path, measured: dict[str, Any]) -> str:
+def described(configs: Sequence[SFTConfig], weights: Path) -> str:
+    """What each run trained up to the checkpoint that the next one started from, or that ships."""
+    ends = [config.resolve(config.start) for config in configs[1:]] + [weights]
+    lines = []
+    for number, (config, end) in enumerate(zip(configs, ends, strict=True), 1):
+        metrics = config.resolve(config.run.output) / "metrics.jsonl"
+        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        steps = [record for record in records if "loss" in record]
+        if end.name.startswith("step-"):  # the run may have gone on after it
+            steps = steps[: int(end.name.removeprefix("step-"))]
+        lines.append(
+            f"{number}. {len(steps):,} steps, {steps[-1]['tokens'] / 1e6:.1f}M tokens, a learning rate of "
+            f"{config.optimizer.learning_rate:g} at its peak and {steps[-1]['learning_rate']:.1g} at the end, "
+            f"{'fp32' if config.compute.precision == 'fp32' else 'products in bf16'}"
+        )
+    return "\n".join(lines)
+
+
+def write_card(configs: Sequence[SFTConfig], weights: Path, measured: dict[str, Any]) -> str:
     """The model card as Markdown."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "loss" in record]
-    if weights.name.startswith("step-"):  # the run may have gone on after it
-        steps = steps[: int(weights.name.removeprefix("step-"))]
     shown = "\n\n".join(
         f"**{asked}**\n\n> " + answer.strip().replace("\n", "\n> ") for asked, answer in measured["samples"]
     )
     single = measured["measured"]["greedy"]["single words"]
     base = measured["measured"]["olmoe-tiny"]["all requests"]
-    optimizer = config.optimizer
+    config = configs[-1]
     return f"""---
 license: apache-2.0
 language: en
@@ -148,26 +193,26 @@ Temperature 0, the first held-out request of five kinds:
 {shown}
 
 ## How it was made
-`scripts/story_chats.py` writes chats out of the corpus's TinyStories: several requests of each story in many phrasings, single sentences
-and short passages with given words, stories that go on when asked to, a second story after a first, greetings, and questions that a storyteller
-cannot answer. The answers are the corpus's stories, most of them with other names, things or adjectives in
-place of some. Then
+In five runs of `olmoe sft` on all weights. For the first, `scripts/story_chats.py` writes chats out of the corpus's TinyStories: several
+requests of each story in many phrasings, single sentences and short passages with given words, stories that go on when asked to, a second
+story after a first, greetings, and questions that a storyteller cannot answer. The answers are the corpus's stories, most of them with
+other names, things or adjectives in place of some. For the others, `scripts/own_stories.py` samples answers to more such requests from
+the model that the run before made, with the words that were asked for made likelier, and keeps those that do what was asked and repeat
+nothing; a tenth to a half of the first chats is learned again beside them. The samplers were packed in int8.
 
-```
-python scripts/story_chats.py CORPUS/train/stories_tinystories.txt runs/chats.jsonl --rounds 5 --most 750 --seed 1
-python scripts/story_chats.py CORPUS/valid/stories_tinystories.txt runs/chats-valid.jsonl --held-out
-olmoe sft configs/{name}
-python scripts/ship_instruct.py configs/{name} --credits CORPUS --checkpoint {weights.relative_to(run)}
+```{RECIPE}
+python scripts/ship_instruct.py configs/sft-tiny-instruct{{,-own,-own-2,-own-3,-own-4}}.toml --credits CORPUS
 ```
 
-trains all weights for {len(steps):,} steps, {steps[-1]["tokens"] / 1e6:.1f}M tokens: AdamW, a learning rate of {optimizer.learning_rate:g} at its peak and
-{steps[-1]["learning_rate"]:.1g} at the end, weight decay {optimizer.weight_decay}, load balancing {config.loss.load_balancing}, fp32.
+{described(configs, weights)}
+
+AdamW, weight decay {config.optimizer.weight_decay}, load balancing {config.loss.load_balancing}.
 
 ## Limits
 Its world is that of TinyStories: it knows no facts, and nothing but short stories for small children in plain English. It
-repeats itself, loses its thread and mixes up who did what. Whom a story is about it mostly heeds, a first sentence half of the time; of
-words asked for it brings one in three, and seldom all of several; some it says over and over. What does not look like a request for a story it answers with what it can do, or with a
-story.
+repeats itself, loses its thread and mixes up who did what. Whom a story is about it mostly heeds, a first sentence more often than not; of
+words asked for it brings three in five, all of several in one story of three, most in its first two sentences and then over and over.
+What does not look like a request for a story it answers with what it can do, or with a story.
 
 ## Data and credits
 {CREDITS}

@@ -12,10 +12,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from olmoe.cli.main import main
 from olmoe.config import ModelConfig
+from olmoe.engine.llm import LLM
 from olmoe.train.config import ParallelConfig
 from olmoe.train.finetune.config import PreferenceConfig, SFTConfig, load_config
 from olmoe.train.memory import activations, memory
@@ -99,6 +101,10 @@ def test_the_table_of_memory_is_calculated():
         ("sft-tiny", SFTConfig),
         ("sft-tiny-lora", SFTConfig),
         ("sft-tiny-instruct", SFTConfig),
+        ("sft-tiny-instruct-own", SFTConfig),
+        ("sft-tiny-instruct-own-2", SFTConfig),
+        ("sft-tiny-instruct-own-3", SFTConfig),
+        ("sft-tiny-instruct-own-4", SFTConfig),
         ("qlora-tiny", SFTConfig),
         ("dpo-tiny", PreferenceConfig),
     ],
@@ -212,6 +218,61 @@ def test_obedience_is_measured_by_what_was_asked(scripts, kind, asked, answer, o
     assert script("story_obedience").obeys(row, answer) is obeyed
 
 
+@pytest.fixture(scope="module")
+def storyteller() -> LLM:
+    return LLM("olmoe-tiny")
+
+
+def test_sampling_is_helped_to_the_words_that_were_asked_for(scripts, storyteller):
+    """They are said, in full and not too often, and a story begins as it shall."""
+    own = script("own_stories")
+
+    def sample(row, help_by):
+        params = own.sampling(row, storyteller.tokenizer, np.random.default_rng(0), 0.8, help_by)
+        answers = storyteller.generate([f"Once there was a {x}" for x in THINGS], params, show_progress=False)
+        return params, [answer.text for answer in answers]
+
+    asked = {"kind": "words", "asked": ["ambulance", "garden"]}
+    params, texts = sample(asked, 20.0)
+    assert len(storyteller.tokenizer.encode(" ambulance")) > 1
+    for text in texts:
+        for word in asked["asked"]:
+            assert 0 < len(re.findall(rf"\b{word}", text)) <= params.grammar.times
+    assert not all("garden" in text for text in sample(asked, 0.0)[1])
+    beginning = "One day, a little fox found a bell."
+    _, texts = sample({"kind": "begins", "asked": [beginning]}, 0.0)
+    assert all(text.startswith(beginning) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "well"),
+    [
+        ("A dog sat. It had a hat.", True),
+        ("A dog sat. It had a hut.", False),  # an unknown word
+        ("A dog sat. It had a hat. A dog sat.", False),
+        ("A dog sat, a dog sat, a dog sat, a dog sat.", False),
+        ("A hat, hat, a hat, hat. It had a hat.", False),
+    ],
+)
+def test_what_reads_well_has_no_unknown_words_and_no_repetition(scripts, answer, well):
+    own = script("own_stories")
+    known = own.spoken(["A dog sat. It had a hat. a"] * 2)
+    assert own.reads_well({"kind": "words", "asked": ["hat"]}, answer, known) is well
+
+
+@pytest.mark.parametrize(("share", "turns"), [(0.0, 2), (1.0, 4)])
+def test_a_share_of_requests_follows_small_talk_that_is_not_learned(scripts, share, turns):
+    row = {
+        "kind": "any",
+        "asked": [],
+        "messages": [{"role": "user", "content": "A story, please!"}, {"role": "assistant"}],
+    }
+    messages = script("own_stories").after_talk(row, np.random.default_rng(0), share)["messages"]
+    assert len(messages) == turns
+    assert messages[-2:] == row["messages"]
+    assert all(message["weight"] == 0 for message in messages[1:-2:2])
+
+
 def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
     """Its commands in order, on a corpus of a few stories, up to measuring the checkpoint."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
@@ -221,20 +282,37 @@ def test_the_worked_example_runs(scripts, tmp_path, monkeypatch, capsys):
         text = "\n<|endoftext|>\n".join(stories(24))
         (tmp_path / "corpus" / part / "stories_tinystories.txt").write_text(text, encoding="utf-8")
     (tmp_path / "runs").mkdir()
-    section = TEXT[TEXT.index("## A worked example") :]
+    section = TEXT[TEXT.index("## A worked example") :].replace("\\\n", "")
     commands = re.findall(r"^(?:python|olmoe) .*$", section[: section.index("\n## ", 5)], re.MULTILINE)
-    assert [command.split()[:2] for command in commands] == [
-        ["python", "scripts/story_chats.py"],
-        ["python", "scripts/story_chats.py"],
-        ["olmoe", "sft"],
-        ["python", "scripts/story_obedience.py"],
-        ["python", "scripts/ship_instruct.py"],
-    ]
-    for command in commands[:4]:
+    names = [command.split()[1].removeprefix("scripts/").removesuffix(".py") for command in commands]
+    chats, own = ["story_chats"], ["own_stories"]
+    first, second = [*chats * 2, "sft", "story_obedience"], [*chats, *own * 3, "sft", *own * 3, "sft"]
+    assert names == [*first, *second, *chats, *own * 2, "sft", *own * 2, "sft", "ship_instruct"]
+    for command in commands[:-1]:
+        command = re.sub("--first [0-9]+", "", re.sub("--count [0-9]+", "--count 4", command))
         program, *arguments = shlex.split(command.replace("CORPUS", "corpus"))
+        # So few stories make fewer steps.
+        last = max(Path("runs").glob("tiny-instruct/checkpoints/step-*"), default=Path())
+        arguments = [re.sub(r"checkpoints/step-\d+", f"checkpoints/{last.name}", each) for each in arguments]
         if program == "olmoe":
+            config = Path(arguments[1])
+            text = config.read_text(encoding="utf-8")
+            config.write_text(re.sub(r"checkpoints/step-\d+", f"checkpoints/{last.name}", text), encoding="utf-8")
             assert main([*arguments, "--quiet"]) == 0
-        else:
-            monkeypatch.setattr(sys, "argv", arguments)
-            script(Path(arguments[0]).stem).main()
-    assert '"all requests"' in capsys.readouterr().out
+            continue
+        monkeypatch.setattr(sys, "argv", arguments)
+        script(Path(arguments[0]).stem).main()
+        if "own_stories" in command and not Path(arguments[2]).read_text(encoding="utf-8"):
+            # A model of a few steps does nothing that it is asked.
+            shutil.copy("runs/chats.jsonl", arguments[2])
+    printed = capsys.readouterr().out
+    assert '"all requests"' in printed
+    assert printed.count("requests, kept") == 10
+    assert (tmp_path / "runs" / "tiny-instruct-own-4" / "best" / "model.safetensors").is_file()
+
+
+def test_the_card_has_the_commands_of_the_page(scripts):
+    ship = script("ship_instruct")
+    card = (ROOT / "src" / "olmoe" / "assets" / "olmoe-tiny-instruct" / "README.md").read_text(encoding="utf-8")
+    assert ship.RECIPE in card
+    assert [line for line in ship.RECIPE.splitlines() if line not in TEXT] == []
