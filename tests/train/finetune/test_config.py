@@ -78,6 +78,8 @@ def test_learning_rates_match_the_released_log():
         ({"data": {"turns": "first"}}, "data.turns must be all or last, not 'first'"),
         ({"data": {"too_long": "x"}}, "data.too_long must be cut, drop or refuse"),
         ({"data": {"length": 3}}, "unknown key 'length'"),
+        ({"model": {"hidden_size": 8}}, "[model] is for olmoe train"),  # was an unknown key
+        ({"tokenizer": {"path": "tokenizer.json"}}, "brings its own; leave [tokenizer] out"),
         ({"schedule": {"kind": "step"}}, "schedule.kind must be"),
         ({"schedule": {"epochs": 0}}, "schedule.epochs must be above 0"),
         ({"schedule": {"warmup": 1.0}}, "schedule.warmup must be from 0 to below 1"),

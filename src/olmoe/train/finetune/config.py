@@ -253,7 +253,14 @@ Kind = TypeVar("Kind", bound=FinetuneConfig)
 def load_config(path: str | Path, kind: type[Kind]) -> Kind:
     """Read and check a TOML file. Raises `ConfigError` with the offending key and value."""
     path = Path(path)
-    config: Kind = dataclasses.replace(build(kind, read_toml(path), ""), base=path.parent)
+    raw = read_toml(path)
+    for name in ("model", "tokenizer"):
+        if name in raw:
+            raise ConfigError(
+                f"[{name}] is for olmoe train: the checkpoint of run.initialize_from brings its own; leave "
+                f"[{name}] out."
+            )
+    config: Kind = dataclasses.replace(build(kind, raw, ""), base=path.parent)
     _check(config)
     return config
 
