@@ -42,6 +42,8 @@ def address(tmp_path_factory):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # A proxy that is not ready in 5 s is killed, and with it whoever waits for it: a busy machine takes longer.
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
         patch.setenv("OLMOE_API_KEY", KEY)
         patch.syspath_prepend(str(ROOT))
         import deploy.ray_app as application
