@@ -61,6 +61,25 @@ def test_scaled_keeps_it_nearly_and_plain_does_not(dense, split):
     assert far["scaled"] < 0.25 * far["plain"]
 
 
+def test_the_scale_is_that_of_the_written_router(tmp_path):
+    """Computed from it, not from another one of the same distribution: of one channel, routers differ much."""
+    config = dataclasses.replace(DENSE, num_hidden_layers=2)
+    model = CausalLM(config)
+    initialize(model, seed=5)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data = torch.tensor([100.0] + [0.0] * 31)
+    export.save(model, tmp_path / "dense")
+    source = Checkpoint.open(tmp_path / "dense").source()
+    sparse = UpcycledSource(source, Upcycling(experts=8, top_k=2, form="scaled"))
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp"
+        rows = sparse.read(f"{name}.gate.weight")[:, :1]
+        logits = 100 * rows.T * torch.randn(100_000, 1, generator=torch.Generator().manual_seed(1))
+        chosen = float(logits.softmax(-1).topk(2).values.sum(-1).mean())
+        factor = sparse.read(f"{name}.experts.down_proj", 3) / source.read(f"{name}.experts.down_proj", 0)
+        assert float(factor.median()) == pytest.approx(1 / chosen, rel=0.02)
+
+
 @pytest.mark.parametrize("numbers", [(8, 2, 1), (8, 1, 1), (64, 8, 2)], ids=["2 of 8", "1 of 8", "8 halves of 64"])
 @pytest.mark.parametrize("width", [32, 1024])
 def test_scaled_keeps_the_size_of_outputs_whatever_the_width(tmp_path, numbers, width):

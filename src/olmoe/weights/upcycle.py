@@ -81,7 +81,7 @@ class UpcycledSource:
             raise UserError(f"The MLP's width of {config.intermediate_size} cannot be split into {plan.split} parts.")
         self._dense, self._plan = dense, plan
         self._last: tuple[str, Tensor] | None = None  # what was read last: experts are copies of one matrix
-        self._factors: dict[str, float] = {}  # of `down`, by block
+        self._factors: dict[str, float] = {}  # of `down`, by layer
         self.config = dataclasses.replace(
             config,
             num_experts=plan.experts,
@@ -121,17 +121,17 @@ class UpcycledSource:
             self._last = parameter, self._dense.read(parameter, 0)
         return self._last[1]
 
-    def _down_factor(self, block: str) -> float:
-        """What `down` of a block, such as `model.layers.0.mlp.`, is multiplied with."""
+    def _down_factor(self, layer: str) -> float:
+        """What `down` of a layer, such as `model.layers.0.`, is multiplied with."""
         plan = self._plan
         if plan.form != "scaled":
             return float(plan.split) if plan.form == "normalized" else 1.0
-        if block not in self._factors:
-            norm = self._dense.read(f"{block.removesuffix('mlp.')}post_attention_layernorm.weight").float()
-            tokens_ND = norm * torch.randn(_TOKENS, len(norm), generator=self._generator(f"{block}tokens"))
-            p_NE = (tokens_ND @ self._router(f"{block}gate.weight").T).softmax(dim=-1)
-            self._factors[block] = plan.split / float(p_NE.topk(plan.top_k).values.sum(dim=-1).mean())
-        return self._factors[block]
+        if layer not in self._factors:
+            norm = self._dense.read(f"{layer}post_attention_layernorm.weight").float()
+            tokens_ND = norm * torch.randn(_TOKENS, len(norm), generator=self._generator(f"{layer}tokens"))
+            p_NE = (tokens_ND @ self._router(f"{layer}mlp.gate.weight").T).softmax(dim=-1)
+            self._factors[layer] = plan.split / float(p_NE.topk(plan.top_k).values.sum(dim=-1).mean())
+        return self._factors[layer]
 
     def _router(self, parameter: str) -> Tensor:
         groups = self.config.num_experts // self._plan.split

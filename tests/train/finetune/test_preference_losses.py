@@ -39,3 +39,30 @@ def test_kto_loss_matches_the_paper():
     found = kto_loss(moved, desirable, torch.tensor(0.25), 0.1, 1.0, 1.5)
     expected = [1 - sigmoid(0.1 * 1.75), 1 - sigmoid(0.1 * -1.25), 1.5 * (1 - sigmoid(-0.1 * 0.25))]
     assert found.tolist() == pytest.approx(expected)
+
+
+def test_kto_is_trls():
+    """TRL's own lines, found in its source and run: its losses are the mean of both halves, its z is limited last."""
+    trainer = pytest.importorskip("trl.experimental.kto").KTOTrainer
+    source = inspect.getsource(trainer._compute_loss)
+    assert "kl = (KL_logps - ref_KL_logps).mean().detach()" in source
+    assert "kl = self.accelerator.gather_for_metrics(kl).mean().clamp(min=0)" in source
+    lines = {
+        True: "chosen_losses = 1 - F.sigmoid(self.beta * (chosen_logratios - kl))",
+        False: "rejected_losses = 1 - F.sigmoid(self.beta * (kl - rejected_logratios))",
+    }
+    moved, kl = torch.linspace(-30, 30, 13), torch.tensor(1.5)
+    settings = type("", (), {"beta": 0.3})
+    for desirable, line in lines.items():
+        assert line in source
+        names = {
+            "F": torch.nn.functional,
+            "self": settings,
+            "kl": kl,
+            "chosen_logratios": moved,
+            "rejected_logratios": moved,
+        }
+        exec(line, names)
+        theirs = names["chosen_losses" if desirable else "rejected_losses"] * (2.0 if desirable else 0.5)
+        ours = kto_loss(moved, torch.full((13,), desirable), kl, 0.3, 2.0, 0.5)
+        torch.testing.assert_close(ours, theirs)
