@@ -225,6 +225,13 @@ def test_invalid_toml_is_refused(tmp_path, content):
     refused(lambda: load_config(tmp_path / "run.toml"), ConfigError)
 
 
+@pytest.mark.parametrize("part", [{"adapter": {"rank": 8}}, {"schedule": {"epochs": 2}}], ids=["adapter", "epochs"])
+def test_a_fine_tuning_configuration_names_the_commands_for_it(tmp_path, part):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(sections("tokenizer.json") | part), encoding="utf-8")
+    assert "olmoe sft" in refused(lambda: load_config(path), ConfigError)
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     assert "none.toml" in refused(lambda: load_config(tmp_path / "none.toml"), ConfigError)
     assert tmp_path.name in refused(lambda: load_config(tmp_path), ConfigError)

@@ -278,6 +278,10 @@ def load_config(path: str | Path, *, resume: bool = False) -> TrainConfig:
     """
     path = Path(path)
     raw = read_toml(path)
+    schedule = raw.get("schedule")
+    if "adapter" in raw or (isinstance(schedule, dict) and "epochs" in schedule):
+        part = "[adapter]" if "adapter" in raw else "schedule.epochs"
+        raise ConfigError(f"{part} is for fine-tuning, which olmoe sft and olmoe dpo do; olmoe train does not know it.")
     base = path.parent
     written = raw.get("model")
     raw = inherit(raw, lambda p: resolve_path(p, base), resume, lambda table: build(ModelConfig, table, "model"))
